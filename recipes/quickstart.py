@@ -1,0 +1,122 @@
+"""The whole product on two CPU cores: data, tokenizers, model, LoRA, pictures, figures, report.
+
+    python recipes/quickstart.py [--fresh]
+
+Every step is one of the recipes, run as a user would run it. A finished step is not run again, so an interrupted
+quickstart continues; ``--fresh`` starts anew.
+"""
+
+import argparse
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent
+OUT = Path("runs/quickstart")
+THINGS = ["Animals & Nature", "Food & Drink", "Travel & Places"]
+PYTHON = [sys.executable]
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1",
+          "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
+PICTURES = [*PYTHON, "recipes/prepare_openmoji.py", "--size", "64", "--out"]
+ENCODE = [*PYTHON, "recipes/encode_images.py", "--image-tokenizer", str(OUT / "image_tokenizer"), "--source"]
+TRAIN = [*LAUNCH, "recipes/train.py", "--config"]
+
+# Name and command of every step, in order. The model learns things only; the tokenizer sees all of OpenMoji.
+STEPS: dict[str, list[str]] = {
+    "pictures": [*PICTURES, f"{OUT}/data/openmoji"],
+    "pictures_outline": [*PICTURES, f"{OUT}/data/openmoji-outline", "--style", "outline"],
+    "pictures_things": [*PICTURES, f"{OUT}/data/things", "--groups", *THINGS],
+    "pictures_things_outline": [*PICTURES, f"{OUT}/data/things-outline", "--style", "outline", "--groups", *THINGS],
+    "image_tokenizer": [*LAUNCH, "recipes/train_tokenizer.py", "--config", "recipes/configs/quickstart_tokenizer.yaml"],
+    "text_tokenizer": [*PYTHON, "recipes/train_text_tokenizer.py", "--source", f"{OUT}/data/openmoji", "--out", f"{OUT}/text_tokenizer"],
+    "codes": [*ENCODE, f"{OUT}/data/things", "--out", f"{OUT}/codes"],
+    "codes_outline": [*ENCODE, f"{OUT}/data/things-outline", "--out", f"{OUT}/codes-outline"],
+    "model": [*TRAIN, "recipes/configs/quickstart.yaml"],
+    "lora": [*TRAIN, "recipes/configs/quickstart_lora.yaml"],
+    "clip": [*PYTHON, "eval/train_clip.py", "--data", f"{OUT}/data/things", "--out", f"{OUT}/clip", "--name", "openmoji-nano"],
+    "evaluate": [*PYTHON, "eval/evaluate.py", "--pipeline", f"{OUT}/model/pipeline", "--data", f"{OUT}/data/things",
+                 "--psnr-data", f"{OUT}/data/openmoji", "--clip", f"{OUT}/clip", "--num-images", "64", "--out", f"{OUT}/evaluation"],
+    "report": [*PYTHON, "recipes/quickstart_report.py", "--run", str(OUT)],
+}  # fmt: skip
+
+
+def tree_memory_gb(process: psutil.Process) -> float:
+    """Resident memory of a process and its descendants, in GB; 0 once it has gone."""
+    total = 0
+    try:
+        for member in [process, *process.children(recursive=True)]:
+            total += member.memory_info().rss
+    except psutil.NoSuchProcess:
+        pass  # a process may end between listing and reading
+    return total / 1e9
+
+
+def run(command: list[str]) -> tuple[float, float]:
+    """Run a command from the repository's root; returns seconds and peak memory in GB. Exits if it fails."""
+    print(f"\n$ {shlex.join(command)}", flush=True)
+    start, peak = time.monotonic(), 0.0
+    with subprocess.Popen(command, cwd=ROOT) as child:
+        process, ended = psutil.Process(child.pid), threading.Event()
+
+        def watch() -> None:
+            nonlocal peak
+            while not ended.wait(0.5):
+                peak = max(peak, tree_memory_gb(process))
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        child.wait()
+        ended.set()
+        watcher.join()
+    if child.returncode != 0:
+        sys.exit(f"quickstart: this step failed with exit code {child.returncode}; run again to continue from here.")
+    return time.monotonic() - start, peak
+
+
+def settings_of(command: list[str]) -> str:
+    """What a step depends on besides its inputs: the command, and the text of its config file."""
+    configs = [(ROOT / part).read_text() for part in command if part.endswith(".yaml")]
+    return "\n".join([shlex.join(command[1:]), *configs])
+
+
+def main() -> None:
+    """Run what is not done yet, in order; a changed step makes all later ones run again."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fresh", action="store_true", help=f"remove {OUT} first")
+    args = parser.parse_args()
+    out = ROOT / OUT
+    if args.fresh:
+        shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+    record_file = out / "steps.json"
+    done = json.loads(record_file.read_text()) if record_file.is_file() else {}
+    records: dict[str, dict] = {}
+    stale = False
+    for name, command in STEPS.items():
+        record = done.get(name)
+        if not stale and record is not None and record["settings"] == settings_of(command):
+            print(f"{name}: done")
+            records[name] = record
+            continue
+        stale = True  # what follows was made from older inputs
+        resumable = name == "model" and any((out / "model" / "checkpoints").glob("step-*")) and name not in done
+        seconds, memory = run([*command, "resume=latest"] if resumable else command)
+        records[name] = {
+            "settings": settings_of(command),
+            "command": shlex.join(command),
+            "seconds": seconds,
+            "peak_memory_gb": memory,
+        }
+        record_file.write_text(json.dumps(records, indent=2))
+    print(f"\nDone. Open {OUT}/report.html; the pictures are beside it.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""Train a sentencepiece text tokenizer on the captions of any source.
+
+python recipes/train_text_tokenizer.py --source data/openmoji --out runs/text_tokenizer --vocab-size 1024
+"""
+
+import argparse
+
+from unified_tokenizers import train_sentencepiece
+
+from unified.data import load_source
+
+
+def main() -> None:
+    """Parse the command line and train."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", required=True, nargs="+", help="captioned sources")
+    parser.add_argument("--split", default="train", help="split to read")
+    parser.add_argument("--caption-column", default="caption", help="column with the captions")
+    parser.add_argument("--vocab-size", type=int, default=1024, help="upper bound of the vocabulary")
+    parser.add_argument("--out", required=True, help="folder to write")
+    args = parser.parse_args()
+    captions = [row[args.caption_column] for source in args.source for row in
+                load_source(source, args.split).select_columns(args.caption_column)]  # fmt: skip
+    tokenizer = train_sentencepiece([c for c in captions if isinstance(c, str)], args.out, args.vocab_size)
+    print(f"{args.out}: {tokenizer.vocab_size} pieces from {len(captions)} captions")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""What every image tokenizer offers, whatever its architecture."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+@runtime_checkable
+class ImageTokenizer(Protocol):
+    """Pictures to grids of integer codes and back.
+
+    Attributes:
+        codebook_size: number of codes K; codes are in [0, K).
+        downsample: pixels per code along each side.
+        fingerprint: identifies the weights; caches and models made with one tokenizer refuse another.
+    """
+
+    @property
+    def codebook_size(self) -> int:
+        """Number of codes."""
+
+    @property
+    def downsample(self) -> int:
+        """Pixels per code along each side."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the weights and of what gives them meaning."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        """``(B, 3, H, W)`` in [-1, 1] to codes ``(B, H / downsample, W / downsample)``, int64."""
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes ``(B, h, w)`` to pictures ``(B, 3, h * downsample, w * downsample)`` in [-1, 1]."""
+
+    def save_pretrained(self, save_directory: str | Path) -> Any:
+        """Write the configuration and the safetensors weights to a folder."""
+
+
+def fingerprint_of(state: dict[str, Tensor], config: dict[str, Any]) -> str:
+    """Hash weights and the configuration that gives them meaning; independent of dtype casts, device and file format."""
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name in sorted(state):
+        digest.update(name.encode())
+        digest.update(state[name].detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def check_images(images: Tensor, downsample: int) -> None:
+    """Refuse a batch that is not ``(B, 3, H, W)`` floating point with sides divisible by ``downsample``."""
+    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        raise ValueError(
+            f"images: need float (B, 3, H, W), got {images.dtype} {tuple(images.shape)}; see images.to_tensor."
+        )
+    height, width = images.shape[-2:]
+    if height % downsample or width % downsample:
+        raise ValueError(
+            f"images: size {height}x{width} does not divide by the tokenizer's stride {downsample}; resize or crop first."
+        )
+
+
+def check_codes(codes: Tensor, codebook_size: int) -> None:
+    """Refuse codes that are not ``(B, h, w)`` int64 within the codebook."""
+    if codes.ndim != 3 or codes.dtype != torch.int64:
+        raise ValueError(f"codes: need int64 (B, h, w), got {codes.dtype} {tuple(codes.shape)}.")
+    if codes.numel() and (codes.min() < 0 or codes.max() >= codebook_size):
+        raise ValueError(
+            f"codes: values {int(codes.min())}..{int(codes.max())} leave the codebook [0, {codebook_size}); "
+            "were they made by another tokenizer?"
+        )

@@ -1,0 +1,162 @@
+"""Text tokenizers behind one interface: a sentencepiece model, or the tokenizer of a transformers backbone."""
+
+import io
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import sentencepiece
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+BOI, EOI = "<boi>", "<eoi>"
+_SENTENCEPIECE_FILE = "sentencepiece.model"
+_FRAME_FILE = "image_tokens.json"
+
+
+class TextTokenizer(Protocol):
+    """Text to ids and back; ``boi_token_id`` and ``eoi_token_id`` frame a picture and never come out of ``encode``."""
+
+    vocab_size: int
+    bos_token_id: int | None
+    eos_token_id: int | None
+    pad_token_id: int
+    boi_token_id: int
+    eoi_token_id: int
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ``text`` without any special token."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ``ids``; special tokens are left out."""
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write the tokenizer to a folder that :func:`load_text_tokenizer` reads."""
+
+
+class SentencePieceTokenizer:
+    """A sentencepiece model with ``<boi>`` and ``<eoi>`` among its control symbols."""
+
+    def __init__(self, model_file: str | Path):
+        self.processor = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
+        self._model_file = Path(model_file)
+        self.vocab_size: int = self.processor.vocab_size()
+        self.bos_token_id: int | None = self.processor.bos_id()
+        self.eos_token_id: int | None = self.processor.eos_id()
+        self.pad_token_id: int = self.processor.pad_id()
+        self.boi_token_id: int = self.processor.piece_to_id(BOI)
+        self.eoi_token_id: int = self.processor.piece_to_id(EOI)
+        unknown = self.processor.unk_id()
+        if unknown in (self.boi_token_id, self.eoi_token_id):
+            raise ValueError(
+                f"model_file: {str(model_file)!r} has no {BOI} and {EOI} symbols; train it with train_sentencepiece."
+            )
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ``text``; control symbols cannot be typed."""
+        return self.processor.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ``ids``; control symbols have no text."""
+        return self.processor.decode(list(ids))
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Copy the model file."""
+        target = Path(save_directory) / _SENTENCEPIECE_FILE
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.resolve() != self._model_file.resolve():
+            shutil.copyfile(self._model_file, target)
+
+
+class TransformersTokenizer:
+    """A backbone's own tokenizer; two tokens that it already has (reserved or unused) frame a picture."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, boi: str = BOI, eoi: str = EOI):
+        self.tokenizer = tokenizer
+        vocabulary = tokenizer.get_vocab()
+        for name, token in (("boi", boi), ("eoi", eoi)):
+            if token not in vocabulary:
+                raise ValueError(
+                    f"{name}: {token!r} is not in the vocabulary; name one of the tokenizer's reserved or unused tokens."
+                )
+        if boi == eoi:
+            raise ValueError(f"eoi: {eoi!r} opens a picture already; name another token.")
+        self._frame = {"boi": boi, "eoi": eoi}
+        self.vocab_size: int = len(tokenizer)
+        self.bos_token_id: int | None = tokenizer.bos_token_id
+        self.eos_token_id: int | None = tokenizer.eos_token_id
+        self.pad_token_id: int = (
+            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        )
+        self.boi_token_id: int = vocabulary[boi]
+        self.eoi_token_id: int = vocabulary[eoi]
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ``text``; special tokens spelled out in it are plain text."""
+        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ``ids`` without special tokens."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write the tokenizer's files and the two names."""
+        self.tokenizer.save_pretrained(str(save_directory))
+        (Path(save_directory) / _FRAME_FILE).write_text(json.dumps(self._frame))
+
+
+def load_text_tokenizer(path: str | Path, boi: str | None = None, eoi: str | None = None) -> TextTokenizer:
+    """Load a folder written by ``save_pretrained``, or any transformers tokenizer (folder or Hub name).
+
+    Args:
+        path: folder or Hub name.
+        boi, eoi: tokens that frame a picture, for a transformers tokenizer that does not carry the choice yet.
+
+    Raises:
+        ValueError: if the folder does not exist or the tokens are not in the vocabulary.
+    """
+    folder = Path(path)
+    if (folder / _SENTENCEPIECE_FILE).is_file():
+        return SentencePieceTokenizer(folder / _SENTENCEPIECE_FILE)
+    if not folder.exists() and (str(path).startswith((".", "/", "~")) or str(path).count("/") > 1):
+        raise ValueError(f"text_tokenizer: {str(path)!r} does not exist; give a tokenizer folder or a Hub name.")
+    frame = (
+        json.loads((folder / _FRAME_FILE).read_text()) if (folder / _FRAME_FILE).is_file() else {"boi": BOI, "eoi": EOI}
+    )
+    return TransformersTokenizer(AutoTokenizer.from_pretrained(str(path)), boi or frame["boi"], eoi or frame["eoi"])
+
+
+def train_sentencepiece(
+    captions: Iterable[str], output_dir: str | Path, vocab_size: int = 1024
+) -> SentencePieceTokenizer:
+    """Train a unigram sentencepiece model (arXiv 1808.06226) with byte fallback, so that any text can be encoded.
+
+    Args:
+        captions: texts to learn from.
+        output_dir: folder to write.
+        vocab_size: upper bound of the vocabulary; small corpora may fill less of it.
+    """
+    texts = [caption for caption in captions if caption.strip()]
+    if not texts:
+        raise ValueError("captions: no text to train on; check the caption column.")
+    buffer = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_writer=buffer,
+        vocab_size=vocab_size,
+        hard_vocab_limit=False,
+        model_type="unigram",
+        byte_fallback=True,
+        character_coverage=1.0,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=3,
+        control_symbols=[BOI, EOI],
+        minloglevel=2,
+    )
+    path = Path(output_dir) / _SENTENCEPIECE_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(buffer.getvalue())
+    return SentencePieceTokenizer(path)

@@ -1,0 +1,161 @@
+"""A small convolutional VQ autoencoder: pictures to codes and back, trainable on a laptop.
+
+Pixels are folded into channels at once (space-to-depth), so that every convolution runs on the code grid: at stride 4
+this costs a sixteenth of a classic VQGAN stem. Quantizers come from `vector-quantize-pytorch`.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from vector_quantize_pytorch import FSQ, VectorQuantize
+
+from unified_tokenizers.base import check_codes, check_images, fingerprint_of
+
+
+class VQConfig(PreTrainedConfig):
+    """Architecture of a :class:`VQModel`.
+
+    Args:
+        downsample: pixels per code along each side.
+        channels: width of the convolutions.
+        encoder_blocks, decoder_blocks: residual blocks on either side.
+        quantizer: ``vq`` (L2-normalised codebook with EMA updates and dead-code revival) or ``fsq`` (finite scalar
+            quantisation, arXiv 2309.15505).
+        codebook_size: number of codes; for ``fsq`` it has to be the product of ``fsq_levels``.
+        code_dim: dimension of a ``vq`` code.
+        fsq_levels: levels per dimension for ``fsq``.
+    """
+
+    model_type = "unified_vq"
+
+    downsample: int = 4
+    channels: int = 64
+    encoder_blocks: int = 3
+    decoder_blocks: int = 3
+    quantizer: str = "vq"
+    codebook_size: int = 512
+    code_dim: int = 8
+    fsq_levels: list[int] | None = None
+
+
+class ResidualBlock(nn.Module):
+    """Pre-normalised 3x3 convolutions with a skip; ``(B, C, H, W)`` to the same shape."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(8, channels)
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        return x + self.conv2(F.silu(self.conv1(self.norm(x))))
+
+
+class VQModel(PreTrainedModel):
+    """Encoder, quantizer, decoder; implements :class:`unified_tokenizers.base.ImageTokenizer`."""
+
+    config_class = VQConfig
+    main_input_name = "images"
+
+    def __init__(self, config: VQConfig):
+        super().__init__(config)
+        pixels = 3 * config.downsample**2
+        self.quantizer: FSQ | VectorQuantize
+        self.quantizer, code_dim = _build_quantizer(config)
+        self.encoder = nn.Sequential(
+            nn.PixelUnshuffle(config.downsample),
+            nn.Conv2d(pixels, config.channels, 3, padding=1),
+            *[ResidualBlock(config.channels) for _ in range(config.encoder_blocks)],
+            nn.GroupNorm(8, config.channels),
+            nn.Conv2d(config.channels, code_dim, 1),
+        )
+        self.decoder = nn.Sequential(
+            nn.Conv2d(code_dim, config.channels, 3, padding=1),
+            *[ResidualBlock(config.channels) for _ in range(config.decoder_blocks)],
+            nn.GroupNorm(8, config.channels),
+            nn.SiLU(),
+            nn.Conv2d(config.channels, pixels, 3, padding=1),
+            nn.PixelShuffle(config.downsample),
+        )
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Keep torch's own initialisation: convolutions and codebooks come initialised."""
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Reconstruct ``(B, 3, H, W)`` in [-1, 1]; returns the reconstruction, the codes ``(B, h, w)`` and the
+        quantizer's commitment loss.
+        """
+        latents = self.encoder(images)
+        quantized, codes, commitment = self._quantize(latents)
+        return self.decoder(quantized), codes, commitment
+
+    def _quantize(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        batch, dim, height, width = latents.shape
+        flat = latents.permute(0, 2, 3, 1).reshape(batch, height * width, dim).float()
+        quantized, codes, *loss = self.quantizer(flat)
+        commitment = loss[0].sum() if loss else latents.new_zeros(())
+        quantized = quantized.reshape(batch, height, width, dim).permute(0, 3, 1, 2).to(latents.dtype)
+        return quantized, codes.reshape(batch, height, width).long(), commitment
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """See :meth:`ImageTokenizer.encode`. Raises ValueError on a wrong shape or a size the stride does not divide."""
+        check_images(images, self.downsample)
+        training, _ = self.training, self.eval()  # a training-mode quantizer would update its codebook
+        codes = self._quantize(self.encoder(images.to(self.device, self.dtype)))[1]
+        self.train(training)
+        return codes
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """See :meth:`ImageTokenizer.decode`. Raises ValueError on codes outside the codebook."""
+        check_codes(codes, self.codebook_size)
+        batch, height, width = codes.shape
+        vectors = self._lookup(codes.to(self.device).reshape(batch, -1))
+        latents = vectors.reshape(batch, height, width, -1).permute(0, 3, 1, 2).to(self.dtype)
+        return self.decoder(latents).clamp(-1, 1)
+
+    def _lookup(self, codes: Tensor) -> Tensor:
+        if isinstance(self.quantizer, FSQ):
+            return self.quantizer.indices_to_codes(codes)
+        return self.quantizer.get_output_from_indices(codes)
+
+    @property
+    def codebook_size(self) -> int:
+        """Number of codes."""
+        return self.config.codebook_size
+
+    @property
+    def downsample(self) -> int:
+        """Pixels per code along each side."""
+        return self.config.downsample
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the weights and of what gives them meaning."""
+        described = ("downsample", "channels", "quantizer", "codebook_size", "code_dim", "fsq_levels")
+        return fingerprint_of(self.state_dict(), {name: getattr(self.config, name) for name in described})
+
+
+def _build_quantizer(config: VQConfig) -> tuple[FSQ | VectorQuantize, int]:
+    if config.quantizer == "vq":
+        quantizer = VectorQuantize(
+            dim=config.code_dim,
+            codebook_size=config.codebook_size,
+            use_cosine_sim=True,
+            threshold_ema_dead_code=2,
+            decay=0.95,
+            commitment_weight=0.25,
+        )
+        return quantizer, config.code_dim
+    if config.quantizer == "fsq":
+        quantizer = FSQ(levels=config.fsq_levels)
+        if quantizer.codebook_size != config.codebook_size:
+            raise ValueError(
+                f"codebook_size: {config.codebook_size} is not the product of fsq_levels {config.fsq_levels} "
+                f"({quantizer.codebook_size})."
+            )
+        return quantizer, len(config.fsq_levels or [])
+    raise ValueError(f"quantizer: {config.quantizer!r} is unknown; use 'vq' or 'fsq'.")

@@ -1,0 +1,91 @@
+"""Configuration of a unified text-and-image language model."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """The one id space: text ids are ``[0, text_vocab_size)``, image code c is ``text_vocab_size + c``."""
+
+    text_vocab_size: int
+    codebook_size: int
+    boi_token_id: int
+    eoi_token_id: int
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int = 0
+
+
+class UnifiedConfig(PreTrainedConfig):
+    """Configuration of :class:`unified.UnifiedForCausalLM`.
+
+    Args:
+        text_config: configuration of the decoder backbone (any ``AutoModelForCausalLM``), as a config or a dict with
+            ``model_type``.
+        codebook_size: number of image codes K.
+        boi_token_id, eoi_token_id: text ids that open and close an image span.
+        image_tokenizer_fingerprint: the image tokenizer whose codes the model was trained on.
+        image_grids: code grids ``[h, w]`` that the model was trained on.
+        positions: ``1d`` (running index) or ``2d`` (row and column) inside image spans.
+        coarse_positions: where a patch of a coarse stage sits: ``center`` of its fine-grid cells, ``unit`` stride as
+            in the paper (arXiv 2412.15321), or ``normalized`` to ``normalized_range`` (arXiv 2406.10797).
+        normalized_range: extent of the grid's longer side for ``normalized``.
+        loss_normalization: ``slot`` weighs every predicted slot alike, ``token`` weighs a patch by its p*p codes.
+        text_loss_weight, image_loss_weight: weights of the two parts in the mean.
+    """
+
+    model_type = "unified"
+    sub_configs_defaults = {  # noqa: RUF012
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
+    }
+
+    text_config: Any = None  # a dict only until __post_init__
+    codebook_size: int = 512
+    boi_token_id: int = 0
+    eoi_token_id: int = 0
+    image_tokenizer_fingerprint: str | None = None
+    image_grids: list[list[int]] | None = None
+    positions: str = "2d"
+    coarse_positions: str = "center"
+    normalized_range: float = 16.0
+    loss_normalization: str = "slot"
+    text_loss_weight: float = 1.0
+    image_loss_weight: float = 1.0
+
+    def __post_init__(self, **kwargs: object) -> None:
+        """Build the backbone's config and refuse values outside the lists above."""
+        if isinstance(self.text_config, dict):
+            if "model_type" not in self.text_config:
+                raise ValueError("text_config: needs a 'model_type' such as 'llama' to choose the backbone.")
+            self.text_config = AutoConfig.for_model(**self.text_config)
+        super().__post_init__(**kwargs)
+        _choice("positions", self.positions, ("1d", "2d"))
+        _choice("coarse_positions", self.coarse_positions, ("center", "unit", "normalized"))
+        _choice("loss_normalization", self.loss_normalization, ("slot", "token"))
+        if self.text_config is not None:
+            self.tie_word_embeddings = self.text_config.tie_word_embeddings
+            for name in ("boi_token_id", "eoi_token_id"):
+                if not 0 <= getattr(self, name) < self.text_config.vocab_size:
+                    raise ValueError(
+                        f"{name}: {getattr(self, name)} is outside the backbone's vocabulary of "
+                        f"{self.text_config.vocab_size}; use one of its unused or reserved ids."
+                    )
+
+    @property
+    def layout(self) -> TokenLayout:
+        """The id space shared by text and image tokens."""
+        text = self.text_config
+        eos = text.eos_token_id[0] if isinstance(text.eos_token_id, list) else text.eos_token_id
+        pad = text.pad_token_id if text.pad_token_id is not None else (eos or 0)
+        return TokenLayout(
+            text.vocab_size, self.codebook_size, self.boi_token_id, self.eoi_token_id, text.bos_token_id, eos, pad
+        )
+
+
+def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}: {value!r} is unknown; use one of {allowed}.")

@@ -1,0 +1,137 @@
+"""Captioned images from any `datasets` source, with bad rows skipped, counted and reported."""
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+from PIL import Image, UnidentifiedImageError
+
+
+@dataclass
+class CaptionedImage:
+    """One usable row of a source: an RGB picture, its caption, its row number and its other columns."""
+
+    image: Image.Image
+    caption: str
+    row: int
+    extra: dict[str, Any]
+
+
+@dataclass
+class SkipReport:
+    """What a pass over a source left out, and why. Fill it through :func:`captioned_images`."""
+
+    used: int = 0
+    corrupt_image: int = 0
+    empty_caption: int = 0
+    examples: list[str] = field(default_factory=list)
+
+    def skip(self, reason: str, row: int, detail: str) -> None:
+        """Count a row under ``reason`` and keep the first ten as examples."""
+        setattr(self, reason, getattr(self, reason) + 1)
+        if len(self.examples) < 10:
+            self.examples.append(f"row {row}: {reason.replace('_', ' ')} ({detail})")
+
+    @property
+    def skipped(self) -> int:
+        """Number of rows left out."""
+        return self.corrupt_image + self.empty_caption
+
+    def summary(self) -> str:
+        """One line for the log, with examples of skipped rows."""
+        line = f"{self.used} rows used, {self.corrupt_image} corrupt images and {self.empty_caption} empty captions skipped"
+        return line + ("".join(f"\n  {example}" for example in self.examples))
+
+
+def load_source(
+    source: str, split: str = "train", streaming: bool = False
+) -> datasets.Dataset | datasets.IterableDataset:
+    """Open any `datasets` source.
+
+    Args:
+        source: a folder written by ``save_to_disk``, a folder of pictures with ``metadata.jsonl``, a parquet, JSON or
+            CSV file or a folder of them, or a name on the Hub.
+        split: name of the split to open.
+        streaming: read rows as they come instead of preparing the whole set first.
+
+    Raises:
+        ValueError: if the source has no such split, or a local-looking path does not exist.
+    """
+    path = Path(source)
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        saved = datasets.load_from_disk(source)
+        if isinstance(saved, datasets.DatasetDict):
+            saved = _pick_split(saved, source, split)
+        return saved.to_iterable_dataset() if streaming else saved
+    if path.is_file():
+        builder = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}.get(path.suffix)
+        if builder is None:
+            raise ValueError(
+                f"source: {source!r} is a {path.suffix or 'nameless'} file; use .parquet, .jsonl, .json or .csv."
+            )
+        opened = datasets.load_dataset(builder, data_files=source, streaming=streaming)
+        return opened["train"]  # a single file has one split, whatever it is called
+    if not path.exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
+        raise ValueError(f"source: {source!r} does not exist; give a data folder, a file or a Hub name.")
+    return _pick_split(datasets.load_dataset(source, streaming=streaming), source, split)
+
+
+def _pick_split(splits: Any, source: str, split: str) -> Any:
+    if split not in splits:
+        raise ValueError(f"split: {split!r} is not in {source!r}; it has {sorted(splits)}.")
+    return splits[split]
+
+
+def captioned_images(
+    source: datasets.Dataset | datasets.IterableDataset,
+    report: SkipReport,
+    image_column: str = "image",
+    caption_column: str = "caption",
+) -> Iterator[CaptionedImage]:
+    """Yield the usable rows of ``source``; rows with a corrupt image or an empty caption go to ``report``.
+
+    Raises:
+        ValueError: if a named column does not exist.
+    """
+    columns = source.column_names or list(next(iter(source)))
+    for name, column in (("image_column", image_column), ("caption_column", caption_column)):
+        if column not in columns:
+            raise ValueError(f"{name}: {column!r} is not a column of the source; it has {sorted(columns)}.")
+    undecoded = source.cast_column(image_column, datasets.Image(decode=False))
+    for index, row in enumerate(undecoded):
+        caption = row.pop(caption_column)
+        if not isinstance(caption, str) or not caption.strip():
+            report.skip("empty_caption", index, repr(caption))
+            continue
+        try:
+            image = open_rgb(row.pop(image_column))
+        except (UnidentifiedImageError, OSError, SyntaxError, TypeError, ValueError) as error:
+            report.skip("corrupt_image", index, str(error) or type(error).__name__)
+            continue
+        report.used += 1
+        yield CaptionedImage(image, caption.strip(), index, row)
+
+
+def open_rgb(value: dict[str, Any]) -> Image.Image:
+    """Decode the undecoded form of a `datasets` image (``bytes`` or ``path``) fully; transparency is laid on white."""
+    image = Image.open(value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"]))
+    image.load()
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def fit_square(image: Image.Image, size: int) -> Image.Image:
+    """Resize the shorter side to ``size`` pixels (antialiased) and crop the centre to a square."""
+    if image.size == (size, size):
+        return image
+    scale = size / min(image.size)
+    width, height = (max(size, round(side * scale)) for side in image.size)
+    resized = image.resize((width, height), Image.Resampling.LANCZOS)
+    left, top = (width - size) // 2, (height - size) // 2
+    return resized.crop((left, top, left + size, top + size))

@@ -1,0 +1,6 @@
+"""Decoding: samplers and the cached loop."""
+
+from unified.decoding.engine import generate_codes
+from unified.decoding.sampler import Sampling
+
+__all__ = ["Sampling", "generate_codes"]

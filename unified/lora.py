@@ -1,0 +1,129 @@
+"""LoRA adapters on a unified model: attach, save with the layout they belong to, load, switch, unload."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from peft import LoraConfig, LoraModel, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+
+from unified.model import UnifiedForCausalLM
+
+LAYOUT_FILE = "unified_layout.json"
+ATTENTION_AND_MLP = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+IMAGE_TABLES = ("image_embed", "image_head")
+
+
+def attach_lora(
+    model: UnifiedForCausalLM,
+    rank: int = 16,
+    alpha: int | None = None,
+    dropout: float = 0.0,
+    target_modules: Sequence[str] = ATTENTION_AND_MLP,
+    train_image_tables: bool = False,
+    **options: Any,
+) -> PeftModel:
+    """Wrap a model for LoRA training (arXiv 2106.09685); only the adapter stays trainable.
+
+    Args:
+        model: the base model.
+        rank: rank r of the update.
+        alpha: scale of the update is ``alpha / rank``; the default is ``rank``.
+        dropout: dropout on the adapter's input.
+        target_modules: names of the linear layers that get an update.
+        train_image_tables: train and save full copies of both image tables with the adapter. Needed when they are new,
+            as after ``from_backbone``: an adapter alone cannot teach a model codes that it has never seen.
+        options: further fields of ``peft.LoraConfig`` (``use_rslora``, ``use_dora``, ...).
+    """
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank if alpha is None else alpha,
+        lora_dropout=dropout,
+        target_modules=list(target_modules),
+        modules_to_save=list(IMAGE_TABLES) if train_image_tables else None,
+        **options,
+    )
+    return get_peft_model(model, config)
+
+
+def layout_of(model: UnifiedForCausalLM) -> dict[str, Any]:
+    """What an adapter has to agree on with the model that it is loaded into."""
+    text = model.config.text_config
+    return {
+        "model_type": text.model_type,
+        "hidden_size": text.hidden_size,
+        "num_hidden_layers": text.num_hidden_layers,
+        "text_vocab_size": text.vocab_size,
+        "codebook_size": model.config.codebook_size,
+        "image_tokenizer_fingerprint": model.config.image_tokenizer_fingerprint,
+    }
+
+
+def base_of(model: UnifiedForCausalLM | PeftModel) -> UnifiedForCausalLM:
+    """The unified model inside a possibly wrapped one."""
+    return cast(UnifiedForCausalLM, model.get_base_model()) if isinstance(model, PeftModel) else model
+
+
+def save_lora(model: PeftModel, save_directory: str | Path) -> None:
+    """Write the adapter (safetensors and JSON) and the layout that it belongs to."""
+    model.save_pretrained(str(save_directory))
+    (Path(save_directory) / LAYOUT_FILE).write_text(json.dumps(layout_of(base_of(model)), indent=2))
+
+
+def check_layout(model: UnifiedForCausalLM | PeftModel, path: str | Path) -> None:
+    """Refuse an adapter made for another model or image tokenizer.
+
+    Raises:
+        ValueError: naming every field that differs, or the file that is missing.
+    """
+    file = Path(path) / LAYOUT_FILE
+    if not file.is_file():
+        raise ValueError(f"lora: {str(path)!r} holds no {LAYOUT_FILE}; give a folder written by save_lora.")
+    wanted, actual = json.loads(file.read_text()), layout_of(base_of(model))
+    different = [
+        f"{name}: adapter {wanted.get(name)!r}, model {actual[name]!r}"
+        for name in actual
+        if wanted.get(name) != actual[name]
+    ]
+    if different:
+        raise ValueError(
+            f"lora: {str(path)!r} was made for another model ({'; '.join(different)}); load it into its own base."
+        )
+
+
+def load_lora(
+    model: UnifiedForCausalLM | PeftModel, path: str | Path, adapter_name: str, trainable: bool = False
+) -> PeftModel:
+    """Add an adapter from a folder under a name and make it the active one.
+
+    Raises:
+        ValueError: if the adapter belongs to another model, or the name is taken.
+    """
+    check_layout(model, path)
+    if not isinstance(model, PeftModel):
+        return PeftModel.from_pretrained(model, str(path), adapter_name=adapter_name, is_trainable=trainable)
+    if adapter_name in model.peft_config:
+        raise ValueError(f"adapter_name: {adapter_name!r} is loaded already; choose another name or unload it first.")
+    model.load_adapter(str(path), adapter_name, is_trainable=trainable)
+    model.set_adapter(adapter_name)
+    return model
+
+
+def set_adapters(model: PeftModel, names: Sequence[str], weights: Sequence[float]) -> None:
+    """Activate adapters together, each scaled by its weight (1 is as trained).
+
+    Raises:
+        ValueError: if a name is unknown or the lengths differ.
+    """
+    unknown = [name for name in names if name not in model.peft_config]
+    if unknown:
+        raise ValueError(f"adapter_names: {unknown} are not loaded; loaded are {sorted(model.peft_config)}.")
+    if len(names) != len(weights) or not names:
+        raise ValueError(f"weights: {len(weights)} weights for {len(names)} adapters; give one weight per adapter.")
+    cast(LoraModel, model.base_model).set_adapter(list(names))
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            for name, weight in zip(names, weights, strict=True):
+                if name in module.scaling:
+                    module.set_scale(name, weight)  # type: ignore[operator]

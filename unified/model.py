@@ -1,0 +1,244 @@
+"""The unified model: embed, group image spans, run any decoder backbone, score each slot over its own vocabulary."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from unified.config import UnifiedConfig
+from unified.npp import group_embeddings, group_targets, patch_cross_entropy
+from unified.rope import GridRotary
+from unified.sequence import IGNORE
+from unified.slots import SlotPlan, plan_slots, running_index
+
+
+@dataclass
+class UnifiedOutput(CausalLMOutputWithPast):
+    """Output of :class:`UnifiedForCausalLM`.
+
+    Attributes:
+        loss: weighted mean over all learned slots, in nats.
+        text_loss, image_loss: plain means over the slots whose target is text, or an image patch; None without any.
+        logits: ``(B, S, V_text)``, only without labels.
+        image_logits: ``(B, S, K)``, only without labels and with ``image_grids``.
+    """
+
+    text_loss: Tensor | None = None
+    image_loss: Tensor | None = None
+    image_logits: Tensor | None = None
+
+
+class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
+    """A decoder language model with a second embedding table and a second head for image codes."""
+
+    config: UnifiedConfig
+    config_class = UnifiedConfig
+    base_model_prefix = "backbone"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: UnifiedConfig):
+        super().__init__(config)
+        if config.text_config is None:
+            raise ValueError("text_config: missing; give the backbone's configuration or use from_backbone.")
+        self.backbone: PreTrainedModel = AutoModelForCausalLM.from_config(config.text_config)
+        width = self.backbone.config.hidden_size
+        self.image_embed = nn.Embedding(config.codebook_size, width)
+        self.image_head = nn.Linear(width, config.codebook_size, bias=False)
+        self._wrap_rotary()
+        self.post_init()
+
+    def _wrap_rotary(self) -> None:
+        decoder = self.backbone.base_model
+        if not isinstance(getattr(decoder, "rotary_emb", None), nn.Module):
+            raise ValueError(
+                f"text_config: {type(decoder).__name__} has no rotary_emb module at its top; choose a decoder with rotary "
+                "embeddings such as Llama, Qwen, Mistral or Gemma."
+            )
+        decoder.rotary_emb = GridRotary(decoder.rotary_emb)
+
+    @classmethod
+    def from_backbone(
+        cls,
+        pretrained_model_name_or_path: str,
+        codebook_size: int,
+        boi_token_id: int,
+        eoi_token_id: int,
+        dtype: torch.dtype | None = None,
+        attn_implementation: str | None = None,
+        **config: Any,
+    ) -> "UnifiedForCausalLM":
+        """Attach image tables to a pretrained decoder; its text logits stay what they were.
+
+        The image embedding starts with the mean and the per-dimension spread of the backbone's text embedding.
+
+        Args:
+            pretrained_model_name_or_path: folder or Hub name of any ``AutoModelForCausalLM``.
+            codebook_size: number of image codes K.
+            boi_token_id, eoi_token_id: ids of the backbone's vocabulary (unused or reserved ones) that frame an image.
+            dtype: weights' dtype, as in ``from_pretrained``.
+            attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``, as in ``from_pretrained``.
+            config: further fields of :class:`UnifiedConfig`.
+        """
+        backbone = AutoModelForCausalLM.from_pretrained(
+            pretrained_model_name_or_path, dtype=dtype or torch.float32, attn_implementation=attn_implementation
+        )
+        unified = UnifiedConfig(
+            text_config=backbone.config,
+            codebook_size=codebook_size,
+            boi_token_id=boi_token_id,
+            eoi_token_id=eoi_token_id,
+            **config,
+        )
+        model = cls(unified)
+        model.to(dtype=backbone.dtype)  # type: ignore[call-arg]
+        model.backbone.load_state_dict(_with_wrapped_rotary(backbone.state_dict()))
+        model.backbone.generation_config = backbone.generation_config
+        model.generation_config = backbone.generation_config
+        text = backbone.get_input_embeddings().weight.detach().float()
+        with torch.no_grad():
+            noise = torch.randn(model.image_embed.weight.shape)
+            model.image_embed.weight.copy_(text.mean(dim=0) + noise * text.std(dim=0))
+        return model
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The backbone's text embedding."""
+        return self.backbone.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The backbone's text head."""
+        return self.backbone.get_output_embeddings()
+
+    def embed(self, input_ids: Tensor, plan: SlotPlan, patch_size: int) -> Tensor:
+        """Slot embeddings ``(B, S, D)`` of ids ``(B, T)``: text rows as they are, image spans grouped."""
+        flat = input_ids.reshape(-1)
+        text = self.get_input_embeddings()(flat[plan.text_tokens])
+        embeds = text.new_zeros(plan.batch_size * plan.length, text.shape[-1])
+        embeds = embeds.index_copy(0, plan.text_slots, text)
+        for group in plan.spans:
+            codes = flat[group.tokens] - self.config.layout.text_vocab_size
+            patches = group_embeddings(self.image_embed(codes), group.grid, patch_size)
+            embeds = embeds.index_copy(
+                0, group.slots.reshape(-1), patches.reshape(-1, patches.shape[-1]).to(embeds.dtype)
+            )
+        return embeds.reshape(plan.batch_size, plan.length, -1)
+
+    def text_logits(self, hidden: Tensor) -> Tensor:
+        """``(..., D)`` to ``(..., V_text)`` through the backbone's own head."""
+        logits = self.get_output_embeddings()(hidden)
+        cap = getattr(self.config.text_config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def run_backbone(self, embeds: Tensor, coordinates: Tensor | None, **kwargs: Any) -> Any:
+        """Run the backbone on ``(B, S, D)`` embeddings with explicit rotary coordinates ``(B, S, 2)``."""
+        decoder = self.backbone.base_model
+        decoder.rotary_emb.coordinates = coordinates
+        try:
+            return decoder(inputs_embeds=embeds, **kwargs)
+        finally:
+            decoder.rotary_emb.coordinates = None
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        image_grids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        patch_size: int = 1,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> UnifiedOutput:
+        """Losses with ``labels``, logits without.
+
+        Args:
+            input_ids: ``(B, T)``; text ids below ``V_text``, image code c as ``V_text + c``.
+            labels: ``(B, T)``, -100 where nothing is learned. A patch is learned if all of its codes are labelled.
+            image_grids: ``(N, 2)``, the (h, w) of every image span in order of appearance.
+            attention_mask: ``(B, T)``, 0 on padding.
+            document_ids: ``(B, T)`` for packed rows, -1 on padding: no attention, position or loss across documents.
+            patch_size: side p of the patches that image spans are grouped into.
+            position_ids, past_key_values, use_cache, logits_to_keep: as in transformers, for text generation.
+
+        Raises:
+            ValueError: if spans and grids disagree or ``patch_size`` does not divide a grid.
+        """
+        if past_key_values is not None and image_grids is not None:
+            raise ValueError("past_key_values: cached decoding of image spans goes through unified.decoding.")
+        plan = plan_slots(input_ids, image_grids, attention_mask, document_ids, patch_size, self.config)
+        embeds = self.embed(input_ids, plan, patch_size)
+        # Packed rows are told apart by restarting position ids, which needs the mask argument to be empty.
+        mask = attention_mask if past_key_values is not None else plan.attention_mask
+        outputs = self.run_backbone(
+            embeds,
+            plan.coordinates,
+            attention_mask=None if plan.documents is not None else mask,
+            position_ids=running_index(plan) if position_ids is None and past_key_values is None else position_ids,
+            past_key_values=past_key_values,
+            use_cache=bool(use_cache) and labels is None,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        if labels is not None:
+            return self._losses(hidden, labels, plan, patch_size)
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        kept = hidden[:, keep]
+        return UnifiedOutput(
+            logits=self.text_logits(kept),
+            image_logits=None if image_grids is None else self.image_head(kept),
+            past_key_values=outputs.past_key_values,
+        )
+
+    def _losses(self, hidden: Tensor, labels: Tensor, plan: SlotPlan, patch_size: int) -> UnifiedOutput:
+        """Score slot i + 1 from the hidden state of slot i, each over the vocabulary of its target."""
+        flat_hidden = hidden.reshape(-1, hidden.shape[-1])
+        flat_labels = labels.reshape(-1)
+        text_targets = flat_labels[plan.text_tokens]
+        learned = (text_targets != IGNORE) & (plan.text_slots % plan.length != 0)
+        text = F.cross_entropy(
+            self.text_logits(flat_hidden[plan.text_slots[learned] - 1]).float(), text_targets[learned], reduction="none"
+        )
+        states, targets = [], []
+        for group in plan.spans:
+            patches = group_targets(flat_labels[group.tokens], group.grid, patch_size)
+            learned = (patches != IGNORE).all(dim=-1)
+            states.append(flat_hidden[group.slots[learned] - 1])
+            targets.append(patches[learned] - self.config.layout.text_vocab_size)
+        if not states:
+            return self._combine(text, text.new_zeros(0), patch_size)
+        image = patch_cross_entropy(self.image_head(torch.cat(states)), torch.cat(targets))
+        return self._combine(text, image, patch_size)
+
+    def _combine(self, text: Tensor, image: Tensor, patch_size: int) -> UnifiedOutput:
+        per_patch = patch_size**2 if self.config.loss_normalization == "token" else 1
+        text_weight, image_weight = self.config.text_loss_weight, self.config.image_loss_weight * per_patch
+        weight = text_weight * text.numel() + image_weight * image.numel()
+        if weight == 0:
+            raise ValueError(
+                "labels: no slot of the batch is learned; label at least one token (-100 means not learned)."
+            )
+        return UnifiedOutput(
+            loss=(text_weight * text.sum() + image_weight * image.sum()) / weight,
+            text_loss=text.mean() if text.numel() else None,
+            image_loss=image.mean() if image.numel() else None,
+        )
+
+
+def _with_wrapped_rotary(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names of rotary buffers that a backbone stores move under the wrapper."""
+    return {name.replace(".rotary_emb.", ".rotary_emb.rotary."): value for name, value in state.items()}
+
+
+AutoConfig.register("unified", UnifiedConfig)
+AutoModel.register(UnifiedConfig, UnifiedForCausalLM)
+AutoModelForCausalLM.register(UnifiedConfig, UnifiedForCausalLM)

@@ -1,0 +1,168 @@
+"""Next-patch prediction (arXiv 2412.15321) as pure functions.
+
+A grid of image codes is cut into p x p windows. A window enters the backbone as the mean of its code embeddings, and
+one output distribution is scored against all of its codes. Training goes from large patches to p = 1, which is plain
+next-token prediction; generation is always p = 1.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Grid = tuple[int, int]
+
+
+def patch_grid(grid: Grid, patch_size: int) -> Grid:
+    """Grid of patches for a grid of codes.
+
+    Raises:
+        ValueError: if ``patch_size`` does not divide both sides.
+    """
+    height, width = grid
+    if patch_size < 1 or height % patch_size or width % patch_size:
+        raise ValueError(
+            f"patch_size: {patch_size} does not divide the code grid {height}x{width}; use a common divisor of its sides."
+        )
+    return height // patch_size, width // patch_size
+
+
+def _windows(tokens: Tensor, grid: Grid, patch_size: int) -> Tensor:
+    """``(B, h*w, ...)`` in raster order to ``(B, h*w/p^2, p^2, ...)``, windows and their contents in raster order."""
+    rows, columns = patch_grid(grid, patch_size)
+    if tokens.shape[1] != grid[0] * grid[1]:
+        raise ValueError(f"grid: {grid[0]}x{grid[1]} needs {grid[0] * grid[1]} codes, got {tokens.shape[1]}.")
+    rest = tokens.shape[2:]
+    split = tokens.reshape(-1, rows, patch_size, columns, patch_size, *rest)
+    return split.transpose(2, 3).reshape(-1, rows * columns, patch_size * patch_size, *rest)
+
+
+def group_embeddings(embeds: Tensor, grid: Grid, patch_size: int) -> Tensor:
+    """Mean embedding of every patch: ``(B, h*w, D)`` to ``(B, h*w/p^2, D)``, patches in raster order.
+
+    Raises:
+        ValueError: if ``patch_size`` does not divide the grid, or the grid does not match the number of codes.
+    """
+    windows = _windows(embeds, grid, patch_size)
+    return windows.squeeze(2) if patch_size == 1 else windows.mean(dim=2)
+
+
+def group_targets(codes: Tensor, grid: Grid, patch_size: int) -> Tensor:
+    """Codes of every patch: ``(B, h*w)`` to ``(B, h*w/p^2, p^2)``; integer in, the same integers out.
+
+    Raises:
+        ValueError: if ``patch_size`` does not divide the grid, or the grid does not match the number of codes.
+    """
+    return _windows(codes, grid, patch_size)
+
+
+def patch_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean negative log-likelihood of a patch's codes under its one distribution.
+
+    Args:
+        logits: ``(..., K)``, one distribution per patch.
+        targets: ``(..., P)`` codes of the patch.
+
+    Returns:
+        ``(...)`` loss per patch in nats: ``logsumexp(z) - mean_k z[t_k]``, which equals the mean of P cross-entropies
+        without a P-fold copy of the logits. At P = 1 it is ``F.cross_entropy``.
+    """
+    if targets.shape[-1] == 1:
+        flat = F.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), targets.reshape(-1), reduction="none")
+        return flat.reshape(targets.shape[:-1])
+    logits = logits.float()
+    return logits.logsumexp(dim=-1) - logits.gather(-1, targets).mean(dim=-1)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Steps ``[start, end)`` trained with one patch size."""
+
+    patch_size: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class PatchSchedule:
+    """Patch sizes from coarse to fine and the share of the training steps that each one gets.
+
+    Args:
+        patch_sizes: strictly decreasing, ending at 1.
+        shares: one positive share per patch size; they sum to 1.
+        restart: restart the learning rate in every stage (as in the paper), or run one schedule over all of them.
+        warmup: share of a schedule spent on linear warm-up from ``1 / warmup_steps``.
+        decay: share of a schedule spent on linear decay.
+        final: multiplier reached at the end of the decay.
+    """
+
+    patch_sizes: tuple[int, ...] = (2, 1)
+    shares: tuple[float, ...] = (0.5, 0.5)
+    restart: bool = True
+    warmup: float = 0.05
+    decay: float = 0.2
+    final: float = 0.1
+
+    def __post_init__(self) -> None:
+        sizes = list(self.patch_sizes)
+        if not sizes or sizes[-1] != 1 or sizes != sorted(set(sizes), reverse=True):
+            raise ValueError(f"patch_sizes: {self.patch_sizes} must be strictly decreasing and end at 1.")
+        if (
+            len(self.shares) != len(sizes)
+            or min(self.shares) <= 0
+            or not math.isclose(sum(self.shares), 1.0, abs_tol=1e-6)
+        ):
+            raise ValueError(f"shares: {self.shares} must be {len(sizes)} positive numbers that sum to 1.")
+        if not (self.warmup >= 0 and self.decay >= 0 and self.warmup + self.decay <= 1):
+            raise ValueError(f"warmup, decay: {self.warmup} and {self.decay} must be shares that sum to at most 1.")
+
+    @classmethod
+    def from_levels(cls, levels: int, ratio: float = 0.5, **options: float | bool) -> "PatchSchedule":
+        """The paper's schedule: ``levels`` patch sizes ending at 1, stage boundaries at ``ratio ** i`` of the training."""
+        if not 1 <= levels <= 4 or not 0 < ratio < 1:
+            raise ValueError(f"levels, ratio: {levels} and {ratio} must lie in 1..4 and (0, 1).")
+        ends = [ratio**i for i in reversed(range(levels))]
+        shares = tuple(end - start for start, end in zip([0.0, *ends], ends, strict=False))
+        return cls(patch_sizes=tuple(2**i for i in reversed(range(levels))), shares=shares, **options)  # type: ignore[arg-type]
+
+    def stages(self, total_steps: int) -> list[Stage]:
+        """Cut ``total_steps`` into stages; every stage gets at least one step."""
+        if total_steps < len(self.patch_sizes):
+            raise ValueError(f"total_steps: {total_steps} is too few for {len(self.patch_sizes)} stages.")
+        stages, start, passed = [], 0, 0.0
+        for i, (size, share) in enumerate(zip(self.patch_sizes, self.shares, strict=True)):
+            passed += share
+            later = len(self.patch_sizes) - 1 - i
+            end = min(max(round(passed * total_steps), start + 1), total_steps - later) if later else total_steps
+            stages.append(Stage(size, start, end))
+            start = end
+        return stages
+
+    def stage(self, step: int, total_steps: int) -> Stage:
+        """The stage that ``step`` (counted from 0) belongs to."""
+        if not 0 <= step < total_steps:
+            raise ValueError(f"step: {step} lies outside the {total_steps} steps of the schedule.")
+        return next(stage for stage in self.stages(total_steps) if step < stage.end)
+
+    def lr_multiplier(self, step: int, total_steps: int) -> float:
+        """Factor on the peak learning rate at ``step``: linear warm-up, constant, linear decay. Never 0, never past the end."""
+        stage = self.stage(step, total_steps) if self.restart else Stage(1, 0, total_steps)
+        length, done = stage.end - stage.start, step - stage.start
+        warmup_steps, decay_steps = round(self.warmup * length), round(self.decay * length)
+        if done < warmup_steps:
+            return (done + 1) / warmup_steps
+        left = length - done
+        if left < decay_steps:
+            return self.final + (1 - self.final) * left / decay_steps
+        return 1.0
+
+    def relative_cost(self) -> float:
+        """Image slots processed, relative to next-token training on the same pictures."""
+        return sum(share / size**2 for size, share in zip(self.patch_sizes, self.shares, strict=True))
+
+
+def slot_counts(image_grids: Tensor, patch_size: int) -> int:
+    """Number of image slots that spans of the given grids ``(N, 2)`` take at ``patch_size``."""
+    return sum(math.prod(patch_grid((int(h), int(w)), patch_size)) for h, w in torch.as_tensor(image_grids).tolist())

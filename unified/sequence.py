@@ -1,0 +1,168 @@
+"""Segments of text and image <-> one sequence of ids; batches of sequences.
+
+A sequence reads ``<bos> text <boi> codes <eoi> text ...``. ``labels`` copy the ids where a token is to be learned and
+hold -100 elsewhere; the shift by one slot happens inside the model.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from unified.config import TokenLayout
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class TextSegment:
+    """Text ids; ``loss`` says whether they are learned."""
+
+    ids: Sequence[int]
+    loss: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSegment:
+    """Image codes ``(h, w)`` in [0, K); ``loss`` says whether they are learned."""
+
+    codes: Tensor
+    loss: bool = True
+
+
+Segment = TextSegment | ImageSegment
+
+
+@dataclass
+class TokenSequence:
+    """``input_ids`` and ``labels`` of shape ``(T,)``, the grid of every image span, and the document of every token."""
+
+    input_ids: Tensor
+    labels: Tensor
+    image_grids: list[tuple[int, int]]
+    document_ids: Tensor | None = None
+
+
+def build_sequence(segments: Iterable[Segment], layout: TokenLayout, end: bool = False) -> TokenSequence:
+    """Lay segments out as one sequence that starts with ``<bos>`` (if the backbone has one).
+
+    ``<boi>`` is learned if the text before it is, so that interleaved data teach when to draw; ``<eoi>`` is learned with
+    its picture. ``end`` appends ``<eos>``, learned as the last segment is.
+
+    Raises:
+        ValueError: if text ids or codes leave their ranges, or codes are not ``(h, w)`` integers.
+    """
+    ids: list[int] = [] if layout.bos_token_id is None else [layout.bos_token_id]
+    learn = [False] * len(ids)
+    grids: list[tuple[int, int]] = []
+    text_learned = False
+    for segment in segments:
+        if isinstance(segment, TextSegment):
+            _check_range("text ids", segment.ids, layout.text_vocab_size)
+            ids.extend(segment.ids)
+            learn.extend([segment.loss] * len(segment.ids))
+            text_learned = segment.loss
+        else:
+            codes = segment.codes
+            if codes.ndim != 2 or codes.is_floating_point() or codes.numel() == 0:
+                raise ValueError(f"codes: need integers of shape (h, w), got {codes.dtype} {tuple(codes.shape)}.")
+            flat = codes.reshape(-1).tolist()
+            _check_range("codes", flat, layout.codebook_size)
+            ids.extend([layout.boi_token_id, *(code + layout.text_vocab_size for code in flat), layout.eoi_token_id])
+            learn.extend([text_learned, *[segment.loss] * (len(flat) + 1)])
+            grids.append((codes.shape[0], codes.shape[1]))
+    if end:
+        if layout.eos_token_id is None:
+            raise ValueError("end: the backbone has no eos token id; set one in its configuration.")
+        ids.append(layout.eos_token_id)
+        learn.append(learn[-1])
+    input_ids = torch.tensor(ids, dtype=torch.int64)
+    labels = torch.where(torch.tensor(learn), input_ids, IGNORE)
+    return TokenSequence(input_ids, labels, grids)
+
+
+def split_sequence(input_ids: Tensor, image_grids: Sequence[tuple[int, int]], layout: TokenLayout) -> list[Segment]:
+    """The inverse of :func:`build_sequence` for the ids ``(T,)``: segments without ``<bos>``, ``<boi>`` and ``<eoi>``."""
+    frame = {layout.boi_token_id, layout.eoi_token_id}
+    segments: list[Segment] = []
+    text: list[int] = []
+    grids = iter(image_grids)
+    ids = input_ids.tolist()
+    position = 1 if ids and ids[0] == layout.bos_token_id else 0
+    while position < len(ids):
+        token = ids[position]
+        if token < layout.text_vocab_size:
+            if token not in frame:
+                text.append(token)
+            position += 1
+            continue
+        if text:
+            segments.append(TextSegment(text))
+            text = []
+        height, width = next(grids)
+        codes = input_ids[position : position + height * width] - layout.text_vocab_size
+        segments.append(ImageSegment(codes.reshape(height, width)))
+        position += height * width
+    if text:
+        segments.append(TextSegment(text))
+    return segments
+
+
+def collate(sequences: Sequence[TokenSequence], layout: TokenLayout) -> dict[str, Tensor]:
+    """Pad sequences on the right into a batch for :class:`unified.UnifiedForCausalLM`.
+
+    Returns:
+        ``input_ids``, ``labels``, ``attention_mask`` of shape ``(B, T)``; ``image_grids`` ``(N, 2)``, one row per image
+        span in order of appearance; ``document_ids (B, T)`` (-1 on padding) if the sequences are packed.
+    """
+    length = max(len(sequence.input_ids) for sequence in sequences)
+
+    def stack(tensors: list[Tensor], fill: int) -> Tensor:
+        return torch.stack([torch.nn.functional.pad(t, (0, length - len(t)), value=fill) for t in tensors])
+
+    grids = [grid for sequence in sequences for grid in sequence.image_grids]
+    batch = {
+        "input_ids": stack([s.input_ids for s in sequences], layout.pad_token_id),
+        "labels": stack([s.labels for s in sequences], IGNORE),
+        "attention_mask": stack([torch.ones_like(s.input_ids) for s in sequences], 0),
+        "image_grids": torch.tensor(grids, dtype=torch.int64).reshape(-1, 2),
+    }
+    packed = [s.document_ids for s in sequences if s.document_ids is not None]
+    if packed:
+        if len(packed) != len(sequences):
+            raise ValueError(f"sequences: {len(packed)} of {len(sequences)} are packed; pack all of them or none.")
+        batch["document_ids"] = stack(packed, -1)
+    return batch
+
+
+def pack(sequences: Iterable[TokenSequence], max_length: int) -> list[TokenSequence]:
+    """Concatenate sequences, in order, into rows of at most ``max_length`` tokens with one document id each.
+
+    Raises:
+        ValueError: if a single sequence is longer than ``max_length``.
+    """
+    rows: list[list[TokenSequence]] = []
+    room = 0
+    for sequence in sequences:
+        size = len(sequence.input_ids)
+        if size > max_length:
+            raise ValueError(f"max_length: {max_length} is shorter than a sequence of {size} tokens; raise it.")
+        if size > room:
+            rows.append([])
+            room = max_length
+        rows[-1].append(sequence)
+        room -= size
+    return [_concatenate(row) for row in rows]
+
+
+def _concatenate(row: list[TokenSequence]) -> TokenSequence:
+    labels = [torch.cat([torch.tensor([IGNORE]), s.labels[1:]]) for s in row]  # nothing predicts a document's start
+    documents = [torch.full_like(s.input_ids, index) for index, s in enumerate(row)]
+    grids = [grid for s in row for grid in s.image_grids]
+    return TokenSequence(torch.cat([s.input_ids for s in row]), torch.cat(labels), grids, torch.cat(documents))
+
+
+def _check_range(name: str, values: Sequence[int], size: int) -> None:
+    if len(values) and not (min(values) >= 0 and max(values) < size):
+        raise ValueError(f"{name}: values {min(values)}..{max(values)} leave [0, {size}); made for another layout?")

@@ -1,0 +1,75 @@
+"""Training batches as a pure function of the step, so that a resumed run sees exactly what it would have seen."""
+
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from unified_tokenizers import TextTokenizer
+
+from unified.config import TokenLayout
+from unified.sequence import ImageSegment, TextSegment, TokenSequence, build_sequence, collate
+
+_SHUFFLE, _DROPOUT = 0, 1  # independent random streams of one seed
+
+
+class TextToImageBatches(Dataset):
+    """Item i is the i-th batch of this process: captions and codes laid out as ``<bos> caption <boi> codes <eoi>``.
+
+    Every epoch is a new permutation of the rows; batches run across its end, so no row is dropped. Processes take
+    interleaved slices of one global batch.
+    """
+
+    def __init__(
+        self,
+        rows: datasets.Dataset,
+        text_tokenizer: TextTokenizer,
+        layout: TokenLayout,
+        batch_size: int,
+        num_batches: int,
+        seed: int = 0,
+        caption_dropout: float = 0.0,
+        train_on_captions: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        if len(rows) == 0:
+            raise ValueError("data.train: no rows to train on.")
+        self.rows, self.text_tokenizer, self.layout = rows, text_tokenizer, layout
+        self.batch_size, self.num_batches, self.seed = batch_size, num_batches, seed
+        self.caption_dropout, self.train_on_captions = caption_dropout, train_on_captions
+        self.rank, self.world_size = rank, world_size
+        self._epoch: tuple[int, np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not 0 <= index < self.num_batches:
+            raise IndexError(index)
+        total = self.batch_size * self.world_size
+        dropped = np.random.default_rng((self.seed, _DROPOUT, index)).random(total) < self.caption_dropout
+        mine = range(self.rank, total, self.world_size)
+        rows = self.rows[[self._row(index * total + i) for i in mine]]
+        return collate([self._sequence(rows, k, bool(dropped[i])) for k, i in enumerate(mine)], self.layout)
+
+    def _row(self, position: int) -> int:
+        """Row at ``position`` of the endless stream of shuffled epochs."""
+        epoch, offset = divmod(position, len(self.rows))
+        if self._epoch is None or self._epoch[0] != epoch:
+            order = np.random.default_rng((self.seed, _SHUFFLE, epoch)).permutation(len(self.rows))
+            self._epoch = (epoch, order)
+        return int(self._epoch[1][offset])
+
+    def _sequence(self, rows: dict[str, Any], k: int, dropped: bool) -> TokenSequence:
+        caption = [] if dropped else self.text_tokenizer.encode(str(rows["caption"][k]))
+        codes = (
+            torch.as_tensor(np.asarray(rows["codes"][k])).long().reshape(int(rows["height"][k]), int(rows["width"][k]))
+        )
+        return build_sequence([TextSegment(caption, loss=self.train_on_captions), ImageSegment(codes)], self.layout)
+
+
+def loader(batches: TextToImageBatches, start: int = 0, num_workers: int = 0) -> DataLoader:
+    """Iterate over batches from index ``start`` on."""
+    return DataLoader(batches, batch_size=None, sampler=range(start, len(batches)), num_workers=num_workers)

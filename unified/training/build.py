@@ -1,0 +1,118 @@
+"""From a configuration to the parts of a run: tokenizers, model, data."""
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+from accelerate import Accelerator
+from peft import PeftModel
+from unified_tokenizers import AutoImageTokenizer, ImageTokenizer, TextTokenizer, load_text_tokenizer
+
+from unified.codes import encode_source, is_codes_cache, load_codes
+from unified.config import UnifiedConfig
+from unified.lora import attach_lora
+from unified.model import UnifiedForCausalLM
+from unified.training.config import DataConfig, TrainConfig
+
+Parts = tuple[UnifiedForCausalLM | PeftModel, ImageTokenizer, TextTokenizer]
+
+
+def build_parts(config: TrainConfig) -> Parts:
+    """Model (with a fresh adapter if the run trains one), image tokenizer and text tokenizer."""
+    source = config.model
+    if source.pipeline:
+        folder = Path(source.pipeline)
+        if not (folder / "model").is_dir():
+            raise ValueError(f"model.pipeline: {source.pipeline!r} is not a pipeline folder.")
+        image_tokenizer = AutoImageTokenizer.from_pretrained(folder / "image_tokenizer")
+        text_tokenizer = load_text_tokenizer(folder / "text_tokenizer")
+        model = UnifiedForCausalLM.from_pretrained(folder / "model", **source.options)
+    else:
+        image_tokenizer = AutoImageTokenizer.from_pretrained(str(source.image_tokenizer))
+        text_tokenizer = load_text_tokenizer(str(source.text_tokenizer or source.backbone), source.boi, source.eoi)
+        model = _new_model(config, image_tokenizer, text_tokenizer)
+    if source.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    if config.lora is None:
+        return model, image_tokenizer, text_tokenizer
+    s = config.lora
+    adapted = attach_lora(
+        model,
+        s.rank,
+        s.alpha,
+        s.dropout,
+        s.target_modules,
+        s.train_image_tables,
+        use_rslora=s.use_rslora,
+        use_dora=s.use_dora,
+    )
+    return adapted, image_tokenizer, text_tokenizer
+
+
+def _new_model(
+    config: TrainConfig, image_tokenizer: ImageTokenizer, text_tokenizer: TextTokenizer
+) -> UnifiedForCausalLM:
+    stride = image_tokenizer.downsample
+    side = config.data.image_size // stride
+    shared: dict[str, Any] = {
+        "codebook_size": image_tokenizer.codebook_size,
+        "boi_token_id": text_tokenizer.boi_token_id,
+        "eoi_token_id": text_tokenizer.eoi_token_id,
+        "image_tokenizer_fingerprint": image_tokenizer.fingerprint,
+        "image_grids": [[side, side]],
+        **config.model.options,
+    }
+    if config.model.backbone:
+        return UnifiedForCausalLM.from_backbone(config.model.backbone, **shared)
+    architecture = {
+        **(config.model.architecture or {}),
+        "vocab_size": text_tokenizer.vocab_size,
+        "bos_token_id": text_tokenizer.bos_token_id,
+        "eos_token_id": text_tokenizer.eos_token_id,
+        "pad_token_id": text_tokenizer.pad_token_id,
+    }
+    return UnifiedForCausalLM(UnifiedConfig(text_config=architecture, **shared))
+
+
+def open_codes(
+    accelerator: Accelerator, config: TrainConfig, tokenizer: ImageTokenizer
+) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    """Training and validation rows as codes; a source of pictures is encoded once into ``<output_dir>/codes``."""
+    data = config.data
+    output = Path(config.output_dir)
+    train_path = _as_cache(accelerator, data, data.train, data.train_split, tokenizer, output / "codes")
+    train = load_codes(train_path, data.train_split, tokenizer.fingerprint)
+    if data.max_samples is not None:
+        train = train.select(range(min(data.max_samples, len(train))))
+    if config.validate_every is None:
+        return train, None
+    if data.validation is None and is_codes_cache(data.train):
+        validation_path: str | Path = data.train
+    else:
+        source = data.validation or data.train
+        validation_path = _as_cache(
+            accelerator, data, source, data.validation_split, tokenizer, output / "codes-validation"
+        )
+    return train, load_codes(validation_path, data.validation_split, tokenizer.fingerprint)
+
+
+def _as_cache(
+    accelerator: Accelerator, data: DataConfig, source: str, split: str, tokenizer: ImageTokenizer, out: Path
+) -> str | Path:
+    if is_codes_cache(source):
+        return source
+    if accelerator.is_main_process and not is_codes_cache(out):
+        reports = encode_source(
+            tokenizer,
+            source,
+            out,
+            (split,),
+            data.image_size,
+            data.image_column,
+            data.caption_column,
+            streaming=data.streaming,
+        )
+        for name, report in reports.items():
+            accelerator.print(f"{source} ({name}): {report.summary()}")
+    accelerator.wait_for_everyone()
+    return out

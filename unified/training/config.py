@@ -1,0 +1,150 @@
+"""Everything that a training run can be told, as dataclasses filled from YAML and ``key=value`` overrides."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING
+
+from unified.lora import ATTENTION_AND_MLP
+from unified.npp import PatchSchedule
+from unified.settings import load_settings
+
+
+@dataclass
+class DataConfig:
+    """What to train on.
+
+    ``train`` is a codes cache, or any captioned source, which is then encoded once into ``<output_dir>/codes``.
+    """
+
+    train: str = MISSING
+    validation: str | None = None  # default: the validation split of `train`
+    train_split: str = "train"
+    validation_split: str = "validation"
+    image_column: str = "image"
+    caption_column: str = "caption"
+    image_size: int = 64
+    streaming: bool = False
+    max_samples: int | None = None  # use only the first rows of the training split
+    caption_dropout: float = 0.1  # share of empty captions, for classifier-free guidance
+    train_on_captions: bool = False  # also learn the captions as text
+    num_workers: int = 0
+
+
+@dataclass
+class ModelConfig:
+    """Where the model comes from: exactly one of ``pipeline``, ``backbone`` and ``architecture``."""
+
+    pipeline: str | None = None  # continue from a pipeline folder
+    backbone: str | None = None  # attach image tables to a pretrained language model
+    architecture: dict[str, Any] | None = None  # a backbone from scratch: fields of its transformers config
+    image_tokenizer: str | None = None
+    text_tokenizer: str | None = None
+    boi: str | None = None  # tokens that frame a picture, for a pretrained text tokenizer
+    eoi: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)  # fields of UnifiedConfig: positions, loss weights, ...
+    gradient_checkpointing: bool = False
+
+
+@dataclass
+class LoraSettings:
+    """Train an adapter instead of the model; see ``unified.lora.attach_lora``."""
+
+    rank: int = 16
+    alpha: int | None = None
+    dropout: float = 0.0
+    target_modules: list[str] = field(default_factory=lambda: list(ATTENTION_AND_MLP))
+    train_image_tables: bool = False
+    use_rslora: bool = False
+    use_dora: bool = False
+
+
+@dataclass
+class ScheduleConfig:
+    """Fields of ``unified.npp.PatchSchedule``."""
+
+    patch_sizes: list[int] = field(default_factory=lambda: [2, 1])
+    shares: list[float] = field(default_factory=lambda: [0.5, 0.5])
+    restart: bool = True
+    warmup: float = 0.05
+    decay: float = 0.2
+    final: float = 0.1
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and clipping."""
+
+    learning_rate: float = 3e-4
+    weight_decay: float = 0.05
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    gradient_clip: float = 1.0
+    ema_decay: float | None = None  # average of the weights; starts anew at every change of patch size
+
+
+@dataclass
+class SampleConfig:
+    """Pictures drawn while training, from stage p = 1 on."""
+
+    every: int | None = None
+    prompts: list[str] = field(default_factory=list)
+    guidance_scale: float = 3.0
+    seed: int = 0
+
+
+@dataclass
+class TrainConfig:
+    """A whole training run."""
+
+    output_dir: str = MISSING
+    steps: int = MISSING
+    batch_size: int = 32  # per process
+    gradient_accumulation_steps: int = 1
+    mixed_precision: str | None = None  # no, bf16, fp16; default: what accelerate launch says
+    seed: int = 0
+    log_every: int = 10
+    validate_every: int | None = None
+    checkpoint_every: int | None = None
+    keep_checkpoints: int = 2
+    resume: str | None = None  # a checkpoint folder, or `latest`
+    track_with: list[str] = field(default_factory=lambda: ["tensorboard"])
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraSettings | None = None
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+
+    def patch_schedule(self) -> PatchSchedule:
+        """The schedule object; raises ValueError on inconsistent fields."""
+        s = self.schedule
+        return PatchSchedule(tuple(s.patch_sizes), tuple(s.shares), s.restart, s.warmup, s.decay, s.final)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read a run's YAML file and ``key=value`` overrides.
+
+    Raises:
+        ValueError: as :func:`unified.settings.load_settings`, or for fields that contradict each other.
+    """
+    config = load_settings(TrainConfig, path, overrides)
+    _check(config)
+    return config
+
+
+def _check(config: TrainConfig) -> None:
+    sources = [name for name in ("pipeline", "backbone", "architecture") if getattr(config.model, name)]
+    if len(sources) != 1:
+        raise ValueError(f"model: set exactly one of pipeline, backbone and architecture, got {sources or 'none'}.")
+    if not config.model.pipeline:
+        for name in ("image_tokenizer", "text_tokenizer"):
+            if not getattr(config.model, name) and not (name == "text_tokenizer" and config.model.backbone):
+                raise ValueError(f"model.{name}: missing; a new model needs the folder of its tokenizer.")
+    if not 0 <= config.data.caption_dropout <= 1:
+        raise ValueError(f"data.caption_dropout: {config.data.caption_dropout} must lie in [0, 1].")
+    for name in ("steps", "batch_size", "gradient_accumulation_steps", "log_every"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}: {getattr(config, name)} must be at least 1.")
+    config.patch_schedule().stages(config.steps)

@@ -1,0 +1,206 @@
+"""The training loop: next-patch stages, one optimizer step after the other."""
+
+import math
+import time
+from pathlib import Path
+from typing import cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device, set_seed
+from peft import PeftModel
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+from unified.lora import base_of, save_lora
+from unified.model import UnifiedForCausalLM
+from unified.npp import slot_counts
+from unified.pipeline import UnifiedPipeline
+from unified.settings import dump_settings
+from unified.training.batches import TextToImageBatches, loader
+from unified.training.build import build_parts, open_codes
+from unified.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from unified.training.config import OptimizerConfig, TrainConfig
+from unified.training.tracking import RunLog
+
+
+def train(config: TrainConfig) -> Path:
+    """Run a training from scratch, a full fine-tune or a LoRA run, as configured.
+
+    Writes ``log.jsonl``, ``checkpoints/`` and ``samples/`` on the way, and at the end ``pipeline/``, or ``lora/`` if an
+    adapter was trained. Returns that last folder.
+    """
+    output = Path(config.output_dir)
+    accelerator = Accelerator(
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        mixed_precision=config.mixed_precision,
+        log_with=config.track_with or None,
+        project_dir=output,
+    )
+    checkpoint = find_checkpoint(config.resume, output / "checkpoints") if config.resume else None
+    set_seed(config.seed)
+    output.mkdir(parents=True, exist_ok=True)
+    if accelerator.is_main_process:
+        (output / "config.yaml").write_text(dump_settings(config))
+    accelerator.init_trackers("tensorboard")
+
+    model, image_tokenizer, text_tokenizer = build_parts(config)
+    layout = base_of(model).config.layout
+    train_rows, validation_rows = open_codes(accelerator, config, image_tokenizer)
+    accumulation = config.gradient_accumulation_steps
+    batches = TextToImageBatches(
+        train_rows, text_tokenizer, layout, config.batch_size, config.steps * accumulation, config.seed,
+        config.data.caption_dropout, config.data.train_on_captions,
+        accelerator.process_index, accelerator.num_processes,
+    )  # fmt: skip
+
+    schedule = config.patch_schedule()
+    model, optimizer = accelerator.prepare(model, build_optimizer(model, config.optimizer))
+    ema = _average_of(accelerator.unwrap_model(model), config.optimizer.ema_decay)
+    if ema is not None:
+        accelerator.register_for_checkpointing(ema)
+    step, slots = load_checkpoint(accelerator, checkpoint) if checkpoint else (0, 0)
+    log = RunLog(accelerator, output, resumed_at=step)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    processes = accelerator.num_processes
+    accelerator.print(
+        f"{trainable / 1e6:.2f} M trainable parameters, {len(train_rows)} pictures, {processes} process(es)"
+    )
+    for stage in schedule.stages(config.steps):
+        accelerator.print(f"  p = {stage.patch_size}: steps {stage.start} to {stage.end}")
+
+    def current() -> UnifiedForCausalLM | PeftModel:
+        return cast(UnifiedForCausalLM, ema.module) if ema is not None else accelerator.unwrap_model(model)
+
+    def validate() -> None:
+        if validation_rows is None:
+            return
+        seen = train_rows.select(range(min(len(train_rows), len(validation_rows))))
+        for name, rows in (("validation_loss", validation_rows), ("train_subset_loss", seen)):
+            count = math.ceil(len(rows) / config.batch_size)
+            held_out = TextToImageBatches(rows, text_tokenizer, layout, config.batch_size, count)
+            losses[name] = image_loss(current(), held_out, accelerator.device)
+        log.write(step, slots=slots, **losses)
+
+    model.train()
+    losses: dict[str, float] = {}
+    total, since, images = torch.zeros((), device=accelerator.device), time.monotonic(), 0
+    bar = tqdm(total=config.steps, initial=step, unit="step", disable=not accelerator.is_local_main_process)
+    for batch in loader(batches, step * accumulation, config.data.num_workers):
+        stage = schedule.stage(step, config.steps)
+        batch = send_to_device(batch, accelerator.device)
+        with accelerator.accumulate(model):
+            output_ = model(**batch, patch_size=stage.patch_size)
+            accelerator.backward(output_.loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), config.optimizer.gradient_clip)
+            for group in optimizer.param_groups:
+                group["lr"] = config.optimizer.learning_rate * schedule.lr_multiplier(step, config.steps)
+            optimizer.step()
+            optimizer.zero_grad()
+        total += output_.image_loss.detach() / (accumulation * config.log_every)
+        count = len(batch["input_ids"]) * accelerator.num_processes
+        images += count
+        text_slots = int(batch["attention_mask"].sum()) - int(batch["image_grids"].prod(dim=1).sum())
+        slots += (text_slots + slot_counts(batch["image_grids"].cpu(), stage.patch_size)) * accelerator.num_processes
+        if not accelerator.sync_gradients:
+            continue
+
+        step += 1
+        bar.update()
+        if ema is not None:
+            if step - 1 == stage.start:
+                ema.n_averaged.zero_()  # the average of a coarse stage would linger: start from this stage's weights
+            ema.update_parameters(accelerator.unwrap_model(model))
+        if step % config.log_every == 0:
+            seconds, since = time.monotonic() - since, time.monotonic()
+            mean = float(accelerator.reduce(total, "mean"))
+            if not math.isfinite(mean):
+                raise FloatingPointError(
+                    f"loss is {mean} at step {step}: lower optimizer.learning_rate or check the data."
+                )
+            rate = images / seconds
+            log.write(
+                step,
+                image_loss=mean,
+                patch_size=stage.patch_size,
+                lr=optimizer.param_groups[0]["lr"],
+                slots=slots,
+                images_per_second=rate,
+            )
+            bar.set_postfix(
+                p=stage.patch_size,
+                loss=f"{mean:.3f}",
+                img_s=f"{rate:.0f}",
+                **{k: f"{v:.3f}" for k, v in losses.items()},
+            )
+            total.zero_()
+            images = 0
+        last = step == config.steps
+        if config.validate_every and (step % config.validate_every == 0 or last):
+            validate()
+        if config.sample.every and (step % config.sample.every == 0 or last) and stage.patch_size == 1:
+            log.pictures(step, _pipeline(current(), image_tokenizer, text_tokenizer), config.sample)
+            model.train()
+        if config.checkpoint_every and (step % config.checkpoint_every == 0 or last):
+            save_checkpoint(accelerator, output / "checkpoints", step, slots, config.keep_checkpoints)
+    bar.close()
+    accelerator.end_training()
+    return _save(accelerator, current(), image_tokenizer, text_tokenizer, output)
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW; weight decay on matrices only."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.betas[0], config.betas[1]), fused=True)
+
+
+@torch.no_grad()
+def image_loss(model: nn.Module, batches: TextToImageBatches, device: torch.device) -> float:
+    """Mean image loss over all batches in next-token mode, in nats a code."""
+    training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    for batch in loader(batches):
+        batch = send_to_device(batch, device)
+        total += float(model(**batch).image_loss) * len(batch["input_ids"])
+        count += len(batch["input_ids"])
+    model.train(training)
+    return total / count
+
+
+def _average_of(model: nn.Module, decay: float | None) -> AveragedModel | None:
+    if decay is None:
+        return None
+    if isinstance(model, PeftModel):
+        raise ValueError("optimizer.ema_decay: not available with lora; leave it out.")
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+
+def _pipeline(model: UnifiedForCausalLM | PeftModel, *tokenizers: object) -> UnifiedPipeline:
+    pipeline = UnifiedPipeline(base_of(model), *tokenizers)  # type: ignore[arg-type]
+    pipeline.model.eval()
+    return pipeline
+
+
+def _save(
+    accelerator: Accelerator,
+    model: UnifiedForCausalLM | PeftModel,
+    image_tokenizer: object,
+    text_tokenizer: object,
+    output: Path,
+) -> Path:
+    folder = output / ("lora" if isinstance(model, PeftModel) else "pipeline")
+    if accelerator.is_main_process:
+        if isinstance(model, PeftModel):
+            save_lora(model, folder)
+        else:
+            _pipeline(model, image_tokenizer, text_tokenizer).save_pretrained(folder)
+        accelerator.print(f"saved {folder}")
+    accelerator.wait_for_everyone()
+    return folder

@@ -1,0 +1,62 @@
+"""What a run leaves behind to look at: a JSONL log, trackers, sample grids."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torchvision.utils import make_grid, save_image
+
+from unified.pipeline import UnifiedPipeline
+from unified.training.config import SampleConfig
+
+LOG_FILE = "log.jsonl"
+
+
+class RunLog:
+    """One line of JSON per record, and the same figures to Accelerate's trackers."""
+
+    def __init__(self, accelerator: Accelerator, output_dir: Path, resumed_at: int):
+        self.accelerator, self.path = accelerator, output_dir / LOG_FILE
+        if accelerator.is_main_process:
+            # A resumed run continues its log; lines past the checkpoint will be written again.
+            kept = [line for line in read_log(output_dir) if line["step"] <= resumed_at] if resumed_at else []
+            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+    def write(self, step: int, **figures: Any) -> None:
+        """Record figures after ``step`` steps."""
+        if self.accelerator.is_main_process:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": step, **figures}) + "\n")
+        self.accelerator.log({name: value for name, value in figures.items() if value is not None}, step=step)
+
+    def pictures(self, step: int, pipeline: UnifiedPipeline, config: SampleConfig) -> None:
+        """Draw the sample prompts with fixed seeds into ``samples/step-N.png``."""
+        if not self.accelerator.is_main_process:
+            return
+        pipeline.set_progress_bar_config(disable=True)
+        generators = [torch.Generator().manual_seed(config.seed + i) for i in range(len(config.prompts))]
+        images = pipeline(
+            config.prompts, guidance_scale=config.guidance_scale, generator=generators, output_type="pt"
+        ).images
+        grid = make_grid(
+            torch.as_tensor(images),
+            nrow=min(8, len(config.prompts)),
+            padding=2,
+            pad_value=1,
+            normalize=True,
+            value_range=(-1, 1),
+        )
+        folder = self.path.parent / "samples"
+        folder.mkdir(exist_ok=True)
+        save_image(grid, folder / f"step-{step:08d}.png")
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.writer.add_image("samples", grid, step)
+
+
+def read_log(output_dir: Path) -> list[dict[str, Any]]:
+    """All records of a run's log, oldest first; empty without a log."""
+    path = output_dir / LOG_FILE
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
