@@ -2,8 +2,8 @@
 
     python eval/train_clip.py --data data/openmoji --split train --out runs/openmoji/clip --name openmoji-nano
 
-The folder can be given to `eval/evaluate.py --clip` and loads in open_clip as `local-dir:<folder>`. Its scores are printed
-with its name, as in `CLIP score (openmoji-nano)`.
+The folder can be given to `eval/evaluate.py --clip` and loads in open_clip as `local-dir:<folder>`. Its scores are
+printed with its name, as in `CLIP score (openmoji-nano)`.
 """
 
 import argparse
@@ -31,8 +31,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--caption-column", default="caption", help="column of the captions (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--name", required=True, help="name its scores carry, for example openmoji-nano")
-    parser.add_argument("--steps", type=int, default=200, help="optimizer steps (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=96, help="pictures per step (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=180, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=64, help="pictures per step (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak learning rate (default: %(default)s)")
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of weights, batches and augmentation (default: %(default)s)"

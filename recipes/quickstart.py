@@ -35,14 +35,16 @@ STEPS: dict[str, list[str]] = {
     "pictures_things": [*PICTURES, f"{OUT}/data/things", "--groups", *THINGS],
     "pictures_things_outline": [*PICTURES, f"{OUT}/data/things-outline", "--style", "outline", "--groups", *THINGS],
     "image_tokenizer": [*LAUNCH, "recipes/train_tokenizer.py", "--config", "recipes/configs/quickstart_tokenizer.yaml"],
-    "text_tokenizer": [*PYTHON, "recipes/train_text_tokenizer.py", "--source", f"{OUT}/data/openmoji", "--out", f"{OUT}/text_tokenizer"],
+    "text_tokenizer": [*PYTHON, "recipes/train_text_tokenizer.py", "--source", f"{OUT}/data/openmoji",
+                       "--out", f"{OUT}/text_tokenizer"],
     "codes": [*ENCODE, f"{OUT}/data/things", "--out", f"{OUT}/codes"],
     "codes_outline": [*ENCODE, f"{OUT}/data/things-outline", "--out", f"{OUT}/codes-outline"],
     "model": [*TRAIN, "recipes/configs/quickstart.yaml"],
     "lora": [*TRAIN, "recipes/configs/quickstart_lora.yaml"],
     "clip": [*PYTHON, "eval/train_clip.py", "--data", f"{OUT}/data/things", "--out", f"{OUT}/clip", "--name", "openmoji-nano"],
     "evaluate": [*PYTHON, "eval/evaluate.py", "--pipeline", f"{OUT}/model/pipeline", "--data", f"{OUT}/data/things",
-                 "--psnr-data", f"{OUT}/data/openmoji", "--clip", f"{OUT}/clip", "--num-images", "64", "--out", f"{OUT}/evaluation"],
+                 "--psnr-data", f"{OUT}/data/openmoji", "--clip", f"{OUT}/clip", "--num-images", "64",
+                 "--out", f"{OUT}/evaluation"],
     "report": [*PYTHON, "recipes/quickstart_report.py", "--run", str(OUT)],
 }  # fmt: skip
 

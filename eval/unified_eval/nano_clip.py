@@ -46,8 +46,8 @@ def train_nano_clip(
     images: Sequence[Image.Image],
     captions: Sequence[str],
     name: str,
-    steps: int = 200,
-    batch_size: int = 96,
+    steps: int = 180,
+    batch_size: int = 64,
     learning_rate: float = 2e-3,
     weight_decay: float = 0.1,
     seed: int = 0,
@@ -118,6 +118,7 @@ def train_nano_clip(
                 model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
             bar.set_postfix(loss=f"{loss.item():.3f}")
             bar.update()
+    model.to(memory_format=torch.contiguous_format)  # as it is loaded, so that features stay the same to the bit
     return Clip(model.eval(), preprocess, tokenizer, name)
 
 
@@ -142,8 +143,8 @@ def unique_caption_batches(groups: Sequence[Sequence[int]], batch_size: int, see
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     """Shift (up to 1/16 of the side), scale (0.9 to 1.1), blur half of and add slight noise to a batch.
 
-    The edge pixels are repeated where the picture no longer reaches, and colours are kept, so that the model forgives what
-    a tokenizer or a generator does to edges but not a wrong colour.
+    The edge pixels are repeated where the picture no longer reaches, and colours are kept, so that the model forgives
+    what a tokenizer or a generator does to edges but not a wrong colour.
 
     Args:
         images: ``(B, 3, H, W)`` in [-1, 1].

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
         ``(B,)`` float64 in dB; infinite where two pictures are equal.
 
     Raises:
-        ValueError: if the shapes differ, are not ``(B, 3, H, W)`` with B of 1 or more, or a value is outside [0, 1].
+        ValueError: if the shapes differ or are not ``(B, 3, H, W)``, B is 0, or a value is outside [0, 1].
     """
     return -10 * torch.log10(squared_error(a, b))
 
@@ -38,7 +38,8 @@ def squared_error(a: Tensor, b: Tensor) -> Tensor:
     for field, pictures in (("a", a), ("b", b)):
         if not bool(((pictures >= 0) & (pictures <= 1)).all()):
             raise ValueError(
-                f"{field}: values {float(pictures.min()):.3g}..{float(pictures.max()):.3g} leave [0, 1]; rescale and clamp."
+                f"{field}: values {float(pictures.min()):.3g}..{float(pictures.max()):.3g} leave [0, 1]; "
+                "rescale and clamp."
             )
     return (a.double() - b.double()).square().mean((1, 2, 3))
 
@@ -48,7 +49,7 @@ def psnr_summary(originals: Sequence[Image.Image], reconstructed: Sequence[Image
 
     Returns:
         ``mean_db``, the mean of per-picture PSNR, where a picture given back exactly counts as 58.92 dB (the error of
-        8-bit rounding) so that the mean stays finite; and ``pooled_db``, the PSNR of the mean squared error over the set.
+        8-bit rounding) so that the mean stays finite; and ``pooled_db``, the PSNR of the mean squared error of the set.
 
     Raises:
         ValueError: if the lists are empty, or differ in length or picture size.
@@ -87,13 +88,14 @@ def reconstruct(
 
     if not images:
         raise ValueError("images: the list is empty; give at least one picture.")
+    device = next(tokenizer.parameters()).device if isinstance(tokenizer, nn.Module) else "cpu"
     out: list[Image.Image] = []
     with (
         tqdm(total=len(images), desc="reconstruct", unit="picture", disable=not progress) as bar,
         torch.inference_mode(),
     ):
         for start in range(0, len(images), batch_size):
-            batch = to_tensor(images[start : start + batch_size])
+            batch = to_tensor(images[start : start + batch_size]).to(device)
             out += to_pil(tokenizer.decode(tokenizer.encode(batch)))
             bar.update(len(batch))
     return out

@@ -5,6 +5,7 @@ from itertools import islice, pairwise
 from typing import TypeVar
 
 from unified.data import CaptionedImage, SkipReport, captioned_images, load_source
+from unified_eval.clip import caption_key
 
 T = TypeVar("T")
 
@@ -39,11 +40,6 @@ def first_usable_rows(
     if not kept:
         raise ValueError(f"source: split {split!r} of {source!r} has no usable row.\n{report.summary()}")
     return kept, report
-
-
-def caption_key(caption: str) -> str:
-    """Form of a caption under which two captions count as the same: lower case, single spaces."""
-    return " ".join(caption.lower().split())
 
 
 def unique_captions(rows: list[CaptionedImage]) -> list[CaptionedImage]:

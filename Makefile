@@ -1,0 +1,27 @@
+# make quickstart [FRESH=1]  data, tokenizers, model, LoRA, pictures, report in runs/quickstart/
+# make test                  lint, types and tests
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: quickstart test lint clean
+
+quickstart: .venv/quickstart.installed
+	$(BIN)/python recipes/quickstart.py $(if $(FRESH),--fresh)
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: .venv/dev.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv runs data
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/%.installed: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --editable ".[$*]"
+	touch $@

@@ -1,0 +1,137 @@
+"""Gather a quickstart run: the pipeline and the adapter, the sheets, `metrics.json` and `report.html`.
+
+    python recipes/quickstart_report.py --run runs/quickstart
+"""
+
+import argparse
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from PIL import Image
+from unified_eval.curves import plot_loss
+from unified_eval.evaluate import recipe_line
+from unified_eval.reconstruction import reconstruct
+from unified_eval.report import Figure, Picture, write_report
+from unified_eval.sheets import captioned_grid, in_rows
+
+from unified import PatchSchedule, UnifiedPipeline
+from unified.data import SkipReport, captioned_images, load_source
+from unified.settings import load_settings
+from unified.training.config import TrainConfig
+from unified.training.tracking import read_log
+
+STYLE_PROMPTS = ["red apple", "penguin", "sunflower", "hamburger", "oncoming automobile", "butterfly", "strawberry", "sailboat"]
+HEADLINE = ["tokenizer_psnr_db", "fd_efflite0", "clip_score", "r1_generated", "r1_reconstructions", "r1_real"]
+
+
+def draw_with_and_without(pipe: UnifiedPipeline, lora: Path, prompts: list[str], out: Path) -> dict[str, Any]:
+    """Draw the same prompts and seeds without, with, and again without the adapter; the first and last must agree."""
+
+    def draw() -> tuple[list[Image.Image], torch.Tensor]:
+        output = pipe(prompts, generator=[torch.Generator().manual_seed(i) for i in range(len(prompts))])
+        return list(output.images), output.codes
+
+    plain, codes = draw()
+    pipe.load_lora_weights(lora, adapter_name="outline")
+    styled, styled_codes = draw()
+    pipe.unload_lora_weights()
+    _, codes_after = draw()
+    if not torch.equal(codes, codes_after):
+        raise RuntimeError("lora: the base model draws other codes after unloading the adapter.")
+    captioned_grid([plain, styled], [prompts, prompts], row_titles=["base", "with adapter"]).save(out)
+    return {
+        "lora_codes_changed": float((codes != styled_codes).float().mean()),
+        "lora_unloaded_equals_base": True,
+        "lora_saturation": [saturation(plain), saturation(styled)],
+    }
+
+
+def saturation(images: list[Image.Image]) -> float:
+    """Mean HSV saturation of pictures, 0 (grey) to 1."""
+    values = [torch.frombuffer(bytearray(i.convert("HSV").getchannel("S").tobytes()), dtype=torch.uint8) for i in images]
+    return float(torch.stack(values).float().mean() / 255)
+
+
+def main() -> None:
+    """Parse the command line and write everything that a reader of the run looks at."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, help="folder of the quickstart run")
+    run: Path = parser.parse_args().run
+
+    for source, name in ((run / "model" / "pipeline", "pipeline"), (run / "lora_run" / "lora", "lora")):
+        shutil.rmtree(run / name, ignore_errors=True)
+        shutil.copytree(source, run / name)
+    shutil.copyfile(run / "evaluation" / "samples.png", run / "samples.png")
+    pipe = UnifiedPipeline.from_pretrained(run / "pipeline")
+    known = set(load_source(str(run / "codes"))["caption"])
+    prompts = [prompt for prompt in STYLE_PROMPTS if prompt in known]
+    lora = draw_with_and_without(pipe, run / "lora", prompts, run / "lora.png")
+
+    held_out = captioned_images(load_source(str(run / "data" / "openmoji"), "validation"), SkipReport())
+    rows = [row for _, row in zip(range(12), held_out, strict=False)]
+    rebuilt = reconstruct(pipe.image_tokenizer, [row.image for row in rows])
+    pairs = [picture for row, again in zip(rows, rebuilt, strict=True) for picture in (row.image, again)]
+    names = [text for row in rows for text in (row.caption, "through the tokenizer")]
+    captioned_grid(in_rows(pairs, 8), in_rows(names, 8)).save(run / "reconstructions.png")
+    log = read_log(run / "model")
+    plot_loss(log, run / "loss.png", "Next-patch prediction: loss against cost", pipe.image_tokenizer.codebook_size)
+
+    evaluation = json.loads((run / "evaluation" / "metrics.json").read_text())
+    steps = json.loads((run / "steps.json").read_text())
+    me = psutil.Process()
+    seconds = {name: round(step["seconds"], 1) for name, step in steps.items() if name != "report"}
+    seconds["report"] = round(time.time() - me.create_time(), 1)
+    memory = [step["peak_memory_gb"] for step in steps.values()] + [me.memory_info().rss / 1e9]
+    config = load_settings(TrainConfig, run / "model" / "config.yaml")
+    schedule: PatchSchedule = config.patch_schedule()
+    figures, recipes = evaluation["figures"], evaluation["recipes"]
+    metrics = {
+        "seconds_total": round(sum(seconds.values()), 1),
+        "peak_memory_gb": round(max(memory), 2),
+        **{name: figures[name] for name in HEADLINE},
+        **{name: value for name, value in figures.items() if name not in HEADLINE},
+        **lora,
+        "image_cost_relative_to_next_token": schedule.relative_cost(),
+        "training_pictures_seen": config.steps * config.batch_size,
+        "final_validation": {k: v for k, v in [r for r in log if "validation_loss" in r][-1].items() if k.endswith("loss")},
+        "seconds": seconds,
+        "recipes": recipes,
+        "run": evaluation["run"],
+    }
+    (run / "metrics.json").write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
+    attribution = (run / "data" / "openmoji" / "README.md").read_text().split("\n\n")[1].strip()
+    write_report(
+        run / "report.html",
+        "Quickstart: a small language model that draws emoji",
+        figures=[
+            *(Figure(recipes[name]["label"], figures[name], recipe_line(recipes[name])) for name in HEADLINE),
+            Figure("Image slots processed, relative to next-token training", schedule.relative_cost(),
+                   f"patch sizes {list(schedule.patch_sizes)} for {list(schedule.shares)} of the steps"),
+            Figure("Wall time, seconds", metrics["seconds_total"], "sum of all steps on this machine"),
+            Figure("Peak memory, GB", metrics["peak_memory_gb"], "largest resident memory of any step with its children"),
+        ],
+        tables={
+            "Every figure": [{"figure": recipes[name]["label"], "value": value, "recipe": recipe_line(recipes[name])}
+                             for name, value in figures.items()],
+            "Time of each step": [{"step": name, "seconds": value} for name, value in seconds.items()],
+        },
+        pictures=[
+            Picture(run / "samples.png", "One generated picture for each of 64 training captions; none was selected."),
+            Picture(run / "lora.png", "The same prompts and seeds without and with the LoRA adapter."),
+            Picture(run / "reconstructions.png", "Held-out pictures and what the image tokenizer makes of them."),
+            Picture(run / "loss.png", "Loss against cost. Validation is in next-token mode (p = 1) at every point."),
+        ],
+        commands=["make quickstart", *(step["command"] for step in steps.values())],
+        notes=["Everything here was made by one command on this machine, from data to pictures.", attribution],
+    )  # fmt: skip
+    for name in ["seconds_total", "peak_memory_gb", *HEADLINE]:
+        print(f"{name:<22} {metrics[name]:.3f}")
+
+
+if __name__ == "__main__":
+    main()

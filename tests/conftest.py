@@ -1,0 +1,71 @@
+"""Tiny models and tokenizers, built once."""
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from unified_tokenizers import SentencePieceTokenizer, VQConfig, VQModel, train_sentencepiece
+
+from unified import UnifiedConfig, UnifiedForCausalLM, UnifiedPipeline
+
+CAPTIONS = ["red apple", "blue car", "a green tree", "the small dog", "a cat and a dog", "yellow sun"]
+
+
+def tiny_config(**changes) -> UnifiedConfig:
+    text = {
+        "model_type": "llama", "vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "max_position_embeddings": 128,
+        "initializer_range": 0.2,
+    }  # fmt: skip
+    text.update(changes.pop("text", {}))
+    defaults = {"codebook_size": 20, "boi_token_id": 3, "eoi_token_id": 4, "image_grids": [[4, 4]]}
+    return UnifiedConfig(text_config=text, **{**defaults, **changes})
+
+
+def tiny_model(seed: int = 0, **changes) -> UnifiedForCausalLM:
+    torch.manual_seed(seed)
+    return UnifiedForCausalLM(tiny_config(**changes)).eval()
+
+
+@pytest.fixture(scope="session")
+def text_tokenizer(tmp_path_factory) -> SentencePieceTokenizer:
+    return train_sentencepiece(CAPTIONS, tmp_path_factory.mktemp("text"), vocab_size=320)
+
+
+@pytest.fixture(scope="session")
+def image_tokenizer() -> VQModel:
+    torch.manual_seed(0)
+    return VQModel(VQConfig(channels=8, encoder_blocks=1, decoder_blocks=1, codebook_size=20, code_dim=4)).eval()
+
+
+@pytest.fixture
+def pipeline(text_tokenizer, image_tokenizer) -> UnifiedPipeline:
+    model = tiny_model(
+        text={"vocab_size": text_tokenizer.vocab_size},
+        boi_token_id=text_tokenizer.boi_token_id,
+        eoi_token_id=text_tokenizer.eoi_token_id,
+        image_tokenizer_fingerprint=image_tokenizer.fingerprint,
+    )
+    pipe = UnifiedPipeline(model, image_tokenizer, text_tokenizer)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def picture_source(tmp_path_factory) -> str:
+    """A saved data set of 12 + 6 pictures of 16 px with captions."""
+    rng = np.random.default_rng(0)
+
+    def rows(count: int) -> datasets.Dataset:
+        pictures = [Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)) for _ in range(count)]
+        captions = [CAPTIONS[i % len(CAPTIONS)] for i in range(count)]
+        return datasets.Dataset.from_dict({"image": pictures, "caption": captions}).cast_column("image", datasets.Image())
+
+    path = tmp_path_factory.mktemp("data") / "pictures"
+    datasets.DatasetDict(train=rows(12), validation=rows(6)).save_to_disk(path)
+    return str(path)
+
+
+def generators(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]

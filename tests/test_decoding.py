@@ -1,0 +1,87 @@
+"""Cached decoding against a loop without cache; samplers; noise."""
+
+import pytest
+import torch
+from conftest import generators, tiny_model
+
+from unified.decoding import Sampling, generate_codes
+from unified.decoding.sampler import filter_logits, guide, gumbel_noise
+
+
+def naive_codes(model, prompt, negative, grid, sampling, generator):
+    """Full forward over the whole sequence for every code, one row at a time, no cache."""
+    steps, codes = grid[0] * grid[1], []
+    for step in range(steps):
+        sides = []
+        for ids in (prompt, negative):
+            rest = [50 + c for c in codes] + [50] * (steps - step)  # codes to come are hidden by causality
+            output = model(torch.tensor([[*ids, *rest]]), image_grids=torch.tensor([grid]))
+            sides.append(output.image_logits[:, len(ids) - 1 + step])
+        logits = guide(*sides, sampling.guidance_scale) if sampling.guidance_scale > 1 else sides[0]
+        noise = gumbel_noise([generator], 20, logits.device)
+        codes.append(int((filter_logits(logits, sampling) + noise).argmax()))
+    return codes
+
+
+@pytest.mark.parametrize("positions", ["1d", "2d"])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(guidance_scale=2.5, top_k=7, temperature=0.8)])
+@torch.no_grad()
+def test_cached_equals_full_forward(positions, sampling):
+    model = tiny_model(positions=positions)
+    prompts, negatives = [[1, 5, 6, 7, 3], [1, 8, 3]], [[1, 3], [1, 9, 9, 9, 9, 9, 3]]
+    grid = (2, 4)
+    cached = generate_codes(model, prompts, negatives, grid, sampling, generators(0, 1))
+    for row in range(2):
+        expected = naive_codes(model, prompts[row], negatives[row], grid, sampling, *generators(row))
+        assert cached[row].flatten().tolist() == expected
+
+
+def test_a_row_does_not_depend_on_its_batch():
+    model = tiny_model()
+    sampling = Sampling(guidance_scale=2.0)
+    together = generate_codes(model, [[1, 5, 3], [1, 6, 7, 8, 3]], [[1, 3]] * 2, (4, 4), sampling, generators(3, 4))
+    alone = generate_codes(model, [[1, 6, 7, 8, 3]], [[1, 3]], (4, 4), sampling, generators(4))
+    assert torch.equal(together[1], alone[0])
+
+
+def test_callback_sees_every_code():
+    seen = []
+    codes = generate_codes(tiny_model(), [[1, 3]], None, (2, 2), Sampling(), generators(0), lambda i, c: seen.append((i, c.tolist())))
+    flat = codes.flatten().tolist()
+    assert seen == [(i, [flat[: i + 1]]) for i in range(4)]
+
+
+def test_gumbel_max_draws_from_the_softmax():
+    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]])
+    generator = generators(0)
+    draws = torch.cat([(logits + gumbel_noise(generator, 4, logits.device)).argmax(-1) for _ in range(20000)])
+    share = torch.bincount(draws, minlength=4) / 20000
+    torch.testing.assert_close(share, logits[0].softmax(-1), rtol=0, atol=0.015)
+
+
+def test_filters():
+    logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]])
+    assert filter_logits(logits, Sampling(top_k=2)).isfinite().tolist() == [[True, True, False, False]]
+    probability = logits.softmax(-1)[0]
+    top_p = float(probability[0]) + 0.01  # needs the second code as well
+    assert filter_logits(logits, Sampling(top_p=top_p)).isfinite().tolist() == [[True, True, False, False]]
+    assert filter_logits(logits, Sampling(top_p=0.01)).isfinite().tolist() == [[True, False, False, False]]
+    assert filter_logits(logits, Sampling(temperature=0.5)).tolist() == [[6.0, 4.0, 2.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("guidance_scale", 0.5), ("temperature", 0.0), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.5)]
+)
+def test_bad_sampling_is_named(field, value):
+    with pytest.raises(ValueError, match=f"{field}: {value}"):
+        Sampling(**{field: value})
+
+
+def test_nan_logits_are_refused():
+    with pytest.raises(ValueError, match="logits: NaN"):
+        filter_logits(torch.tensor([[float("nan"), 0.0]]), Sampling())
+
+
+def test_guidance_needs_negative_rows():
+    with pytest.raises(ValueError, match="negative_prompts"):
+        generate_codes(tiny_model(), [[1, 3]], None, (2, 2), Sampling(guidance_scale=2.0), generators(0))

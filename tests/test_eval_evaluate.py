@@ -1,0 +1,209 @@
+"""Choosing rows, the figures with their floors and ceilings, and both scripts from data to files."""
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from unified_eval import (
+    Clip,
+    Extractor,
+    choose_evenly,
+    evaluate_pictures,
+    first_usable_rows,
+    frechet_distance,
+    kernel_distance,
+    load_clip,
+    load_extractor,
+)
+from unified_eval.evaluate import recipe_line
+from unified_eval.selection import unique_captions
+
+ROOT = Path(__file__).resolve().parent.parent
+CAPTIONS = ["black", "dark", "light", "white"]
+
+
+class ColourModel(torch.nn.Module):
+    """A stand-in CLIP: a picture's feature is its mean colour, a caption's is looked up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(1))
+        self.visual = torch.nn.Module()
+        self.visual.preprocess_cfg = {"size": 4}  # type: ignore[assignment]
+
+    def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
+        return pixels.mean((2, 3))
+
+    def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
+        return torch.eye(3)[tokens[:, 0] - 1]
+
+
+class ColourTokenizer:
+    context_length = 2
+    words = ("", "red", "green", "blue")
+
+    def __call__(self, texts, context_length: int = 2) -> torch.Tensor:
+        texts = [texts] if isinstance(texts, str) else texts
+        return torch.tensor([[self.words.index(text)] + [0] * (context_length - 1) for text in texts])
+
+
+def flat(colour: tuple[int, int, int]) -> Image.Image:
+    return Image.new("RGB", (4, 4), colour)
+
+
+def pixels(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+
+
+@pytest.fixture
+def colour_clip() -> Clip:
+    return Clip(ColourModel(), pixels, ColourTokenizer(), "colours")
+
+
+@pytest.fixture
+def mean_extractor() -> Extractor:
+    return Extractor("mean", "FD-Mean", 3, "00ff" * 16, "none", "x / 255",
+                     lambda images: torch.stack([pixels(image).mean((1, 2)) for image in images]))  # fmt: skip
+
+
+def test_every_figure_of_known_pictures(colour_clip, mean_extractor):
+    captions = ["red", "green", "blue"]
+    real = [flat((255, 0, 0)), flat((0, 255, 0)), flat((0, 0, 255))]
+    rebuilt = [flat((204, 153, 0)), flat((0, 204, 153)), flat((0, 0, 255))]  # cosines 0.8, 0.8, 1
+    generated = [flat((255, 0, 0)), flat((255, 0, 0)), flat((153, 0, 204))]  # cosines 1, 0, 0.8
+    others = [flat((10, 20, 30)), flat((30, 10, 20)), flat((20, 30, 10))]
+    result = evaluate_pictures(real, rebuilt, generated, captions, colour_clip, mean_extractor, others)
+    figures = result["figures"]
+    points = {name: np.array([np.asarray(p)[0, 0] / 255 for p in pictures])
+              for name, pictures in {"r": real, "t": rebuilt, "g": generated, "o": others}.items()}  # fmt: skip
+    expected = {
+        "clip_score": 60.0,
+        "clip_score_real": 100.0,
+        "clip_score_reconstructions": 100 * 2.6 / 3,
+        "clip_score_shuffled": 100 * (1 + 0.6) / 6,
+        "clip_score_gap": 60 - 100 * (1 + 0.6) / 6,
+        "r1_generated": 2 / 3,
+        "r1_real": 1.0,
+        "r1_reconstructions": 1.0,
+        "fd_mean": frechet_distance(points["g"], points["r"]),
+        "kd_mean_x1000": 1000 * kernel_distance(points["g"], points["r"]),
+        "fd_mean_reconstructions": frechet_distance(points["t"], points["r"]),
+        "fd_mean_real_other": frechet_distance(points["o"], points["r"]),
+    }
+    assert figures == pytest.approx(expected, rel=1e-5)
+    assert result["recipes"].keys() == figures.keys()
+    assert result["recipes"]["clip_score"]["label"] == "CLIP score (colours), generated"
+    assert result["recipes"]["fd_mean"]["n"] == 3 and result["recipes"]["fd_mean"]["weights_sha256"] == "00ff" * 16
+    assert recipe_line(result["recipes"]["fd_mean"]).startswith("N=3; mean (sha256 00ff00ff00ff); none; real pictures")
+
+
+def test_inception_figures_are_named_fid(colour_clip, mean_extractor):
+    fid = Extractor("inception", "FID", 3, "00", "none", "none", mean_extractor.network)
+    real = [flat((255, 0, 0)), flat((0, 255, 0))]
+    figures = evaluate_pictures(real, real, real, ["red", "green"], colour_clip, fid)["figures"]
+    assert {name for name in figures if "id" in name} == {"fid", "kid_x1000", "fid_reconstructions"}
+    assert figures["fid"] == pytest.approx(0, abs=1e-9)
+
+
+def test_halves_split_the_real_pictures(mean_extractor, colour_clip):
+    model = colour_clip._replace(tokenizer=type("Four", (ColourTokenizer,), {"words": ("", *CAPTIONS)})())
+    model.model.encode_text = lambda tokens: torch.eye(4, 3)[tokens[:, 0] - 1] + 0.1
+    real = [flat((value, value, 9)) for value in (0, 50, 180, 255)]
+    result = evaluate_pictures(real, real, real, CAPTIONS, model, mean_extractor, seed=3)
+    order = np.random.default_rng(3).permutation(4)
+    points = np.array([[value, value, 9] for value in (0, 50, 180, 255)])[order] / 255
+    assert result["figures"]["fd_mean_real_halves"] == pytest.approx(frechet_distance(points[:2], points[2:]), rel=1e-5)
+    recipe = result["recipes"]["fd_mean_real_halves"]
+    assert (recipe["n"], recipe["n_reference"], recipe["seed"]) == (2, 2, 3)
+
+
+def test_unequal_sets_and_repeated_captions_are_errors(colour_clip, mean_extractor):
+    two = [flat((255, 0, 0)), flat((0, 255, 0))]
+    with pytest.raises(ValueError, match="generated: 1 pictures for 2 captions; distances compare at equal N"):
+        evaluate_pictures(two, two, two[:1], ["red", "green"], colour_clip, mean_extractor)
+    with pytest.raises(ValueError, match="captions: 1 captions; distances need 2 or more"):
+        evaluate_pictures(two[:1], two[:1], two[:1], ["red"], colour_clip, mean_extractor)
+    with pytest.raises(ValueError, match=r"captions: number 1 repeats number 0 \('red'\)"):
+        evaluate_pictures(two, two, two, ["red", "red"], colour_clip, mean_extractor)
+
+
+def test_rows_are_the_first_usable_ones(picture_source):
+    rows, report = first_usable_rows(picture_source, "train", 7)
+    assert [row.row for row in rows] == list(range(7)) and report.used == 7
+    assert [row.row for row in unique_captions(rows)] == list(range(6))
+    assert len(first_usable_rows(picture_source, "train")[0]) == 12
+    with pytest.raises(ValueError, match="max_samples: 0 is below 1"):
+        first_usable_rows(picture_source, "train", 0)
+    with pytest.raises(ValueError, match="split: 'test' is not in"):
+        first_usable_rows(picture_source, "test")
+
+
+def test_choice_is_even_and_seeded():
+    chosen = choose_evenly(list(range(100)), 10, seed=1)
+    assert [value // 10 for value in chosen] == list(range(10))
+    assert chosen == choose_evenly(list(range(100)), 10, seed=1) != choose_evenly(list(range(100)), 10, seed=2)
+    assert choose_evenly([5, 6, 7], 3, seed=0) == [5, 6, 7]
+    with pytest.raises(ValueError, match="count: cannot choose 4 of 3 items"):
+        choose_evenly([5, 6, 7], 4, seed=0)
+
+
+def test_importing_the_package_loads_no_network():
+    code = (
+        "import sys, unified_eval; assert not {'open_clip', 'torch'} & set(sys.modules); unified_eval.frechet_distance"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def run_script(monkeypatch, name: str, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    runpy.run_path(str(ROOT / "eval" / name), run_name="__main__")
+
+
+def test_scripts_from_data_to_metrics(pipeline, picture_source, tmp_path, monkeypatch, capsys):
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    run_script(monkeypatch, "train_clip.py", "--data", picture_source, "--max-samples", 6, "--steps", 2, "--batch-size", 6,
+               "--out", tmp_path / "clip", "--name", "tiny-nano")  # fmt: skip
+    record = json.loads((tmp_path / "clip" / "nano_clip.json").read_text())
+    assert (record["name"], record["samples"], record["steps"], record["seed"]) == ("tiny-nano", 6, 2, 0)
+    assert record["retrieval_at_1"]["train"]["captions"] == record["retrieval_at_1"]["validation"]["captions"] == 6
+
+    common = ["--pipeline", tmp_path / "pipeline", "--data", picture_source, "--clip", tmp_path / "clip", "--num-images", 4,
+              "--guidance-scale", 1.0, "--seed", 5]  # fmt: skip
+    run_script(monkeypatch, "evaluate.py", *common, "--out", tmp_path / "out")
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    figures, run = metrics["figures"], metrics["run"]
+    assert figures.keys() == metrics["recipes"].keys()
+    assert "CLIP score (tiny-nano), generated" in capsys.readouterr().out
+    assert run["samples"] == 12 and len(run["captions"]) == 4 and run["rows"] == sorted(run["rows"])
+
+    # The files are the pictures of seed + i, and the figures are those of the files.
+    files = sorted((tmp_path / "out" / "generated").iterdir())
+    assert [file.name for file in files] == ["000.png", "001.png", "002.png", "003.png"]
+    generated = [Image.open(file).convert("RGB") for file in files]
+    alone = pipeline(run["captions"][2], generator=torch.Generator().manual_seed(7), guidance_scale=1.0).images[0]
+    assert np.array_equal(np.asarray(alone), np.asarray(generated[2]))
+    rows = {row.row: row for row in first_usable_rows(picture_source, "train")[0]}
+    real = [rows[number].image for number in run["rows"]]
+    assert [rows[number].caption for number in run["rows"]] == run["captions"]
+    extractor = load_extractor("efficientnet-lite0")
+    assert figures["fd_efflite0"] == pytest.approx(frechet_distance(extractor(generated), extractor(real)), rel=1e-4)
+    again = evaluate_pictures(real, real, generated, run["captions"], load_clip(tmp_path / "clip"), extractor)[
+        "figures"
+    ]
+    assert figures["clip_score"] == pytest.approx(again["clip_score"], rel=1e-5)
+    assert 0 < figures["tokenizer_psnr_pooled_db"] <= figures["tokenizer_psnr_db"] < 40
+    assert metrics["recipes"]["tokenizer_psnr_db"]["n"] == 6
+    assert Image.open(tmp_path / "out" / "samples.png").width == 4 * (128 + 14) + 14
+    assert Image.open(tmp_path / "out" / "comparison.png").width == 4 * (128 + 14) + 14
+
+    with pytest.raises(ValueError, match="count: cannot choose 7 of 6 items"):
+        run_script(monkeypatch, "evaluate.py", *common, "--num-images", 7, "--out", tmp_path / "none")
+    with pytest.raises(ValueError, match="weights: the inception extractor needs a weights file"):
+        run_script(monkeypatch, "evaluate.py", *common, "--extractor", "inception", "--out", tmp_path / "none")
+    assert not (tmp_path / "none").exists()

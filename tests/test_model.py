@@ -1,0 +1,199 @@
+"""The unified model against plain transformers and against ungrouped references."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny_config, tiny_model
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from unified import UnifiedForCausalLM, group_embeddings
+from unified.sequence import ImageSegment, TextSegment, build_sequence, collate, pack
+
+
+def image(height=4, width=4, seed=0):
+    return ImageSegment(torch.randint(0, 20, (height, width), generator=torch.Generator().manual_seed(seed)))
+
+
+def mixed_sequences(layout):
+    return [
+        build_sequence([TextSegment([5, 6, 7]), image(4, 4), TextSegment([8, 9])], layout),
+        build_sequence([TextSegment([5]), image(2, 4, 1), TextSegment([6]), image(4, 4, 2)], layout),
+        build_sequence([TextSegment([10, 11, 12])], layout),
+    ]
+
+
+@pytest.fixture
+def plain_llama():
+    """A transformers Llama and a unified model around the same weights."""
+    model = tiny_model(text={"tie_word_embeddings": False})
+    llama = LlamaForCausalLM(LlamaConfig(**model.config.text_config.to_dict())).eval()
+    state = {k.replace("rotary_emb.rotary.", "rotary_emb."): v for k, v in model.backbone.state_dict().items()}
+    llama.load_state_dict(state)
+    return llama, model
+
+
+def test_text_parity_with_llama(plain_llama):
+    llama, model = plain_llama
+    ids = torch.randint(5, 50, (3, 11), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(model(ids).logits, llama(ids).logits)
+    torch.testing.assert_close(model(ids, labels=ids).loss, llama(ids, labels=ids).loss, rtol=0, atol=1e-6)
+
+
+def test_generate_equals_llama(plain_llama):
+    llama, model = plain_llama
+    ids = torch.randint(5, 50, (2, 7), generator=torch.Generator().manual_seed(1))
+    options = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(ids), "pad_token_id": 0}
+    assert torch.equal(model.generate(ids, **options), llama.generate(ids, **options))
+
+
+def test_p1_equals_a_plain_path_bitwise():
+    """At p = 1 the model is: look up both tables, run the backbone, score every slot. No grouping anywhere."""
+    model = tiny_model(positions="1d")
+    batch = collate([build_sequence([TextSegment([5, 6]), image(), TextSegment([7])], model.config.layout)], model.config.layout)
+    ids, labels = batch["input_ids"], batch["labels"]
+    is_image = ids >= 50
+    embeds = model.get_input_embeddings()(ids.clamp_max(49))
+    embeds[is_image] = model.image_embed(ids[is_image] - 50)
+    hidden = model.backbone.base_model(inputs_embeds=embeds).last_hidden_state[:, :-1]
+    target = labels[:, 1:]
+    of_image, of_text = (target >= 50), (target >= 0) & (target < 50)
+    image_loss = F.cross_entropy(model.image_head(hidden[of_image]), target[of_image] - 50, reduction="none")
+    text_loss = F.cross_entropy(model.backbone.lm_head(hidden[of_text]), target[of_text], reduction="none")
+    output = model(**batch, patch_size=1)
+    assert torch.equal(output.image_loss, image_loss.mean())
+    assert torch.equal(output.text_loss, text_loss.mean())
+    assert torch.equal(output.loss, (text_loss.sum() + image_loss.sum()) / (len(text_loss) + len(image_loss)))
+
+
+@pytest.mark.parametrize("positions", ["1d", "2d"])
+@pytest.mark.parametrize("p", [2, 4])
+def test_grouped_loss_equals_slot_by_slot_reference(p, positions):
+    """Text, <boi>, patches, <eoi>, text: each slot's loss from an explicitly built sequence of embeddings."""
+    model = tiny_model(positions=positions)
+    picture = image()
+    sequence = build_sequence([TextSegment([5, 6]), picture, TextSegment([7, 8])], model.config.layout)
+    flat = picture.codes.reshape(1, -1)
+    patches = group_embeddings(model.image_embed(flat), (4, 4), p)
+    text = model.get_input_embeddings()
+    embeds = torch.cat([text(torch.tensor([[1, 5, 6, 3]])), patches, text(torch.tensor([[4, 7, 8]]))], dim=1)
+    n = patches.shape[1]
+    side = 4 // p
+    if positions == "2d":
+        corner = [(r * p + (p - 1) / 2, c * p + (p - 1) / 2) for r in range(side) for c in range(side)]
+        span, after = [(4 + r, 4 + c) for r, c in corner], 4 + 4
+    else:
+        corner = [((r * p + (p - 1) / 2) * 4 + c * p + (p - 1) / 2) for r in range(side) for c in range(side)]
+        span, after = [(4 + i, 4 + i) for i in corner], 4 + 16
+    places = [(i, i) for i in range(4)] + span + [(after + i, after + i) for i in range(3)]
+    hidden = model.run_backbone(embeds, torch.tensor(places).float()[None]).last_hidden_state[0]
+    # Slot 3 is <boi>; it predicts patch 0. The last patch predicts <eoi>.
+    per_patch = []
+    for j in range(n):
+        r, c = divmod(j, side)
+        members = picture.codes[r * p : r * p + p, c * p : c * p + p].reshape(-1)
+        log_probability = model.image_head(hidden[3 + j]).log_softmax(-1)
+        per_patch.append(-log_probability[members].mean())
+    targets = [(0, 5), (1, 6), (2, 3), (3 + n, 4), (4 + n, 7), (5 + n, 8)]
+    per_text = [-model.text_logits(hidden[slot]).log_softmax(-1)[token] for slot, token in targets]
+    output = model(**collate([sequence], model.config.layout), patch_size=p)
+    torch.testing.assert_close(output.image_loss, torch.stack(per_patch).mean(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(output.text_loss, torch.stack(per_text).mean(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("arrange", ["pad", "pack"])
+def test_batching_does_not_change_losses(p, arrange):
+    """Padded or packed, every sequence is scored as if it were alone."""
+    model = tiny_model()
+    layout = model.config.layout
+    sequences = mixed_sequences(layout)
+    alone = [model(**collate([s], layout), patch_size=p) for s in sequences]
+    batch = collate(sequences if arrange == "pad" else pack(sequences, 1000), layout)
+    together = model(**batch, patch_size=p)
+    spans = [[16 // p**2], [8 // p**2, 16 // p**2], []]
+    image_total = sum(o.image_loss * sum(n) for o, n in zip(alone, spans, strict=True) if n)
+    torch.testing.assert_close(together.image_loss, image_total / sum(map(sum, spans)), rtol=0, atol=2e-6)
+    text_counts = [7, 6, 3]
+    text_total = sum(o.text_loss * n for o, n in zip(alone, text_counts, strict=True))
+    torch.testing.assert_close(together.text_loss, text_total / sum(text_counts), rtol=0, atol=2e-6)
+
+
+def test_loss_does_not_depend_on_train_mode():
+    model = tiny_model()
+    batch = collate(mixed_sequences(model.config.layout), model.config.layout)
+    assert torch.equal(model.train()(**batch, patch_size=2).loss, model.eval()(**batch, patch_size=2).loss)
+
+
+def test_loss_normalization_and_weights():
+    sequence_of = lambda m: collate([build_sequence([TextSegment([5, 6]), image()], m.config.layout)], m.config.layout)  # noqa: E731
+    slot = tiny_model(text_loss_weight=0.5)
+    output = slot(**sequence_of(slot), patch_size=2)  # 4 text targets (5, 6, <boi>, <eoi>), 4 patches
+    torch.testing.assert_close(output.loss, (0.5 * 4 * output.text_loss + 4 * output.image_loss) / (0.5 * 4 + 4))
+    token = tiny_model(loss_normalization="token")
+    output = token(**sequence_of(token), patch_size=2)
+    torch.testing.assert_close(output.loss, (4 * output.text_loss + 16 * output.image_loss) / (4 + 16))
+
+
+def test_gradients_reach_both_tables_and_the_backbone():
+    model = tiny_model()
+    model(**collate(mixed_sequences(model.config.layout), model.config.layout), patch_size=2).loss.backward()
+    missing = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert missing == []
+
+
+@pytest.mark.parametrize("auto", [UnifiedForCausalLM, AutoModelForCausalLM])
+def test_save_and_load(tmp_path, auto):
+    model = tiny_model(positions="2d", coarse_positions="unit")
+    model.save_pretrained(tmp_path)
+    loaded = auto.from_pretrained(tmp_path).eval()
+    batch = collate(mixed_sequences(model.config.layout), model.config.layout)
+    assert torch.equal(loaded(**batch, patch_size=2).loss, model(**batch, patch_size=2).loss)
+    assert loaded.config.coarse_positions == "unit" and loaded.config.layout == model.config.layout
+
+
+def test_from_backbone_keeps_text_logits(tmp_path):
+    torch.manual_seed(0)
+    llama = LlamaForCausalLM(tiny_config().text_config).eval()
+    llama.save_pretrained(tmp_path)
+    model = UnifiedForCausalLM.from_backbone(str(tmp_path), codebook_size=1000, boi_token_id=48, eoi_token_id=49).eval()
+    ids = torch.randint(5, 50, (2, 9))
+    assert torch.equal(model(ids).logits, llama(ids).logits)
+    text, codes = llama.get_input_embeddings().weight, model.image_embed.weight
+    torch.testing.assert_close(codes.mean(0), text.mean(0), rtol=0, atol=5 * text.std().item() / 1000**0.5)
+    torch.testing.assert_close(codes.std(), text.std(), rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_grids": torch.tensor([[4, 4], [4, 4]])}, "image_grids: 2 grids for 1 image spans"),
+        ({"image_grids": torch.tensor([[4, 2]])}, "has 16 codes, its grid 4x2 needs 8"),
+        ({"image_grids": None}, "image_grids: 0 grids for 1 image spans"),
+        ({"patch_size": 3}, "patch_size: 3 does not divide the code grid 4x4"),
+    ],
+)
+def test_bad_batches_are_named(change, message):
+    model = tiny_model()
+    batch = collate([build_sequence([TextSegment([5]), image()], model.config.layout)], model.config.layout)
+    with pytest.raises(ValueError, match=message):
+        model(**{**batch, **change})
+
+
+def test_missing_boi_and_foreign_ids_are_named():
+    model = tiny_model()
+    batch = collate([build_sequence([TextSegment([5]), image()], model.config.layout)], model.config.layout)
+    stray = batch["input_ids"].clone()
+    stray[0, 2] = 5
+    with pytest.raises(ValueError, match="not preceded by <boi>"):
+        model(stray, image_grids=batch["image_grids"])
+    stray[0, 3] = 70
+    with pytest.raises(ValueError, match="input_ids: 70 is beyond text vocabulary and codebook"):
+        model(stray, image_grids=batch["image_grids"])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("positions", "3d"), ("coarse_positions", "corner"), ("loss_normalization", "mean"), ("boi_token_id", 99)]
+)
+def test_bad_config_is_named(field, value):
+    with pytest.raises(ValueError, match=f"{field}: .*{value}"):
+        tiny_config(**{field: value})

@@ -1,0 +1,180 @@
+"""Training: batches, resume, stages, and the recipes through a real launch."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import generators
+from safetensors.torch import load_file
+
+from unified import UnifiedPipeline
+from unified.codes import encode_source, load_codes
+from unified.training.batches import TextToImageBatches, loader
+from unified.training.config import load_config
+from unified.training.loop import train
+from unified.training.tracking import read_log
+
+ROOT = Path(__file__).resolve().parent.parent
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1",
+          "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory, image_tokenizer, text_tokenizer, picture_source):
+    """Folders of both tokenizers and of the codes."""
+    folder = tmp_path_factory.mktemp("parts")
+    image_tokenizer.save_pretrained(folder / "image_tokenizer")
+    text_tokenizer.save_pretrained(folder / "text_tokenizer")
+    encode_source(image_tokenizer, picture_source, folder / "codes", image_size=16)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def config_file(parts):
+    path = parts / "run.yaml"
+    path.write_text(f"""
+steps: 12
+batch_size: 4
+log_every: 1
+validate_every: 6
+checkpoint_every: 5
+track_with: []
+data: {{train: {parts}/codes, caption_dropout: 0.3, image_size: 16}}
+model:
+  image_tokenizer: {parts}/image_tokenizer
+  text_tokenizer: {parts}/text_tokenizer
+  architecture: {{model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 4,
+                  max_position_embeddings: 128}}
+schedule: {{patch_sizes: [4, 2, 1], shares: [0.25, 0.25, 0.5]}}
+optimizer: {{learning_rate: 0.01, ema_decay: 0.9}}
+""")
+    return path
+
+
+@pytest.fixture(scope="session")
+def finished(config_file, tmp_path_factory):
+    """A finished run, launched as a user launches it."""
+    output = tmp_path_factory.mktemp("run")
+    command = [*LAUNCH, str(ROOT / "recipes" / "train.py"), "--config", str(config_file), f"output_dir={output}",
+               "sample.every=6", "sample.prompts=[red apple,blue car]", "track_with=[tensorboard]"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return output
+
+
+def without_time(log):
+    return [{name: value for name, value in record.items() if name != "images_per_second"} for record in log]
+
+
+class TestBatches:
+    def build(self, parts, text_tokenizer, **changes):
+        rows = load_codes(parts / "codes", "train", None)
+        from conftest import tiny_config
+
+        layout = tiny_config(text={"vocab_size": text_tokenizer.vocab_size}).layout
+        return TextToImageBatches(rows, text_tokenizer, layout, **{"batch_size": 4, "num_batches": 9, "seed": 1, **changes})
+
+    def test_every_epoch_sees_every_row_once(self, parts, text_tokenizer):
+        batches = self.build(parts, text_tokenizer)
+        order = [batches._row(i) for i in range(36)]
+        assert [sorted(order[i : i + 12]) for i in (0, 12, 24)] == [list(range(12))] * 3
+        assert order[:12] != order[12:24]
+
+    def test_a_batch_is_a_function_of_its_index(self, parts, text_tokenizer):
+        straight = list(loader(self.build(parts, text_tokenizer, caption_dropout=0.5)))
+        resumed = list(loader(self.build(parts, text_tokenizer, caption_dropout=0.5), start=5))
+        assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(straight[5:], resumed, strict=True))
+
+    def test_processes_share_the_global_batch(self, parts, text_tokenizer):
+        whole = self.build(parts, text_tokenizer, caption_dropout=0.5)[2]
+        halves = [self.build(parts, text_tokenizer, caption_dropout=0.5, batch_size=2, rank=r, world_size=2)[2] for r in (0, 1)]
+        length = [int(mask.sum()) for mask in whole["attention_mask"]]
+        for i in range(4):
+            part, k = halves[i % 2], i // 2
+            assert part["input_ids"][k][: length[i]].tolist() == whole["input_ids"][i][: length[i]].tolist()
+
+    def test_caption_dropout_share(self, parts, text_tokenizer):
+        batches = self.build(parts, text_tokenizer, caption_dropout=0.25, num_batches=300)
+        layout = batches.layout
+        dropped = [int(row[1]) == layout.boi_token_id for batch in loader(batches) for row in batch["input_ids"]]
+        assert sum(dropped) / len(dropped) == pytest.approx(0.25, abs=0.04)
+
+
+def test_launched_run_leaves_what_it_should(finished):
+    log = read_log(finished)
+    steps = [r for r in log if "image_loss" in r]
+    assert [r["patch_size"] for r in steps] == [4] * 3 + [2] * 3 + [1] * 6
+    checks = [r for r in log if "validation_loss" in r]
+    assert [r["step"] for r in checks] == [6, 12]
+    assert checks[-1]["train_subset_loss"] < math.log(20)
+    assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == ["step-00000010", "step-00000012"]
+    assert (finished / "samples" / "step-00000012.png").is_file()
+    assert list(finished.rglob("events.out.tfevents*"))
+    pipe = UnifiedPipeline.from_pretrained(finished / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe("red apple", generator=generators(0)).images[0].size == (16, 16)
+
+
+def test_cost_counts_slots(finished, text_tokenizer):
+    """Cumulative slots: text tokens plus 16 / p^2 per picture."""
+    costs = [r["slots"] for r in read_log(finished) if "image_loss" in r]
+    per_step = [b - a for a, b in zip([0, *costs], costs, strict=False)]
+    picture_slots = [4 * 1] * 3 + [4 * 4] * 3 + [4 * 16] * 6
+    text_slots = [total - image for total, image in zip(per_step, picture_slots, strict=True)]
+    assert all(4 * 3 <= text <= 4 * (3 + 14) for text in text_slots)  # <bos>, caption, <boi>, <eoi>
+
+
+def test_resumed_run_equals_uninterrupted(finished, config_file, tmp_path):
+    """Stop after the checkpoint of step 10 (mid-epoch, in the last stage), resume: same log, same weights, bitwise."""
+    config = load_config(config_file, [f"output_dir={tmp_path}"])
+    train(config)
+    for name in ("step-00000012",):
+        import shutil
+
+        shutil.rmtree(tmp_path / "checkpoints" / name)
+    train(load_config(config_file, [f"output_dir={tmp_path}", "resume=latest"]))
+    assert without_time(read_log(tmp_path)) == without_time(read_log(finished))
+    ours, theirs = (load_file(folder / "pipeline" / "model" / "model.safetensors") for folder in (tmp_path, finished))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def test_lora_run_on_a_pipeline(finished, config_file, parts, tmp_path):
+    override = [f"output_dir={tmp_path}", f"model.pipeline={finished}/pipeline", "model.architecture=null", "optimizer.ema_decay=null",
+                "lora.rank=4", "schedule.patch_sizes=[2,1]", "schedule.shares=[0.5,0.5]"]  # fmt: skip
+    folder = train(load_config(config_file, override))
+    assert folder.name == "lora"
+    pipe = UnifiedPipeline.from_pretrained(finished / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    base = pipe("red apple", generator=generators(0)).codes
+    pipe.load_lora_weights(folder)
+    assert not torch.equal(pipe("red apple", generator=generators(0)).codes, base)
+    pipe.unload_lora_weights()
+    assert torch.equal(pipe("red apple", generator=generators(0)).codes, base)
+
+
+def test_pictures_are_encoded_on_the_way(config_file, parts, picture_source, tmp_path):
+    train(load_config(config_file, [f"output_dir={tmp_path}", f"data.train={picture_source}", "steps=3", "validate_every=3"]))
+    ours, direct = (load_codes(folder, "train", None)["codes"] for folder in (tmp_path / "codes", parts / "codes"))
+    assert [row.tolist() for row in ours] == [row.tolist() for row in direct]
+    assert (tmp_path / "codes-validation" / "codes.json").is_file()
+
+
+def test_resume_without_checkpoint_is_an_error(config_file, tmp_path):
+    with pytest.raises(ValueError, match="resume: no checkpoint in"):
+        train(load_config(config_file, [f"output_dir={tmp_path}", "resume=latest"]))
+    with pytest.raises(ValueError, match="is not a checkpoint folder"):
+        train(load_config(config_file, [f"output_dir={tmp_path}", f"resume={tmp_path}/nowhere"]))
+
+
+def test_codes_of_another_tokenizer_are_refused(config_file, parts, tmp_path):
+    description = json.loads((parts / "codes" / "codes.json").read_text())
+    import shutil
+
+    shutil.copytree(parts / "codes", tmp_path / "codes")
+    (tmp_path / "codes" / "codes.json").write_text(json.dumps({**description, "tokenizer_fingerprint": "abc"}))
+    with pytest.raises(ValueError, match="was made with tokenizer abc"):
+        train(load_config(config_file, [f"output_dir={tmp_path}/run", f"data.train={tmp_path}/codes"]))
