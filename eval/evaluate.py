@@ -16,6 +16,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 from tqdm import tqdm
+
+from unified import UnifiedPipeline
+from unified.data import CaptionedImage, fit_square
 from unified_eval.clip import load_clip
 from unified_eval.evaluate import evaluate_pictures, evaluate_tokenizer, recipe_line
 from unified_eval.features import EXTRACTORS, load_extractor
@@ -23,9 +26,6 @@ from unified_eval.reconstruction import reconstruct
 from unified_eval.report import format_value
 from unified_eval.selection import choose_evenly, first_usable_rows, unique_captions
 from unified_eval.sheets import captioned_grid, in_rows
-
-from unified import UnifiedPipeline
-from unified.data import CaptionedImage, fit_square
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -40,6 +40,7 @@ def parse_arguments() -> argparse.Namespace:
     what.add_argument(
         "--num-images", type=int, default=64, help="captions chosen evenly among them (default: %(default)s)"
     )
+    what.add_argument("--psnr-data", help="data for the tokenizer's PSNR (default: that of --data)")
     what.add_argument(
         "--psnr-split",
         default="validation",
@@ -128,10 +129,11 @@ def main() -> None:
     chosen_rows = {row.row for row in chosen}
     rest = [row for row in distinct if row.row not in chosen_rows]
     others = choose_evenly(rest, args.num_images, args.seed) if len(rest) >= args.num_images else None
+    psnr_data = args.psnr_data or args.data
     held_out: list[CaptionedImage] = []
     if args.psnr_split != "none":
-        held_out, report = first_usable_rows(args.data, args.psnr_split, **columns)
-        print(f"{args.data} [{args.psnr_split}]: {report.summary()}")
+        held_out, report = first_usable_rows(psnr_data, args.psnr_split, **columns)
+        print(f"{psnr_data} [{args.psnr_split}]: {report.summary()}")
     clip = load_clip(args.clip)
     extractor = load_extractor(args.extractor, args.inception_weights)
     pipeline = UnifiedPipeline.from_pretrained(args.pipeline).to(args.device)
@@ -153,7 +155,7 @@ def main() -> None:
     )
     if held_out:
         pictures = [fit_square(row.image, width) for row in held_out]
-        reference = f"split {args.psnr_split} of {args.data}"
+        reference = f"split {args.psnr_split} of {psnr_data}"
         part = evaluate_tokenizer(pipeline.image_tokenizer, pictures, reference, args.batch_size, progress=True)
         result = {key: result[key] | part[key] for key in result}
 

@@ -10,10 +10,9 @@ import argparse
 import time
 from pathlib import Path
 
+from unified.data import CaptionedImage
 from unified_eval.nano_clip import grouped_retrieval, save_nano_clip, train_nano_clip
 from unified_eval.selection import first_usable_rows, unique_captions
-
-from unified.data import CaptionedImage
 
 
 def parse_arguments() -> argparse.Namespace:

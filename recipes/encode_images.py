@@ -7,9 +7,8 @@ The cache carries the tokenizer's fingerprint: training refuses codes of another
 
 import argparse
 
-from unified_tokenizers import AutoImageTokenizer
-
 from unified.codes import encode_source
+from unified_tokenizers import AutoImageTokenizer
 
 
 def main() -> None:

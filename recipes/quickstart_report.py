@@ -1,6 +1,6 @@
 """Gather a quickstart run: the pipeline and the adapter, the sheets, `metrics.json` and `report.html`.
 
-    python recipes/quickstart_report.py --run runs/quickstart
+python recipes/quickstart_report.py --run runs/quickstart
 """
 
 import argparse
@@ -13,19 +13,28 @@ from typing import Any
 import psutil
 import torch
 from PIL import Image
-from unified_eval.curves import plot_loss
-from unified_eval.evaluate import recipe_line
-from unified_eval.reconstruction import reconstruct
-from unified_eval.report import Figure, Picture, write_report
-from unified_eval.sheets import captioned_grid, in_rows
 
 from unified import PatchSchedule, UnifiedPipeline
 from unified.data import SkipReport, captioned_images, load_source
 from unified.settings import load_settings
 from unified.training.config import TrainConfig
 from unified.training.tracking import read_log
+from unified_eval.curves import plot_loss
+from unified_eval.evaluate import recipe_line
+from unified_eval.reconstruction import reconstruct
+from unified_eval.report import Figure, Picture, write_report
+from unified_eval.sheets import captioned_grid, in_rows
 
-STYLE_PROMPTS = ["red apple", "penguin", "sunflower", "hamburger", "oncoming automobile", "butterfly", "strawberry", "sailboat"]
+STYLE_PROMPTS = [
+    "red apple",
+    "penguin",
+    "sunflower",
+    "hamburger",
+    "oncoming automobile",
+    "butterfly",
+    "strawberry",
+    "sailboat",
+]
 HEADLINE = ["tokenizer_psnr_db", "fd_efflite0", "clip_score", "r1_generated", "r1_reconstructions", "r1_real"]
 
 
@@ -53,7 +62,9 @@ def draw_with_and_without(pipe: UnifiedPipeline, lora: Path, prompts: list[str],
 
 def saturation(images: list[Image.Image]) -> float:
     """Mean HSV saturation of pictures, 0 (grey) to 1."""
-    values = [torch.frombuffer(bytearray(i.convert("HSV").getchannel("S").tobytes()), dtype=torch.uint8) for i in images]
+    values = [
+        torch.frombuffer(bytearray(i.convert("HSV").getchannel("S").tobytes()), dtype=torch.uint8) for i in images
+    ]
     return float(torch.stack(values).float().mean() / 255)
 
 
@@ -98,7 +109,9 @@ def main() -> None:
         **lora,
         "image_cost_relative_to_next_token": schedule.relative_cost(),
         "training_pictures_seen": config.steps * config.batch_size,
-        "final_validation": {k: v for k, v in [r for r in log if "validation_loss" in r][-1].items() if k.endswith("loss")},
+        "final_validation": {
+            k: v for k, v in [r for r in log if "validation_loss" in r][-1].items() if k.endswith("loss")
+        },
         "seconds": seconds,
         "recipes": recipes,
         "run": evaluation["run"],

@@ -5,9 +5,8 @@ python recipes/train_text_tokenizer.py --source data/openmoji --out runs/text_to
 
 import argparse
 
-from unified_tokenizers import train_sentencepiece
-
 from unified.data import load_source
+from unified_tokenizers import train_sentencepiece
 
 
 def main() -> None:

@@ -15,11 +15,11 @@ from accelerate.utils import set_seed
 from omegaconf import MISSING
 from torch import Tensor
 from tqdm import tqdm
-from unified_tokenizers import VQConfig, VQModel
-from unified_tokenizers.images import to_tensor
 
 from unified.data import SkipReport, captioned_images, fit_square, load_source
 from unified.settings import load_settings, parse_command_line
+from unified_tokenizers import VQConfig, VQModel
+from unified_tokenizers.images import to_tensor
 
 
 @dataclass

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from unified_tokenizers import SentencePieceTokenizer, VQConfig, VQModel, train_sentencepiece
 
 from unified import UnifiedConfig, UnifiedForCausalLM, UnifiedPipeline
+from unified_tokenizers import SentencePieceTokenizer, VQConfig, VQModel, train_sentencepiece
 
 CAPTIONS = ["red apple", "blue car", "a green tree", "the small dog", "a cat and a dog", "yellow sun"]
 
@@ -60,7 +60,9 @@ def picture_source(tmp_path_factory) -> str:
     def rows(count: int) -> datasets.Dataset:
         pictures = [Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)) for _ in range(count)]
         captions = [CAPTIONS[i % len(CAPTIONS)] for i in range(count)]
-        return datasets.Dataset.from_dict({"image": pictures, "caption": captions}).cast_column("image", datasets.Image())
+        return datasets.Dataset.from_dict({"image": pictures, "caption": captions}).cast_column(
+            "image", datasets.Image()
+        )
 
     path = tmp_path_factory.mktemp("data") / "pictures"
     datasets.DatasetDict(train=rows(12), validation=rows(6)).save_to_disk(path)

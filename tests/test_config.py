@@ -23,9 +23,14 @@ def config_file(tmp_path):
 
 
 def test_overrides_win(config_file):
-    config = load_config(config_file, ["optimizer.learning_rate=0.5", "schedule.patch_sizes=[4,1]", "data.caption_dropout=0"])
+    config = load_config(
+        config_file, ["optimizer.learning_rate=0.5", "schedule.patch_sizes=[4,1]", "data.caption_dropout=0"]
+    )
     assert config.optimizer.learning_rate == 0.5
-    assert [(s.patch_size, s.start, s.end) for s in config.patch_schedule().stages(config.steps)] == [(4, 0, 5), (1, 5, 10)]
+    assert [(s.patch_size, s.start, s.end) for s in config.patch_schedule().stages(config.steps)] == [
+        (4, 0, 5),
+        (1, 5, 10),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -36,7 +41,10 @@ def test_overrides_win(config_file):
         (["steps=0"], "steps: 0 must be at least 1"),
         (["batch_size"], r"overrides: \['batch_size'\] are not of the form key=value"),
         (["data.caption_dropout=1.5"], r"data.caption_dropout: 1.5 must lie in \[0, 1\]"),
-        (["model.pipeline=p"], r"exactly one of pipeline, backbone and architecture, got \['pipeline', 'architecture'\]"),
+        (
+            ["model.pipeline=p"],
+            r"exactly one of pipeline, backbone and architecture, got \['pipeline', 'architecture'\]",
+        ),
         (["model.image_tokenizer=null"], "model.image_tokenizer: missing"),
         (["schedule.shares=[1.0]"], "shares"),
         (["steps=1"], "total_steps: 1 is too few for 2 stages"),

@@ -69,7 +69,10 @@ def test_picture_folder_with_metadata(tmp_path):
     lines = [{"file_name": f"{name}.png", "caption": f"picture {name}"} for name in "ab"]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     rows, report = read(load_source(str(tmp_path)))
-    assert {(row.caption, row.image.getpixel((0, 0))) for row in rows} == {("picture a", (255, 0, 0)), ("picture b", (0, 0, 255))}
+    assert {(row.caption, row.image.getpixel((0, 0))) for row in rows} == {
+        ("picture a", (255, 0, 0)),
+        ("picture b", (0, 0, 255)),
+    }
     assert report.skipped == 0
 
 
@@ -100,5 +103,7 @@ def test_bad_sources_are_named(arguments, message):
 def test_missing_split_and_column_are_named(picture_source):
     with pytest.raises(ValueError, match=r"split: 'test' is not in .*\['train', 'validation'\]"):
         load_source(picture_source, "test")
-    with pytest.raises(ValueError, match=r"caption_column: 'text' is not a column of the source; it has \['caption', 'image'\]"):
+    with pytest.raises(
+        ValueError, match=r"caption_column: 'text' is not a column of the source; it has \['caption', 'image'\]"
+    ):
         list(captioned_images(load_source(picture_source), SkipReport(), caption_column="text"))

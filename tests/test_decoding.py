@@ -46,7 +46,9 @@ def test_a_row_does_not_depend_on_its_batch():
 
 def test_callback_sees_every_code():
     seen = []
-    codes = generate_codes(tiny_model(), [[1, 3]], None, (2, 2), Sampling(), generators(0), lambda i, c: seen.append((i, c.tolist())))
+    codes = generate_codes(
+        tiny_model(), [[1, 3]], None, (2, 2), Sampling(), generators(0), lambda i, c: seen.append((i, c.tolist()))
+    )
     flat = codes.flatten().tolist()
     assert seen == [(i, [flat[: i + 1]]) for i in range(4)]
 

@@ -9,6 +9,7 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
+
 from unified_eval import (
     clip_features,
     clip_score,

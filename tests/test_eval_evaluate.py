@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+import unified_eval
 from unified_eval import (
     Clip,
     Extractor,
@@ -154,10 +156,10 @@ def test_choice_is_even_and_seeded():
 
 
 def test_importing_the_package_loads_no_network():
-    code = (
-        "import sys, unified_eval; assert not {'open_clip', 'torch'} & set(sys.modules); unified_eval.frechet_distance"
-    )
+    code = "import sys, unified_eval; assert not {'open_clip', 'torch'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    assert all(getattr(unified_eval, name) is not None for name in unified_eval.__all__)
+    assert not hasattr(unified_eval, "no_such_name")
 
 
 def run_script(monkeypatch, name: str, *arguments: object) -> None:
@@ -167,14 +169,14 @@ def run_script(monkeypatch, name: str, *arguments: object) -> None:
 
 def test_scripts_from_data_to_metrics(pipeline, picture_source, tmp_path, monkeypatch, capsys):
     pipeline.save_pretrained(tmp_path / "pipeline")
-    run_script(monkeypatch, "train_clip.py", "--data", picture_source, "--max-samples", 6, "--steps", 2, "--batch-size", 6,
-               "--out", tmp_path / "clip", "--name", "tiny-nano")  # fmt: skip
+    run_script(monkeypatch, "train_clip.py", "--data", picture_source, "--max-samples", 6, "--steps", 2,
+               "--batch-size", 6, "--out", tmp_path / "clip", "--name", "tiny-nano")  # fmt: skip
     record = json.loads((tmp_path / "clip" / "nano_clip.json").read_text())
     assert (record["name"], record["samples"], record["steps"], record["seed"]) == ("tiny-nano", 6, 2, 0)
     assert record["retrieval_at_1"]["train"]["captions"] == record["retrieval_at_1"]["validation"]["captions"] == 6
 
-    common = ["--pipeline", tmp_path / "pipeline", "--data", picture_source, "--clip", tmp_path / "clip", "--num-images", 4,
-              "--guidance-scale", 1.0, "--seed", 5]  # fmt: skip
+    common = ["--pipeline", tmp_path / "pipeline", "--data", picture_source, "--clip", tmp_path / "clip",
+              "--num-images", 4, "--guidance-scale", 1.0, "--seed", 5, "--psnr-data", picture_source]  # fmt: skip
     run_script(monkeypatch, "evaluate.py", *common, "--out", tmp_path / "out")
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     figures, run = metrics["figures"], metrics["run"]
@@ -186,7 +188,7 @@ def test_scripts_from_data_to_metrics(pipeline, picture_source, tmp_path, monkey
     files = sorted((tmp_path / "out" / "generated").iterdir())
     assert [file.name for file in files] == ["000.png", "001.png", "002.png", "003.png"]
     generated = [Image.open(file).convert("RGB") for file in files]
-    alone = pipeline(run["captions"][2], generator=torch.Generator().manual_seed(7), guidance_scale=1.0).images[0]
+    alone = pipeline(run["captions"][2], generator=[torch.Generator().manual_seed(7)], guidance_scale=1.0).images[0]
     assert np.array_equal(np.asarray(alone), np.asarray(generated[2]))
     rows = {row.row: row for row in first_usable_rows(picture_source, "train")[0]}
     real = [rows[number].image for number in run["rows"]]

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import nn
 from torch_fidelity import feature_extractor_inceptionv3 as inception_module
 from torchmetrics.image.fid import FrechetInceptionDistance
+
 from unified_eval import frechet_distance, load_extractor
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torchmetrics.image.kid import poly_mmd
+
 from unified_eval import frechet_distance, kernel_distance
 
 

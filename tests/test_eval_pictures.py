@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
 from unified_eval import captioned_grid, in_rows, psnr, psnr_summary, reconstruct, write_report
 from unified_eval.report import format_value
 from unified_tokenizers.images import to_pil, to_tensor
@@ -203,8 +204,8 @@ def test_report_errors(tmp_path):
 
 @pytest.mark.parametrize(
     ("value", "shown"),
-    [(1234567, "1,234,567"), (0.0, "0.000"), (0.98765, "0.988"), (-7.5, "-7.500"), (1234.5, "1,234.50"), (2e-5, "2e-05"),
-     ("n/a", "n/a"), (True, "True")],
+    [(1234567, "1,234,567"), (0.0, "0.000"), (0.98765, "0.988"), (-7.5, "-7.500"), (1234.5, "1,234.50"),
+     (2e-5, "2e-05"), ("n/a", "n/a"), (True, "True")],
 )  # fmt: skip
 def test_numbers_are_printed_readably(value, shown):
     assert format_value(value) == shown

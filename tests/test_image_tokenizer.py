@@ -5,18 +5,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from unified_tokenizers import AutoImageTokenizer, ImageTokenizer, VQConfig, VQModel
-from unified_tokenizers.images import to_pil, to_tensor
 
 from unified.codes import encode_source, load_codes
 from unified.data import load_source
+from unified_tokenizers import AutoImageTokenizer, ImageTokenizer, VQConfig, VQModel
+from unified_tokenizers.images import to_pil, to_tensor
 
 FSQ = {"quantizer": "fsq", "fsq_levels": [5, 4], "codebook_size": 20}
 
 
 def small(**changes):
     torch.manual_seed(0)
-    return VQModel(VQConfig(channels=8, encoder_blocks=1, decoder_blocks=1, **{"codebook_size": 20, "code_dim": 4, **changes})).eval()
+    return VQModel(
+        VQConfig(channels=8, encoder_blocks=1, decoder_blocks=1, **{"codebook_size": 20, "code_dim": 4, **changes})
+    ).eval()
 
 
 @pytest.mark.parametrize("changes", [{}, FSQ, {"downsample": 8}])
@@ -132,7 +134,9 @@ class TestCodesCache:
 
     def test_codes_of_another_tokenizer_are_refused(self, image_tokenizer, picture_source, tmp_path):
         encode_source(image_tokenizer, picture_source, tmp_path / "codes", image_size=16)
-        with pytest.raises(ValueError, match=f"made with tokenizer {image_tokenizer.fingerprint}, the one in use is abc"):
+        with pytest.raises(
+            ValueError, match=f"made with tokenizer {image_tokenizer.fingerprint}, the one in use is abc"
+        ):
             load_codes(tmp_path / "codes", "train", "abc")
         with pytest.raises(ValueError, match=r"has no codes.json"):
             load_codes(picture_source, "train", None)
@@ -145,7 +149,9 @@ class TestCodesCache:
         rows = load_source(picture_source).cast_column("image", datasets.Image(decode=False)).to_list()
         rows[3]["image"]["bytes"] = b"broken"
         rows[5]["caption"] = ""
-        datasets.Dataset.from_list(rows).cast_column("image", datasets.Image(decode=False)).to_parquet(tmp_path / "bad.parquet")
+        datasets.Dataset.from_list(rows).cast_column("image", datasets.Image(decode=False)).to_parquet(
+            tmp_path / "bad.parquet"
+        )
         source = str(tmp_path / "bad.parquet")
         report = encode_source(image_tokenizer, source, tmp_path / "codes", ("train",), image_size=16)["train"]
         assert (report.used, report.corrupt_image, report.empty_caption) == (10, 1, 1)

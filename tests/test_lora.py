@@ -19,7 +19,7 @@ def noisy_adapter(model, folder, seed, **options):
     adapted = attach_lora(model, rank=4, **options)
     torch.manual_seed(seed)
     with torch.no_grad():
-        for name, weight in adapted.named_parameters():
+        for weight in adapted.parameters():
             if weight.requires_grad:
                 weight.normal_(0, 0.3)
     save_lora(adapted, folder)

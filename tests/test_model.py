@@ -49,7 +49,9 @@ def test_generate_equals_llama(plain_llama):
 def test_p1_equals_a_plain_path_bitwise():
     """At p = 1 the model is: look up both tables, run the backbone, score every slot. No grouping anywhere."""
     model = tiny_model(positions="1d")
-    batch = collate([build_sequence([TextSegment([5, 6]), image(), TextSegment([7])], model.config.layout)], model.config.layout)
+    batch = collate(
+        [build_sequence([TextSegment([5, 6]), image(), TextSegment([7])], model.config.layout)], model.config.layout
+    )
     ids, labels = batch["input_ids"], batch["labels"]
     is_image = ids >= 50
     embeds = model.get_input_embeddings()(ids.clamp_max(49))
@@ -192,7 +194,8 @@ def test_missing_boi_and_foreign_ids_are_named():
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("positions", "3d"), ("coarse_positions", "corner"), ("loss_normalization", "mean"), ("boi_token_id", 99)]
+    ("field", "value"),
+    [("positions", "3d"), ("coarse_positions", "corner"), ("loss_normalization", "mean"), ("boi_token_id", 99)],
 )
 def test_bad_config_is_named(field, value):
     with pytest.raises(ValueError, match=f"{field}: .*{value}"):

@@ -40,7 +40,9 @@ def test_loss_equals_mean_of_cross_entropies(p):
     torch.manual_seed(1)
     logits = torch.randn(6, 30, dtype=torch.float32)
     targets = torch.randint(0, 30, (6, p * p))
-    expected = torch.stack([F.cross_entropy(logits.double(), targets[:, k], reduction="none") for k in range(p * p)], 1).mean(1)
+    expected = torch.stack(
+        [F.cross_entropy(logits.double(), targets[:, k], reduction="none") for k in range(p * p)], 1
+    ).mean(1)
     torch.testing.assert_close(patch_cross_entropy(logits, targets).double(), expected, rtol=0, atol=2e-6)
 
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import generators, tiny_model
-from unified_tokenizers import VQConfig, VQModel
-from unified_tokenizers.images import to_tensor
 
 from unified import UnifiedPipeline
+from unified_tokenizers import VQConfig, VQModel
+from unified_tokenizers.images import to_tensor
 
 PROMPTS = ["red apple", "a cat and a dog"]
 
@@ -29,7 +29,9 @@ def test_one_generator_seeds_all(pipeline):
 
 
 def test_output_types_agree(pipeline):
-    outputs = {kind: pipeline("red apple", generator=generators(0), output_type=kind) for kind in ("pil", "np", "pt", "codes")}
+    outputs = {
+        kind: pipeline("red apple", generator=generators(0), output_type=kind) for kind in ("pil", "np", "pt", "codes")
+    }
     picture = pipeline.image_tokenizer.decode(outputs["codes"].images)
     assert torch.equal(outputs["pt"].images, picture)
     assert np.array_equal(outputs["np"].images[0], np.asarray(outputs["pil"].images[0]))
@@ -48,7 +50,10 @@ def test_guidance_and_negative_prompt_matter(pipeline):
 
 def test_callback_counts_the_codes(pipeline):
     steps = []
-    pipeline("red apple", callback_on_step_end=lambda pipe, index, codes: steps.append((pipe is pipeline, index, codes.shape[1])))
+    pipeline(
+        "red apple",
+        callback_on_step_end=lambda pipe, index, codes: steps.append((pipe is pipeline, index, codes.shape[1])),
+    )
     assert steps == [(True, i, i + 1) for i in range(16)]
 
 
@@ -59,7 +64,9 @@ def test_folder_round_trip(pipeline, tmp_path):
     assert suffixes == {".json", ".safetensors", ".model"}
     loaded = UnifiedPipeline.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
-    assert torch.equal(loaded(PROMPTS, generator=generators(1, 2)).codes, pipeline(PROMPTS, generator=generators(1, 2)).codes)
+    assert torch.equal(
+        loaded(PROMPTS, generator=generators(1, 2)).codes, pipeline(PROMPTS, generator=generators(1, 2)).codes
+    )
 
 
 @pytest.mark.parametrize(
@@ -69,7 +76,10 @@ def test_folder_round_trip(pipeline, tmp_path):
         ({"prompt": ["red apple", "  "]}, "prompt: '  ' is not a caption"),
         ({"prompt": 3}, "prompt"),
         ({"prompt": "red apple " * 100}, "the model has room for 110 beside the picture"),
-        ({"prompt": "red apple", "height": 32}, "height, width: 32x16 is not a size that the model was trained on .16x16."),
+        (
+            {"prompt": "red apple", "height": 32},
+            "height, width: 32x16 is not a size that the model was trained on .16x16.",
+        ),
         ({"prompt": "red apple", "width": 15}, "height, width: 16x15"),
         ({"prompt": "red apple", "output_type": "jpg"}, "output_type: 'jpg'"),
         ({"prompt": "red apple", "num_images_per_prompt": 0}, "num_images_per_prompt: 0"),

@@ -8,14 +8,11 @@ import random
 import re
 import sys
 from collections import Counter
-from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
 import prepare_shapes as shapes
 

@@ -2,8 +2,9 @@
 
 import pytest
 from conftest import CAPTIONS
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from tokenizers import Tokenizer, models, pre_tokenizers
 from unified_tokenizers import TransformersTokenizer, load_text_tokenizer, train_sentencepiece
 
 
@@ -19,7 +20,9 @@ def transformers_tokenizer():
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "transformers"])
 def test_interface(kind, text_tokenizer, transformers_tokenizer, tmp_path):
-    tokenizer = text_tokenizer if kind == "sentencepiece" else TransformersTokenizer(transformers_tokenizer, "<r1>", "<r2>")
+    tokenizer = (
+        text_tokenizer if kind == "sentencepiece" else TransformersTokenizer(transformers_tokenizer, "<r1>", "<r2>")
+    )
     tokenizer.save_pretrained(tmp_path)
     loaded = load_text_tokenizer(tmp_path)
     special = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.boi_token_id, tokenizer.eoi_token_id}
@@ -49,7 +52,7 @@ def test_bad_input_is_named(transformers_tokenizer, tmp_path):
         TransformersTokenizer(transformers_tokenizer)
     with pytest.raises(ValueError, match="eoi: '<r1>' opens a picture already"):
         TransformersTokenizer(transformers_tokenizer, "<r1>", "<r1>")
-    with pytest.raises(ValueError, match="text_tokenizer: .* does not exist"):
+    with pytest.raises(ValueError, match=r"text_tokenizer: .* does not exist"):
         load_text_tokenizer(tmp_path / "nothing")
     with pytest.raises(ValueError, match="captions: no text"):
         train_sentencepiece(["", "  "], tmp_path)

@@ -2,13 +2,14 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import generators
+from conftest import generators, tiny_config
 from safetensors.torch import load_file
 
 from unified import UnifiedPipeline
@@ -73,10 +74,10 @@ def without_time(log):
 class TestBatches:
     def build(self, parts, text_tokenizer, **changes):
         rows = load_codes(parts / "codes", "train", None)
-        from conftest import tiny_config
-
         layout = tiny_config(text={"vocab_size": text_tokenizer.vocab_size}).layout
-        return TextToImageBatches(rows, text_tokenizer, layout, **{"batch_size": 4, "num_batches": 9, "seed": 1, **changes})
+        return TextToImageBatches(
+            rows, text_tokenizer, layout, **{"batch_size": 4, "num_batches": 9, "seed": 1, **changes}
+        )
 
     def test_every_epoch_sees_every_row_once(self, parts, text_tokenizer):
         batches = self.build(parts, text_tokenizer)
@@ -91,7 +92,10 @@ class TestBatches:
 
     def test_processes_share_the_global_batch(self, parts, text_tokenizer):
         whole = self.build(parts, text_tokenizer, caption_dropout=0.5)[2]
-        halves = [self.build(parts, text_tokenizer, caption_dropout=0.5, batch_size=2, rank=r, world_size=2)[2] for r in (0, 1)]
+        halves = [
+            self.build(parts, text_tokenizer, caption_dropout=0.5, batch_size=2, rank=r, world_size=2)[2]
+            for r in (0, 1)
+        ]
         length = [int(mask.sum()) for mask in whole["attention_mask"]]
         for i in range(4):
             part, k = halves[i % 2], i // 2
@@ -132,10 +136,7 @@ def test_resumed_run_equals_uninterrupted(finished, config_file, tmp_path):
     """Stop after the checkpoint of step 10 (mid-epoch, in the last stage), resume: same log, same weights, bitwise."""
     config = load_config(config_file, [f"output_dir={tmp_path}"])
     train(config)
-    for name in ("step-00000012",):
-        import shutil
-
-        shutil.rmtree(tmp_path / "checkpoints" / name)
+    shutil.rmtree(tmp_path / "checkpoints" / "step-00000012")
     train(load_config(config_file, [f"output_dir={tmp_path}", "resume=latest"]))
     assert without_time(read_log(tmp_path)) == without_time(read_log(finished))
     ours, theirs = (load_file(folder / "pipeline" / "model" / "model.safetensors") for folder in (tmp_path, finished))
@@ -143,8 +144,8 @@ def test_resumed_run_equals_uninterrupted(finished, config_file, tmp_path):
 
 
 def test_lora_run_on_a_pipeline(finished, config_file, parts, tmp_path):
-    override = [f"output_dir={tmp_path}", f"model.pipeline={finished}/pipeline", "model.architecture=null", "optimizer.ema_decay=null",
-                "lora.rank=4", "schedule.patch_sizes=[2,1]", "schedule.shares=[0.5,0.5]"]  # fmt: skip
+    override = [f"output_dir={tmp_path}", f"model.pipeline={finished}/pipeline", "model.architecture=null", "lora.rank=4",
+                "optimizer.ema_decay=null", "schedule.patch_sizes=[2,1]", "schedule.shares=[0.5,0.5]"]  # fmt: skip
     folder = train(load_config(config_file, override))
     assert folder.name == "lora"
     pipe = UnifiedPipeline.from_pretrained(finished / "pipeline")
@@ -157,7 +158,11 @@ def test_lora_run_on_a_pipeline(finished, config_file, parts, tmp_path):
 
 
 def test_pictures_are_encoded_on_the_way(config_file, parts, picture_source, tmp_path):
-    train(load_config(config_file, [f"output_dir={tmp_path}", f"data.train={picture_source}", "steps=3", "validate_every=3"]))
+    train(
+        load_config(
+            config_file, [f"output_dir={tmp_path}", f"data.train={picture_source}", "steps=3", "validate_every=3"]
+        )
+    )
     ours, direct = (load_codes(folder, "train", None)["codes"] for folder in (tmp_path / "codes", parts / "codes"))
     assert [row.tolist() for row in ours] == [row.tolist() for row in direct]
     assert (tmp_path / "codes-validation" / "codes.json").is_file()
@@ -172,8 +177,6 @@ def test_resume_without_checkpoint_is_an_error(config_file, tmp_path):
 
 def test_codes_of_another_tokenizer_are_refused(config_file, parts, tmp_path):
     description = json.loads((parts / "codes" / "codes.json").read_text())
-    import shutil
-
     shutil.copytree(parts / "codes", tmp_path / "codes")
     (tmp_path / "codes" / "codes.json").write_text(json.dumps({**description, "tokenizer_fingerprint": "abc"}))
     with pytest.raises(ValueError, match="was made with tokenizer abc"):

@@ -10,10 +10,10 @@ from typing import Any
 import datasets
 import torch
 from tqdm import tqdm
-from unified_tokenizers.base import ImageTokenizer
-from unified_tokenizers.images import to_tensor
 
 from unified.data import CaptionedImage, SkipReport, captioned_images, fit_square, load_source
+from unified_tokenizers.base import ImageTokenizer
+from unified_tokenizers.images import to_tensor
 
 CACHE_FILE = "codes.json"
 

@@ -12,12 +12,12 @@ from peft import PeftModel
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
-from unified_tokenizers import AutoImageTokenizer, ImageTokenizer, TextTokenizer, load_text_tokenizer
-from unified_tokenizers.images import to_pil, to_uint8
 
 from unified.decoding import Sampling, generate_codes
 from unified.lora import base_of, load_lora, set_adapters
 from unified.model import UnifiedForCausalLM
+from unified_tokenizers import AutoImageTokenizer, ImageTokenizer, TextTokenizer, load_text_tokenizer
+from unified_tokenizers.images import to_pil, to_uint8
 
 PIPELINE_FILE = "pipeline.json"
 

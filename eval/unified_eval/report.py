@@ -71,7 +71,8 @@ def write_report(
             if list(row) != header:
                 raise ValueError(f"tables: row {number} of {name!r} has the keys {list(row)}, the first has {header}.")
         cells = [[(format_value(value), not isinstance(value, str)) for value in row.values()] for row in rows]
-        shown_tables.append((name, header, cells))
+        heads = [(field, bool(cells) and cells[0][column][1]) for column, field in enumerate(header)]
+        shown_tables.append((name, heads, cells))
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
         TEMPLATE
     )
@@ -172,7 +173,7 @@ pre { background: var(--soft); border: 1px solid var(--line); border-radius: 6px
 {% for name, header, rows in tables %}
 <h2>{{ name }}</h2>
 <div class="scroll"><table>
-<thead><tr>{% for cell in header %}<th{% if rows and rows[0][loop.index0][1] %} class="number"{% endif %}>{{ cell }}</th>\
+<thead><tr>{% for cell, number in header %}<th{% if number %} class="number"{% endif %}>{{ cell }}</th>\
 {% endfor %}</tr></thead>
 <tbody>
 {% for row in rows %}

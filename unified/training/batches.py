@@ -6,10 +6,10 @@ import datasets
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
-from unified_tokenizers import TextTokenizer
 
 from unified.config import TokenLayout
 from unified.sequence import ImageSegment, TextSegment, TokenSequence, build_sequence, collate
+from unified_tokenizers import TextTokenizer
 
 _SHUFFLE, _DROPOUT = 0, 1  # independent random streams of one seed
 

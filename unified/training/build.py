@@ -6,13 +6,13 @@ from typing import Any
 import datasets
 from accelerate import Accelerator
 from peft import PeftModel
-from unified_tokenizers import AutoImageTokenizer, ImageTokenizer, TextTokenizer, load_text_tokenizer
 
 from unified.codes import encode_source, is_codes_cache, load_codes
 from unified.config import UnifiedConfig
 from unified.lora import attach_lora
 from unified.model import UnifiedForCausalLM
 from unified.training.config import DataConfig, TrainConfig
+from unified_tokenizers import AutoImageTokenizer, ImageTokenizer, TextTokenizer, load_text_tokenizer
 
 Parts = tuple[UnifiedForCausalLM | PeftModel, ImageTokenizer, TextTokenizer]
 

@@ -1,0 +1,109 @@
+"""The recipes as commands, one after the other, each through its own command line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import generators
+from PIL import Image
+
+from unified.codes import load_codes
+from unified_tokenizers import AutoImageTokenizer, load_text_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+LAUNCH = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1",
+          "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
+
+
+def run(*command, expect=0):
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == expect, done.stdout[-2000:] + done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, picture_source):
+    """Both tokenizers and the codes, made by the recipes."""
+    folder = tmp_path_factory.mktemp("recipes")
+    config = folder / "tokenizer.yaml"
+    config.write_text(f"""
+output_dir: {folder}/image_tokenizer
+sources: [{picture_source}]
+image_size: 16
+steps: 6
+batch_size: 4
+shift: 2
+validate_every: 3
+model: {{channels: 8, encoder_blocks: 1, decoder_blocks: 1, codebook_size: 16, code_dim: 4}}
+""")
+    run(*LAUNCH, "recipes/train_tokenizer.py", "--config", config, "seed=3")
+    run(
+        "recipes/train_text_tokenizer.py",
+        "--source",
+        picture_source,
+        "--out",
+        folder / "text_tokenizer",
+        "--vocab-size",
+        300,
+    )
+    run("recipes/encode_images.py", "--image-tokenizer", folder / "image_tokenizer", "--source", picture_source,
+        "--out", folder / "codes", "--image-size", 16)  # fmt: skip
+    return folder
+
+
+def test_tokenizer_recipe(made):
+    log = json.loads((made / "image_tokenizer" / "training_log.json").read_text())
+    assert [record["step"] for record in log] == [3, 6]
+    assert log[-1]["squared_error"] < log[0]["squared_error"]
+    assert 1 <= log[-1]["perplexity"] <= 16
+    assert AutoImageTokenizer.from_pretrained(made / "image_tokenizer").codebook_size == 16
+
+
+def test_text_tokenizer_recipe(made):
+    tokenizer = load_text_tokenizer(made / "text_tokenizer")
+    assert tokenizer.decode(tokenizer.encode("red apple")) == "red apple"
+
+
+def test_encode_recipe(made):
+    fingerprint = AutoImageTokenizer.from_pretrained(made / "image_tokenizer").fingerprint
+    assert len(load_codes(made / "codes", "train", fingerprint)) == 12
+
+
+def test_generate_recipe(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    command = [
+        "recipes/generate.py",
+        "--pipeline",
+        tmp_path / "pipeline",
+        "--prompt",
+        "red apple",
+        "blue car",
+        "--seed",
+        4,
+    ]
+    done = run(*command, "--num-images-per-prompt", 2, "--out", tmp_path / "pictures")
+    names = ["000-red-apple.png", "001-red-apple.png", "002-blue-car.png", "003-blue-car.png"]
+    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == names
+    assert done.stdout.split() == [str(tmp_path / "pictures" / name) for name in names]
+    expected = pipeline("blue car", generator=generators(6)).images[0]
+    assert Image.open(tmp_path / "pictures" / names[2]).tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["recipes/train.py", "--config", "recipes/configs/quickstart.yaml", "optimizer.lr=1"], "lr"),
+        (["recipes/generate.py", "--pipeline", "./nowhere", "--prompt", "x", "--out", "y"], "has no pipeline.json"),
+    ],
+)
+def test_bad_commands_say_why(command, message):
+    done = run(*command, expect=1)
+    assert "ValueError" in done.stderr and message in done.stderr.splitlines()[-1]
+
+
+def test_help_explains_every_key():
+    text = run("recipes/train.py", "--help").stdout
+    for key in ("caption_dropout", "patch_sizes", "ema_decay", "train_image_tables"):
+        assert key in text
