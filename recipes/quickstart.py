@@ -8,6 +8,7 @@ quickstart continues; ``--fresh`` starts anew.
 
 import argparse
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -23,7 +25,7 @@ OUT = Path("runs/quickstart")
 THINGS = ["Animals & Nature", "Food & Drink", "Travel & Places"]
 PYTHON = [sys.executable]
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1",
-          "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
+          "--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", str(os.cpu_count())]  # fmt: skip
 PICTURES = [*PYTHON, "recipes/prepare_openmoji.py", "--size", "64", "--out"]
 ENCODE = [*PYTHON, "recipes/encode_images.py", "--image-tokenizer", str(OUT / "image_tokenizer"), "--source"]
 TRAIN = [*LAUNCH, "recipes/train.py", "--config"]
@@ -98,24 +100,25 @@ def main() -> None:
         shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
     record_file = out / "steps.json"
-    done = json.loads(record_file.read_text()) if record_file.is_file() else {}
-    records: dict[str, dict] = {}
+    before = json.loads(record_file.read_text()) if record_file.is_file() else {}
+    records: dict[str, dict[str, Any]] = {}
     stale = False
     for name, command in STEPS.items():
-        record = done.get(name)
-        if not stale and record is not None and record["settings"] == settings_of(command):
+        settings, record = settings_of(command), before.get(name)
+        same = not stale and record is not None and record["settings"] == settings
+        if same and record["seconds"] is not None:
             print(f"{name}: done")
             records[name] = record
             continue
         stale = True  # what follows was made from older inputs
-        resumable = name == "model" and any((out / "model" / "checkpoints").glob("step-*")) and name not in done
-        seconds, memory = run([*command, "resume=latest"] if resumable else command)
-        records[name] = {
-            "settings": settings_of(command),
-            "command": shlex.join(command),
-            "seconds": seconds,
-            "peak_memory_gb": memory,
-        }
+        checkpoints = out / "model" / "checkpoints"
+        if name == "model" and not same:
+            shutil.rmtree(checkpoints, ignore_errors=True)
+        interrupted = name == "model" and any(checkpoints.glob("step-*"))
+        records[name] = {"settings": settings, "command": shlex.join(command), "seconds": None, "peak_memory_gb": None}
+        record_file.write_text(json.dumps(records, indent=2))
+        seconds, memory = run([*command, "resume=latest"] if interrupted else command)
+        records[name] |= {"seconds": seconds, "peak_memory_gb": memory}
         record_file.write_text(json.dumps(records, indent=2))
     print(f"\nDone. Open {OUT}/report.html; the pictures are beside it.")
 

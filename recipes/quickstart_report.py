@@ -95,9 +95,10 @@ def main() -> None:
     evaluation = json.loads((run / "evaluation" / "metrics.json").read_text())
     steps = json.loads((run / "steps.json").read_text())
     me = psutil.Process()
-    seconds = {name: round(step["seconds"], 1) for name, step in steps.items() if name != "report"}
+    finished = {name: step for name, step in steps.items() if step["seconds"] is not None and name != "report"}
+    seconds = {name: round(step["seconds"], 1) for name, step in finished.items()}
     seconds["report"] = round(time.time() - me.create_time(), 1)
-    memory = [step["peak_memory_gb"] for step in steps.values()] + [me.memory_info().rss / 1e9]
+    memory = [step["peak_memory_gb"] for step in finished.values()] + [me.memory_info().rss / 1e9]
     config = load_settings(TrainConfig, run / "model" / "config.yaml")
     schedule: PatchSchedule = config.patch_schedule()
     figures, recipes = evaluation["figures"], evaluation["recipes"]

@@ -128,7 +128,7 @@ class TestCodesCache:
         pictures = load_source(picture_source)["image"]
         expected = image_tokenizer.encode(to_tensor(list(pictures))).flatten(1)
         assert np.array_equal(np.stack(rows["codes"]), expected.numpy())
-        assert set(zip(rows["height"].tolist(), rows["width"].tolist(), strict=True)) == {(4, 4)}
+        assert set(zip(map(int, rows["height"]), map(int, rows["width"]), strict=True)) == {(4, 4)}
         assert list(rows["caption"][:2]) == ["red apple", "blue car"]
         assert [path.name for path in tmp_path.iterdir()] == ["codes"]
 
@@ -155,5 +155,5 @@ class TestCodesCache:
         source = str(tmp_path / "bad.parquet")
         report = encode_source(image_tokenizer, source, tmp_path / "codes", ("train",), image_size=16)["train"]
         assert (report.used, report.corrupt_image, report.empty_caption) == (10, 1, 1)
-        kept = load_codes(tmp_path / "codes", "train", None)["source_row"].tolist()
+        kept = [int(row) for row in load_codes(tmp_path / "codes", "train", None)["source_row"]]
         assert kept == [i for i in range(12) if i not in (3, 5)]

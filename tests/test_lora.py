@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import generators, tiny_model
 
-from unified.lora import attach_lora, check_layout, load_lora, save_lora
+from unified.lora import attach_lora, check_layout, load_lora, save_lora, unload_lora
 from unified.sequence import ImageSegment, TextSegment, build_sequence, collate
 
 PROMPTS = ["red apple", "blue car"]
@@ -23,7 +23,7 @@ def noisy_adapter(model, folder, seed, **options):
             if weight.requires_grad:
                 weight.normal_(0, 0.3)
     save_lora(adapted, folder)
-    return adapted.unload()
+    return unload_lora(adapted)
 
 
 def test_pipeline_load_switch_weight_unload(pipeline, tmp_path):

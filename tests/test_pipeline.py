@@ -74,7 +74,8 @@ def test_folder_round_trip(pipeline, tmp_path):
     [
         ({"prompt": ""}, "prompt: '' is not a caption"),
         ({"prompt": ["red apple", "  "]}, "prompt: '  ' is not a caption"),
-        ({"prompt": 3}, "prompt"),
+        ({"prompt": 3}, "prompt: 3 is not a caption"),
+        ({"prompt": []}, r"prompt: \[\] is not a caption"),
         ({"prompt": "red apple " * 100}, "the model has room for 110 beside the picture"),
         (
             {"prompt": "red apple", "height": 32},
@@ -88,7 +89,7 @@ def test_folder_round_trip(pipeline, tmp_path):
     ],
 )
 def test_bad_arguments_are_named(pipeline, arguments, message):
-    with pytest.raises((ValueError, TypeError), match=message):
+    with pytest.raises(ValueError, match=message):
         pipeline(**arguments)
 
 
@@ -97,7 +98,7 @@ def test_parts_must_belong_together(pipeline, image_tokenizer, text_tokenizer):
     other = VQModel(VQConfig(channels=8, encoder_blocks=1, decoder_blocks=1, codebook_size=20, code_dim=4)).eval()
     with pytest.raises(ValueError, match=f"image_tokenizer: fingerprint {other.fingerprint} is not the one"):
         UnifiedPipeline(pipeline.model, other, text_tokenizer)
-    with pytest.raises(ValueError, match="text_tokenizer: 320 ids, the model has 50"):
+    with pytest.raises(ValueError, match=rf"text_tokenizer: {text_tokenizer.vocab_size} ids, the model has 50"):
         UnifiedPipeline(tiny_model(), image_tokenizer, text_tokenizer)
     with pytest.raises(ValueError, match="image_tokenizer: 20 codes, the model has 30"):
         UnifiedPipeline(tiny_model(codebook_size=30), image_tokenizer, text_tokenizer)

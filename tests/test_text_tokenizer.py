@@ -40,7 +40,8 @@ def test_interface(kind, text_tokenizer, transformers_tokenizer, tmp_path):
 def test_picture_frame_cannot_be_typed(text_tokenizer, transformers_tokenizer):
     assert text_tokenizer.boi_token_id not in text_tokenizer.encode("red <boi> apple <eoi>")
     wrapped = TransformersTokenizer(transformers_tokenizer, "<r1>", "<r2>")
-    assert wrapped.boi_token_id not in wrapped.encode("red <r1> apple")
+    with pytest.raises(ValueError, match="'red <r1> apple' spells a token that frames pictures"):
+        wrapped.encode("red <r1> apple")
 
 
 def test_bytes_fall_back(text_tokenizer):

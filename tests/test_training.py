@@ -107,6 +107,22 @@ class TestBatches:
         dropped = [int(row[1]) == layout.boi_token_id for batch in loader(batches) for row in batch["input_ids"]]
         assert sum(dropped) / len(dropped) == pytest.approx(0.25, abs=0.04)
 
+    def test_code_noise_touches_inputs_only(self, parts, text_tokenizer):
+        clean, noisy = (
+            list(loader(self.build(parts, text_tokenizer, code_noise=n, num_batches=60))) for n in (0.0, 0.8)
+        )
+        shares = []
+        for a, b in zip(clean, noisy, strict=True):
+            assert torch.equal(a["labels"], b["labels"])
+            is_code = a["input_ids"] >= text_tokenizer.vocab_size
+            assert torch.equal(a["input_ids"][~is_code], b["input_ids"][~is_code])
+            assert torch.equal(b["input_ids"] >= text_tokenizer.vocab_size, is_code)
+            changed = (a["input_ids"] != b["input_ids"]) & is_code
+            shares += (changed.sum(1) / is_code.sum(1)).tolist()
+        # Rates are uniform in [0, 0.8]; one draw in twenty hits the code that was there.
+        assert sum(shares) / len(shares) == pytest.approx(0.4 * 19 / 20, abs=0.04)
+        assert max(shares) > 0.6 and min(shares) < 0.1
+
 
 def test_launched_run_leaves_what_it_should(finished):
     log = read_log(finished)

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from peft import LoraConfig, LoraModel, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.utils.other import ModulesToSaveWrapper
 
 from unified.model import UnifiedForCausalLM
 
@@ -108,6 +109,17 @@ def load_lora(
     model.load_adapter(str(path), adapter_name, is_trainable=trainable)
     model.set_adapter(adapter_name)
     return model
+
+
+def unload_lora(model: PeftModel) -> UnifiedForCausalLM:
+    """Remove all adapters; every weight of the returned base model is what it was before the first one."""
+    base = base_of(model)
+    # peft leaves the active adapter's copies of the image tables in place of the originals.
+    originals = {n: m.original_module for n, m in base.named_modules() if isinstance(m, ModulesToSaveWrapper)}
+    unloaded = cast(UnifiedForCausalLM, model.unload())
+    for name, module in originals.items():
+        unloaded.set_submodule(name, module)
+    return unloaded
 
 
 def set_adapters(model: PeftModel, names: Sequence[str], weights: Sequence[float]) -> None:

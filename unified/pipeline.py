@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from unified.decoding import Sampling, generate_codes
-from unified.lora import base_of, load_lora, set_adapters
+from unified.lora import base_of, load_lora, set_adapters, unload_lora
 from unified.model import UnifiedForCausalLM
 from unified_tokenizers import AutoImageTokenizer, ImageTokenizer, TextTokenizer, load_text_tokenizer
 from unified_tokenizers.images import to_pil, to_uint8
@@ -160,6 +160,8 @@ class UnifiedPipeline:
         """
         if output_type not in ("pil", "np", "pt", "codes"):
             raise ValueError(f"output_type: {output_type!r} is unknown; use 'pil', 'np', 'pt' or 'codes'.")
+        if not isinstance(prompt, str | Sequence) or not prompt:
+            raise ValueError(f"prompt: {prompt!r} is not a caption; give a non-empty string, or a list of them.")
         sampling = Sampling(guidance_scale, temperature, top_k, top_p)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         negatives = (
@@ -239,7 +241,7 @@ class UnifiedPipeline:
     def unload_lora_weights(self) -> None:
         """Drop all adapters; the base model is as it was before."""
         if isinstance(self.model, PeftModel):
-            self.model = self.model.unload()
+            self.model = unload_lora(self.model)
 
 
 def _per_image(generator: torch.Generator | Sequence[torch.Generator] | None, count: int) -> list[torch.Generator]:

@@ -93,8 +93,15 @@ class TransformersTokenizer:
         self.eoi_token_id: int = vocabulary[eoi]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ``text``; special tokens spelled out in it are plain text."""
-        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        """Ids of ``text``; special tokens spelled out in it are plain text.
+
+        Raises:
+            ValueError: if the tokenizer still reads one of the two picture tokens in it.
+        """
+        ids = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        if self.boi_token_id in ids or self.eoi_token_id in ids:
+            raise ValueError(f"text: {text!r} spells a token that frames pictures ({', '.join(self._frame.values())}).")
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids`` without special tokens."""

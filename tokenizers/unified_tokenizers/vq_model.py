@@ -81,7 +81,11 @@ class VQModel(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Keep torch's own initialisation: convolutions and codebooks come initialised."""
+        """Keep torch's own initialisation; only the constants of FSQ, which files do not hold, are made again."""
+        if isinstance(module, FSQ):
+            constants = dict(_build_quantizer(self.config)[0].named_buffers())
+            for name, buffer in module.named_buffers():
+                buffer.copy_(constants[name])
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Reconstruct ``(B, 3, H, W)`` in [-1, 1]; returns the reconstruction, the codes ``(B, h, w)`` and the
@@ -151,7 +155,8 @@ def _build_quantizer(config: VQConfig) -> tuple[FSQ | VectorQuantize, int]:
         )
         return quantizer, config.code_dim
     if config.quantizer == "fsq":
-        quantizer = FSQ(levels=config.fsq_levels)
+        with torch.device("cpu"):  # FSQ reads values while it is built, which from_pretrained's meta device has not
+            quantizer = FSQ(levels=config.fsq_levels)
         if quantizer.codebook_size != config.codebook_size:
             raise ValueError(
                 f"codebook_size: {config.codebook_size} is not the product of fsq_levels {config.fsq_levels} "

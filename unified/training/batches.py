@@ -11,7 +11,7 @@ from unified.config import TokenLayout
 from unified.sequence import ImageSegment, TextSegment, TokenSequence, build_sequence, collate
 from unified_tokenizers import TextTokenizer
 
-_SHUFFLE, _DROPOUT = 0, 1  # independent random streams of one seed
+_SHUFFLE, _DROPOUT, _NOISE = 0, 1, 2  # independent random streams of one seed
 
 
 class TextToImageBatches(Dataset):
@@ -30,6 +30,7 @@ class TextToImageBatches(Dataset):
         num_batches: int,
         seed: int = 0,
         caption_dropout: float = 0.0,
+        code_noise: float = 0.0,
         train_on_captions: bool = False,
         rank: int = 0,
         world_size: int = 1,
@@ -38,7 +39,7 @@ class TextToImageBatches(Dataset):
             raise ValueError("data.train: no rows to train on.")
         self.rows, self.text_tokenizer, self.layout = rows, text_tokenizer, layout
         self.batch_size, self.num_batches, self.seed = batch_size, num_batches, seed
-        self.caption_dropout, self.train_on_captions = caption_dropout, train_on_captions
+        self.caption_dropout, self.code_noise, self.train_on_captions = caption_dropout, code_noise, train_on_captions
         self.rank, self.world_size = rank, world_size
         self._epoch: tuple[int, np.ndarray] | None = None
 
@@ -52,7 +53,11 @@ class TextToImageBatches(Dataset):
         dropped = np.random.default_rng((self.seed, _DROPOUT, index)).random(total) < self.caption_dropout
         mine = range(self.rank, total, self.world_size)
         rows = self.rows[[self._row(index * total + i) for i in mine]]
-        return collate([self._sequence(rows, k, bool(dropped[i])) for k, i in enumerate(mine)], self.layout)
+        sequences = [self._sequence(rows, k, bool(dropped[i])) for k, i in enumerate(mine)]
+        if self.code_noise:
+            for sequence, i in zip(sequences, mine, strict=True):
+                self._add_noise(sequence, np.random.default_rng((self.seed, _NOISE, index * total + i)))
+        return collate(sequences, self.layout)
 
     def _row(self, position: int) -> int:
         """Row at ``position`` of the endless stream of shuffled epochs."""
@@ -61,6 +66,15 @@ class TextToImageBatches(Dataset):
             order = np.random.default_rng((self.seed, _SHUFFLE, epoch)).permutation(len(self.rows))
             self._epoch = (epoch, order)
         return int(self._epoch[1][offset])
+
+    def _add_noise(self, sequence: TokenSequence, rng: np.random.Generator) -> None:
+        """Replace input codes at random; the labels stay. A small set of pictures can be told apart by their first
+        codes alone: noise makes the model look at the caption, and forgives its own slips when it draws.
+        """
+        is_code = (sequence.input_ids >= self.layout.text_vocab_size).numpy()
+        replaced = is_code & (rng.random(len(is_code)) < rng.uniform(0, self.code_noise))
+        codes = rng.integers(self.layout.codebook_size, size=int(replaced.sum())) + self.layout.text_vocab_size
+        sequence.input_ids[torch.from_numpy(replaced)] = torch.from_numpy(codes)
 
     def _sequence(self, rows: dict[str, Any], k: int, dropped: bool) -> TokenSequence:
         caption = [] if dropped else self.text_tokenizer.encode(str(rows["caption"][k]))

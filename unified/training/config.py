@@ -29,6 +29,7 @@ class DataConfig:
     streaming: bool = False
     max_samples: int | None = None  # use only the first rows of the training split
     caption_dropout: float = 0.1  # share of empty captions, for classifier-free guidance
+    code_noise: float = 0.0  # input codes are replaced at random, at a rate drawn from [0, code_noise] for each picture
     train_on_captions: bool = False  # also learn the captions as text
     num_workers: int = 0
 
@@ -144,6 +145,8 @@ def _check(config: TrainConfig) -> None:
                 raise ValueError(f"model.{name}: missing; a new model needs the folder of its tokenizer.")
     if not 0 <= config.data.caption_dropout <= 1:
         raise ValueError(f"data.caption_dropout: {config.data.caption_dropout} must lie in [0, 1].")
+    if not 0 <= config.data.code_noise <= 1:
+        raise ValueError(f"data.code_noise: {config.data.code_noise} must lie in [0, 1].")
     for name in ("steps", "batch_size", "gradient_accumulation_steps", "log_every"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name}: {getattr(config, name)} must be at least 1.")

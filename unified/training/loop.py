@@ -51,7 +51,7 @@ def train(config: TrainConfig) -> Path:
     accumulation = config.gradient_accumulation_steps
     batches = TextToImageBatches(
         train_rows, text_tokenizer, layout, config.batch_size, config.steps * accumulation, config.seed,
-        config.data.caption_dropout, config.data.train_on_captions,
+        config.data.caption_dropout, config.data.code_noise, config.data.train_on_captions,
         accelerator.process_index, accelerator.num_processes,
     )  # fmt: skip
 
