@@ -46,6 +46,7 @@ STEPS: dict[str, list[str]] = {
     "clip": [*PYTHON, "eval/train_clip.py", "--data", f"{OUT}/data/things", "--out", f"{OUT}/clip", "--name", "openmoji-nano"],
     "evaluate": [*PYTHON, "eval/evaluate.py", "--pipeline", f"{OUT}/model/pipeline", "--data", f"{OUT}/data/things",
                  "--psnr-data", f"{OUT}/data/openmoji", "--clip", f"{OUT}/clip", "--num-images", "64",
+                 "--guidance-scale", "1.5", "--temperature", "0.7",
                  "--out", f"{OUT}/evaluation"],
     "report": [*PYTHON, "recipes/quickstart_report.py", "--run", str(OUT)],
 }  # fmt: skip
@@ -104,8 +105,8 @@ def main() -> None:
     records: dict[str, dict[str, Any]] = {}
     stale = False
     for name, command in STEPS.items():
-        settings, record = settings_of(command), before.get(name)
-        same = not stale and record is not None and record["settings"] == settings
+        settings, record = settings_of(command), before.get(name, {})
+        same = not stale and record.get("settings") == settings
         if same and record["seconds"] is not None:
             print(f"{name}: done")
             records[name] = record

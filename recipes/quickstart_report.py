@@ -42,7 +42,8 @@ def draw_with_and_without(pipe: UnifiedPipeline, lora: Path, prompts: list[str],
     """Draw the same prompts and seeds without, with, and again without the adapter; the first and last must agree."""
 
     def draw() -> tuple[list[Image.Image], torch.Tensor]:
-        output = pipe(prompts, generator=[torch.Generator().manual_seed(i) for i in range(len(prompts))])
+        generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
+        output = pipe(prompts, guidance_scale=1.5, temperature=0.7, generator=generators)
         return list(output.images), output.codes
 
     plain, codes = draw()

@@ -87,7 +87,7 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
             attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``, as in ``from_pretrained``.
             config: further fields of :class:`UnifiedConfig`.
         """
-        backbone = AutoModelForCausalLM.from_pretrained(
+        backbone: Any = AutoModelForCausalLM.from_pretrained(
             pretrained_model_name_or_path, dtype=dtype or torch.float32, attn_implementation=attn_implementation
         )
         unified = UnifiedConfig(

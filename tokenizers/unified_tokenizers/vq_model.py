@@ -55,6 +55,7 @@ class ResidualBlock(nn.Module):
 class VQModel(PreTrainedModel):
     """Encoder, quantizer, decoder; implements :class:`unified_tokenizers.base.ImageTokenizer`."""
 
+    config: VQConfig
     config_class = VQConfig
     main_input_name = "images"
 

@@ -1,5 +1,6 @@
 """Training batches as a pure function of the step, so that a resumed run sees exactly what it would have seen."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import datasets
@@ -58,6 +59,12 @@ class TextToImageBatches(Dataset):
             for sequence, i in zip(sequences, mine, strict=True):
                 self._add_noise(sequence, np.random.default_rng((self.seed, _NOISE, index * total + i)))
         return collate(sequences, self.layout)
+
+    def once(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Every row once and in order, without dropout or noise; the last batch may be smaller."""
+        for start in range(0, len(self.rows), self.batch_size):
+            rows = self.rows[start : start + self.batch_size]
+            yield collate([self._sequence(rows, k, False) for k in range(len(rows["caption"]))], self.layout)
 
     def _row(self, position: int) -> int:
         """Row at ``position`` of the endless stream of shuffled epochs."""

@@ -150,4 +150,9 @@ def _check(config: TrainConfig) -> None:
     for name in ("steps", "batch_size", "gradient_accumulation_steps", "log_every"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name}: {getattr(config, name)} must be at least 1.")
+    if config.checkpoint_every and config.checkpoint_every % config.log_every:
+        # A logged loss is a mean over log_every steps; a resumed run starts its mean at the checkpoint.
+        raise ValueError(
+            f"checkpoint_every: {config.checkpoint_every} is not a multiple of log_every {config.log_every}."
+        )
     config.patch_schedule().stages(config.steps)

@@ -78,9 +78,8 @@ def train(config: TrainConfig) -> Path:
             return
         seen = train_rows.select(range(min(len(train_rows), len(validation_rows))))
         for name, rows in (("validation_loss", validation_rows), ("train_subset_loss", seen)):
-            count = math.ceil(len(rows) / config.batch_size)
-            held_out = TextToImageBatches(rows, text_tokenizer, layout, config.batch_size, count)
-            losses[name] = image_loss(current(), held_out, accelerator.device)
+            checked = TextToImageBatches(rows, text_tokenizer, layout, config.batch_size, num_batches=0)
+            losses[name] = image_loss(current(), checked, accelerator.device)
         log.write(step, slots=slots, **losses)
 
     model.train()
@@ -89,6 +88,9 @@ def train(config: TrainConfig) -> Path:
     bar = tqdm(total=config.steps, initial=step, unit="step", disable=not accelerator.is_local_main_process)
     for batch in loader(batches, step * accumulation, config.data.num_workers):
         stage = schedule.stage(step, config.steps)
+        images += len(batch["input_ids"]) * processes
+        text_slots = int(batch["attention_mask"].sum()) - int(batch["image_grids"].prod(dim=1).sum())
+        slots += (text_slots + slot_counts(batch["image_grids"], stage.patch_size)) * processes
         batch = send_to_device(batch, accelerator.device)
         with accelerator.accumulate(model):
             output_ = model(**batch, patch_size=stage.patch_size)
@@ -100,10 +102,6 @@ def train(config: TrainConfig) -> Path:
             optimizer.step()
             optimizer.zero_grad()
         total += output_.image_loss.detach() / (accumulation * config.log_every)
-        count = len(batch["input_ids"]) * accelerator.num_processes
-        images += count
-        text_slots = int(batch["attention_mask"].sum()) - int(batch["image_grids"].prod(dim=1).sum())
-        slots += (text_slots + slot_counts(batch["image_grids"].cpu(), stage.patch_size)) * accelerator.num_processes
         if not accelerator.sync_gradients:
             continue
 
@@ -162,11 +160,11 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
 
 @torch.no_grad()
 def image_loss(model: nn.Module, batches: TextToImageBatches, device: torch.device) -> float:
-    """Mean image loss over all batches in next-token mode, in nats a code."""
+    """Mean image loss over all rows of ``batches`` in next-token mode, in nats a code."""
     training = model.training
     model.eval()
     total, count = 0.0, 0
-    for batch in loader(batches):
+    for batch in batches.once():
         batch = send_to_device(batch, device)
         total += float(model(**batch).image_loss) * len(batch["input_ids"])
         count += len(batch["input_ids"])
