@@ -22,6 +22,7 @@ import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = Path("runs/quickstart")
+CONCEPTS = "400"  # training captions, as in recipes/configs/quickstart.yaml
 THINGS = ["Animals & Nature", "Food & Drink", "Travel & Places"]
 PYTHON = [sys.executable]
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1",
@@ -40,13 +41,13 @@ STEPS: dict[str, list[str]] = {
     "text_tokenizer": [*PYTHON, "recipes/train_text_tokenizer.py", "--source", f"{OUT}/data/openmoji",
                        "--out", f"{OUT}/text_tokenizer"],
     "codes": [*ENCODE, f"{OUT}/data/things", "--out", f"{OUT}/codes"],
-    "codes_outline": [*ENCODE, f"{OUT}/data/things-outline", "--out", f"{OUT}/codes-outline"],
     "model": [*TRAIN, "recipes/configs/quickstart.yaml"],
     "lora": [*TRAIN, "recipes/configs/quickstart_lora.yaml"],
-    "clip": [*PYTHON, "eval/train_clip.py", "--data", f"{OUT}/data/things", "--out", f"{OUT}/clip", "--name", "openmoji-nano"],
+    "clip": [*PYTHON, "eval/train_clip.py", "--data", f"{OUT}/data/things", "--max-samples", CONCEPTS, "--steps", "150",
+             "--out", f"{OUT}/clip", "--name", "openmoji-nano"],
     "evaluate": [*PYTHON, "eval/evaluate.py", "--pipeline", f"{OUT}/model/pipeline", "--data", f"{OUT}/data/things",
-                 "--psnr-data", f"{OUT}/data/openmoji", "--clip", f"{OUT}/clip", "--num-images", "64",
-                 "--guidance-scale", "1.5", "--temperature", "0.7",
+                 "--max-samples", CONCEPTS, "--psnr-data", f"{OUT}/data/openmoji", "--clip", f"{OUT}/clip", "--num-images", "64",
+                 "--guidance-scale", "1.5", "--temperature", "0.85",
                  "--out", f"{OUT}/evaluation"],
     "report": [*PYTHON, "recipes/quickstart_report.py", "--run", str(OUT)],
 }  # fmt: skip

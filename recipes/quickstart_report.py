@@ -43,7 +43,7 @@ def draw_with_and_without(pipe: UnifiedPipeline, lora: Path, prompts: list[str],
 
     def draw() -> tuple[list[Image.Image], torch.Tensor]:
         generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
-        output = pipe(prompts, guidance_scale=1.5, temperature=0.7, generator=generators)
+        output = pipe(prompts, guidance_scale=1.5, temperature=0.85, generator=generators)
         return list(output.images), output.codes
 
     plain, codes = draw()

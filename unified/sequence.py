@@ -53,32 +53,36 @@ def build_sequence(segments: Iterable[Segment], layout: TokenLayout, end: bool =
     Raises:
         ValueError: if text ids or codes leave their ranges, or codes are not ``(h, w)`` integers.
     """
-    ids: list[int] = [] if layout.bos_token_id is None else [layout.bos_token_id]
-    learn = [False] * len(ids)
+    start = [] if layout.bos_token_id is None else [layout.bos_token_id]
+    ids = [torch.tensor(start, dtype=torch.int64)]
+    learn = [torch.zeros(len(start), dtype=torch.bool)]
     grids: list[tuple[int, int]] = []
-    text_learned = False
+    learned = text_learned = False
     for segment in segments:
+        learned = segment.loss
         if isinstance(segment, TextSegment):
-            _check_range("text ids", segment.ids, layout.text_vocab_size)
-            ids.extend(segment.ids)
-            learn.extend([segment.loss] * len(segment.ids))
-            text_learned = segment.loss
+            part = torch.tensor(segment.ids, dtype=torch.int64)
+            _check_range("text ids", part, layout.text_vocab_size)
+            learn.append(torch.full((len(part),), learned))
+            text_learned = learned
         else:
             codes = segment.codes
             if codes.ndim != 2 or codes.is_floating_point() or codes.numel() == 0:
                 raise ValueError(f"codes: need integers of shape (h, w), got {codes.dtype} {tuple(codes.shape)}.")
-            flat = codes.reshape(-1).tolist()
-            _check_range("codes", flat, layout.codebook_size)
-            ids.extend([layout.boi_token_id, *(code + layout.text_vocab_size for code in flat), layout.eoi_token_id])
-            learn.extend([text_learned, *[segment.loss] * (len(flat) + 1)])
+            _check_range("codes", codes, layout.codebook_size)
+            part = torch.nn.functional.pad(codes.reshape(-1).long() + layout.text_vocab_size, (1, 1))
+            part[0], part[-1] = layout.boi_token_id, layout.eoi_token_id
+            learn.append(torch.full((len(part),), learned))
+            learn[-1][0] = text_learned
             grids.append((codes.shape[0], codes.shape[1]))
+        ids.append(part)
     if end:
         if layout.eos_token_id is None:
             raise ValueError("end: the backbone has no eos token id; set one in its configuration.")
-        ids.append(layout.eos_token_id)
-        learn.append(learn[-1])
-    input_ids = torch.tensor(ids, dtype=torch.int64)
-    labels = torch.where(torch.tensor(learn), input_ids, IGNORE)
+        ids.append(torch.tensor([layout.eos_token_id]))
+        learn.append(torch.tensor([learned]))
+    input_ids = torch.cat(ids)
+    labels = torch.where(torch.cat(learn), input_ids, IGNORE)
     return TokenSequence(input_ids, labels, grids)
 
 
@@ -163,6 +167,7 @@ def _concatenate(row: list[TokenSequence]) -> TokenSequence:
     return TokenSequence(torch.cat([s.input_ids for s in row]), torch.cat(labels), grids, torch.cat(documents))
 
 
-def _check_range(name: str, values: Sequence[int], size: int) -> None:
-    if len(values) and not (min(values) >= 0 and max(values) < size):
-        raise ValueError(f"{name}: values {min(values)}..{max(values)} leave [0, {size}); made for another layout?")
+def _check_range(name: str, values: Tensor, size: int) -> None:
+    if values.numel() and not (values.min() >= 0 and values.max() < size):
+        low, high = int(values.min()), int(values.max())
+        raise ValueError(f"{name}: values {low}..{high} leave [0, {size}); made for another layout?")

@@ -76,6 +76,7 @@ def plot_loss(log: Sequence[Mapping[str, Any]], out: Path, title: str, codebook_
         title=title,
         xlim=(0, cost[-1]),
     )
+    axes.set_ylim(top=np.log(codebook_size) + 0.6)
     axes.legend(frameon=False, loc="lower left", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
