@@ -2,8 +2,9 @@
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, get_args, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -48,7 +49,12 @@ def dump_settings(settings: object) -> str:
 
 def parse_command_line(description: str | None, kind: type[T]) -> tuple[str, list[str]]:
     """Read ``--config FILE [key=value ...]``; ``--help`` lists every key with its default."""
-    keys = OmegaConf.to_yaml(OmegaConf.structured(kind))
+    shown = OmegaConf.structured(kind)
+    for name, hint in get_type_hints(kind).items():
+        optional = [option for option in get_args(hint) if is_dataclass(option)]
+        if optional and shown[name] is None:  # a part that is off by default: show what it can be told
+            shown[name] = OmegaConf.structured(optional[0])
+    keys = OmegaConf.to_yaml(shown)
     parser = argparse.ArgumentParser(
         description=description,
         epilog="keys and defaults ('???' must be set):\n\n" + keys,
