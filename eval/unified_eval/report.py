@@ -170,6 +170,12 @@ pre { background: var(--soft); border: 1px solid var(--line); border-radius: 6px
 </tbody>
 </table></div>
 {% endif %}
+{% if pictures %}
+<h2>Pictures</h2>
+{% for source, caption in pictures %}
+<figure><img src="{{ source }}" alt="{{ caption }}"><figcaption>{{ caption }}</figcaption></figure>
+{% endfor %}
+{% endif %}
 {% for name, header, rows in tables %}
 <h2>{{ name }}</h2>
 <div class="scroll"><table>
@@ -183,12 +189,6 @@ pre { background: var(--soft); border: 1px solid var(--line); border-radius: 6px
 </tbody>
 </table></div>
 {% endfor %}
-{% if pictures %}
-<h2>Pictures</h2>
-{% for source, caption in pictures %}
-<figure><img src="{{ source }}" alt="{{ caption }}"><figcaption>{{ caption }}</figcaption></figure>
-{% endfor %}
-{% endif %}
 {% if commands %}
 <h2>Commands</h2>
 <pre>{% for command in commands %}{{ command }}
