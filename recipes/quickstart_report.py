@@ -38,12 +38,14 @@ STYLE_PROMPTS = [
 HEADLINE = ["tokenizer_psnr_db", "fd_efflite0", "clip_score", "r1_generated", "r1_reconstructions", "r1_real"]
 
 
-def draw_with_and_without(pipe: UnifiedPipeline, lora: Path, prompts: list[str], out: Path) -> dict[str, Any]:
+def draw_with_and_without(
+    pipe: UnifiedPipeline, lora: Path, prompts: list[str], sampling: dict[str, Any], out: Path
+) -> dict[str, Any]:
     """Draw the same prompts and seeds without, with, and again without the adapter; the first and last must agree."""
 
     def draw() -> tuple[list[Image.Image], torch.Tensor]:
         generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
-        output = pipe(prompts, guidance_scale=1.5, temperature=0.85, generator=generators)
+        output = pipe(prompts, generator=generators, **sampling)
         return list(output.images), output.codes
 
     plain, codes = draw()
@@ -82,7 +84,9 @@ def main() -> None:
     pipe = UnifiedPipeline.from_pretrained(run / "pipeline")
     known = set(load_source(str(run / "codes"))["caption"])
     prompts = [prompt for prompt in STYLE_PROMPTS if prompt in known]
-    lora = draw_with_and_without(pipe, run / "lora", prompts, run / "lora.png")
+    evaluation = json.loads((run / "evaluation" / "metrics.json").read_text())
+    sampling = {name: evaluation["run"][name] for name in ("guidance_scale", "temperature")}
+    lora = draw_with_and_without(pipe, run / "lora", prompts, sampling, run / "lora.png")
 
     held_out = captioned_images(load_source(str(run / "data" / "openmoji"), "validation"), SkipReport())
     rows = [row for _, row in zip(range(12), held_out, strict=False)]
@@ -93,7 +97,6 @@ def main() -> None:
     log = read_log(run / "model")
     plot_loss(log, run / "loss.png", "Next-patch prediction: loss against cost", pipe.image_tokenizer.codebook_size)
 
-    evaluation = json.loads((run / "evaluation" / "metrics.json").read_text())
     steps = json.loads((run / "steps.json").read_text())
     me = psutil.Process()
     finished = {name: step for name, step in steps.items() if step["seconds"] is not None and name != "report"}

@@ -51,24 +51,11 @@ def plot_loss(log: Sequence[Mapping[str, Any]], out: Path, title: str, codebook_
     )
     if checks:
         at = [record["slots"] / 1e6 for record in checks]
-        axes.plot(
-            at,
-            [r["train_subset_loss"] for r in checks],
-            "o-",
-            color="#c2571a",
-            lw=1,
-            ms=4,
-            label="training captions, p = 1",
-        )
-        axes.plot(
-            at,
-            [r["validation_loss"] for r in checks],
-            "s--",
-            color="#6b4ba3",
-            lw=1,
-            ms=4,
-            label="held-out captions, p = 1",
-        )
+        for name, style, color, label in (
+            ("train_subset_loss", "o-", "#c2571a", "training captions, p = 1"),
+            ("validation_loss", "s--", "#6b4ba3", "held-out captions, p = 1"),
+        ):
+            axes.plot(at, [record[name] for record in checks], style, color=color, lw=1, ms=4, label=label)
     axes.axhline(np.log(codebook_size), color="#888", lw=0.8, ls=":", label=f"uniform over {codebook_size} codes")
     axes.set(
         xlabel="cost: backbone slots processed (millions)",
