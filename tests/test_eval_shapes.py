@@ -272,7 +272,7 @@ def test_claims_that_cannot_be_checked_are_errors(claims, message):
 
 def test_pictures_that_cannot_be_checked_are_errors():
     claims = [{"class": "star", "count": 1}]
-    with pytest.raises(ValueError, match="image: 32x16; need a square picture of 16 pixels or more"):
+    with pytest.raises(ValueError, match="image: 32x16; need a square picture of 24 pixels or more"):
         check_scene(Image.new("RGB", (32, 16)), claims)
     with pytest.raises(ValueError, match="image: 8x8; need a square"):
         check_scene(Image.new("RGB", (8, 8)), claims)

@@ -26,7 +26,7 @@ RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": 
 # Radii as shares of the side, in the middle between the bands that scenes are drawn with.
 SIZES, SIZE_EDGES = ("small", "medium", "large"), (0.140, 0.1975)
 SMALLEST_RADIUS = 0.11
-MIN_SIDE = 16
+MIN_SIDE = 24  # below that, a small square and a small circle cover the same pixels
 # The palette's colours lie 90 and more apart, so that a colour this near to one of them is nearer to no other.
 MAX_COLOUR_DISTANCE = 60
 # Least intersection over union of a shape with the ideal outline of its area and place.
@@ -107,7 +107,7 @@ def find_shapes(image: Image.Image) -> Found:
     the outline which, with the object's area and centroid, overlaps it most. Shapes that touch make one object.
 
     Raises:
-        ValueError: if the picture is not square or its side is below 16 pixels.
+        ValueError: if the picture is not square or its side is below 24 pixels.
     """
     side = image.width
     if image.height != side or side < MIN_SIDE:
@@ -179,7 +179,7 @@ def check_scene(image: Image.Image, claims: Claims) -> dict[str, bool]:
     """Check every claim about a picture.
 
     Args:
-        image: a square picture, 16 pixels or more.
+        image: a square picture, 24 pixels or more.
         claims: the ``include`` of a row as a list or as JSON: entries with ``class`` and ``count``, and possibly
             ``color``, ``size`` and ``position`` (``["above", 0]``: above entry 0); the class may be ``background``.
 
