@@ -5,7 +5,7 @@ import pytest
 import torch
 from torchmetrics.image.kid import poly_mmd
 
-from unified_eval import frechet_distance, kernel_distance
+from unified_eval import cmmd, frechet_distance, kernel_distance, kernel_distances_of_subsets
 
 
 def diagonal_set(deviations: list[float], mean: list[float]) -> np.ndarray:
@@ -77,3 +77,38 @@ def test_kernel_distance_agrees_with_torchmetrics_and_is_unbiased():
 def test_bad_features_are_named(distance, a, b, message):
     with pytest.raises(ValueError, match=message):
         distance(a, b)
+
+
+def test_subsets_have_the_expectation_of_all_rows():
+    rng = np.random.default_rng(5)
+    a, b = rng.normal(size=(60, 8)), rng.normal(size=(80, 8)) * 1.2
+    drawn = kernel_distances_of_subsets(a, b, subset_size=20, subsets=400, seed=1)
+    assert drawn.shape == (400,)
+    # Draws from one finite set: their mean lies around the distance of all rows.
+    assert drawn.mean() == pytest.approx(kernel_distance(a, b), abs=4 * drawn.std() / 20)
+    all_rows = kernel_distances_of_subsets(a, b[:60], subset_size=60, subsets=2)
+    assert all_rows == pytest.approx([kernel_distance(a, b[:60])] * 2, rel=1e-9)
+    assert np.array_equal(drawn, kernel_distances_of_subsets(a, b, subset_size=20, subsets=400, seed=1))
+    with pytest.raises(ValueError, match="subset_size: 61 of 60 and 80 rows"):
+        kernel_distances_of_subsets(a, b, subset_size=61)
+
+
+def unit(rows):
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def test_cmmd_agrees_with_a_sum_over_pairs():
+    rng = np.random.default_rng(6)
+    a, b = unit(rng.normal(size=(12, 5)) + 1), unit(rng.normal(size=(9, 5)))
+
+    def mean_kernel(x, y):
+        return np.mean([[np.exp(-sum((p - q) ** 2) / (2 * 10.0**2)) for q in y] for p in x])
+
+    expected = 1000 * (mean_kernel(a, a) + mean_kernel(b, b) - 2 * mean_kernel(a, b))
+    assert expected > 1
+    assert cmmd(a, b) == pytest.approx(expected, rel=1e-9)
+    assert cmmd(a, a) == pytest.approx(0, abs=1e-12)
+    # Far narrower than the kernel, it is the squared distance of the means: 1000 / sigma^2 |dmu|^2.
+    assert cmmd(a, b, sigma=1e3) == pytest.approx(1e-3 * ((a.mean(0) - b.mean(0)) ** 2).sum(), rel=1e-4)
+    with pytest.raises(ValueError, match="b: rows are not of length 1; normalise"):
+        cmmd(a, 2 * b)

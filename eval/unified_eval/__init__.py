@@ -9,11 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from unified_eval.clip import Clip, clip_features, clip_recipe, clip_score, load_clip, retrieval_at_1, shuffled_gap
+    from unified_eval.diversity import (
+        inception_score,
+        nearest_neighbours,
+        precision_recall_density_coverage,
+        prompt_diversity,
+    )
     from unified_eval.evaluate import evaluate_pictures, evaluate_tokenizer
     from unified_eval.features import Extractor, load_extractor
-    from unified_eval.frechet import frechet_distance, kernel_distance
+    from unified_eval.frechet import cmmd, frechet_distance, kernel_distance, kernel_distances_of_subsets
     from unified_eval.intervals import bootstrap_interval, wilson_interval
     from unified_eval.nano_clip import save_nano_clip, train_nano_clip
+    from unified_eval.npz import load_npz, save_npz
     from unified_eval.reconstruction import psnr, psnr_summary, reconstruct
     from unified_eval.report import write_report
     from unified_eval.selection import choose_evenly, first_usable_rows
@@ -30,20 +37,28 @@ _MODULE_OF = {
     "clip_features": "clip",
     "clip_recipe": "clip",
     "clip_score": "clip",
+    "cmmd": "frechet",
     "evaluate_pictures": "evaluate",
     "evaluate_tokenizer": "evaluate",
     "find_shapes": "shapes",
     "first_usable_rows": "selection",
     "frechet_distance": "frechet",
     "in_rows": "sheets",
+    "inception_score": "diversity",
     "kernel_distance": "frechet",
+    "kernel_distances_of_subsets": "frechet",
     "load_clip": "clip",
     "load_extractor": "features",
+    "load_npz": "npz",
+    "nearest_neighbours": "diversity",
+    "precision_recall_density_coverage": "diversity",
+    "prompt_diversity": "diversity",
     "psnr": "reconstruction",
     "psnr_summary": "reconstruction",
     "reconstruct": "reconstruction",
     "retrieval_at_1": "clip",
     "save_nano_clip": "nano_clip",
+    "save_npz": "npz",
     "scene_records": "shapes",
     "shapes_accuracy": "shapes",
     "shuffled_gap": "clip",
@@ -62,20 +77,28 @@ __all__ = [
     "clip_features",
     "clip_recipe",
     "clip_score",
+    "cmmd",
     "evaluate_pictures",
     "evaluate_tokenizer",
     "find_shapes",
     "first_usable_rows",
     "frechet_distance",
     "in_rows",
+    "inception_score",
     "kernel_distance",
+    "kernel_distances_of_subsets",
     "load_clip",
     "load_extractor",
+    "load_npz",
+    "nearest_neighbours",
+    "precision_recall_density_coverage",
+    "prompt_diversity",
     "psnr",
     "psnr_summary",
     "reconstruct",
     "retrieval_at_1",
     "save_nano_clip",
+    "save_npz",
     "scene_records",
     "shapes_accuracy",
     "shuffled_gap",

@@ -1,6 +1,6 @@
 """Confidence intervals: Wilson's for shares, the bootstrap for means and other statistics of grouped values."""
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import numpy as np
 from scipy import stats
@@ -33,9 +33,9 @@ def bootstrap_interval(
     """Percentile bootstrap interval that draws whole groups, so that pictures of one prompt stay together.
 
     Args:
-        values: N numbers, or ``(N, D)`` rows; one for each picture.
+        values: N numbers or ``(N, D)`` rows, one for each picture.
         groups: the prompt of each picture; without it every picture is its own group.
-        statistic: what is computed from the drawn rows; the mean without it.
+        statistic: what is computed from the drawn rows; their mean without it.
         resamples: how often groups are drawn.
         level: share of the resamples that the interval holds.
         seed: seed of the draws.
@@ -44,29 +44,52 @@ def bootstrap_interval(
         Lower and upper end.
 
     Raises:
-        ValueError: if there are fewer than 2 groups, a value is not finite, or lengths or numbers do not fit.
+        ValueError: if there are fewer than 2 groups, a value is not finite, or lengths differ.
     """
     rows = np.asarray(values, dtype=np.float64)
-    if resamples < 1 or not 0 < level < 1:
-        raise ValueError(f"resamples, level: need 1 or more and a share inside (0, 1), got {resamples} and {level}.")
+    if not 0 < level < 1:
+        raise ValueError(f"level: {level} is not inside (0, 1).")
     if not np.isfinite(rows).all():
         raise ValueError(f"values: number {int(np.argwhere(~np.isfinite(rows))[0][0])} is not finite.")
     if groups is not None and len(groups) != len(rows):
         raise ValueError(f"groups: {len(groups)} for {len(rows)} values; give one for each.")
-    members: dict[Hashable, list[int]] = {}
-    for index, group in enumerate(range(len(rows)) if groups is None else groups):
-        members.setdefault(group, []).append(index)
-    if len(members) < 2:
-        raise ValueError(f"groups: {len(members)} of them; an interval over prompts needs 2 or more.")
-    parts = [np.array(part) for part in members.values()]
-    chance = np.random.default_rng(seed)
-    draws = chance.integers(len(parts), size=(resamples, len(parts)))
-    if statistic is None and rows.ndim == 1:  # the mean of drawn groups is a ratio of two sums: no loop is needed
-        sums, sizes = np.array([rows[part].sum() for part in parts]), np.array([len(part) for part in parts])
-        results = sums[draws].sum(1) / sizes[draws].sum(1)
-    elif statistic is None:
-        raise ValueError("statistic: rows of several numbers have no single mean; say what to compute from them.")
-    else:
-        results = np.array([statistic(rows[np.concatenate([parts[i] for i in draw])]) for draw in draws])
+    of_rows = statistic or (lambda drawn: float(drawn.mean()))
+    drawn = resample(range(len(rows)) if groups is None else groups, resamples, seed)
+    results = [of_rows(rows[indices]) for indices in drawn]
     low, high = np.quantile(results, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def resample(groups: Sequence[Hashable], resamples: int = 2000, seed: int = 0) -> Iterator[np.ndarray]:
+    """Draw as many groups as there are, with replacement, again and again.
+
+    Two sets of rows drawn by one seed are drawn alike, which is what paired intervals need.
+
+    Yields:
+        The row numbers of the drawn groups, int64; of another length each time if groups differ in size.
+
+    Raises:
+        ValueError: if there are fewer than 2 groups or ``resamples`` is below 2.
+    """
+    members: dict[Hashable, list[int]] = {}
+    for index, group in enumerate(groups):
+        members.setdefault(group, []).append(index)
+    if len(members) < 2 or resamples < 2:
+        raise ValueError(f"groups, resamples: {len(members)} and {resamples}; an interval needs 2 or more of both.")
+    parts = [np.array(part) for part in members.values()]
+    draws = np.random.default_rng(seed).integers(len(parts), size=(resamples, len(parts)))
+    if len(parts) == len(groups):
+        yield from draws
+        return
+    for draw in draws:
+        yield np.concatenate([parts[index] for index in draw])
+
+
+def interval_around(value: float, draws: Sequence[float] | np.ndarray, level: float = 0.95) -> Interval:
+    """Normal interval around a value with the standard deviation of its bootstrap draws.
+
+    For distances between sets of pictures: a drawn set repeats pictures, which moves the distance itself upwards, so
+    that percentiles of the draws would lie beside the value. Their spread is what is wanted.
+    """
+    half = float(stats.norm.ppf((1 + level) / 2) * np.std(np.asarray(draws), ddof=1))
+    return value - half, value + half

@@ -1,0 +1,75 @@
+"""Sets of pictures as one NumPy file, as the evaluator of guided diffusion (ADM) reads them: ``arr_0``, uint8, NHWC.
+
+Pictures are written and read one by one, so that a file may be larger than the memory.
+"""
+
+import os
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+MEMBER = "arr_0.npy"
+
+
+def save_npz(path: str | Path, images: Sequence[Image.Image]) -> Path:
+    """Write pictures of one size to a file that the original evaluator reads; it appears whole or not at all.
+
+    Args:
+        path: file to write, named ``.npz``.
+        images: pictures; they are converted to RGB.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        ValueError: if ``path`` is not named ``.npz``, there is no picture, or sizes are mixed.
+    """
+    path = Path(path)
+    if path.suffix != ".npz":
+        raise ValueError(f"path: {str(path)!r} is not named .npz.")
+    if not len(images):
+        raise ValueError("images: the list is empty; give at least one picture.")
+    width, height = images[0].size
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(images), height, width, 3)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".writing")
+    with (
+        zipfile.ZipFile(beside, "w", zipfile.ZIP_STORED) as archive,
+        archive.open(MEMBER, "w", force_zip64=True) as file,
+    ):
+        np.lib.format.write_array_header_1_0(file, header)
+        for number, image in enumerate(images):
+            if image.size != (width, height):
+                raise ValueError(
+                    f"images: number {number} is {image.width}x{image.height}, the first is {width}x{height}; "
+                    "bring them to one size first."
+                )
+            file.write(image.convert("RGB").tobytes())
+    os.replace(beside, path)
+    return path
+
+
+def load_npz(path: str | Path) -> Iterator[Image.Image]:
+    """Yield the pictures of a file with ``arr_0``, uint8 ``(N, H, W, 3)``, in order.
+
+    Raises:
+        ValueError: if the file is missing, no such archive, or holds another kind of array.
+    """
+    path = Path(path)
+    if not path.is_file() or not zipfile.is_zipfile(path):
+        raise ValueError(f"path: {str(path)!r} is not an .npz file.")
+    with zipfile.ZipFile(path) as archive:
+        if MEMBER not in archive.namelist():
+            raise ValueError(f"path: {str(path)!r} has no arr_0; it holds {archive.namelist()}.")
+        with archive.open(MEMBER) as file:
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, fortran, dtype = read(file)
+            if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or shape[0] == 0 or fortran:
+                raise ValueError(f"path: arr_0 of {str(path)!r} is {dtype} {shape}; need uint8 (N, H, W, 3).")
+            size = int(np.prod(shape[1:]))
+            for _ in range(shape[0]):
+                yield Image.frombytes("RGB", (shape[2], shape[1]), file.read(size))
