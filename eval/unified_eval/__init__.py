@@ -8,7 +8,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from unified_eval.clip import Clip, clip_features, clip_recipe, clip_score, load_clip, retrieval_at_1, shuffled_gap
+    from unified_eval.clip import (
+        Clip,
+        clip_extractor,
+        clip_features,
+        clip_recipe,
+        clip_score,
+        clip_text_features,
+        load_clip,
+        retrieval_at_1,
+        shuffled_gap,
+    )
     from unified_eval.diversity import (
         inception_score,
         nearest_neighbours,
@@ -16,6 +26,7 @@ if TYPE_CHECKING:
         prompt_diversity,
     )
     from unified_eval.evaluate import evaluate_pictures, evaluate_tokenizer
+    from unified_eval.extraction import extract_features, open_pictures
     from unified_eval.features import Extractor, load_extractor
     from unified_eval.frechet import cmmd, frechet_distance, kernel_distance, kernel_distances_of_subsets
     from unified_eval.intervals import bootstrap_interval, wilson_interval
@@ -34,12 +45,15 @@ _MODULE_OF = {
     "captioned_grid": "sheets",
     "check_scene": "shapes",
     "choose_evenly": "selection",
+    "clip_extractor": "clip",
     "clip_features": "clip",
     "clip_recipe": "clip",
     "clip_score": "clip",
+    "clip_text_features": "clip",
     "cmmd": "frechet",
     "evaluate_pictures": "evaluate",
     "evaluate_tokenizer": "evaluate",
+    "extract_features": "extraction",
     "find_shapes": "shapes",
     "first_usable_rows": "selection",
     "frechet_distance": "frechet",
@@ -51,6 +65,7 @@ _MODULE_OF = {
     "load_extractor": "features",
     "load_npz": "npz",
     "nearest_neighbours": "diversity",
+    "open_pictures": "extraction",
     "precision_recall_density_coverage": "diversity",
     "prompt_diversity": "diversity",
     "psnr": "reconstruction",
@@ -74,12 +89,15 @@ __all__ = [
     "captioned_grid",
     "check_scene",
     "choose_evenly",
+    "clip_extractor",
     "clip_features",
     "clip_recipe",
     "clip_score",
+    "clip_text_features",
     "cmmd",
     "evaluate_pictures",
     "evaluate_tokenizer",
+    "extract_features",
     "find_shapes",
     "first_usable_rows",
     "frechet_distance",
@@ -91,6 +109,7 @@ __all__ = [
     "load_extractor",
     "load_npz",
     "nearest_neighbours",
+    "open_pictures",
     "precision_recall_density_coverage",
     "prompt_diversity",
     "psnr",

