@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 
 from unified import UnifiedPipeline
 from unified.codes import encode_source, load_codes
-from unified.training.batches import TextToImageBatches, loader
-from unified.training.config import load_config
+from unified.training.batches import CaptionedBatches, loader
+from unified.training.config import OptimizerConfig, load_config
 from unified.training.loop import train
+from unified.training.optimizer import build_optimizers
 from unified.training.tracking import read_log
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,7 +76,7 @@ class TestBatches:
     def build(self, parts, text_tokenizer, **changes):
         rows = load_codes(parts / "codes", "train", None)
         layout = tiny_config(text={"vocab_size": text_tokenizer.vocab_size}).layout
-        return TextToImageBatches(
+        return CaptionedBatches(
             rows, text_tokenizer, layout, **{"batch_size": 4, "num_batches": 9, "seed": 1, **changes}
         )
 
@@ -106,6 +107,27 @@ class TestBatches:
         layout = batches.layout
         dropped = [int(row[1]) == layout.boi_token_id for batch in loader(batches) for row in batch["input_ids"]]
         assert sum(dropped) / len(dropped) == pytest.approx(0.25, abs=0.04)
+
+    def test_captioning_turns_rows_around(self, parts, text_tokenizer):
+        """Codes first, then the caption, which alone is learned; the other rows are as they were."""
+        plain, mixed = (
+            list(loader(self.build(parts, text_tokenizer, captioning=c, num_batches=60))) for c in (0.0, 0.4)
+        )
+        turned = 0
+        for a, b in zip(plain, mixed, strict=True):
+            for i in range(4):
+                before, after = (x["input_ids"][i][x["attention_mask"][i].bool()] for x in (a, b))
+                labels = b["labels"][i][b["attention_mask"][i].bool()]
+                if int(after[1]) != text_tokenizer.boi_token_id:
+                    assert before.tolist() == after.tolist()
+                    continue
+                turned += 1
+                start = before.tolist().index(text_tokenizer.boi_token_id)
+                caption, picture = before[1:start].tolist(), before[start:].tolist()
+                end = self.build(parts, text_tokenizer).layout.eos_token_id
+                assert after.tolist() == [int(before[0]), *picture, *caption, end]
+                assert labels.tolist() == [-100] * (1 + len(picture)) + [*caption, end]
+        assert turned / 240 == pytest.approx(0.4, abs=0.08)
 
     def test_code_noise_touches_inputs_only(self, parts, text_tokenizer):
         clean, noisy = (
@@ -172,6 +194,29 @@ def test_lora_run_on_a_pipeline(finished, config_file, parts, tmp_path):
     assert (pipe.model(ids).logits - base).abs().max() > 0.01
     pipe.unload_lora_weights()
     assert torch.equal(pipe.model(ids).logits, base)
+
+
+def test_captioning_and_muon_run_learns_both_ways(config_file, tmp_path):
+    override = ["steps=60", "validate_every=60", "checkpoint_every=null", "optimizer.name=muon", "data.captioning=0.5",
+                "data.caption_dropout=0", "schedule.patch_sizes=[2,1]", "schedule.shares=[0.5,0.5]", "batch_size=12"]  # fmt: skip
+    train(load_config(config_file, [f"output_dir={tmp_path}", *override]))
+    log = read_log(tmp_path)
+    final = log[-1]
+    assert final["train_subset_loss"] < 1.5 < math.log(20)
+    assert final["caption_loss"] < 0.5 * log[0]["text_loss"]
+
+
+def test_muon_takes_the_decoders_matrices_only(tiny_model):
+    adamw, muon = build_optimizers(tiny_model, OptimizerConfig(name="muon"))
+    names = {id(p): name for name, p in tiny_model.named_parameters()}
+    of_muon = {names[id(p)] for g in muon.param_groups for p in g["params"]}
+    of_adamw = {names[id(p)] for g in adamw.param_groups for p in g["params"]}
+    assert of_muon | of_adamw == set(names.values()) and not of_muon & of_adamw
+    assert {name.rsplit(".", 2)[-2] for name in of_muon} == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
+    }  # fmt: skip
+    decays = {g["weight_decay"]: {names[id(p)].split(".")[-2] for p in g["params"]} for g in adamw.param_groups}
+    assert "image_head" in decays[0.05] and "norm" in decays[0.0]
 
 
 def test_pictures_are_encoded_on_the_way(config_file, parts, picture_source, tmp_path):
