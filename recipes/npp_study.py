@@ -56,6 +56,7 @@ VARIANTS: dict[str, tuple[list[str], str | None]] = {
     "(4,2,1)": (["schedule.patch_sizes=[4,2,1]", "schedule.shares=[0.25,0.25,0.5]"], None),
     "(4,2,1) early": (["schedule.patch_sizes=[4,2,1]", "schedule.shares=[0.4,0.3,0.3]"], None),
 }
+MAIN = [BASELINE, "next-token, cost of (2,1)", "(2,1)", "(4,2,1)"]
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ def agreement(run: Run, rows: Sequence[int], drawn: Sequence[Image.Image]) -> di
     if "include" not in data.column_names:
         return {}
     claims = [json.loads(text) for text in data.select(rows)["include"]]
-    return {"agreement": shapes_accuracy(drawn, claims)["overall"]}
+    return {"agreement": shapes_accuracy(drawn, claims)["figures"]["shapes_correct"]}
 
 
 def plan(args: argparse.Namespace) -> list[Run]:
@@ -194,9 +195,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--clip", required=True, help="CLIP folder for R@1, as written by eval/train_clip.py")
     parser.add_argument("--num-images", type=int, default=128, help="pictures drawn per run (default: %(default)s)")
     parser.add_argument("--guidance-scale", type=float, default=1.5, help="when drawing (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.85, help="when drawing (default: %(default)s)")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=[BASELINE, "next-token, cost of (2,1)", "(2,1)", "(4,2,1)"],
-                        metavar="NAME", help=f"which to train, among: {'; '.join(VARIANTS)}")  # fmt: skip
+    parser.add_argument("--temperature", type=float, default=1.0, help="when drawing (default: %(default)s)")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=MAIN, metavar="NAME",
+                        help=f"which to train, among: {'; '.join(VARIANTS)}")  # fmt: skip
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each (default: %(default)s)")
     parser.add_argument("--out", required=True, help="folder to write")
