@@ -35,7 +35,7 @@ def load_peer(
         del sys.modules[name]  # both checkouts use the same package names
     sys.path.insert(0, str(root))
     try:
-        gpt = importlib.import_module("autoregressive.models.gpt")
+        gpt: Any = importlib.import_module("autoregressive.models.gpt")
         if p > 1:
             patchify = gpt.target_patchify
             # Its windows are cut by F.unfold, which knows no integers on a CPU: cast there and back, so that it runs.

@@ -49,8 +49,11 @@ def batch_of(model: Any, rows: int, grid: int, text: int = 0) -> Batch:
     layout = model.config.layout
     words = torch.randint(SPECIAL, max(layout.text_vocab_size, SPECIAL + 1), (rows, text), generator=generator).tolist()
     codes = torch.randint(layout.codebook_size, (rows, grid, grid), generator=generator)
-    segments = [[TextSegment(w, loss=False), ImageSegment(c)] for w, c in zip(words, codes, strict=True)]
-    return collate([build_sequence(s, layout) for s in segments], layout)
+    sequences = [
+        build_sequence([TextSegment(ids, loss=False), ImageSegment(picture)], layout)
+        for ids, picture in zip(words, codes, strict=True)
+    ]
+    return collate(sequences, layout)
 
 
 def plain_llama(model: Any) -> LlamaForCausalLM:

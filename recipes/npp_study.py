@@ -22,12 +22,12 @@ import datasets
 import torch
 from PIL import Image
 from tqdm import tqdm
-from unified_eval.shapes import shapes_accuracy
 
 from npp_study_report import write_study
 from unified import UnifiedPipeline
 from unified.codes import load_codes
 from unified.data import fit_square
+from unified.lora import base_of
 from unified.training.batches import CaptionedBatches
 from unified.training.config import TrainConfig, load_config
 from unified.training.flops import schedule_flops
@@ -36,6 +36,7 @@ from unified_eval.clip import clip_features, load_clip, retrieval_at_1
 from unified_eval.features import load_extractor
 from unified_eval.frechet import frechet_distance
 from unified_eval.selection import choose_evenly, first_usable_rows, unique_captions
+from unified_eval.shapes import shapes_accuracy
 from unified_eval.sheets import captioned_grid, in_rows
 
 HALVES = ["schedule.patch_sizes=[2,1]", "schedule.shares=[0.5,0.5]"]
@@ -106,8 +107,8 @@ def training_flops(config: TrainConfig, pipeline: UnifiedPipeline) -> float:
     """FLOPs of the whole training by the formula of ``unified.training.flops``, with the captions' mean length."""
     captions = load_codes(config.data.train, config.data.train_split, None)["caption"]
     text_slots = sum(len(pipeline.text_tokenizer.encode(caption)) for caption in captions) / len(captions) + 3
-    model = pipeline.model.config
-    per_picture = schedule_flops(config.patch_schedule(), model, tuple(model.image_grids[0]), text_slots)
+    side = config.data.image_size // pipeline.image_tokenizer.downsample
+    per_picture = schedule_flops(config.patch_schedule(), base_of(pipeline.model).config, (side, side), text_slots)
     return per_picture * config.steps * config.batch_size
 
 
@@ -116,7 +117,7 @@ def losses(config: TrainConfig, pipeline: UnifiedPipeline) -> dict[str, float]:
     held_out = load_codes(config.data.validation or config.data.train, config.data.validation_split, None)
     seen = load_codes(config.data.train, config.data.train_split, None)
     seen = seen.select(range(min(len(seen), len(held_out))))
-    layout = pipeline.model.config.layout
+    layout = base_of(pipeline.model).config.layout
     return {
         name: image_loss(
             pipeline.model,
