@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import generators, tiny_config
+from conftest import generators, tiny_config, tiny_model
 from safetensors.torch import load_file
 
 from unified import UnifiedPipeline
@@ -113,20 +113,19 @@ class TestBatches:
         plain, mixed = (
             list(loader(self.build(parts, text_tokenizer, captioning=c, num_batches=60))) for c in (0.0, 0.4)
         )
-        turned = 0
+        layout, turned = self.build(parts, text_tokenizer).layout, 0
         for a, b in zip(plain, mixed, strict=True):
             for i in range(4):
                 before, after = (x["input_ids"][i][x["attention_mask"][i].bool()] for x in (a, b))
                 labels = b["labels"][i][b["attention_mask"][i].bool()]
-                if int(after[1]) != text_tokenizer.boi_token_id:
+                if int(after[1]) != layout.boi_token_id:
                     assert before.tolist() == after.tolist()
                     continue
                 turned += 1
-                start = before.tolist().index(text_tokenizer.boi_token_id)
+                start = before.tolist().index(layout.boi_token_id)
                 caption, picture = before[1:start].tolist(), before[start:].tolist()
-                end = self.build(parts, text_tokenizer).layout.eos_token_id
-                assert after.tolist() == [int(before[0]), *picture, *caption, end]
-                assert labels.tolist() == [-100] * (1 + len(picture)) + [*caption, end]
+                assert after.tolist() == [int(before[0]), *picture, *caption, layout.eos_token_id]
+                assert labels.tolist() == [-100] * (1 + len(picture)) + [*caption, layout.eos_token_id]
         assert turned / 240 == pytest.approx(0.4, abs=0.08)
 
     def test_code_noise_touches_inputs_only(self, parts, text_tokenizer):
@@ -206,9 +205,10 @@ def test_captioning_and_muon_run_learns_both_ways(config_file, tmp_path):
     assert final["caption_loss"] < 0.5 * log[0]["text_loss"]
 
 
-def test_muon_takes_the_decoders_matrices_only(tiny_model):
-    adamw, muon = build_optimizers(tiny_model, OptimizerConfig(name="muon"))
-    names = {id(p): name for name, p in tiny_model.named_parameters()}
+def test_muon_takes_the_decoders_matrices_only():
+    model = tiny_model()
+    adamw, muon = build_optimizers(model, OptimizerConfig(name="muon"))
+    names = {id(p): name for name, p in model.named_parameters()}
     of_muon = {names[id(p)] for g in muon.param_groups for p in g["params"]}
     of_adamw = {names[id(p)] for g in adamw.param_groups for p in g["params"]}
     assert of_muon | of_adamw == set(names.values()) and not of_muon & of_adamw
