@@ -31,7 +31,8 @@ from unified.lora import base_of
 from unified.training.batches import CaptionedBatches
 from unified.training.config import TrainConfig, load_config
 from unified.training.flops import schedule_flops
-from unified.training.loop import image_loss, train
+from unified.training.loop import train
+from unified.training.validation import image_loss
 from unified_eval.clip import clip_features, load_clip, retrieval_at_1
 from unified_eval.features import load_extractor
 from unified_eval.frechet import frechet_distance

@@ -1,15 +1,27 @@
-"""Checkpoints that appear whole or not at all."""
+"""Checkpoints that appear whole or not at all, and what is kept of a step that failed."""
 
+import difflib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from accelerate import Accelerator
+from safetensors.torch import save_file
+from torch import Tensor
+
+from unified.settings import dump_settings
+from unified.training.config import TrainConfig
 
 _STATE_FILE = "trainer_state.json"
+_CONFIG_FILE = "config.yaml"
+# Settings that change nothing of what is learned.
+_FREE = ("output_dir", "resume", "allow_changes", "keep_checkpoints", "checkpoint_every", "track_with")
 
 
-def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, slots: int, keep: int) -> None:
+def save_checkpoint(
+    accelerator: Accelerator, folder: Path, step: int, slots: int, keep: int, config: TrainConfig
+) -> None:
     """Write model, optimizer, EMA and random state after ``step`` steps; keep the last ``keep`` checkpoints.
 
     The files are written beside and renamed into place. The stage, the learning rate and the position in the data are
@@ -21,6 +33,10 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, slots: in
         step: finished optimizer steps.
         slots: backbone slots processed so far (the cost axis of the logs).
         keep: how many checkpoints to keep.
+        config: the run's settings, kept beside so that a resumed run can be compared with them.
+
+    Raises:
+        OSError: if the disk is full; earlier checkpoints stay as they are.
     """
     final, partial = folder / f"step-{step:08d}", folder / f".partial-step-{step:08d}"
     if accelerator.is_main_process:
@@ -29,6 +45,7 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, slots: in
     accelerator.save_state(str(partial))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        (partial / _CONFIG_FILE).write_text(_comparable(config))
         (partial / _STATE_FILE).write_text(json.dumps({"step": step, "slots": slots}))
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
@@ -63,3 +80,32 @@ def load_checkpoint(accelerator: Accelerator, path: Path) -> tuple[int, int]:
     accelerator.load_state(str(path))
     state = json.loads((path / _STATE_FILE).read_text())
     return state["step"], state["slots"]
+
+
+def check_config(path: Path, config: TrainConfig) -> None:
+    """Refuse to resume with other settings than those of the checkpoint, unless ``allow_changes`` is set.
+
+    Raises:
+        ValueError: with the difference, line by line.
+    """
+    before, now = (path / _CONFIG_FILE).read_text(), _comparable(config)
+    changes = list(difflib.unified_diff(before.splitlines(), now.splitlines(), "checkpoint", "now", lineterm="", n=0))
+    if changes and not config.allow_changes:
+        raise ValueError(
+            f"resume: the settings differ from those of {str(path)!r}:\n"
+            + "\n".join(changes)
+            + "\nSet them back, or allow_changes=true to go on with the new ones."
+        )
+
+
+def _comparable(config: TrainConfig) -> str:
+    """Settings as YAML without those that may change freely."""
+    neutral = {field: getattr(TrainConfig(), field) for field in _FREE}
+    return dump_settings(replace(config, **neutral))
+
+
+def save_failed_batch(batch: dict[str, Tensor], output_dir: Path, step: int, rank: int) -> Path:
+    """Keep a batch whose gradients were not finite, as safetensors; returns the file."""
+    path = output_dir / f"failed-step-{step:08d}-process-{rank}.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in batch.items()}, path)
+    return path

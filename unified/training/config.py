@@ -85,6 +85,7 @@ class OptimizerConfig:
     weight_decay: float = 0.05
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     gradient_clip: float = 1.0
+    gradient_limit: float | None = None  # stop if the norm before clipping exceeds this; NaN and infinity always stop
     ema_decay: float | None = None  # average of the weights; starts anew at every change of patch size
 
 
@@ -113,6 +114,7 @@ class TrainConfig:
     checkpoint_every: int | None = None
     keep_checkpoints: int = 2
     resume: str | None = None  # a checkpoint folder, or `latest`
+    allow_changes: bool = False  # resume although the settings are not those of the checkpoint
     track_with: list[str] = field(default_factory=lambda: ["tensorboard"])
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

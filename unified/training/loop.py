@@ -2,7 +2,6 @@
 
 import math
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import cast
 
@@ -21,10 +20,17 @@ from unified.pipeline import UnifiedPipeline
 from unified.settings import dump_settings
 from unified.training.batches import CaptionedBatches, loader
 from unified.training.build import build_parts, open_codes
-from unified.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from unified.training.checkpoint import (
+    check_config,
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    save_failed_batch,
+)
 from unified.training.config import TrainConfig
 from unified.training.optimizer import build_optimizers
 from unified.training.tracking import LossMeter, RunLog
+from unified.training.validation import caption_loss, image_loss
 
 
 def train(config: TrainConfig) -> Path:
@@ -41,6 +47,8 @@ def train(config: TrainConfig) -> Path:
         project_dir=output,
     )
     checkpoint = find_checkpoint(config.resume, output / "checkpoints") if config.resume else None
+    if checkpoint:
+        check_config(checkpoint, config)
     set_seed(config.seed)
     output.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
@@ -101,7 +109,8 @@ def train(config: TrainConfig) -> Path:
             output_ = model(**batch, patch_size=patch_size)
             accelerator.backward(output_.loss)
             if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(model.parameters(), config.optimizer.gradient_clip)
+                norm = accelerator.clip_grad_norm_(model.parameters(), config.optimizer.gradient_clip)
+                check_gradients(accelerator, float(norm), batch, step, config)
             rate = config.optimizer.learning_rate * schedule.lr_multiplier(step, config.steps)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
@@ -121,10 +130,6 @@ def train(config: TrainConfig) -> Path:
         if step % config.log_every == 0:
             seconds, since = time.monotonic() - since, time.monotonic()
             means = meter.means()
-            if not all(math.isfinite(mean) for mean in means.values()):
-                raise FloatingPointError(
-                    f"loss is {means} at step {step}: lower optimizer.learning_rate or check the data."
-                )
             log.write(
                 step,
                 **means,
@@ -146,34 +151,29 @@ def train(config: TrainConfig) -> Path:
             log.pictures(step, _pipeline(current(), image_tokenizer, text_tokenizer), config.sample)
             model.train()
         if config.checkpoint_every and (step % config.checkpoint_every == 0 or last):
-            save_checkpoint(accelerator, output / "checkpoints", step, slots, config.keep_checkpoints)
+            save_checkpoint(accelerator, output / "checkpoints", step, slots, config.keep_checkpoints, config)
     bar.close()
     accelerator.end_training()
     return _save(accelerator, current(), image_tokenizer, text_tokenizer, output)
 
 
-@torch.no_grad()
-def image_loss(model: nn.Module, batches: CaptionedBatches, device: torch.device) -> float:
-    """Mean image loss over all rows of ``batches`` in next-token mode, in nats a code."""
-    return _mean_loss(model, batches.once(), device, "image_loss")
+def check_gradients(
+    accelerator: Accelerator, norm: float, batch: dict[str, torch.Tensor], step: int, config: TrainConfig
+) -> None:
+    """Stop before the weights are spoilt, and keep the batch.
 
-
-@torch.no_grad()
-def caption_loss(model: nn.Module, batches: CaptionedBatches, device: torch.device) -> float:
-    """Mean loss of the captions of all rows after their pictures, in nats a text token, averaged over rows."""
-    return _mean_loss(model, batches.once(captioned=True), device, "text_loss")
-
-
-def _mean_loss(model: nn.Module, batches: Iterable[dict[str, torch.Tensor]], device: torch.device, name: str) -> float:
-    training = model.training
-    model.eval()
-    total, count = 0.0, 0
-    for batch in batches:
-        rows = len(batch["input_ids"])
-        total += float(getattr(model(**send_to_device(batch, device)), name)) * rows
-        count += rows
-    model.train(training)
-    return total / count
+    Raises:
+        FloatingPointError: if the gradients' norm is not finite or beyond ``optimizer.gradient_limit``.
+    """
+    if accelerator.mixed_precision == "fp16":
+        return  # the loss scaler skips steps with infinite gradients by itself
+    limit = config.optimizer.gradient_limit
+    if not math.isfinite(norm) or (limit is not None and norm > limit):
+        path = save_failed_batch(batch, Path(config.output_dir), step, accelerator.process_index)
+        raise FloatingPointError(
+            f"gradients: their norm is {norm} at step {step}; the batch is kept in {str(path)!r}. Lower "
+            "optimizer.learning_rate, or look for what is special about the batch."
+        )
 
 
 def _average_of(model: nn.Module, decay: float | None) -> AveragedModel | None:
