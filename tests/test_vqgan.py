@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 
 import pytest
 import torch
@@ -252,6 +253,21 @@ def test_parity_with_the_chameleon_encoder_of_transformers(attention):
     )
 
 
+def test_a_chameleon_folder_with_its_decoder(tmp_path):
+    """Some repositories hold one in transformers' names, where the decoder's first level runs first."""
+    state = make_layout("taming")
+    renamed = {
+        re.sub(r"decoder\.up\.(\d)", lambda m: f"decoder.up.{2 - int(m[1])}", name): value
+        for name, value in state.items()
+    }
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "chameleon_vqgan"}))
+    save_file(renamed, tmp_path / "model.safetensors")
+    tokenizer = AutoImageTokenizer.from_pretrained(tmp_path)
+    codes = tokenizer.encode(pictures())
+    assert torch.equal(codes, reference_encode(state, "taming", pictures()))
+    torch.testing.assert_close(tokenizer.decode(codes), reference_decode(state, "taming", codes), rtol=0, atol=1e-5)
+
+
 EMU3 = {"codebook_size": 20, "embed_dim": 4, "latent_channels": 4, "base_channels": 32, "channel_multiplier": [1, 2],
         "num_res_blocks": 1, "attn_resolutions": [1], "hidden_size": 64, "temporal_downsample_factor": 2}  # fmt: skip
 
@@ -353,6 +369,11 @@ class TestBadFiles:
         (tmp_path / name).write_bytes(b"nothing of the kind")
         with pytest.raises(ValueError, match=r"broken.* is not a"):
             AutoImageTokenizer.from_pretrained(tmp_path / name)
+
+    @pytest.mark.parametrize("name", ["vq_ds16_missing.pt", "./nowhere"])
+    def test_nothing_there(self, name):
+        with pytest.raises(ValueError, match=f"'{name}' has no config.json and no weights file"):
+            AutoImageTokenizer.from_pretrained(name)
 
     def test_two_files_in_a_folder(self, tmp_path):
         for name in ("a.pt", "b.pt"):

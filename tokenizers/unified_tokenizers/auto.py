@@ -52,7 +52,7 @@ class AutoImageTokenizer:
             if not any(file.suffix in PICKLES for file in path.iterdir()):
                 raise ValueError(_nothing_in(name))
             return _from_weights_file(path)
-        if not path.is_dir() and name.startswith((".", "/")):
+        if not path.is_dir() and (name.startswith((".", "/")) or path.suffix in (*PICKLES, ".safetensors")):
             raise ValueError(_nothing_in(name))
         config, _ = PreTrainedConfig.get_config_dict(name)
         kind = config.get("model_type")
@@ -82,7 +82,7 @@ def _from_model_folder(folder: Path, kind: str, config: dict[str, Any]) -> Image
     state = read_weights(folder, ("",) if kind in _PUBLISHED else _PREFIXES)
     if kind == "emu3":
         return Emu3Tokenizer.from_weights(Emu3VQVAEConfig(**config.get("vq_config", {})), state, str(folder))
-    return vqgan_from_weights(state, str(folder))
+    return vqgan_from_weights(state, str(folder), normalize_codes=not kind.startswith("chameleon"))
 
 
 def _local(name: str) -> Path:

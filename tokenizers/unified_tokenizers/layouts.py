@@ -20,12 +20,13 @@ _NOT_WEIGHTS = re.compile(r"quantize\.codebook_used$|loss\.")
 _MIDDLE = {"block_1": "0", "attn_1": "1", "block_2": "2"}
 
 
-def vqgan_from_weights(state: dict[str, Tensor], source: str) -> VQGAN:
+def vqgan_from_weights(state: dict[str, Tensor], source: str, normalize_codes: bool | None = None) -> VQGAN:
     """Build the tokenizer that published weights describe; every size is read from their shapes.
 
     Args:
         state: tensors by name, in one of the layouts above.
         source: where they are from, for errors.
+        normalize_codes: whether codes are compared on the unit sphere; by default as the layout says.
 
     Raises:
         ValueError: if the layout is another one, or a tensor is missing, not expected or of another shape.
@@ -47,6 +48,7 @@ def vqgan_from_weights(state: dict[str, Tensor], source: str) -> VQGAN:
             f"weights: {source!r} is no image tokenizer that is known here (LlamaGen, Janus, taming/Chameleon); its tensors "
             f"are {some}, ..."
         )
+    normalize = normalize if normalize_codes is None else normalize_codes
     model = VQGAN(_config_of(state, normalize, source))
     load_exactly(model, {name: value.float() for name, value in state.items()}, source)
     return model.eval()
