@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from unified.data import SkipReport, captioned_images, fit_square, load_source
 from unified.settings import dump_settings, load_settings, parse_command_line
-from unified.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from unified.training.checkpoint import check_settings, find_checkpoint, load_checkpoint, save_checkpoint
 from unified_tokenizers import VQGAN, AutoImageTokenizer, VQConfig, VQModel
 from unified_tokenizers.images import to_tensor, to_uint8
 from unified_tokenizers.vq_loss import PatchDiscriminator, adaptive_weight, build_perceptual, hinge_loss
@@ -70,6 +70,7 @@ class TokenizerTraining:
     checkpoint_every: int | None = None
     keep_checkpoints: int = 2
     resume: str | None = None  # a checkpoint folder, or `latest`
+    allow_changes: bool = False  # resume although the settings are not those of the checkpoint
     seed: int = 0
 
 
@@ -175,6 +176,8 @@ def main() -> None:
     set_seed(settings.seed, device_specific=True)
     output = Path(settings.output_dir)
     checkpoint = find_checkpoint(settings.resume, output / "checkpoints") if settings.resume else None
+    if checkpoint:
+        check_settings(checkpoint, settings, settings.allow_changes)
     train = torch.cat([load_pictures(settings, s, settings.train_split, accelerator) for s in settings.sources])
     validation = load_pictures(settings, settings.sources[0], settings.validation_split, accelerator)
 
@@ -237,7 +240,7 @@ def main() -> None:
             bar.set_postfix(psnr=f"{figures['psnr_db']:.2f} dB", codes=f"{figures['codes_used']:.0%}",
                             perplexity=f"{figures['perplexity']:.0f}")  # fmt: skip
         if settings.checkpoint_every and (step % settings.checkpoint_every == 0 or step == settings.steps):
-            save_checkpoint(accelerator, output / "checkpoints", step, 0, settings.keep_checkpoints)
+            save_checkpoint(accelerator, output / "checkpoints", step, 0, settings.keep_checkpoints, settings)
     if accelerator.is_main_process:
         current().save_pretrained(output)
         (output / "training_log.json").write_text(json.dumps(log, indent=2))

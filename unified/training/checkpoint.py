@@ -3,25 +3,23 @@
 import difflib
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor
 
 from unified.settings import dump_settings
-from unified.training.config import TrainConfig
 
 _STATE_FILE = "trainer_state.json"
-_CONFIG_FILE = "config.yaml"
+_SETTINGS_FILE = "settings.yaml"
 # Settings that change nothing of what is learned.
 _FREE = ("output_dir", "resume", "allow_changes", "keep_checkpoints", "checkpoint_every", "track_with")
 
 
-def save_checkpoint(
-    accelerator: Accelerator, folder: Path, step: int, slots: int, keep: int, config: TrainConfig
-) -> None:
+def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, slots: int, keep: int, settings: object) -> None:
     """Write model, optimizer, EMA and random state after ``step`` steps; keep the last ``keep`` checkpoints.
 
     The files are written beside and renamed into place. The stage, the learning rate and the position in the data are
@@ -33,7 +31,7 @@ def save_checkpoint(
         step: finished optimizer steps.
         slots: backbone slots processed so far (the cost axis of the logs).
         keep: how many checkpoints to keep.
-        config: the run's settings, kept beside so that a resumed run can be compared with them.
+        settings: the run's dataclass of settings, kept beside so that a resumed run can be compared with them.
 
     Raises:
         OSError: if the disk is full; earlier checkpoints stay as they are.
@@ -45,7 +43,7 @@ def save_checkpoint(
     accelerator.save_state(str(partial))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        (partial / _CONFIG_FILE).write_text(_comparable(config))
+        (partial / _SETTINGS_FILE).write_text(_comparable(settings))
         (partial / _STATE_FILE).write_text(json.dumps({"step": step, "slots": slots}))
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
@@ -82,15 +80,15 @@ def load_checkpoint(accelerator: Accelerator, path: Path) -> tuple[int, int]:
     return state["step"], state["slots"]
 
 
-def check_config(path: Path, config: TrainConfig) -> None:
+def check_settings(path: Path, settings: object, allow_changes: bool) -> None:
     """Refuse to resume with other settings than those of the checkpoint, unless ``allow_changes`` is set.
 
     Raises:
         ValueError: with the difference, line by line.
     """
-    before, now = (path / _CONFIG_FILE).read_text(), _comparable(config)
+    before, now = (path / _SETTINGS_FILE).read_text(), _comparable(settings)
     changes = list(difflib.unified_diff(before.splitlines(), now.splitlines(), "checkpoint", "now", lineterm="", n=0))
-    if changes and not config.allow_changes:
+    if changes and not allow_changes:
         raise ValueError(
             f"resume: the settings differ from those of {str(path)!r}:\n"
             + "\n".join(changes)
@@ -98,10 +96,10 @@ def check_config(path: Path, config: TrainConfig) -> None:
         )
 
 
-def _comparable(config: TrainConfig) -> str:
+def _comparable(settings: Any) -> str:
     """Settings as YAML without those that may change freely."""
-    neutral = {field: getattr(TrainConfig(), field) for field in _FREE}
-    return dump_settings(replace(config, **neutral))
+    free = {f.name: getattr(type(settings)(), f.name) for f in fields(settings) if f.name in _FREE}
+    return dump_settings(replace(settings, **free))
 
 
 def save_failed_batch(batch: dict[str, Tensor], output_dir: Path, step: int, rank: int) -> Path:

@@ -21,7 +21,7 @@ from unified.settings import dump_settings
 from unified.training.batches import CaptionedBatches, loader
 from unified.training.build import build_parts, open_codes
 from unified.training.checkpoint import (
-    check_config,
+    check_settings,
     find_checkpoint,
     load_checkpoint,
     save_checkpoint,
@@ -48,7 +48,7 @@ def train(config: TrainConfig) -> Path:
     )
     checkpoint = find_checkpoint(config.resume, output / "checkpoints") if config.resume else None
     if checkpoint:
-        check_config(checkpoint, config)
+        check_settings(checkpoint, config, config.allow_changes)
     set_seed(config.seed)
     output.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
