@@ -38,6 +38,8 @@ def generate_codes(
     Returns:
         Codes ``(B, h, w)``.
     """
+    if model.condition is not None or model.config.positions == "llamagen":
+        raise ValueError("model: draws after a class or features, not after a prompt; use generate_conditioned.")
     guided = sampling.guidance_scale > 1
     if guided and (negative_prompts is None or len(negative_prompts) != len(prompts)):
         raise ValueError(f"negative_prompts: guidance needs one row per prompt ({len(prompts)}).")
