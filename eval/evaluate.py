@@ -1,45 +1,78 @@
-"""Generate one picture for each of some captions of a data set, and measure the pictures.
+"""Generate pictures for some captions of a data set, measure them, and report; or compare two pipelines.
 
     python eval/evaluate.py --pipeline runs/openmoji/pipeline --data data/openmoji --split train --max-samples 480 \\
         --num-images 64 --clip runs/openmoji/clip --out runs/openmoji/evaluation
+    python eval/evaluate.py --compare runs/a/pipeline runs/b/pipeline+runs/b/lora --data ... --out runs/comparison
 
-The folder gets `metrics.json` (figures, the recipe of each, and the run), `generated/NNN.png`, `samples.png` (every
-generated picture with its caption) and `comparison.png` (real, through the tokenizer, generated).
+The folder gets `metrics.json` (figures, 95 % intervals, the recipe of each, and the run), `report.html`,
+`generated/NNN.png`, `samples.png` (every generated picture with its caption) and `comparison.png` (real, through the
+tokenizer, generated). Run again, it keeps pictures and features that are there. `accelerate launch` shares the work.
+With `--compare`, `a/` and `b/` get these files, and the folder the differences in pairs.
 """
 
 import argparse
 import json
-import time
+import shlex
+import sys
+import warnings
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import torch
 from PIL import Image
-from tqdm import tqdm
 
 from unified import UnifiedPipeline
 from unified.data import CaptionedImage, fit_square
 from unified_eval.clip import load_clip
-from unified_eval.evaluate import evaluate_pictures, evaluate_tokenizer, recipe_line
-from unified_eval.features import EXTRACTORS, load_extractor
+from unified_eval.diversity import nearest_neighbours
+from unified_eval.drawing import content_hash, draw_pictures
+from unified_eval.evaluate import DEFAULT_METRICS, METRICS, evaluate_tokenizer, measure_pictures, recipe_line
+from unified_eval.evaluation_report import (
+    Drawn,
+    comparison_sheet,
+    sample_sheet,
+    shown,
+    verdict,
+    write_comparison_report,
+    write_evaluation_report,
+)
+from unified_eval.extraction import extract_features, process_state
+from unified_eval.features import EXTRACTORS, LOGITS_EXTRACTOR, load_extractor
+from unified_eval.measures import Measures, SmallSampleWarning, compare_measures
+from unified_eval.npz import save_npz
 from unified_eval.reconstruction import reconstruct
 from unified_eval.report import format_value
 from unified_eval.selection import choose_evenly, first_usable_rows, unique_captions
-from unified_eval.sheets import captioned_grid, in_rows
+
+
+class Task(NamedTuple):
+    """What every compared pipeline is asked for, and what it is measured against."""
+
+    samples: int
+    chosen: list[CaptionedImage]
+    others: list[CaptionedImage]
+    training: list[CaptionedImage]
+    held_out: list[CaptionedImage]
 
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_argument_group("what is measured")
-    what.add_argument("--pipeline", required=True, help="pipeline folder, or its name on the Hub")
-    what.add_argument("--lora", help="LoRA adapter folder to load into the pipeline")
+    systems = what.add_mutually_exclusive_group(required=True)
+    systems.add_argument("--pipeline", help="pipeline folder, or its name on the Hub")
+    systems.add_argument(
+        "--compare", nargs=2, metavar=("A", "B"), help="two pipelines, each possibly with an adapter: PIPELINE+LORA"
+    )
+    what.add_argument("--lora", help="LoRA adapter folder to load into --pipeline")
     what.add_argument("--data", required=True, help="data folder, file or Hub name with captioned pictures")
     what.add_argument("--split", default="train", help="split of the captions and real pictures (default: %(default)s)")
     what.add_argument("--max-samples", type=int, help="use the first this many usable rows of the split (default: all)")
     what.add_argument(
         "--num-images", type=int, default=64, help="captions chosen evenly among them (default: %(default)s)"
     )
+    what.add_argument("--samples-per-caption", type=int, default=1, help="pictures for each (default: %(default)s)")
+    what.add_argument("--training-split", default="train", help="split searched for neighbours (default: %(default)s)")
     what.add_argument("--psnr-data", help="data for the tokenizer's PSNR (default: that of --data)")
     what.add_argument(
         "--psnr-split",
@@ -50,12 +83,21 @@ def parse_arguments() -> argparse.Namespace:
     what.add_argument("--caption-column", default="caption", help="column of the captions (default: %(default)s)")
     measure = parser.add_argument_group("how it is measured")
     measure.add_argument(
+        "--metrics", nargs="+", choices=METRICS, default=list(DEFAULT_METRICS), metavar="NAME",
+        help=f"some of {', '.join(METRICS)} (default: {' '.join(DEFAULT_METRICS)})",
+    )  # fmt: skip
+    measure.add_argument(
         "--clip", required=True, help="CLIP folder, open_clip 'architecture/tag', or 'hf-hub:owner/name'"
     )
     measure.add_argument(
         "--extractor", choices=EXTRACTORS, default=EXTRACTORS[0], help="feature network (default: %(default)s)"
     )
-    measure.add_argument("--inception-weights", type=Path, help="weights file of the inception extractor")
+    measure.add_argument("--inception-weights", type=Path, help="weights file of the inception extractor and of 'is'")
+    measure.add_argument(
+        "--resamples", type=int, default=200,
+        help="draws of prompts for intervals of distances, 0 for none (default: %(default)s)",
+    )  # fmt: skip
+    measure.add_argument("--features", type=Path, help="folder of cached features (default: features/ in --out)")
     draw = parser.add_argument_group("how pictures are drawn")
     draw.add_argument(
         "--guidance-scale", type=float, default=3.0, help="classifier-free guidance (default: %(default)s)"
@@ -71,112 +113,189 @@ def parse_arguments() -> argparse.Namespace:
     draw.add_argument(
         "--batch-size", type=int, default=64, help="pictures drawn or measured at once (default: %(default)s)"
     )
-    draw.add_argument("--device", default="cpu", help="device of the pipeline (default: %(default)s)")
+    draw.add_argument("--device", default="cpu", help="device of the networks (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; earlier results in it are replaced")
+    parser.add_argument("--npz", action="store_true", help="also write generated.npz for the evaluator of ADM")
     args = parser.parse_args()
-    if args.inception_weights is not None and args.extractor != "inception":
+    if args.inception_weights is not None and args.extractor != "inception" and "is" not in args.metrics:
         parser.error(f"--inception-weights is for --extractor inception, not {args.extractor}")
-    if args.batch_size < 1:
-        parser.error(f"--batch-size: {args.batch_size} is below 1")
+    if args.batch_size < 1 or args.samples_per_caption < 1:
+        parser.error(
+            f"--batch-size, --samples-per-caption: {args.batch_size}, {args.samples_per_caption} are not 1 or more"
+        )
+    if "diversity" in args.metrics and args.samples_per_caption < 2:
+        parser.error("--metrics diversity needs --samples-per-caption 2 or more")
+    if args.lora and args.compare:
+        parser.error("--lora is for --pipeline; with --compare write PIPELINE+LORA")
     return args
 
 
-def draw_pictures(pipeline: UnifiedPipeline, captions: list[str], args: argparse.Namespace) -> list[Image.Image]:
-    """One picture for each caption; a picture depends on its own seed only, not on the batch it is drawn in."""
-    pipeline.set_progress_bar_config(disable=True)
-    pictures: list[Image.Image] = []
-    with tqdm(total=len(captions), desc="generate", unit="picture") as bar:
-        for start in range(0, len(captions), args.batch_size):
-            prompts = captions[start : start + args.batch_size]
-            pictures += pipeline(
-                prompts,
-                generator=[torch.Generator().manual_seed(args.seed + start + index) for index in range(len(prompts))],
-                guidance_scale=args.guidance_scale,
-                temperature=args.temperature,
-                top_k=args.top_k,
-                top_p=args.top_p,
-            ).images
-            bar.update(len(prompts))
-    return pictures
-
-
-def write_pictures(
-    out: Path, captions: list[str], real: list[Image.Image], rebuilt: list[Image.Image], generated: list[Image.Image]
-) -> None:
-    """Write every generated picture, and the two sheets."""
-    folder = out / "generated"
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("[0-9]*.png"):
-        old.unlink()
-    for number, picture in enumerate(generated):
-        picture.save(folder / f"{number:03d}.png")
-    captioned_grid(in_rows(generated, 8), in_rows(captions, 8)).save(out / "samples.png")
-    rows = [list(pictures) for pictures in zip(real, rebuilt, generated, strict=True)][:12]
-    titles = ["real", "reconstruction", "generated"]
-    captioned_grid(rows, column_titles=titles, row_titles=captions[:12]).save(out / "comparison.png")
-
-
-def main() -> None:
-    """Choose captions, draw, measure, write and print."""
-    args = parse_arguments()
+def choose_task(args: argparse.Namespace) -> Task:
+    """Read the data and choose captions, other real pictures, training and held-out pictures."""
     columns = {"image_column": args.image_column, "caption_column": args.caption_column}
-    rows, report = first_usable_rows(args.data, args.split, args.max_samples, **columns)
-    print(f"{args.data} [{args.split}]: {report.summary()}")
+
+    def read(source: str, split: str, most: int | None = None) -> list[CaptionedImage]:
+        rows, report = first_usable_rows(source, split, most, **columns)
+        say(f"{source} [{split}]: {report.summary()}")
+        return rows
+
+    rows = read(args.data, args.split, args.max_samples)
     distinct = unique_captions(rows)
     if len(distinct) < len(rows):
-        print(f"  {len(rows) - len(distinct)} rows with a repeated caption left out")
+        say(f"  {len(rows) - len(distinct)} rows with a repeated caption left out")
     chosen = choose_evenly(distinct, args.num_images, args.seed)
     chosen_rows = {row.row for row in chosen}
     rest = [row for row in distinct if row.row not in chosen_rows]
-    others = choose_evenly(rest, args.num_images, args.seed) if len(rest) >= args.num_images else None
-    psnr_data = args.psnr_data or args.data
-    held_out: list[CaptionedImage] = []
-    if args.psnr_split != "none":
-        held_out, report = first_usable_rows(psnr_data, args.psnr_split, **columns)
-        print(f"{psnr_data} [{args.psnr_split}]: {report.summary()}")
-    clip = load_clip(args.clip)
-    extractor = load_extractor(args.extractor, args.inception_weights)
-    pipeline = UnifiedPipeline.from_pretrained(args.pipeline).to(args.device)
-    if args.lora:
-        pipeline.load_lora_weights(args.lora)
+    others = choose_evenly(rest, args.num_images, args.seed) if len(rest) >= args.num_images else []
+    training: list[CaptionedImage] = []
+    if "neighbours" in args.metrics:
+        training = rows if args.training_split == args.split else read(args.data, args.training_split)
+    held_out = read(args.psnr_data or args.data, args.psnr_split) if args.psnr_split != "none" else []
+    if "shapes" in args.metrics and not all({"include", "tag"} <= set(row.extra) for row in chosen):
+        raise ValueError(f"metrics: 'shapes' needs the columns include and tag, which {args.data!r} lacks.")
+    return Task(len(rows), chosen, others, training, held_out)
+
+
+def say(text: str) -> None:
+    """Print once, whatever the number of processes."""
+    if process_state().is_main_process:
+        print(text)
+
+
+def open_pipeline(name: str, lora: str | None, device: str) -> tuple[UnifiedPipeline, dict[str, str]]:
+    """Load a pipeline and possibly an adapter; return it with hashes that tell it from others."""
+    pipeline, identity = UnifiedPipeline.from_pretrained(name), {"pipeline_sha256": content_hash(name)}
+    if lora:
+        pipeline.load_lora_weights(lora)
+        identity["lora_sha256"] = content_hash(lora)
+    return pipeline.to(device), identity
+
+
+def evaluate(
+    args: argparse.Namespace, task: Task, name: str, lora: str | None, networks: dict[str, Any], out: Path
+) -> tuple[Measures, Drawn]:
+    """Draw, measure and write the results of one pipeline."""
+    pipeline, identity = open_pipeline(name, lora, args.device)
     height, width = pipeline.default_size
     if height != width:
         raise ValueError(f"pipeline: draws {height}x{width} pictures; real ones are cropped to squares to be compared.")
 
-    captions = [row.caption for row in chosen]
-    start = time.perf_counter()
-    generated = draw_pictures(pipeline, captions, args)
-    seconds = time.perf_counter() - start
-    real = [fit_square(row.image, width) for row in chosen]
-    rebuilt = reconstruct(pipeline.image_tokenizer, real, args.batch_size)
-    other_real = [fit_square(row.image, width) for row in others] if others else None
-    result = evaluate_pictures(
-        real, rebuilt, generated, captions, clip, extractor, other_real, args.seed, args.batch_size, progress=True
-    )
-    if held_out:
-        pictures = [fit_square(row.image, width) for row in held_out]
-        reference = f"split {args.psnr_split} of {psnr_data}"
-        part = evaluate_tokenizer(pipeline.image_tokenizer, pictures, reference, args.batch_size, progress=True)
-        result = {key: result[key] | part[key] for key in result}
+    def square(rows: list[CaptionedImage]) -> list[Image.Image]:
+        return [fit_square(row.image, width) for row in rows]
 
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_pictures(args.out, captions, real, rebuilt, generated)
+    captions, real, progress = (
+        [row.caption for row in task.chosen],
+        square(task.chosen),
+        process_state().is_main_process,
+    )
+    sampling = {key: getattr(args, key) for key in ("guidance_scale", "temperature", "top_k", "top_p")}
+    generated, times = draw_pictures(
+        pipeline, captions, out / "generated", args.samples_per_caption, args.seed, args.batch_size, sampling,
+        identity, progress=True,
+    )  # fmt: skip
+    rebuilt = reconstruct(pipeline.image_tokenizer, real, args.batch_size)
+    cache, training = args.features or args.out / "features", square(task.training)
+    measures = measure_pictures(
+        real, rebuilt, generated, captions, networks["clip"], networks["extractor"],
+        square(task.others) if task.others else None, args.seed, args.batch_size, progress,
+        metrics=args.metrics, training=training or None, resamples=args.resamples, cache=cache,
+        claims=[row.extra["include"] for row in task.chosen] if "shapes" in args.metrics else None,
+        tags=[row.extra["tag"] for row in task.chosen] if "shapes" in args.metrics else None,
+        logits_extractor=networks.get("logits"),
+    )  # fmt: skip
+    drawn = Drawn(captions, real, rebuilt, generated, args.seed)
+    if training:
+        rows = [extract_features(networks["extractor"], part, args.batch_size, cache) for part in (generated, training)]
+        found, distances = nearest_neighbours(rows[0], rows[1])
+        near = [
+            (training[i], task.training[i].caption, float(d)) for i, d in zip(found[:, 0], distances[:, 0], strict=True)
+        ]
+        drawn = drawn._replace(neighbours=near)
+    result: dict[str, Any] = measures.result()
+    if task.held_out:
+        reference = f"split {args.psnr_split} of {args.psnr_data or args.data}"
+        part = evaluate_tokenizer(pipeline.image_tokenizer, square(task.held_out), reference, args.batch_size, progress)
+        result |= {key: result[key] | part[key] for key in part}
     result["run"] = {
         **{key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
-        "samples": len(rows),
-        "rows": [row.row for row in chosen],
+        "pipeline": name,
+        "lora": lora,
+        **identity,
+        "samples": task.samples,
+        "rows": [row.row for row in task.chosen],
         "captions": captions,
         "picture_size": [width, height],
-        "seconds_per_picture": round(seconds / len(captions), 3),
+        **times,
         "versions": {name: version(name) for name in ("torch", "open-clip-torch", "pillow")},
     }
-    text = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False)
-    (args.out / "metrics.json").write_text(text + "\n", encoding="utf-8")
-    print(f"\n{'figure':<62} {'value':>10}  recipe")
+    if process_state().is_main_process:
+        write_results(args, out, result, drawn, measures)
+    return measures, drawn
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write numbers that are all finite."""
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def write_results(
+    args: argparse.Namespace, out: Path, result: dict[str, Any], drawn: Drawn, measures: Measures
+) -> None:
+    """Write `metrics.json`, the sheets and the report, and print the figures."""
+    write_json(out / "metrics.json", result)
+    sample_sheet(drawn).save(out / "samples.png")
+    comparison_sheet(drawn).save(out / "comparison.png")
+    if args.npz:
+        save_npz(out / "generated.npz", drawn.generated)
+    scores = measures.rows["clip_score"][0] if "clip_score" in measures.rows else None
+    title = f"Evaluation of {result['run']['pipeline']}" + (
+        f" with {result['run']['lora']}" if result["run"]["lora"] else ""
+    )
+    write_evaluation_report(out / "report.html", title, result, drawn, scores, shlex.join(["python", *sys.argv]))
+    print(f"\n{'figure':<62} {'value [95 % interval]':>30}  recipe")
     for name, value in result["figures"].items():
         recipe = result["recipes"][name]
-        print(f"{recipe['label']:<62} {format_value(value):>10}  {recipe_line(recipe)}")
-    print(f"\n{args.out / 'metrics.json'}")
+        print(f"{recipe['label']:<62} {shown(value, result['intervals'].get(name)):>30}  {recipe_line(recipe)}")
+    for note in result["notes"]:
+        print(f"note: {note}")
+    print(f"\n{out / 'metrics.json'}\n{out / 'report.html'}")
+
+
+def main() -> None:
+    """Evaluate one pipeline, or two and their differences."""
+    args = parse_arguments()
+    warnings.simplefilter("ignore", SmallSampleWarning)  # they are printed as notes
+    task = choose_task(args)
+    networks: dict[str, Any] = {"clip": load_clip(args.clip)}
+    networks["clip"].model.to(args.device)
+    networks["extractor"] = load_extractor(
+        args.extractor, args.inception_weights if args.extractor == "inception" else None, args.device
+    )
+    if "is" in args.metrics:
+        networks["logits"] = load_extractor(LOGITS_EXTRACTOR, args.inception_weights, args.device)
+    if args.pipeline:
+        evaluate(args, task, args.pipeline, args.lora, networks, args.out)
+        return
+    found = []
+    for letter, system in zip("ab", args.compare, strict=True):
+        name, plus, lora = (system, "", "") if Path(system).exists() else system.rpartition("+")
+        found.append(evaluate(args, task, name if plus else system, lora or None, networks, args.out / letter))
+    if not process_state().is_main_process:
+        return
+    differences = compare_measures(found[0][0], found[1][0])
+    run = {"a": args.compare[0], "b": args.compare[1], "num_images": args.num_images, "seed": args.seed}
+    write_json(args.out / "metrics.json", {"differences": differences, "run": run, "notes": found[0][0].notes})
+    command = shlex.join(["python", *sys.argv])
+    names = ["A", "B"]
+    notes = [f"A: {args.compare[0]}. B: {args.compare[1]}.", *found[0][0].notes]
+    write_comparison_report(args.out / "report.html", names, differences, [part[1] for part in found], notes, command)
+    print(f"\n{'figure':<62} {'A':>10} {'B':>10} {'B - A [95 % interval in pairs]':>32}")
+    for row in differences:
+        first, second = format_value(row["first"]), format_value(row["second"])
+        change = shown(row["difference"], row["interval"])
+        print(f"{row['label']:<62} {first:>10} {second:>10} {change:>32}  {verdict(row['interval'])}")
+    print(f"\n{args.out / 'report.html'}")
 
 
 if __name__ == "__main__":

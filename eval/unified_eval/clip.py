@@ -95,6 +95,16 @@ def caption_key(caption: str) -> str:
     return " ".join(caption.lower().split())
 
 
+def check_unique(captions: Sequence[str]) -> None:
+    """Raise ValueError if two captions count as the same: a picture would have two right ones."""
+    first_of: dict[str, int] = {}
+    for index, caption in enumerate(captions):
+        if (first := first_of.setdefault(caption_key(caption), index)) != index:
+            raise ValueError(
+                f"captions: number {index} repeats number {first} ({caption!r}); keep one picture for each caption."
+            )
+
+
 def tokenize(tokenizer: Any, captions: Sequence[str]) -> Tensor:
     """Tokenize captions for CLIP, ``(N, context)`` int64; a caption that would be cut is an error naming it.
 
@@ -218,15 +228,13 @@ def retrieval_at_1(image_features: Tensor, text_features: Tensor, captions: Sequ
     cosines = _cosines(image_features, text_features)
     if captions is not None and len(captions) != len(cosines):
         raise ValueError(f"captions: {len(captions)} captions for {len(cosines)} rows; give one for each.")
-    keys = [caption_key(caption) for caption in captions] if captions is not None else text_features.tolist()
-    first_of: dict[Any, int] = {}
-    for index, key in enumerate(keys):
-        first = first_of.setdefault(key if captions is not None else tuple(key), index)
-        if first != index:
-            what = f" ({captions[index]!r})" if captions is not None else ""
-            raise ValueError(
-                f"captions: number {index} repeats number {first}{what}; keep one picture for each caption."
-            )
+    if captions is not None:
+        check_unique(captions)
+    else:
+        first_of: dict[tuple[float, ...], int] = {}
+        for index, row in enumerate(text_features.tolist()):
+            if (first := first_of.setdefault(tuple(row), index)) != index:
+                raise ValueError(f"captions: number {index} repeats number {first}; keep one picture for each caption.")
     own = cosines.diagonal()
     others = cosines.masked_fill(torch.eye(len(cosines), dtype=torch.bool), -torch.inf).amax(1)
     return float((own > others).double().mean())

@@ -1,18 +1,30 @@
 """The figures of a text-to-picture model, each with its floor, its ceiling and the recipe that decides its value."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image
 
-from unified_eval.clip import Clip, clip_features, clip_recipe, clip_score, retrieval_at_1, shuffled_score
+from unified_eval.clip import Clip, caption_rows, check_unique, clip_extractor, clip_recipe, clip_text_features
+from unified_eval.diversity import inception_score, membership, nearest_neighbours, prompt_diversity
+from unified_eval.extraction import Picture, extract_features
 from unified_eval.features import Extractor
-from unified_eval.frechet import frechet_distance, kernel_distance
+from unified_eval.frechet import cmmd, frechet_distance, kernel_distance
+from unified_eval.measures import Measures
 from unified_eval.reconstruction import psnr_summary, reconstruct
+from unified_eval.shapes import Claims, scene_records, summarise_records
 
 if TYPE_CHECKING:
     from unified_tokenizers.base import ImageTokenizer
+
+METRICS = ("fd", "kd", "prdc", "clip", "clip_definitions", "cmmd", "is", "diversity", "neighbours", "shapes")
+DEFAULT_METRICS = ("fd", "kd", "clip")
+SUFFIX = {"generated": "", "real": "_real", "reconstructed": "_reconstructions"}
+NEIGHBOUR = 5  # bounds the balls of precision, recall, density and coverage
 
 
 def evaluate_pictures(
@@ -26,111 +38,293 @@ def evaluate_pictures(
     seed: int = 0,
     batch_size: int = 64,
     progress: bool = False,
-) -> dict[str, dict[str, Any]]:
+    **settings: Any,
+) -> dict[str, Any]:
+    """:func:`measure_pictures`, as a dict of ``figures``, ``intervals``, ``recipes`` and ``notes`` for JSON."""
+    measures = measure_pictures(
+        real, reconstructed, generated, captions, clip, extractor, other_real, seed, batch_size, progress, **settings
+    )
+    return measures.result()
+
+
+def measure_pictures(
+    real: Sequence[Image.Image],
+    reconstructed: Sequence[Image.Image],
+    generated: Sequence[Image.Image],
+    captions: Sequence[str],
+    clip: Clip,
+    extractor: Extractor,
+    other_real: Sequence[Image.Image] | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    progress: bool = False,
+    *,
+    metrics: Sequence[str] = DEFAULT_METRICS,
+    training: Iterable[Picture] | None = None,
+    claims: Sequence[Claims] | None = None,
+    tags: Sequence[str] | None = None,
+    logits_extractor: Extractor | None = None,
+    resamples: int = 200,
+    cache: str | Path | None = None,
+) -> Measures:
     """Measure generated pictures against the real ones of the same captions, at equal N.
 
-    With an extractor whose key is ``fd_efflite0``, the figures are:
+    With an extractor whose key is ``fd_efflite0``, the metrics have these figures:
 
-    - ``fd_efflite0``, ``kd_efflite0_x1000``: of generated to real pictures (Frechet; unbiased kernel x 1000).
-    - ``fd_efflite0_reconstructions``: of reconstructions to real pictures, what the tokenizer alone costs.
-    - ``fd_efflite0_real_halves``: of a random half of the real pictures to the other, at N/2 (given 4 or more).
-    - ``fd_efflite0_real_other``: of other real pictures to the real ones, at N; only with ``other_real``.
-    - ``clip_score``, ``clip_score_real``, ``clip_score_reconstructions``: 100 x mean cosine with the own caption;
-      ``clip_score_shuffled``: of generated pictures with all other captions; ``clip_score_gap``: the difference.
-    - ``r1_generated``, ``r1_real``, ``r1_reconstructions``: share of pictures nearest to their own of the N captions.
+    - ``fd``: ``fd_efflite0``, Frechet, of generated to real pictures; ``_reconstructions`` to real: what the tokenizer
+      alone costs; ``_real_halves``: a random half of the real pictures to the other, at N/2 (given 4 or more);
+      ``_real_other``: other real pictures to the real ones, at N, with ``other_real``.
+    - ``kd``: ``kd_efflite0_x1000``, unbiased kernel distance x 1000, of generated to real pictures.
+    - ``prdc``: ``precision``, ``recall``, ``density``, ``coverage`` of generated among real pictures, and
+      ``_reconstructions``.
+    - ``clip``: ``clip_score``, ``_real``, ``_reconstructions``: 100 x mean cosine with the own caption; ``_shuffled``:
+      of generated pictures with all other captions; ``_gap``: the difference. ``r1_generated``, ``r1_real``,
+      ``r1_reconstructions``: share of pictures nearest to their own of the N captions.
+    - ``clip_definitions``: the score of generated pictures as others define it: ``clip_score_clamped``
+      (torchmetrics), ``clip_score_hessel`` and ``clip_cosine``.
+    - ``cmmd``: of generated to real, and ``_reconstructions``, on the features of ``clip``.
+    - ``is``: ``inception_score`` of generated pictures and ``_real``, with ``logits_extractor``.
+    - ``diversity``: mean cosine distance between pictures of one caption; needs 2 or more of each.
+    - ``neighbours``: ``neighbour_distance`` of generated pictures to the nearest ``training`` picture, and
+      ``_reconstructions``; if the real pictures are among those, also ``neighbour_copies``, the share of generated ones
+      that are as near to a training picture as the median reconstruction of one.
+    - ``shapes``: what :func:`unified_eval.shapes.summarise_records` counts on generated pictures, and
+      ``shapes_correct_real`` and ``shapes_correct_reconstructions``, the ceilings; needs ``claims``.
+
+    With several pictures a caption, distances take the first of each and all else takes all.
 
     Args:
         real: N pictures.
         reconstructed: the same pictures through the image tokenizer.
-        generated: one picture for each caption.
+        generated: as many pictures for each caption, those of one caption adjacent.
         captions: N captions, all different.
         clip: what :func:`unified_eval.load_clip` returned.
         extractor: what :func:`unified_eval.load_extractor` returned.
         other_real: N real pictures of other captions.
-        seed: seed of the split into halves.
+        seed: seed of the split into halves and of the intervals.
         batch_size: pictures per forward pass.
         progress: show progress bars.
+        metrics: names out of :data:`METRICS`.
+        training: the pictures that the model was trained on.
+        claims: for each caption, what :func:`unified_eval.check_scene` takes.
+        tags: the task of each caption.
+        logits_extractor: the extractor ``inception-logits``.
+        resamples: draws of prompts for the intervals of distances; 0 for none.
+        cache: folder of cached features.
 
     Returns:
-        ``figures``, numbers by name; and ``recipes``, for each of them what decides its value (with ``label``, the name
-        to print).
+        The figures.
 
     Raises:
-        ValueError: if there are fewer than 2 pictures, the lists differ in length, or a caption repeats or is too long.
+        ValueError: if a metric is unknown or lacks what it needs, there are fewer than 2 captions, a caption repeats
+            or is too long, or the sets differ in number or in the size of their pictures.
     """
+    needs = {"shapes": claims, "neighbours": training, "is": logits_extractor}
+    for metric in metrics:
+        if metric not in METRICS:
+            raise ValueError(f"metrics: {metric!r} is unknown; use some of {list(METRICS)}.")
+        if needs.get(metric, True) is None:
+            what = {"shapes": "claims", "neighbours": "training", "is": "logits_extractor"}[metric]
+            raise ValueError(f"metrics: {metric!r} needs {what}; give it or leave the metric out.")
+    sets = {"real": real, "reconstructed": reconstructed, "generated": generated}
+    each = _check_sets({**sets, **({"other_real": other_real} if other_real is not None else {})}, captions)
+    owners = [index for index in range(len(captions)) for _ in range(each)]
+    measures = Measures(captions, resamples, seed)
+
+    def features(network: Extractor, pictures: Iterable[Picture]) -> np.ndarray:
+        return extract_features(network, pictures, batch_size, cache, progress)
+
+    size = {"size": list(real[0].size)}
+    if {"clip", "clip_definitions", "cmmd"} & set(metrics):
+        tower, text = clip_extractor(clip), clip_text_features(clip, captions, batch_size)
+        vectors = {kind: features(tower, pictures) for kind, pictures in sets.items()}
+        _add_clip(measures, vectors, text, clip, owners, metrics, size)
+        if "cmmd" in metrics:
+            unit = {kind: F.normalize(torch.from_numpy(rows), dim=1).numpy() for kind, rows in vectors.items()}
+            for kind, suffix in (("generated", ""), ("reconstructed", "_reconstructions")):
+                measures.add_distance(
+                    f"cmmd{suffix}", cmmd, unit[kind][:: each if not suffix else 1], unit["real"],
+                    f"CMMD ({clip.name}), {suffix.strip('_') or 'generated'} to real", kernel="Gaussian, sigma 10, x 1000",
+                    reference="real pictures of the same captions", **clip_recipe(clip), **size,
+                )  # fmt: skip
+    if {"fd", "kd", "prdc", "diversity", "neighbours"} & set(metrics):
+        rows = {kind: features(extractor, pictures) for kind, pictures in sets.items()}
+        first = {**rows, "generated": rows["generated"][::each]}
+        if other_real is not None and "fd" in metrics:
+            first["other_real"] = features(extractor, other_real)
+        base = {**extractor.recipe(), **size}
+        _add_distances(measures, first, extractor, metrics, base)
+        if "prdc" in metrics:
+            _add_neighbourhoods(measures, first, extractor, base)
+        if "diversity" in metrics:
+            values = prompt_diversity(rows["generated"], owners)
+            label = f"diversity of the {each} pictures of a caption ({extractor.name})"
+            measures.add_mean(
+                "diversity", np.array(list(values.values())), label, formula="mean pairwise cosine distance", **base
+            )
+        if "neighbours" in metrics and training is not None:
+            _add_neighbours(measures, rows, features(extractor, training), owners, extractor, base)
+    if "is" in metrics and logits_extractor is not None:
+        measures.check_size("inception score", len(generated))
+        for kind, suffix in (("generated", ""), ("real", "_real")):
+            splits = min(10, len(sets[kind]))
+            score, spread = inception_score(features(logits_extractor, sets[kind]), splits, seed)
+            measures.add(f"inception_score{suffix}", score, f"Inception Score, {kind}", n=len(sets[kind]),
+                         splits=splits, deviation_over_splits=spread, seed=seed, **logits_extractor.recipe(), **size)  # fmt: skip
+    if "shapes" in metrics and claims is not None:
+        _add_shapes(measures, sets, claims, tags, owners)
+    return measures
+
+
+def _check_sets(sets: dict[str, Sequence[Image.Image]], captions: Sequence[str]) -> int:
+    """Check numbers and sizes; return how many pictures there are for each caption."""
     count = len(captions)
     if count < 2:
         raise ValueError(f"captions: {count} captions; distances need 2 or more pictures.")
-    sets = {"real": real, "reconstructed": reconstructed, "generated": generated}
-    for field, pictures in {**sets, **({"other_real": other_real} if other_real is not None else {})}.items():
-        if len(pictures) != count:
+    check_unique(captions)
+    for field, pictures in sets.items():
+        fits = len(pictures) % count == 0 and len(pictures) > 0 if field == "generated" else len(pictures) == count
+        if not fits:
             raise ValueError(
                 f"{field}: {len(pictures)} pictures for {count} captions; distances compare at equal N only."
             )
-    figures, recipes = _caption_figures(sets, captions, clip, batch_size, progress)
-
-    features = {field: extractor(pictures, batch_size, progress) for field, pictures in sets.items()}
-    name, key, base = extractor.metric, extractor.key, extractor.recipe()
-
-    def add(suffix: str, label: str, a: np.ndarray, b: np.ndarray, **recipe: Any) -> None:
-        figures[key + suffix] = frechet_distance(a, b)
-        recipes[key + suffix] = {"label": f"{name}, {label}", "n": len(a), "n_reference": len(b), **base, **recipe}
-
-    add(
-        "", "generated to real", features["generated"], features["real"], reference="real pictures of the same captions"
-    )
-    kernel_key = key.replace("fid", "kid") if key == "fid" else key.replace("fd_", "kd_", 1)
-    figures[f"{kernel_key}_x1000"] = 1000 * kernel_distance(features["generated"], features["real"])
-    kernel_name = "KID" if key == "fid" else name.replace("FD-", "KD-", 1)
-    recipes[f"{kernel_key}_x1000"] = recipes[key] | {
-        "label": f"{kernel_name} x 1000, generated to real", "kernel": "(x.y / D + 1)^3, unbiased, no subsets",
-    }  # fmt: skip
-    add(
-        "_reconstructions",
-        "reconstructions to real",
-        features["reconstructed"],
-        features["real"],
-        reference="the originals",
-    )
-    if count >= 4:
-        order, half = np.random.default_rng(seed).permutation(count), count // 2
-        first, second = features["real"][order[:half]], features["real"][order[half : 2 * half]]
-        add("_real_halves", "half of real to the other half", first, second, reference="the other half", seed=seed)
-    if other_real is not None:
-        others = extractor(other_real, batch_size, progress)
-        add("_real_other", "other real to real", others, features["real"], reference="real pictures of other captions")
-    return {"figures": figures, "recipes": recipes}
+        for number, picture in enumerate(pictures):
+            if picture.size != sets["real"][0].size:
+                (width, height), (w, h) = picture.size, sets["real"][0].size
+                raise ValueError(
+                    f"{field}: number {number} is {width}x{height}, the first real picture is {w}x{h}; bring all to one size."
+                )
+    return len(sets["generated"]) // count
 
 
-def _caption_figures(
-    sets: dict[str, Sequence[Image.Image]], captions: Sequence[str], clip: Clip, batch_size: int, progress: bool
-) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
-    figures: dict[str, float] = {}
-    recipes: dict[str, dict[str, Any]] = {}
-    base = {"n": len(captions), **clip_recipe(clip)}
-    score_name = f"CLIP score ({clip.name})"
-    kinds = {"generated": "", "real": "_real", "reconstructed": "_reconstructions"}
-    for field, suffix in kinds.items():
-        image_features, text_features = clip_features(clip, sets[field], captions, batch_size, progress)
-        shown = suffix.strip("_") or "generated"
-        figures[f"clip_score{suffix}"] = clip_score(image_features, text_features)
-        recipes[f"clip_score{suffix}"] = {
-            "label": f"{score_name}, {shown}",
-            "formula": "100 * mean(cos), unclamped",
-            **base,
-        }
-        figures[f"r1_{shown}"] = retrieval_at_1(image_features, text_features, captions)
-        recipes[f"r1_{shown}"] = {
-            "label": f"R@1 among {len(captions)} captions ({clip.name}), {shown}", "chance": 1 / len(captions), **base,
-        }  # fmt: skip
-        if field == "generated":
-            figures["clip_score_shuffled"] = shuffled_score(image_features, text_features)
-    figures["clip_score_gap"] = figures["clip_score"] - figures["clip_score_shuffled"]
-    formula = "100 * mean(cos) over all mismatched pairs"
-    recipes["clip_score_shuffled"] = {"label": f"{score_name}, generated, other captions", "formula": formula, **base}
-    formula = "clip_score - clip_score_shuffled"
-    recipes["clip_score_gap"] = {"label": f"{score_name}, own less other captions", "formula": formula, **base}
-    return figures, recipes
+def _add_clip(
+    measures: Measures,
+    vectors: dict[str, np.ndarray],
+    text: torch.Tensor,
+    clip: Clip,
+    owners: list[int],
+    metrics: Sequence[str],
+    size: dict[str, Any],
+) -> None:
+    base = {**clip_recipe(clip), **size}
+    name, captions = f"CLIP score ({clip.name})", measures.prompts
+    groups = {"generated": [captions[owner] for owner in owners]}
+    for kind in ("generated", "real", "reconstructed"):
+        own = owners if kind == "generated" else list(range(len(captions)))
+        rows = caption_rows(torch.from_numpy(vectors[kind]), text, own)
+        shown = SUFFIX[kind].strip("_") or "generated"
+        if "clip" in metrics:
+            measures.add_mean(f"clip_score{SUFFIX[kind]}", 100 * rows["own"], f"{name}, {shown}", groups.get(kind),
+                              formula="100 * mean(cos), unclamped", **base)  # fmt: skip
+            measures.add_mean(f"r1_{shown}", rows["hit"], f"R@1 among {len(captions)} captions ({clip.name}), {shown}",
+                              groups.get(kind), chance=1 / len(captions), **base)  # fmt: skip
+        if kind != "generated":
+            continue
+        if "clip" in metrics:
+            measures.add_mean(
+                "clip_score_shuffled", 100 * rows["others"], f"{name}, generated, other captions", groups[kind],
+                formula="100 * mean(cos) over all mismatched pairs", **base,
+            )  # fmt: skip
+            measures.add_mean(
+                "clip_score_gap", 100 * (rows["own"] - rows["others"]), f"{name}, own less other captions",
+                groups[kind], formula="clip_score - clip_score_shuffled", **base,
+            )  # fmt: skip
+        if "clip_definitions" in metrics:
+            prefixed = clip_text_features(clip, [f"A photo depicts {caption}" for caption in captions])
+            hessel = caption_rows(torch.from_numpy(vectors[kind]), prefixed, own)["own"]
+            for key, values, formula in (
+                ("clip_cosine", rows["own"], "mean(cos)"),
+                ("clip_score_hessel", 2.5 * hessel.clip(0), "2.5 * mean(max(cos, 0)), prefix 'A photo depicts'"),
+            ):
+                measures.add_mean(key, values, f"{name} as {formula}", groups[kind], formula=formula, **base)
+            formula = "max(100 * mean(cos), 0)"
+            measures.add("clip_score_clamped", max(100 * rows["own"].mean(), 0.0), f"{name} as {formula}",
+                         n=len(own), formula=formula, **base)  # fmt: skip
+
+
+def _add_distances(
+    measures: Measures, rows: dict[str, np.ndarray], extractor: Extractor, metrics: Sequence[str], base: dict[str, Any]
+) -> None:
+    name, key, real = extractor.metric, extractor.key, rows["real"]
+    same = "real pictures of the same captions"
+    if "fd" in metrics:
+        measures.check_size("frechet", len(real))
+        for kind, suffix, label, reference in (
+            ("generated", "", "generated to real", same),
+            ("reconstructed", "_reconstructions", "reconstructions to real", "the originals"),
+            ("other_real", "_real_other", "other real to real", "real pictures of other captions"),
+        ):
+            if kind in rows:
+                measures.add_distance(
+                    key + suffix, frechet_distance, rows[kind], real, f"{name}, {label}", **base, reference=reference
+                )
+        if len(real) >= 4:
+            order, half = np.random.default_rng(measures.seed).permutation(len(real)), len(real) // 2
+            value = frechet_distance(real[order[:half]], real[order[half : 2 * half]])
+            measures.add(f"{key}_real_halves", value, f"{name}, half of real to the other half", n=half,
+                         n_reference=half, **base, reference="the other half", seed=measures.seed)  # fmt: skip
+    if "kd" in metrics:
+        kernel_key = "kid" if key == "fid" else key.replace("fd_", "kd_", 1)
+        kernel_name = "KID" if key == "fid" else name.replace("FD-", "KD-", 1)
+        measures.add_distance(
+            f"{kernel_key}_x1000", lambda a, b: 1000 * kernel_distance(a, b), rows["generated"], real,
+            f"{kernel_name} x 1000, generated to real", **base, reference=same,
+            kernel="(x.y / D + 1)^3, unbiased, no subsets",
+        )  # fmt: skip
+
+
+def _add_neighbourhoods(
+    measures: Measures, rows: dict[str, np.ndarray], extractor: Extractor, base: dict[str, Any]
+) -> None:
+    measures.check_size("neighbourhoods", len(rows["real"]))
+    for kind, suffix in (("generated", ""), ("reconstructed", "_reconstructions")):
+        for name, values in membership(rows["real"], rows[kind], NEIGHBOUR)._asdict().items():
+            label = f"{name} ({extractor.name}, k = {NEIGHBOUR}), {suffix.strip('_') or 'generated'}"
+            measures.add_mean(f"{name}{suffix}", values, label, k=NEIGHBOUR, **base,
+                              reference="real pictures of the same captions")  # fmt: skip
+
+
+def _add_neighbours(
+    measures: Measures,
+    rows: dict[str, np.ndarray],
+    training: np.ndarray,
+    owners: list[int],
+    extractor: Extractor,
+    base: dict[str, Any],
+) -> None:
+    groups = [measures.prompts[owner] for owner in owners]
+    base = {**base, "n_reference": len(training), "reference": "training pictures", "formula": "cosine distance"}
+    label = f"distance to the nearest training picture ({extractor.name})"
+    drawn = nearest_neighbours(rows["generated"], training)[1][:, 0]
+    copied = nearest_neighbours(rows["reconstructed"], training)[1][:, 0]
+    measures.add_mean("neighbour_distance", drawn, f"{label}, generated", groups, **base)
+    measures.add_mean("neighbour_distance_reconstructions", copied, f"{label}, reconstructions", **base)
+    if nearest_neighbours(rows["real"], training)[1].max() < 1e-6:
+        near = (drawn <= np.median(copied)).astype(float)
+        label = "pictures as near to a training picture as its median reconstruction"
+        measures.add_mean("neighbour_copies", near, label, groups, **base)
+
+
+def _add_shapes(
+    measures: Measures,
+    sets: dict[str, Sequence[Image.Image]],
+    claims: Sequence[Claims],
+    tags: Sequence[str] | None,
+    owners: list[int],
+) -> None:
+    all_claims = [claims[owner] for owner in owners]
+    all_tags = [tags[owner] for owner in owners] if tags is not None else None
+    groups = [measures.prompts[owner] for owner in owners]
+    records = list(scene_records(sets["generated"], all_claims, all_tags, groups))
+    summary = summarise_records(records, measures.seed)
+    measures.figures |= summary["figures"]
+    measures.intervals |= summary["intervals"]
+    measures.recipes |= summary["recipes"]
+    measures.rows["shapes_correct"] = (np.array([float(record["correct"]) for record in records]), list(groups))
+    for kind in ("real", "reconstructed"):
+        correct = [float(record["correct"]) for record in scene_records(sets[kind], claims)]
+        label = f"pictures of shapes with every claim true, {SUFFIX[kind].strip('_')}"
+        measures.add_mean(f"shapes_correct{SUFFIX[kind]}", np.array(correct), label, checker="from pixels")
 
 
 def evaluate_tokenizer(

@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-EXTRACTORS = ("efficientnet-lite0", "inception", "inception-logits")
+EXTRACTORS = ("efficientnet-lite0", "inception")  # for distances
+LOGITS_EXTRACTOR = "inception-logits"
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 )
@@ -23,7 +24,7 @@ class Extractor:
     """A feature network that turns pictures into rows of numbers.
 
     Attributes:
-        name: one of :data:`EXTRACTORS`.
+        name: one of :data:`EXTRACTORS`, :data:`LOGITS_EXTRACTOR` or the name of a CLIP.
         metric: what a Frechet distance over these features is called (``FID`` only for the Inception network; ``IS``
             for its logits, of which the Inception Score is made).
         width: number of features D.
@@ -103,9 +104,9 @@ def load_extractor(name: str, weights: str | Path | None = None, device: str | t
     """
     if name == "efficientnet-lite0":
         return _efficientnet_lite0(weights, device)
-    if name in ("inception", "inception-logits"):
-        return _inception(weights, device, logits=name == "inception-logits")
-    raise ValueError(f"name: unknown extractor {name!r}; choose one of {list(EXTRACTORS)}.")
+    if name in ("inception", LOGITS_EXTRACTOR):
+        return _inception(weights, device, logits=name == LOGITS_EXTRACTOR)
+    raise ValueError(f"name: unknown extractor {name!r}; choose one of {[*EXTRACTORS, LOGITS_EXTRACTOR]}.")
 
 
 def file_sha256(path: str | Path) -> str:
@@ -179,7 +180,7 @@ def _inception(weights: str | Path | None, device: str | torch.device, logits: b
         return model(pixels.to(device))[0]
 
     return Extractor(
-        name="inception-logits" if logits else "inception",
+        name=LOGITS_EXTRACTOR if logits else "inception",
         metric="IS" if logits else "FID",
         width=1008 if logits else 2048,
         weights_sha256=file_sha256(path),
