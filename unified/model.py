@@ -104,8 +104,9 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
         model.backbone.load_state_dict(_with_wrapped_rotary(backbone.state_dict()))
         model.backbone.generation_config = backbone.generation_config
         model.generation_config = backbone.generation_config
-        text = backbone.get_input_embeddings().weight.detach().float()
         with torch.no_grad():
+            # Through the module, because some backbones (Gemma 3) scale what they look up.
+            text = backbone.get_input_embeddings()(torch.arange(backbone.config.vocab_size)).float()
             noise = torch.randn(model.image_embed.weight.shape)
             model.image_embed.weight.copy_(text.mean(dim=0) + noise * text.std(dim=0))
         return model
