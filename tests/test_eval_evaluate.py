@@ -204,8 +204,63 @@ def test_scripts_from_data_to_metrics(pipeline, picture_source, tmp_path, monkey
     assert Image.open(tmp_path / "out" / "samples.png").width == 4 * (128 + 14) + 14
     assert Image.open(tmp_path / "out" / "comparison.png").width == 4 * (128 + 14) + 14
 
+    report = (tmp_path / "out" / "report.html").read_text()
+    for text in ("CLIP score (tiny-nano), generated", "Floors and ceilings", "Best 2 by score", "Worst 2 by score",
+                 "other captions (floor)", "95 % intervals", "frechet: 4 pictures, where published"):  # fmt: skip
+        assert text in report, text
+    assert metrics["intervals"]["clip_score"][0] < figures["clip_score"] < metrics["intervals"]["clip_score"][1]
+    run_script(monkeypatch, "evaluate.py", *common, "--out", tmp_path / "out", "--npz")
+    again = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert (again["run"]["kept"], again["run"]["drawn"]) == (4, 0)
+    assert (again["figures"], again["intervals"]) == (figures, metrics["intervals"]), (
+        "exactly the same, from what was kept"
+    )
+    pixels_of = [image.tobytes() for image in unified_eval.load_npz(tmp_path / "out" / "generated.npz")]
+    assert pixels_of == [image.tobytes() for image in generated]
+
     with pytest.raises(ValueError, match="count: cannot choose 7 of 6 items"):
         run_script(monkeypatch, "evaluate.py", *common, "--num-images", 7, "--out", tmp_path / "none")
     with pytest.raises(ValueError, match="weights: the inception extractor needs a weights file"):
         run_script(monkeypatch, "evaluate.py", *common, "--extractor", "inception", "--out", tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+def test_comparison_of_two_pipelines(pipeline, picture_source, tmp_path, monkeypatch, capsys):
+    pipeline.save_pretrained(tmp_path / "one")
+    with torch.no_grad():
+        for parameter in pipeline.model.parameters():
+            parameter.mul_(1.5)
+    pipeline.save_pretrained(tmp_path / "two")
+    rows = first_usable_rows(picture_source, "train")[0][:6]
+    clip = unified_eval.train_nano_clip(
+        [row.image for row in rows], [row.caption for row in rows], "tiny", steps=1, batch_size=6, progress=False
+    )
+    unified_eval.save_nano_clip(clip, tmp_path / "clip", {})
+    common = ["--data", picture_source, "--clip", tmp_path / "clip", "--num-images", 6, "--psnr-split", "none"]
+    common += ["--metrics", "kd", "clip", "prdc", "neighbours", "--features", tmp_path / "features"]
+    run_script(
+        monkeypatch, "evaluate.py", "--compare", tmp_path / "one", tmp_path / "two", *common, "--out", tmp_path / "ab"
+    )
+    written = json.loads((tmp_path / "ab" / "metrics.json").read_text())
+    sides = [json.loads((tmp_path / "ab" / side / "metrics.json").read_text()) for side in "ab"]
+    assert sides[0]["run"]["pipeline_sha256"] != sides[1]["run"]["pipeline_sha256"]
+    assert sides[0]["run"]["captions"] == sides[1]["run"]["captions"]
+    differences = {row["figure"]: row for row in written["differences"]}
+    assert set(differences) == {name for name in sides[0]["figures"] if not name.endswith("_real")}
+    for name, row in differences.items():
+        assert row["difference"] == pytest.approx(sides[1]["figures"][name] - sides[0]["figures"][name], abs=1e-12)
+    score = differences["clip_score"]
+    assert score["interval"][0] <= score["difference"] <= score["interval"][1] and score["difference"] != 0
+    assert differences["clip_score_reconstructions"]["interval"] == [0, 0], "both have the same image tokenizer"
+    assert "B - A [95 % interval in pairs]" in capsys.readouterr().out
+    assert "not told apart" in (tmp_path / "ab" / "report.html").read_text()
+    assert "nearest training picture" in (tmp_path / "ab" / "b" / "report.html").read_text()
+
+    same = ["--compare", tmp_path / "one", tmp_path / "one", *common, "--out", tmp_path / "aa"]
+    run_script(monkeypatch, "evaluate.py", *same)
+    for row in json.loads((tmp_path / "aa" / "metrics.json").read_text())["differences"]:
+        assert row["difference"] == 0 and row["interval"] in ([0, 0], None), row
+    with pytest.raises(ValueError, match="metrics: 'shapes' needs the columns include and tag"):
+        run_script(monkeypatch, "evaluate.py", *same, "--metrics", "shapes")
+    with pytest.raises(SystemExit):
+        run_script(monkeypatch, "evaluate.py", *same, "--lora", tmp_path / "lora")

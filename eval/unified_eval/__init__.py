@@ -25,13 +25,17 @@ if TYPE_CHECKING:
         precision_recall_density_coverage,
         prompt_diversity,
     )
-    from unified_eval.evaluate import evaluate_pictures, evaluate_tokenizer
+    from unified_eval.drawing import content_hash, draw_pictures, stream_drawings
+    from unified_eval.evaluate import evaluate_pictures, evaluate_tokenizer, measure_pictures
     from unified_eval.extraction import extract_features, open_pictures
     from unified_eval.features import Extractor, load_extractor
     from unified_eval.frechet import cmmd, frechet_distance, kernel_distance, kernel_distances_of_subsets
     from unified_eval.intervals import bootstrap_interval, wilson_interval
+    from unified_eval.measures import Measures, SmallSampleWarning, compare_measures
+    from unified_eval.monitor import measure_pipeline
     from unified_eval.nano_clip import save_nano_clip, train_nano_clip
     from unified_eval.npz import load_npz, save_npz
+    from unified_eval.prompts import read_prompts
     from unified_eval.reconstruction import psnr, psnr_summary, reconstruct
     from unified_eval.report import write_report
     from unified_eval.selection import choose_evenly, first_usable_rows
@@ -41,6 +45,8 @@ if TYPE_CHECKING:
 _MODULE_OF = {
     "Clip": "clip",
     "Extractor": "features",
+    "Measures": "measures",
+    "SmallSampleWarning": "measures",
     "bootstrap_interval": "intervals",
     "captioned_grid": "sheets",
     "check_scene": "shapes",
@@ -51,6 +57,9 @@ _MODULE_OF = {
     "clip_score": "clip",
     "clip_text_features": "clip",
     "cmmd": "frechet",
+    "compare_measures": "measures",
+    "content_hash": "drawing",
+    "draw_pictures": "drawing",
     "evaluate_pictures": "evaluate",
     "evaluate_tokenizer": "evaluate",
     "extract_features": "extraction",
@@ -64,12 +73,15 @@ _MODULE_OF = {
     "load_clip": "clip",
     "load_extractor": "features",
     "load_npz": "npz",
+    "measure_pictures": "evaluate",
+    "measure_pipeline": "monitor",
     "nearest_neighbours": "diversity",
     "open_pictures": "extraction",
     "precision_recall_density_coverage": "diversity",
     "prompt_diversity": "diversity",
     "psnr": "reconstruction",
     "psnr_summary": "reconstruction",
+    "read_prompts": "prompts",
     "reconstruct": "reconstruction",
     "retrieval_at_1": "clip",
     "save_nano_clip": "nano_clip",
@@ -77,6 +89,7 @@ _MODULE_OF = {
     "scene_records": "shapes",
     "shapes_accuracy": "shapes",
     "shuffled_gap": "clip",
+    "stream_drawings": "drawing",
     "train_nano_clip": "nano_clip",
     "wilson_interval": "intervals",
     "write_report": "report",
@@ -85,6 +98,8 @@ _MODULE_OF = {
 __all__ = [
     "Clip",
     "Extractor",
+    "Measures",
+    "SmallSampleWarning",
     "bootstrap_interval",
     "captioned_grid",
     "check_scene",
@@ -95,6 +110,9 @@ __all__ = [
     "clip_score",
     "clip_text_features",
     "cmmd",
+    "compare_measures",
+    "content_hash",
+    "draw_pictures",
     "evaluate_pictures",
     "evaluate_tokenizer",
     "extract_features",
@@ -108,12 +126,15 @@ __all__ = [
     "load_clip",
     "load_extractor",
     "load_npz",
+    "measure_pictures",
+    "measure_pipeline",
     "nearest_neighbours",
     "open_pictures",
     "precision_recall_density_coverage",
     "prompt_diversity",
     "psnr",
     "psnr_summary",
+    "read_prompts",
     "reconstruct",
     "retrieval_at_1",
     "save_nano_clip",
@@ -121,6 +142,7 @@ __all__ = [
     "scene_records",
     "shapes_accuracy",
     "shuffled_gap",
+    "stream_drawings",
     "train_nano_clip",
     "wilson_interval",
     "write_report",

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,10 +50,11 @@ def draw_pictures(
     sampling: Mapping[str, Any] | None = None,
     identity: Mapping[str, str] | None = None,
     progress: bool = False,
+    file_name: Callable[[int], str] = "{:03d}.png".format,
 ) -> tuple[list[Image.Image], dict[str, Any]]:
     """Draw ``samples`` pictures for each caption into a folder, or continue what an earlier call began there.
 
-    Picture i, for caption ``i // samples``, has the seed ``seed + i`` and the file ``NNN.png``. If captions, seeds,
+    Picture i, for caption ``i // samples``, has the seed ``seed + i`` and the file ``file_name(i)``. If captions, seeds,
     sampling and ``identity`` are those of the ``.json`` beside the folder, the pictures that are there are kept; else they
     are removed. Under ``accelerate launch`` every process draws its share, and all return all pictures.
 
@@ -67,6 +68,7 @@ def draw_pictures(
         sampling: arguments of the pipeline.
         identity: what tells this pipeline from others, such as :func:`content_hash` of its folder.
         progress: show a progress bar.
+        file_name: maps i to a name in the folder that begins with a digit; ``NNN.png`` without it.
 
     Returns:
         The N * samples pictures, those of a caption adjacent; and ``drawn`` (by this process, now), ``kept`` and
@@ -79,7 +81,7 @@ def draw_pictures(
         raise ValueError(f"samples, batch_size: {samples} and {batch_size}; give 1 or more.")
     folder, sampling = Path(folder), dict(sampling or {})
     prompts = [caption for caption in captions for _ in range(samples)]
-    files = [folder / f"{number:03d}.png" for number in range(len(prompts))]
+    files = [folder / file_name(number) for number in range(len(prompts))]
     settings = {"captions": list(captions), "samples": samples, "seed": seed, "sampling": sampling, **(identity or {})}
     state = process_state()
     if state.is_main_process:
@@ -96,6 +98,7 @@ def draw_pictures(
             pipeline, [prompts[n] for n in mine], [seed + n for n in mine], batch_size, **sampling
         )
         for number, picture in zip(mine, drawings, strict=True):
+            files[number].parent.mkdir(parents=True, exist_ok=True)
             beside = files[number].with_suffix(".writing")
             picture.save(beside, format="PNG")
             os.replace(beside, files[number])
@@ -104,6 +107,11 @@ def draw_pictures(
     state.wait_for_everyone()
     pictures = [Image.open(file).convert("RGB") for file in files]
     return pictures, {"drawn": len(mine), "kept": len(files) - len(missing), "seconds_per_picture": seconds}
+
+
+def geneval_name(samples: int) -> Callable[[int], str]:
+    """Names of pictures as GenEval's evaluator expects them: ``00007/samples/00002.png``."""
+    return lambda number: f"{number // samples:05d}/samples/{number % samples:05d}.png"
 
 
 def content_hash(path: str | Path) -> str:
@@ -127,6 +135,6 @@ def _prepare(folder: Path, settings: dict[str, Any]) -> None:
     if record.is_file() and json.loads(record.read_text(encoding="utf-8")) == settings:
         return
     record.unlink(missing_ok=True)
-    for old in folder.glob("[0-9]*.png"):
+    for old in folder.rglob("[0-9]*.png"):
         old.unlink()
     record.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
