@@ -194,7 +194,8 @@ def evaluate(
         identity, progress=True,
     )  # fmt: skip
     rebuilt = reconstruct(pipeline.image_tokenizer, real, args.batch_size)
-    cache, training = args.features or args.out / "features", square(task.training)
+    cache, originals = args.features or args.out / "features", square(task.training)
+    training = reconstruct(pipeline.image_tokenizer, originals, args.batch_size, progress) if originals else []
     measures = measure_pictures(
         real, rebuilt, generated, captions, networks["clip"], networks["extractor"],
         square(task.others) if task.others else None, args.seed, args.batch_size, progress,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from unified_eval.frechet import Features, checked, checked_pair
 
-CHUNK = 2048  # rows of a distance matrix at a time
+CHUNK = 512  # rows of a distance matrix at a time
 
 
 class Membership(NamedTuple):

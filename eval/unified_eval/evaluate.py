@@ -25,6 +25,7 @@ METRICS = ("fd", "kd", "prdc", "clip", "clip_definitions", "cmmd", "is", "divers
 DEFAULT_METRICS = ("fd", "kd", "clip")
 SUFFIX = {"generated": "", "real": "_real", "reconstructed": "_reconstructions"}
 NEIGHBOUR = 5  # bounds the balls of precision, recall, density and coverage
+COPY = 0.05  # share of training pictures that lie as near to another as what is called a copy
 
 
 def evaluate_pictures(
@@ -86,8 +87,8 @@ def measure_pictures(
     - ``is``: ``inception_score`` of generated pictures and ``_real``, with ``logits_extractor``.
     - ``diversity``: mean cosine distance between pictures of one caption; needs 2 or more of each.
     - ``neighbours``: ``neighbour_distance`` of generated pictures to the nearest ``training`` picture, and
-      ``_reconstructions``; if the real pictures are among those, also ``neighbour_copies``, the share of generated ones
-      that are as near to a training picture as the median reconstruction of one.
+      ``_training``, of those to each other; ``neighbour_copies``, the share that is nearer to a training picture than
+      95 % of training pictures are to another: 0.05 for new pictures of the same kind, 1 for copies.
     - ``shapes``: what :func:`unified_eval.shapes.summarise_records` counts on generated pictures, and
       ``shapes_correct_real`` and ``shapes_correct_reconstructions``, the ceilings; needs ``claims``.
 
@@ -105,7 +106,8 @@ def measure_pictures(
         batch_size: pictures per forward pass.
         progress: show progress bars.
         metrics: names out of :data:`METRICS`.
-        training: the pictures that the model was trained on.
+        training: 2 or more of the pictures that the model was trained on, through the image tokenizer: what it adds
+            would else count as distance.
         claims: for each caption, what :func:`unified_eval.check_scene` takes.
         tags: the task of each caption.
         logits_extractor: the extractor ``inception-logits``.
@@ -163,7 +165,7 @@ def measure_pictures(
                 "diversity", np.array(list(values.values())), label, formula="mean pairwise cosine distance", **base
             )
         if "neighbours" in metrics and training is not None:
-            _add_neighbours(measures, rows, features(extractor, training), owners, extractor, base)
+            _add_neighbours(measures, rows["generated"], features(extractor, training), owners, extractor, base)
     if "is" in metrics and logits_extractor is not None:
         measures.check_size("inception score", len(generated))
         for kind, suffix in (("generated", ""), ("real", "_real")):
@@ -286,7 +288,7 @@ def _add_neighbourhoods(
 
 def _add_neighbours(
     measures: Measures,
-    rows: dict[str, np.ndarray],
+    generated: np.ndarray,
     training: np.ndarray,
     owners: list[int],
     extractor: Extractor,
@@ -295,14 +297,17 @@ def _add_neighbours(
     groups = [measures.prompts[owner] for owner in owners]
     base = {**base, "n_reference": len(training), "reference": "training pictures", "formula": "cosine distance"}
     label = f"distance to the nearest training picture ({extractor.name})"
-    drawn = nearest_neighbours(rows["generated"], training)[1][:, 0]
-    copied = nearest_neighbours(rows["reconstructed"], training)[1][:, 0]
+    drawn = nearest_neighbours(generated, training)[1][:, 0]
     measures.add_mean("neighbour_distance", drawn, f"{label}, generated", groups, **base)
-    measures.add_mean("neighbour_distance_reconstructions", copied, f"{label}, reconstructions", **base)
-    if nearest_neighbours(rows["real"], training)[1].max() < 1e-6:
-        near = (drawn <= np.median(copied)).astype(float)
-        label = "pictures as near to a training picture as its median reconstruction"
-        measures.add_mean("neighbour_copies", near, label, groups, **base)
+    # Each of some training pictures finds itself first, and then the nearest other.
+    some = training[np.unique(np.linspace(0, len(training) - 1, min(len(training), 2000)).astype(int))]
+    apart = nearest_neighbours(some, training, k=2)[1][:, 1]
+    measures.add(
+        "neighbour_distance_training", apart.mean(), f"{label}, of training pictures to others", n=len(some), **base
+    )
+    near = (drawn < np.quantile(apart, COPY)).astype(float)
+    label = f"nearer to a training picture than {1 - COPY:.0%} of those are to another ({extractor.name})"
+    measures.add_mean("neighbour_copies", near, label, groups, chance=COPY, **base)
 
 
 def _add_shapes(

@@ -14,9 +14,13 @@ from unified_eval.sheets import captioned_grid, in_rows
 
 # Suffixes of a figure's floors and ceilings, and what they are called.
 BOUNDS = {
-    "_real_halves": "half of real to the other half", "_real_other": "other real pictures",
-    "_reconstructions": "through the tokenizer", "_real": "real pictures", "_shuffled": "other captions (floor)",
-}  # fmt: skip
+    "_shuffled": "other captions (floor)",
+    "_real_halves": "half of real to the other half",
+    "_real_other": "other real pictures",
+    "_reconstructions": "through the tokenizer",
+    "_training": "training pictures",
+    "_real": "real pictures",
+}
 
 
 class Drawn(NamedTuple):
@@ -111,7 +115,7 @@ def write_evaluation_report(
         Picture(comparison_sheet(drawn), "Real pictures, what the image tokenizer makes of them, generated ones.")
     )
     if drawn.neighbours:
-        text = "The generated pictures nearest to a training picture, with its caption and the cosine distance."
+        text = "The generated pictures nearest to a training picture (shown through the tokenizer), and the cosine distance."
         pictures.append(Picture(neighbour_sheet(drawn), text))
     bounds = floors_and_ceilings(figures)
     run = [{"setting": name, "value": str(value)} for name, value in result["run"].items()

@@ -99,7 +99,7 @@ def compare_measures(first: Measures, second: Measures) -> list[dict[str, Any]]:
     """Differences of the figures that two systems have in common, on the same prompts and seeds.
 
     Returns:
-        A dict for each figure that is not about real pictures alone: ``figure`` (its name), ``label``, ``first``,
+        A dict for each figure that is not about given pictures alone: ``figure`` (its name), ``label``, ``first``,
         ``second``, ``difference`` (second less first) and ``interval``, 95 % of the difference in pairs, or None for
         figures without one. Prompts are drawn alike for both, so that hard and easy ones cancel; the interval is often
         far narrower than either figure's.
@@ -111,8 +111,8 @@ def compare_measures(first: Measures, second: Measures) -> list[dict[str, Any]]:
         raise ValueError("first, second: prompts, seed or resamples differ; compare figures of the same run only.")
     out = []
     for name, recipe in first.recipes.items():
-        if name not in second.recipes or name.endswith(("_real", "_real_halves", "_real_other")):
-            continue  # those are about the reference
+        if name not in second.recipes or name.endswith(("_real", "_real_halves", "_real_other", "_training")):
+            continue  # those say nothing about a system
         if recipe != second.recipes[name]:
             raise ValueError(f"{name}: the recipes differ, {recipe} and {second.recipes[name]}; they do not compare.")
         difference = second.figures[name] - first.figures[name]

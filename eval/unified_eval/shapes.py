@@ -128,8 +128,9 @@ def find_shapes(image: Image.Image) -> Found:
     shapes = []
     for label in range(1, count + 1):
         body = labels == label
-        core = ndimage.binary_erosion(body)
-        colour = np.median(pixels[core if core.any() else body], axis=0)
+        # Blur mixes the background into thin shapes: what is farthest from the background is the least mixed.
+        contrast = np.linalg.norm(pixels[body] - ground_colour, axis=1)
+        colour = np.median(pixels[body][contrast >= np.quantile(contrast, 0.75)], axis=0)
         step = colour - ground_colour
         cover = np.clip((pixels - ground_colour) @ step / (step @ step), 0, 1) * (owners == label)
         if cover.sum() >= MIN_AREA * side**2:
