@@ -74,7 +74,7 @@ def test_what_a_tokenizer_does_to_a_picture_is_forgiven(change):
     many = scenes(60, "forgiven")
     images = [recipe.draw(scene, 64) for scene in many]
     if change == "blur":
-        images = [image.filter(ImageFilter.GaussianBlur(0.8)) for image in images]
+        images = [image.filter(ImageFilter.GaussianBlur(1.2)) for image in images]
     elif change == "noise":
         images = [noisy(image, 12) for image in images]
     else:

@@ -32,6 +32,8 @@ MAX_COLOUR_DISTANCE = 60
 # Least intersection over union of a shape with the ideal outline of its area and place.
 MIN_OVERLAP = 0.75
 SUPERSAMPLING = 8
+# Standard deviations, as shares of the side, of the ideal outlines: drawn sharply, or through a tokenizer that blurs.
+BLURS = (0, 0.02)
 
 ASPECTS = ("shape", "count", "color", "size", "position", "background")
 Claims = str | Sequence[Mapping[str, Any]]
@@ -75,7 +77,7 @@ class Shape(NamedTuple):
     """One object of a picture. ``name`` or ``colour`` is None if it resembles none.
 
     Centre and radius (of the circle around the outline) are in pixels, y points down. ``overlap`` is the intersection
-    over union with the ideal outline.
+    over union with the ideal outline, sharp or slightly blurred.
     """
 
     name: str | None
@@ -104,7 +106,7 @@ def find_shapes(image: Image.Image) -> Found:
     """Find background and objects of a picture.
 
     Whatever differs from the most frequent colour is an object, if it is connected and no speck. Its class is that of
-    the outline which, with the object's area and centroid, overlaps it most. Shapes that touch make one object.
+    the outline which, drawn with the object's area and centroid, overlaps it most. Shapes that touch make one object.
 
     Raises:
         ValueError: if the picture is not square or its side is below 24 pixels.
@@ -154,10 +156,12 @@ def _recognise(cover: np.ndarray, colour: str | None) -> Shape:
         unit_area, centroid = GEOMETRY[name]
         radius = math.sqrt(area / unit_area)
         centre = complex(x, y) - radius * centroid
-        ideal = _steeper(_draw(centre + radius * corners, side))
-        overlap = float(np.minimum(sharp, ideal).sum() / np.maximum(sharp, ideal).sum())
-        if overlap > best.overlap:
-            best = Shape(name, colour, "", centre.real, centre.imag, radius, overlap)
+        drawn = _draw(centre + radius * corners, side)
+        for blur in BLURS:
+            ideal = _steeper(ndimage.gaussian_filter(drawn, blur * side) if blur else drawn)
+            overlap = float(np.minimum(sharp, ideal).sum() / np.maximum(sharp, ideal).sum())
+            if overlap > best.overlap:
+                best = Shape(name, colour, "", centre.real, centre.imag, radius, overlap)
     size = SIZES[int(np.searchsorted(SIZE_EDGES, best.radius / side))]
     return best._replace(size=size, name=best.name if best.overlap >= MIN_OVERLAP else None)
 
