@@ -1,6 +1,8 @@
-"""Decoding: samplers and the cached loop."""
+"""Decoding: samplers, decoders and the cached loops."""
 
-from unified.decoding.engine import generate_codes
+from unified.decoding.engine import generate_codes, iterate_codes
+from unified.decoding.lean import make_decoder
+from unified.decoding.prefill import Prompt
 from unified.decoding.sampler import Sampling
 
-__all__ = ["Sampling", "generate_codes"]
+__all__ = ["Prompt", "Sampling", "generate_codes", "iterate_codes", "make_decoder"]
