@@ -81,12 +81,21 @@ def test_building_leaves_the_model_alone():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_compiled_equals_eager():
+def test_compiled_equals_eager(monkeypatch):
+    """The step as the compiler traces it, in one graph and without a recompilation per column; code generation left out."""
+    compiled, graphs = torch.compile, []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compiled(f, fullgraph=True, backend=backend, **options))
     model = tiny_model(text={"num_hidden_layers": 1})
     sampling = Sampling(guidance_scale=2.0)
     options = [PROMPTS, NEGATIVES, (4, 4), sampling]
     eager = generate_codes(make_decoder(model), *options, generators(0, 1))
     assert torch.equal(generate_codes(make_decoder(model, compile=True), *options, generators(0, 1)), eager)
+    assert 1 <= len(graphs) <= 3
 
 
 def test_int8_rounds_weights_per_output_and_inputs_per_batch():

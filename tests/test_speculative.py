@@ -123,4 +123,6 @@ def test_forced_codes_stay_and_a_picture_is_its_own(mode):
 )  # fmt: skip
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
-        last(speculate_codes(make_decoder(tiny_model()), PROMPTS, None, (2, 2), Sampling(), generators(0, 1), **options))
+        last(
+            speculate_codes(make_decoder(tiny_model()), PROMPTS, None, (2, 2), Sampling(), generators(0, 1), **options)
+        )

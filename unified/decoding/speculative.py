@@ -86,7 +86,9 @@ def _one_picture(
     positions = decoder.positions(span_coordinates(decoder.model, state.position, grid))
     scales = torch.tensor(sampling.scales(steps), device=known.device)
     # Row i: the columns that the slot of code i sees.
-    shown = torch.arange(start + steps, device=known.device) <= start + torch.arange(steps, device=known.device)[:, None]
+    shown = (
+        torch.arange(start + steps, device=known.device) <= start + torch.arange(steps, device=known.device)[:, None]
+    )
     bias = as_bias(shown[None, None], state.hidden.dtype)
     bias = bias if state.bias is None else bias + state.bias
     codes, done = torch.empty(steps, dtype=torch.int64, device=known.device), 0
