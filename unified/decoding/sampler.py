@@ -69,7 +69,7 @@ _SCHEDULES: dict[str, Callable[[float], float]] = {
 }
 
 
-def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
     """Classifier-free guidance (arXiv 2207.12598) on logits ``(B, K)``."""
     return unconditional + scale * (conditional - unconditional)
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from unified.decoding.backbone import Decoder
 from unified.decoding.engine import check_known, paired_prompts, span_coordinates
 from unified.decoding.prefill import Prefilled, Prompt, as_bias, prefill
-from unified.decoding.sampler import PositionNoise, Sampling, draw, filter_logits, gumbel_noise, guide
+from unified.decoding.sampler import PositionNoise, Sampling, draw, filter_logits, guide, gumbel_noise
 from unified.npp import Grid
 
 MODES = ("jacobi", "sjd", "gsd")
