@@ -2,38 +2,93 @@
 
     python recipes/encode_images.py --image-tokenizer runs/tokenizer --source data/openmoji --out data/openmoji-codes
 
-The cache carries the tokenizer's fingerprint: training refuses codes of another tokenizer.
+The cache carries the tokenizer's fingerprint: training refuses codes of another tokenizer. Run the same command again after a
+kill and it goes on. Several processes share the work under ``accelerate launch recipes/encode_images.py ...``.
 """
 
 import argparse
+import os
+import time
+
+import torch
+from accelerate import PartialState
+from torch import nn
 
 from unified.codes import encode_source
+from unified.crops import CROPS, Views
 from unified_tokenizers import AutoImageTokenizer
 
 
-def main() -> None:
-    """Parse the command line, encode, and say what was skipped."""
+def size(text: str) -> tuple[int, int]:
+    """Read ``HEIGHTxWIDTH``."""
+    height, cross, width = text.partition("x")
+    if not (cross and height.isdigit() and width.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form HEIGHTxWIDTH, such as 64x96")
+    return int(height), int(width)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--image-tokenizer", required=True, help="folder or Hub name of the image tokenizer")
+    parser.add_argument(
+        "--image-tokenizer", required=True, help="folder, published weights or Hub name of the image tokenizer"
+    )
     parser.add_argument(
         "--source", required=True, help="data folder, parquet or metadata file, saved data set or Hub name"
     )
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--splits", nargs="+", default=["train", "validation"], help="splits to encode")
-    parser.add_argument(
-        "--image-size", type=int, default=64, help="side in pixels; pictures are resized and centre-cropped"
-    )
     parser.add_argument("--image-column", default="image", help="column with the pictures")
     parser.add_argument("--caption-column", default="caption", help="column with the captions")
     parser.add_argument("--batch-size", type=int, default=64, help="pictures per encoder call")
+    parser.add_argument(
+        "--block-rows", type=int, default=1024, help="rows between two writes; a kill loses at most these"
+    )
     parser.add_argument("--streaming", action="store_true", help="read rows as they come")
-    args = parser.parse_args()
+    view = parser.add_argument_group("views")
+    view.add_argument(
+        "--image-size", type=int, default=64, help="side in pixels; pictures are resized and centre-cropped"
+    )
+    view.add_argument("--buckets", type=size, nargs="+", metavar="HxW", help="sizes to choose from by aspect ratio")
+    view.add_argument("--crop", choices=CROPS, default="center", help="which part of a picture is encoded")
+    view.add_argument("--crops", type=int, default=1, help="random crops per picture")
+    view.add_argument("--zoom", type=float, default=1.1, help="random and ten: resize to so much above the size")
+    view.add_argument("--flips", action="store_true", help="also encode every view mirrored")
+    view.add_argument("--seed", type=int, default=0, help="seed of the random crops")
+    return parser.parse_args()
+
+
+def this_process() -> PartialState:
+    """This process's place among those that the launcher started; raises ValueError if they do not know of each other."""
+    process = PartialState(cpu=not torch.accelerator.is_available())
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != process.num_processes:
+        raise ValueError(
+            f"processes: the launcher started {started}, but each of them sees {process.num_processes}; they would write the "
+            "same files. Check the accelerate configuration."
+        )
+    return process
+
+
+def main() -> None:
+    """Parse the command line, encode, and say what was skipped."""
+    args = parse_arguments()
+    process = this_process()
+    tokenizer = AutoImageTokenizer.from_pretrained(args.image_tokenizer)
+    if isinstance(tokenizer, nn.Module):
+        tokenizer.to(process.device)
+    sizes = tuple(args.buckets or [(args.image_size, args.image_size)])
+    start = time.monotonic()
     reports = encode_source(
-        AutoImageTokenizer.from_pretrained(args.image_tokenizer), args.source, args.out, tuple(args.splits),
-        args.image_size, args.image_column, args.caption_column, args.batch_size, args.streaming,
+        tokenizer, args.source, args.out, tuple(args.splits), args.image_size, args.image_column, args.caption_column,
+        args.batch_size, args.streaming, Views(sizes, args.crop, args.crops, args.zoom, args.flips, args.seed),
+        args.block_rows, process,
     )  # fmt: skip
-    for split, report in reports.items():
-        print(f"{args.out} ({split}): {report.summary()}")
+    if process.is_main_process:
+        for split, report in reports.items():
+            print(f"{args.out} ({split}): {report.summary()}")
+        used = sum(report.used for report in reports.values())
+        print(f"{used} pictures in {time.monotonic() - start:.1f} s")
 
 
 if __name__ == "__main__":

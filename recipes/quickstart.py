@@ -43,11 +43,11 @@ STEPS: dict[str, list[str]] = {
     "codes": [*ENCODE, f"{OUT}/data/things", "--out", f"{OUT}/codes"],
     "model": [*TRAIN, "recipes/configs/quickstart.yaml"],
     "lora": [*TRAIN, "recipes/configs/quickstart_lora.yaml"],
-    "clip": [*PYTHON, "eval/train_clip.py", "--data", f"{OUT}/data/things", "--max-samples", CONCEPTS, "--steps", "150",
+    "clip": [*PYTHON, "eval/train_clip.py", "--data", f"{OUT}/data/things", "--max-samples", CONCEPTS, "--steps", "180",
              "--out", f"{OUT}/clip", "--name", "openmoji-nano"],
     "evaluate": [*PYTHON, "eval/evaluate.py", "--pipeline", f"{OUT}/model/pipeline", "--data", f"{OUT}/data/things",
                  "--max-samples", CONCEPTS, "--psnr-data", f"{OUT}/data/openmoji", "--clip", f"{OUT}/clip", "--num-images", "64",
-                 "--guidance-scale", "1.5", "--temperature", "0.85",
+                 "--guidance-scale", "1.5", "--temperature", "0.5",
                  "--out", f"{OUT}/evaluation"],
     "report": [*PYTHON, "recipes/quickstart_report.py", "--run", str(OUT)],
 }  # fmt: skip

@@ -1,5 +1,9 @@
 """Tiny models and tokenizers, built once."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import datasets
 import numpy as np
 import pytest
@@ -7,8 +11,12 @@ import torch
 from PIL import Image
 
 from unified import UnifiedConfig, UnifiedForCausalLM, UnifiedPipeline
+from unified.codes import encode_source
 from unified_tokenizers import SentencePieceTokenizer, VQConfig, VQModel, train_sentencepiece
 
+ROOT = Path(__file__).resolve().parent.parent
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1",
+          "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
 CAPTIONS = ["red apple", "blue car", "a green tree", "the small dog", "a cat and a dog", "yellow sun"]
 
 
@@ -71,3 +79,46 @@ def picture_source(tmp_path_factory) -> str:
 
 def generators(*seeds: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory, image_tokenizer, text_tokenizer, picture_source):
+    """Folders of both tokenizers and of the codes."""
+    folder = tmp_path_factory.mktemp("parts")
+    image_tokenizer.save_pretrained(folder / "image_tokenizer")
+    text_tokenizer.save_pretrained(folder / "text_tokenizer")
+    encode_source(image_tokenizer, picture_source, folder / "codes", image_size=16)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def config_file(parts):
+    path = parts / "run.yaml"
+    path.write_text(f"""
+steps: 12
+batch_size: 4
+log_every: 1
+validate_every: 6
+checkpoint_every: 5
+track_with: []
+data: {{train: {parts}/codes, caption_dropout: 0.3, image_size: 16}}
+model:
+  image_tokenizer: {parts}/image_tokenizer
+  text_tokenizer: {parts}/text_tokenizer
+  architecture: {{model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 4,
+                  max_position_embeddings: 128}}
+schedule: {{patch_sizes: [4, 2, 1], shares: [0.25, 0.25, 0.5]}}
+optimizer: {{learning_rate: 0.01, ema_decay: 0.9}}
+""")
+    return path
+
+
+@pytest.fixture(scope="session")
+def finished(config_file, tmp_path_factory):
+    """A finished run, launched as a user launches it."""
+    output = tmp_path_factory.mktemp("run")
+    command = [*LAUNCH, str(ROOT / "recipes" / "train.py"), "--config", str(config_file), f"output_dir={output}",
+               "sample.every=6", "sample.prompts=[red apple,blue car]", "track_with=[tensorboard]"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return output

@@ -46,6 +46,8 @@ def test_overrides_win(config_file):
             r"exactly one of pipeline, backbone and architecture, got \['pipeline', 'architecture'\]",
         ),
         (["model.image_tokenizer=null"], "model.image_tokenizer: missing"),
+        (["data.captioning=-0.1"], r"data.captioning: -0.1 must lie in \[0, 1\]"),
+        (["optimizer.name=sgd"], "optimizer.name: 'sgd' is unknown; use adamw or muon"),
         (["schedule.shares=[1.0]"], "shares"),
         (["steps=1"], "total_steps: 1 is too few for 2 stages"),
     ],

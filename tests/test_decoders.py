@@ -21,10 +21,13 @@ FAMILIES = {
     "mistral-window": {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 6},
     "gemma": {"model_type": "gemma", "num_key_value_heads": 2, "head_dim": 8},
     "gemma2": {"model_type": "gemma2", "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 6},
+    "gemma3": {"model_type": "gemma3_text", "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 6},
+    "olmo2": {"model_type": "olmo2", "num_key_value_heads": 2},
+    "smollm3": {"model_type": "smollm3", "num_key_value_heads": 2},
     "qwen2-window": {"model_type": "qwen2", "num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 6,
                      "max_window_layers": 1},
 }  # fmt: skip
-GENERAL = {"mistral-window", "gemma", "gemma2", "qwen2-window"}
+GENERAL = {"mistral-window", "gemma", "gemma2", "gemma3", "olmo2", "smollm3", "qwen2-window"}
 PROMPTS, NEGATIVES = [[1, 5, 6, 7, 3], [1, 8, 3]], [[1, 3], [1, 9, 9, 9, 9, 9, 3]]
 
 

@@ -12,6 +12,7 @@ from unified_tokenizers import AutoImageTokenizer, ImageTokenizer, VQConfig, VQM
 from unified_tokenizers.images import to_pil, to_tensor
 
 FSQ = {"quantizer": "fsq", "fsq_levels": [5, 4], "codebook_size": 20}
+LFQ = {"quantizer": "lfq", "codebook_size": 16}
 
 
 def small(**changes):
@@ -21,7 +22,7 @@ def small(**changes):
     ).eval()
 
 
-@pytest.mark.parametrize("changes", [{}, FSQ, {"downsample": 8}])
+@pytest.mark.parametrize("changes", [{}, FSQ, LFQ, {"downsample": 8}])
 def test_folder_round_trip(tmp_path, changes):
     tokenizer = small(**changes)
     assert isinstance(tokenizer, ImageTokenizer)
@@ -36,7 +37,7 @@ def test_folder_round_trip(tmp_path, changes):
     assert loaded.fingerprint == tokenizer.fingerprint
 
 
-@pytest.mark.parametrize("changes", [{}, FSQ])
+@pytest.mark.parametrize("changes", [{}, FSQ, LFQ])
 def test_decode_of_codes_is_what_training_sees(changes):
     """The straight-through forward and encode-then-decode give the same picture."""
     tokenizer = small(**changes)
@@ -108,6 +109,8 @@ def test_bad_folders_and_configs_are_named(tmp_path, pipeline):
         AutoImageTokenizer.from_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match=r"codebook_size: 21 is not the product of fsq_levels \[5, 4\]"):
         small(**{**FSQ, "codebook_size": 21})
+    with pytest.raises(ValueError, match="codebook_size: 20 is not a power of two, which 'lfq' needs"):
+        small(quantizer="lfq")
     with pytest.raises(ValueError, match="quantizer: 'gumbel' is unknown"):
         small(quantizer="gumbel")
 

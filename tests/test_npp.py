@@ -104,6 +104,19 @@ class TestSchedule:
         assert min(rates[20:160]) == 1.0
         assert rates[199] == pytest.approx(0.1 + 0.9 / 40)
 
+    def test_mixed_steps_go_back_to_coarser_sizes(self):
+        schedule = PatchSchedule((4, 2, 1), (0.2, 0.3, 0.5), mixed=0.25)
+        sizes = [schedule.patch_size(step, 40) for step in range(40)]
+        assert sizes[:8] == [4] * 8  # nothing is coarser than the first stage
+        assert sizes[8:20] == [2, 2, 2, 4] * 3
+        assert sizes[20:] == [1, 1, 1, 4, 1, 1, 1, 2] * 2 + [1, 1, 1, 4]
+        # By hand: .2/16 + .3 (.75/4 + .25/16) + .5 (.75 + .25 (1/16 + 1/4) / 2)
+        assert schedule.relative_cost() == pytest.approx(0.0125 + 0.0609375 + 0.39453125)
+
+    def test_without_mixing_a_step_has_its_stages_size(self):
+        schedule = PatchSchedule((2, 1), (0.5, 0.5))
+        assert [schedule.patch_size(step, 6) for step in range(6)] == [2, 2, 2, 1, 1, 1]
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
@@ -112,6 +125,7 @@ class TestSchedule:
             (((2, 1), (0.5, 0.6)), "shares"),
             (((2, 1), (1.0, 0.0)), "shares"),
             (((2, 1), (0.5, 0.5), True, 0.7, 0.7), "warmup, decay"),
+            (((2, 1), (0.5, 0.5), True, 0.1, 0.1, 0.1, 1.0), r"mixed: 1.0 must lie in \[0, 1\)"),
         ],
     )
     def test_bad_fields_are_named(self, arguments, message):

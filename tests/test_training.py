@@ -3,79 +3,25 @@
 import json
 import math
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import generators, tiny_config
-from safetensors.torch import load_file
+from conftest import generators, tiny_config, tiny_model
 
 from unified import UnifiedPipeline
-from unified.codes import encode_source, load_codes
-from unified.training.batches import TextToImageBatches, loader
-from unified.training.config import load_config
+from unified.codes import load_codes
+from unified.training.batches import CaptionedBatches, loader
+from unified.training.config import OptimizerConfig, load_config
 from unified.training.loop import train
+from unified.training.optimizer import build_optimizers
 from unified.training.tracking import read_log
-
-ROOT = Path(__file__).resolve().parent.parent
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1",
-          "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def parts(tmp_path_factory, image_tokenizer, text_tokenizer, picture_source):
-    """Folders of both tokenizers and of the codes."""
-    folder = tmp_path_factory.mktemp("parts")
-    image_tokenizer.save_pretrained(folder / "image_tokenizer")
-    text_tokenizer.save_pretrained(folder / "text_tokenizer")
-    encode_source(image_tokenizer, picture_source, folder / "codes", image_size=16)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def config_file(parts):
-    path = parts / "run.yaml"
-    path.write_text(f"""
-steps: 12
-batch_size: 4
-log_every: 1
-validate_every: 6
-checkpoint_every: 5
-track_with: []
-data: {{train: {parts}/codes, caption_dropout: 0.3, image_size: 16}}
-model:
-  image_tokenizer: {parts}/image_tokenizer
-  text_tokenizer: {parts}/text_tokenizer
-  architecture: {{model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 4,
-                  max_position_embeddings: 128}}
-schedule: {{patch_sizes: [4, 2, 1], shares: [0.25, 0.25, 0.5]}}
-optimizer: {{learning_rate: 0.01, ema_decay: 0.9}}
-""")
-    return path
-
-
-@pytest.fixture(scope="session")
-def finished(config_file, tmp_path_factory):
-    """A finished run, launched as a user launches it."""
-    output = tmp_path_factory.mktemp("run")
-    command = [*LAUNCH, str(ROOT / "recipes" / "train.py"), "--config", str(config_file), f"output_dir={output}",
-               "sample.every=6", "sample.prompts=[red apple,blue car]", "track_with=[tensorboard]"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return output
-
-
-def without_time(log):
-    return [{name: value for name, value in record.items() if name != "images_per_second"} for record in log]
 
 
 class TestBatches:
     def build(self, parts, text_tokenizer, **changes):
         rows = load_codes(parts / "codes", "train", None)
         layout = tiny_config(text={"vocab_size": text_tokenizer.vocab_size}).layout
-        return TextToImageBatches(
+        return CaptionedBatches(
             rows, text_tokenizer, layout, **{"batch_size": 4, "num_batches": 9, "seed": 1, **changes}
         )
 
@@ -106,6 +52,26 @@ class TestBatches:
         layout = batches.layout
         dropped = [int(row[1]) == layout.boi_token_id for batch in loader(batches) for row in batch["input_ids"]]
         assert sum(dropped) / len(dropped) == pytest.approx(0.25, abs=0.04)
+
+    def test_captioning_turns_rows_around(self, parts, text_tokenizer):
+        """Codes first, then the caption, which alone is learned; the other rows are as they were."""
+        plain, mixed = (
+            list(loader(self.build(parts, text_tokenizer, captioning=c, num_batches=60))) for c in (0.0, 0.4)
+        )
+        layout, turned = self.build(parts, text_tokenizer).layout, 0
+        for a, b in zip(plain, mixed, strict=True):
+            for i in range(4):
+                before, after = (x["input_ids"][i][x["attention_mask"][i].bool()] for x in (a, b))
+                labels = b["labels"][i][b["attention_mask"][i].bool()]
+                if int(after[1]) != layout.boi_token_id:
+                    assert before.tolist() == after.tolist()
+                    continue
+                turned += 1
+                start = before.tolist().index(layout.boi_token_id)
+                caption, picture = before[1:start].tolist(), before[start:].tolist()
+                assert after.tolist() == [int(before[0]), *picture, *caption, layout.eos_token_id]
+                assert labels.tolist() == [-100] * (1 + len(picture)) + [*caption, layout.eos_token_id]
+        assert turned / 240 == pytest.approx(0.4, abs=0.08)
 
     def test_code_noise_touches_inputs_only(self, parts, text_tokenizer):
         clean, noisy = (
@@ -148,17 +114,6 @@ def test_cost_counts_slots(finished, text_tokenizer):
     assert all(4 * 3 <= text <= 4 * (3 + 14) for text in text_slots)  # <bos>, caption, <boi>, <eoi>
 
 
-def test_resumed_run_equals_uninterrupted(finished, config_file, tmp_path):
-    """Stop after the checkpoint of step 10 (mid-epoch, in the last stage), resume: same log, same weights, bitwise."""
-    config = load_config(config_file, [f"output_dir={tmp_path}"])
-    train(config)
-    shutil.rmtree(tmp_path / "checkpoints" / "step-00000012")
-    train(load_config(config_file, [f"output_dir={tmp_path}", "resume=latest"]))
-    assert without_time(read_log(tmp_path)) == without_time(read_log(finished))
-    ours, theirs = (load_file(folder / "pipeline" / "model" / "model.safetensors") for folder in (tmp_path, finished))
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
-
-
 def test_lora_run_on_a_pipeline(finished, config_file, parts, tmp_path):
     override = [f"output_dir={tmp_path}", f"model.pipeline={finished}/pipeline", "model.architecture=null", "lora.rank=4",
                 "optimizer.ema_decay=null", "schedule.patch_sizes=[2,1]", "schedule.shares=[0.5,0.5]"]  # fmt: skip
@@ -174,6 +129,30 @@ def test_lora_run_on_a_pipeline(finished, config_file, parts, tmp_path):
     assert torch.equal(pipe.model(ids).logits, base)
 
 
+def test_captioning_and_muon_run_learns_both_ways(config_file, tmp_path):
+    override = ["steps=60", "validate_every=60", "checkpoint_every=null", "optimizer.name=muon", "data.captioning=0.5",
+                "data.caption_dropout=0", "schedule.patch_sizes=[2,1]", "schedule.shares=[0.5,0.5]", "batch_size=12"]  # fmt: skip
+    train(load_config(config_file, [f"output_dir={tmp_path}", *override]))
+    log = read_log(tmp_path)
+    final = log[-1]
+    assert final["train_subset_loss"] < 1.5 < math.log(20)
+    assert final["caption_loss"] < 0.5 * log[0]["text_loss"]
+
+
+def test_muon_takes_the_decoders_matrices_only():
+    model = tiny_model()
+    adamw, muon = build_optimizers(model, OptimizerConfig(name="muon"))
+    names = {id(p): name for name, p in model.named_parameters()}
+    of_muon = {names[id(p)] for g in muon.param_groups for p in g["params"]}
+    of_adamw = {names[id(p)] for g in adamw.param_groups for p in g["params"]}
+    assert of_muon | of_adamw == set(names.values()) and not of_muon & of_adamw
+    assert {name.rsplit(".", 2)[-2] for name in of_muon} == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
+    }  # fmt: skip
+    decays = {g["weight_decay"]: {names[id(p)].split(".")[-2] for p in g["params"]} for g in adamw.param_groups}
+    assert "image_head" in decays[0.05] and "norm" in decays[0.0]
+
+
 def test_pictures_are_encoded_on_the_way(config_file, parts, picture_source, tmp_path):
     train(
         load_config(
@@ -183,13 +162,6 @@ def test_pictures_are_encoded_on_the_way(config_file, parts, picture_source, tmp
     ours, direct = (load_codes(folder, "train", None)["codes"] for folder in (tmp_path / "codes", parts / "codes"))
     assert [row.tolist() for row in ours] == [row.tolist() for row in direct]
     assert (tmp_path / "codes-validation" / "codes.json").is_file()
-
-
-def test_resume_without_checkpoint_is_an_error(config_file, tmp_path):
-    with pytest.raises(ValueError, match="resume: no checkpoint in"):
-        train(load_config(config_file, [f"output_dir={tmp_path}", "resume=latest"]))
-    with pytest.raises(ValueError, match="is not a checkpoint folder"):
-        train(load_config(config_file, [f"output_dir={tmp_path}", f"resume={tmp_path}/nowhere"]))
 
 
 def test_codes_of_another_tokenizer_are_refused(config_file, parts, tmp_path):

@@ -2,18 +2,17 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import datasets
-import torch
-from tqdm import tqdm
+from accelerate import PartialState
 
-from unified.data import CaptionedImage, SkipReport, captioned_images, fit_square, load_source
+from unified.crops import Views
+from unified.data import SkipReport, load_source
+from unified.encoding import encode_blocks, read_blocks
 from unified_tokenizers.base import ImageTokenizer
-from unified_tokenizers.images import to_tensor
 
 CACHE_FILE = "codes.json"
 
@@ -33,74 +32,112 @@ def encode_source(
     caption_column: str = "caption",
     batch_size: int = 64,
     streaming: bool = False,
+    views: Views | None = None,
+    block_rows: int = 1024,
+    process: PartialState | None = None,
 ) -> dict[str, SkipReport]:
     """Encode the pictures of a source and write an Arrow data set of codes, grids and captions.
 
-    Pictures are resized to ``image_size`` on the shorter side and cropped to a square. The folder appears only when it
-    is complete. Rows that cannot be used are skipped and reported per split.
+    The folder appears only when it is complete. Until then ``<out>.partial`` collects blocks of rows; a run that was killed
+    goes on from there. Rows that cannot be used are skipped and reported per split.
+
+    Args:
+        tokenizer: any image tokenizer.
+        source: any source of :func:`unified.data.load_source`.
+        out: folder to write; a finished cache in it is replaced.
+        splits: splits to encode.
+        image_size: side of the square views, without ``views``: resized on the shorter side, centre-cropped.
+        image_column, caption_column: columns of the source; its further text columns (ids, groups) are kept.
+        batch_size: pictures per encoder call.
+        streaming: read rows as they come.
+        views: sizes, crops and flips; every view becomes a row.
+        block_rows: rows of the source that are encoded between two writes.
+        process: this process's place among several, from Accelerate; without it there is one.
+
+    Returns:
+        What was used and skipped, by split.
 
     Raises:
-        ValueError: if the size does not divide by the tokenizer's stride, a split or column is missing, or no row is left.
+        ValueError: if a size does not divide by the tokenizer's stride, a split or column is missing, no row is left, or the
+            begun ``<out>.partial`` is of other settings.
     """
-    if image_size % tokenizer.downsample:
-        raise ValueError(f"image_size: {image_size} does not divide by the tokenizer's stride {tokenizer.downsample}.")
+    views = views or Views(((image_size, image_size),))
+    for height, width in views.sizes:
+        if height % tokenizer.downsample or width % tokenizer.downsample:
+            size = f"{height}" if height == width else f"{height}x{width}"
+            raise ValueError(f"image_size: {size} does not divide by the tokenizer's stride {tokenizer.downsample}.")
+    if block_rows < 1 or batch_size < 1:
+        raise ValueError(f"block_rows, batch_size: {block_rows} and {batch_size} must be at least 1.")
     out = Path(out)
     partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    reports, encoded = {}, {}
-    for split in splits:
-        report = SkipReport()
-        rows = captioned_images(load_source(source, split, streaming), report, image_column, caption_column)
-        # A generator keeps memory bounded by one batch; its working files live and die with the partial folder.
-        encoded[split] = datasets.Dataset.from_generator(
-            lambda rows=rows, split=split: _encoded_rows(tokenizer, rows, image_size, batch_size, split),
-            cache_dir=str(partial / "work"),
-            fingerprint=f"{split}-{tokenizer.fingerprint}",
-        )
-        if report.used == 0:
-            raise ValueError(f"source: no usable row in split {split!r} of {source!r}; {report.summary()}")
-        reports[split] = report
-    datasets.DatasetDict(encoded).save_to_disk(partial)
-    del encoded
-    shutil.rmtree(partial / "work")
-    description = {
+    settings = {
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "codebook_size": tokenizer.codebook_size,
         "downsample": tokenizer.downsample,
         "source": source,
         "image_size": image_size,
-        "rows": {split: asdict(report) for split, report in reports.items()},
+        "views": {**asdict(views), "sizes": [list(size) for size in views.sizes]},
+        "block_rows": block_rows,
+        "columns": [image_column, caption_column],
     }
-    (partial / CACHE_FILE).write_text(json.dumps(description, indent=2))
+    index, count = (process.process_index, process.num_processes) if process is not None else (0, 1)
+    if index == 0:
+        _begin(partial, settings)
+    if process is not None:
+        process.wait_for_everyone()
+    for split in splits:
+        encode_blocks(
+            tokenizer, load_source(source, split, streaming), partial / "blocks" / split, views, image_column,
+            caption_column, batch_size, block_rows, index, count, split,
+        )  # fmt: skip
+    if process is not None:
+        process.wait_for_everyone()
+    if index == 0:
+        _finish(out, partial, splits, settings)
+    if process is not None:
+        process.wait_for_everyone()
+    rows = json.loads((out / CACHE_FILE).read_text())["rows"]
+    return {split: SkipReport(**rows[split]) for split in splits}
+
+
+def _begin(partial: Path, settings: dict[str, Any]) -> None:
+    """Record what the blocks are made with, or compare with what was recorded."""
+    record = partial / CACHE_FILE
+    if record.is_file():
+        begun = json.loads(record.read_text())
+        different = [
+            f"{name}: {begun.get(name)} then, {value} now"
+            for name, value in settings.items()
+            if begun.get(name) != value
+        ]
+        if different:
+            raise ValueError(
+                f"out: {str(partial)!r} was begun with other settings ({'; '.join(different)}); remove it to start anew."
+            )
+        return
+    partial.mkdir(parents=True, exist_ok=True)
+    beside = record.with_suffix(".new")
+    beside.write_text(json.dumps(settings, indent=2))
+    beside.rename(record)
+
+
+def _finish(out: Path, partial: Path, splits: tuple[str, ...], settings: dict[str, Any]) -> None:
+    """Join the blocks, describe them, and put the folder in its place."""
+    encoded, reports = {}, {}
+    for split in splits:
+        encoded[split], reports[split] = read_blocks(partial / "blocks" / split)
+        if reports[split].used == 0:
+            summary = reports[split].summary()
+            shutil.rmtree(partial)
+            raise ValueError(f"source: no usable row in split {split!r} of {settings['source']!r}; {summary}")
+    whole = partial / "whole"
+    shutil.rmtree(whole, ignore_errors=True)
+    datasets.DatasetDict(encoded).save_to_disk(whole)
+    rows = {split: asdict(report) for split, report in reports.items()}
+    (whole / CACHE_FILE).write_text(json.dumps({**settings, "rows": rows}, indent=2))
     shutil.rmtree(out, ignore_errors=True)
-    partial.rename(out)
-    return reports
-
-
-def _encoded_rows(
-    tokenizer: ImageTokenizer, rows: Iterator[CaptionedImage], image_size: int, batch_size: int, split: str
-) -> Iterator[dict[str, Any]]:
-    with tqdm(desc=f"encode {split}", unit="image") as bar:
-        batch: list[CaptionedImage] = []
-        for row in rows:
-            batch.append(row)
-            if len(batch) == batch_size:
-                yield from _encode_batch(tokenizer, batch, image_size)
-                bar.update(len(batch))
-                batch = []
-        if batch:
-            yield from _encode_batch(tokenizer, batch, image_size)
-            bar.update(len(batch))
-
-
-def _encode_batch(tokenizer: ImageTokenizer, batch: list[CaptionedImage], image_size: int) -> Iterator[dict[str, Any]]:
-    codes = tokenizer.encode(to_tensor([fit_square(row.image, image_size) for row in batch])).cpu()
-    for row, grid in zip(batch, codes, strict=True):
-        text = {name: value for name, value in row.extra.items() if isinstance(value, str)}
-        height, width = grid.shape
-        yield {"codes": grid.flatten().to(torch.int32).numpy(), "height": height, "width": width,
-               "caption": row.caption, "source_row": row.row, **text}  # fmt: skip
+    whole.rename(out)
+    shutil.rmtree(partial)
 
 
 def load_codes(path: str | Path, split: str, fingerprint: str | None) -> datasets.Dataset:

@@ -30,12 +30,15 @@ class UnifiedConfig(PreTrainedConfig):
         boi_token_id, eoi_token_id: text ids that open and close an image span.
         image_tokenizer_fingerprint: the image tokenizer whose codes the model was trained on.
         image_grids: code grids ``[h, w]`` that the model was trained on.
-        positions: ``1d`` (running index) or ``2d`` (row and column) inside image spans.
+        positions: ``1d`` (running index) or ``2d`` (row and column) inside image spans; ``llamagen`` as LlamaGen has it
+            (see :class:`unified.rope.GridRotary`).
         coarse_positions: where a patch of a coarse stage sits: ``center`` of its fine-grid cells, ``unit`` stride as
             in the paper (arXiv 2412.15321), or ``normalized`` to ``normalized_range`` (arXiv 2406.10797).
         normalized_range: extent of the grid's longer side for ``normalized``.
         loss_normalization: ``slot`` weighs every predicted slot alike, ``token`` weighs a patch by its p*p codes.
         text_loss_weight, image_loss_weight: weights of the two parts in the mean.
+        conditioning: the condition in front of a picture that is no text (see :mod:`unified.conditioning`):
+            ``{"kind": "class", "classes": N}`` or ``{"kind": "features", "length": P, "features": F}``; None without.
     """
 
     model_type = "unified"
@@ -55,6 +58,7 @@ class UnifiedConfig(PreTrainedConfig):
     loss_normalization: str = "slot"
     text_loss_weight: float = 1.0
     image_loss_weight: float = 1.0
+    conditioning: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: object) -> None:
         """Build the backbone's config and refuse values outside the lists above."""
@@ -63,7 +67,7 @@ class UnifiedConfig(PreTrainedConfig):
                 raise ValueError("text_config: needs a 'model_type' such as 'llama' to choose the backbone.")
             self.text_config = AutoConfig.for_model(**self.text_config)
         super().__post_init__(**kwargs)
-        _choice("positions", self.positions, ("1d", "2d"))
+        _choice("positions", self.positions, ("1d", "2d", "llamagen"))
         _choice("coarse_positions", self.coarse_positions, ("center", "unit", "normalized"))
         _choice("loss_normalization", self.loss_normalization, ("slot", "token"))
         if self.text_config is not None:

@@ -1,7 +1,7 @@
 """Captioned images from any `datasets` source, with bad rows skipped, counted and reported."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,12 +96,26 @@ def captioned_images(
     Raises:
         ValueError: if a named column does not exist.
     """
+    rows = undecoded_rows(source, image_column, caption_column)
+    yield from usable_rows(enumerate(rows), report, image_column, caption_column)
+
+
+def undecoded_rows(
+    source: datasets.Dataset | datasets.IterableDataset, image_column: str, caption_column: str
+) -> datasets.Dataset | datasets.IterableDataset:
+    """The rows of ``source`` with pictures as bytes or paths. Raises ValueError if a named column does not exist."""
     columns = source.column_names or list(next(iter(source)))
     for name, column in (("image_column", image_column), ("caption_column", caption_column)):
         if column not in columns:
             raise ValueError(f"{name}: {column!r} is not a column of the source; it has {sorted(columns)}.")
-    undecoded = source.cast_column(image_column, datasets.Image(decode=False))
-    for index, row in enumerate(undecoded):
+    return source.cast_column(image_column, datasets.Image(decode=False))
+
+
+def usable_rows(
+    rows: Iterable[tuple[int, dict[str, Any]]], report: SkipReport, image_column: str, caption_column: str
+) -> Iterator[CaptionedImage]:
+    """Decode numbered rows of :func:`undecoded_rows`; what cannot be used goes to ``report``."""
+    for index, row in rows:
         caption = row.pop(caption_column)
         if not isinstance(caption, str) or not caption.strip():
             report.skip("empty_caption", index, repr(caption))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from unified.conditioning import build_condition
 from unified.config import UnifiedConfig
 from unified.npp import group_embeddings, group_targets, patch_cross_entropy
 from unified.rope import GridRotary
@@ -52,6 +53,7 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
         width = self.backbone.config.hidden_size
         self.image_embed = nn.Embedding(config.codebook_size, width)
         self.image_head = nn.Linear(width, config.codebook_size, bias=False)
+        self.condition = None if config.conditioning is None else build_condition(config.conditioning, width)
         self._wrap_rotary()
         self.post_init()
 
@@ -62,7 +64,7 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
                 f"text_config: {type(decoder).__name__} has no rotary_emb module at its top; choose a decoder with rotary "
                 "embeddings such as Llama, Qwen, Mistral or Gemma."
             )
-        decoder.rotary_emb = GridRotary(decoder.rotary_emb)
+        decoder.rotary_emb = GridRotary(decoder.rotary_emb, llamagen=self.config.positions == "llamagen")
 
     @classmethod
     def from_backbone(
@@ -102,8 +104,9 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
         model.backbone.load_state_dict(_with_wrapped_rotary(backbone.state_dict()))
         model.backbone.generation_config = backbone.generation_config
         model.generation_config = backbone.generation_config
-        text = backbone.get_input_embeddings().weight.detach().float()
         with torch.no_grad():
+            # Through the module, because some backbones (Gemma 3) scale what they look up.
+            text = backbone.get_input_embeddings()(torch.arange(backbone.config.vocab_size)).float()
             noise = torch.randn(model.image_embed.weight.shape)
             model.image_embed.weight.copy_(text.mean(dim=0) + noise * text.std(dim=0))
         return model
@@ -157,6 +160,7 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
         past_key_values: Any = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        condition: Tensor | None = None,
         **kwargs: Any,
     ) -> UnifiedOutput:
         """Losses with ``labels``, logits without.
@@ -169,14 +173,17 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
             document_ids: ``(B, T)`` for packed rows, -1 on padding: no attention, position or loss across documents.
             patch_size: side p of the patches that image spans are grouped into.
             position_ids, past_key_values, use_cache, logits_to_keep: as in transformers, for text generation.
+            condition: ``(B,)`` classes or ``(B, P, F)`` features, for models with ``conditioning``; its embeddings take the
+                place of the first slots (see :mod:`unified.conditioning`).
 
         Raises:
-            ValueError: if spans and grids disagree or ``patch_size`` does not divide a grid.
+            ValueError: if spans and grids disagree, ``patch_size`` does not divide a grid, or a condition is missing or
+                not expected.
         """
         if past_key_values is not None and image_grids is not None:
             raise ValueError("past_key_values: cached decoding of image spans goes through unified.decoding.")
         plan = plan_slots(input_ids, image_grids, attention_mask, document_ids, patch_size, self.config)
-        embeds = self.embed(input_ids, plan, patch_size)
+        embeds = self._with_condition(self.embed(input_ids, plan, patch_size), condition, plan, patch_size)
         # Packed rows are told apart by restarting position ids, which needs the mask argument to be empty.
         mask = attention_mask if past_key_values is not None else plan.attention_mask
         outputs = self.run_backbone(
@@ -198,6 +205,17 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
             image_logits=None if image_grids is None else self.image_head(kept),
             past_key_values=outputs.past_key_values,
         )
+
+    def _with_condition(self, embeds: Tensor, condition: Tensor | None, plan: SlotPlan, patch_size: int) -> Tensor:
+        if (condition is None) != (self.condition is None):
+            needed = "missing; the model draws after one" if condition is None else "given, but the model takes none"
+            raise ValueError(f"condition: {needed} (conditioning {self.config.conditioning}).")
+        if self.condition is None or condition is None:
+            return embeds
+        length = self.condition.length
+        if plan.documents is not None or (patch_size > 1 and length > 1 and plan.attention_mask is not None):
+            raise ValueError("condition: not possible in packed rows, nor with masked features and patch_size above 1.")
+        return torch.cat([self.condition(condition).to(embeds.dtype), embeds[:, length:]], dim=1)
 
     def _losses(self, hidden: Tensor, labels: Tensor, plan: SlotPlan, patch_size: int) -> UnifiedOutput:
         """Score slot i + 1 from the hidden state of slot i, each over the vocabulary of its target."""

@@ -96,6 +96,8 @@ class PatchSchedule:
         warmup: share of a schedule spent on linear warm-up from ``1 / warmup_steps``.
         decay: share of a schedule spent on linear decay.
         final: multiplier reached at the end of the decay.
+        mixed: share of every stage's steps that go back to the coarser sizes in turn, so that they stay trained to the
+            end; 0 as in the paper.
     """
 
     patch_sizes: tuple[int, ...] = (2, 1)
@@ -104,6 +106,7 @@ class PatchSchedule:
     warmup: float = 0.05
     decay: float = 0.2
     final: float = 0.1
+    mixed: float = 0.0
 
     def __post_init__(self) -> None:
         sizes = list(self.patch_sizes)
@@ -117,6 +120,8 @@ class PatchSchedule:
             raise ValueError(f"shares: {self.shares} must be {len(sizes)} positive numbers that sum to 1.")
         if not (self.warmup >= 0 and self.decay >= 0 and self.warmup + self.decay <= 1):
             raise ValueError(f"warmup, decay: {self.warmup} and {self.decay} must be shares that sum to at most 1.")
+        if not 0 <= self.mixed < 1:
+            raise ValueError(f"mixed: {self.mixed} must lie in [0, 1).")
 
     @classmethod
     def from_levels(cls, levels: int, ratio: float = 0.5, **options: float | bool) -> "PatchSchedule":
@@ -146,6 +151,14 @@ class PatchSchedule:
             raise ValueError(f"step: {step} lies outside the {total_steps} steps of the schedule.")
         return next(stage for stage in self.stages(total_steps) if step < stage.end)
 
+    def patch_size(self, step: int, total_steps: int) -> int:
+        """The patch size of ``step``: its stage's, or a coarser one for the share ``mixed`` of the steps, evenly spread."""
+        stage = self.stage(step, total_steps)
+        coarser = [size for size in self.patch_sizes if size > stage.patch_size]
+        done = step - stage.start
+        before, after = math.floor(done * self.mixed), math.floor((done + 1) * self.mixed)
+        return coarser[before % len(coarser)] if coarser and after > before else stage.patch_size
+
     def lr_multiplier(self, step: int, total_steps: int) -> float:
         """Factor on the peak learning rate at ``step``: linear warm-up, constant, linear decay. Never 0, never past the end."""
         stage = self.stage(step, total_steps) if self.restart else Stage(1, 0, total_steps)
@@ -158,9 +171,20 @@ class PatchSchedule:
             return self.final + (1 - self.final) * left / decay_steps
         return 1.0
 
+    def size_shares(self) -> dict[int, float]:
+        """Share of all steps that each patch size gets, with mixed steps counted where they are spent."""
+        shares = dict.fromkeys(self.patch_sizes, 0.0)
+        for i, (size, share) in enumerate(zip(self.patch_sizes, self.shares, strict=True)):
+            coarser = self.patch_sizes[:i]
+            mixed = self.mixed if coarser else 0.0
+            shares[size] += share * (1 - mixed)
+            for other in coarser:
+                shares[other] += share * mixed / len(coarser)
+        return shares
+
     def relative_cost(self) -> float:
         """Image slots processed, relative to next-token training on the same pictures."""
-        return sum(share / size**2 for size, share in zip(self.patch_sizes, self.shares, strict=True))
+        return sum(share / size**2 for size, share in self.size_shares().items())
 
 
 def slot_counts(image_grids: Tensor, patch_size: int) -> int:

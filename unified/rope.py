@@ -12,7 +12,7 @@ def span_offsets(grid: Grid, patch_size: int, positions: str, coarse: str, exten
     Args:
         grid: code grid ``(h, w)``.
         patch_size: side p of a patch.
-        positions: ``1d`` or ``2d``.
+        positions: ``1d``, ``2d`` or ``llamagen`` (rows and columns as for ``2d``).
         coarse: ``center``, ``unit`` or ``normalized`` (see :class:`unified.UnifiedConfig`).
         extent: range of the longer side for ``normalized``.
 
@@ -49,11 +49,16 @@ class GridRotary(nn.Module):
     Decoders in transformers call ``rotary_emb(x, position_ids, ...)`` once and hand cos and sin to every layer, so this
     one module gives them 2D positions. Where row and column are equal, the result equals the original bitwise.
     Set ``coordinates`` to ``(B, T, 2)`` before a forward pass, or to None for the backbone's own positions.
+
+    With ``llamagen``, the layout of LlamaGen (arXiv 2406.06525): every second frequency is used, first all of them for the
+    row, then all of them for the column. Slots with a negative coordinate (the condition) have cos = sin = 0: their
+    queries and keys vanish, as in its published models.
     """
 
-    def __init__(self, rotary: nn.Module):
+    def __init__(self, rotary: nn.Module, llamagen: bool = False):
         super().__init__()
         self.rotary = rotary
+        self.llamagen = llamagen
         self.coordinates: Tensor | None = None
 
     def forward(self, x: Tensor, position_ids: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
@@ -64,6 +69,11 @@ class GridRotary(nn.Module):
         by_column = self.rotary(x, self.coordinates[..., 1], *args, **kwargs)
         # Halves of the head dimension hold the same frequencies, so alternate within each half.
         half = by_row[0].shape[-1] // 2
+        if self.llamagen:
+            placed = (self.coordinates >= 0).all(dim=-1, keepdim=True)
+            halves = [torch.cat([r[..., :half:2], c[..., :half:2]], -1) for r, c in zip(by_row, by_column, strict=True)]
+            cos, sin = (torch.cat([values, values], dim=-1) * placed for values in halves)
+            return cos, sin
         takes_row = (torch.arange(2 * half, device=x.device) % half) % 2 == 0
         cos, sin = (torch.where(takes_row, r, c) for r, c in zip(by_row, by_column, strict=True))
         return cos, sin

@@ -129,6 +129,8 @@ def plan_slots(
 
 def _coordinates(plan: SlotPlan, patch_size: int, config: UnifiedConfig) -> Tensor | None:
     """Row and column of every slot; None where the running index says the same."""
+    if config.positions == "llamagen":
+        return _grid_coordinates(plan, patch_size, config)
     running = config.positions == "1d" and (patch_size == 1 or config.coarse_positions == "unit")
     if running or not plan.spans:
         return None
@@ -149,6 +151,15 @@ def _coordinates(plan: SlotPlan, patch_size: int, config: UnifiedConfig) -> Tens
     if plan.documents is not None:
         base = base - _document_start(base, plan.documents)
     return base[..., None] + offsets.reshape(plan.batch_size, plan.length, 2)
+
+
+def _grid_coordinates(plan: SlotPlan, patch_size: int, config: UnifiedConfig) -> Tensor:
+    """Row and column of every slot of a picture, counted from its corner; -1 elsewhere."""
+    coordinates = torch.full((plan.batch_size * plan.length, 2), -1.0, device=plan.text_slots.device)
+    for group in plan.spans:
+        offset, _ = span_offsets(group.grid, patch_size, "2d", config.coarse_positions, config.normalized_range)
+        coordinates[group.slots] = offset.to(coordinates.device)
+    return coordinates.reshape(plan.batch_size, plan.length, 2)
 
 
 def _document_start(values: Tensor, documents: Tensor) -> Tensor:

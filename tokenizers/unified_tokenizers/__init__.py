@@ -2,6 +2,8 @@
 
 from unified_tokenizers.auto import AutoImageTokenizer
 from unified_tokenizers.base import ImageTokenizer
+from unified_tokenizers.emu3 import Emu3Tokenizer
+from unified_tokenizers.layouts import vqgan_from_weights
 from unified_tokenizers.text import (
     SentencePieceTokenizer,
     TextTokenizer,
@@ -10,15 +12,22 @@ from unified_tokenizers.text import (
     train_sentencepiece,
 )
 from unified_tokenizers.vq_model import VQConfig, VQModel
+from unified_tokenizers.vqgan import VQGAN, VQGANConfig
+from unified_tokenizers.weights import read_weights
 
 __all__ = [
+    "VQGAN",
     "AutoImageTokenizer",
+    "Emu3Tokenizer",
     "ImageTokenizer",
     "SentencePieceTokenizer",
     "TextTokenizer",
     "TransformersTokenizer",
     "VQConfig",
+    "VQGANConfig",
     "VQModel",
     "load_text_tokenizer",
+    "read_weights",
     "train_sentencepiece",
+    "vqgan_from_weights",
 ]

@@ -1,33 +1,93 @@
-"""Load any image tokenizer of the library from a folder or the Hub."""
+"""Load any image tokenizer that the library knows, from a weights file, a folder or the Hub."""
 
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, Emu3VQVAEConfig, PreTrainedConfig
 
 from unified_tokenizers.base import ImageTokenizer
+from unified_tokenizers.emu3 import Emu3Tokenizer
+from unified_tokenizers.layouts import vqgan_from_weights
 from unified_tokenizers.vq_model import VQConfig, VQModel
+from unified_tokenizers.vqgan import VQGAN, VQGANConfig
+from unified_tokenizers.weights import PICKLES, cut_prefix, read_weights
 
-AutoConfig.register(VQConfig.model_type, VQConfig)
-AutoModel.register(VQConfig, VQModel)
+for _config, _model in ((VQConfig, VQModel), (VQGANConfig, VQGAN)):
+    AutoConfig.register(_config.model_type, _config)
+    AutoModel.register(_config, _model)
+
+# Folders that hold an image tokenizer and nothing else, by the model_type of their config.json.
+_TOKENIZERS: dict[str, Any] = {
+    VQConfig.model_type: VQModel,
+    VQGANConfig.model_type: VQGAN,
+    "emu3_vqgan": Emu3Tokenizer,
+}
+# Folders of a tokenizer in transformers' layout, and of whole models; ``multi_modality`` is Janus as DeepSeek published it.
+_PUBLISHED = ("janus_vqgan", "chameleon_vqgan")
+_WHOLE_MODELS = ("multi_modality", "janus", "emu3", "chameleon")
+_PREFIXES = ("gen_vision_model.", "model.vqmodel.", "vqmodel.")  # where whole models keep the tokenizer
 
 
 class AutoImageTokenizer:
-    """``AutoImageTokenizer.from_pretrained(path)`` returns the tokenizer that the folder's ``config.json`` names."""
+    """``AutoImageTokenizer.from_pretrained(path)`` returns the tokenizer that a file or folder holds."""
 
     @staticmethod
     def from_pretrained(pretrained_model_name_or_path: str | Path, **kwargs: Any) -> ImageTokenizer:
         """Load a tokenizer in evaluation mode.
 
+        Args:
+            pretrained_model_name_or_path: a folder written by ``save_pretrained``; a weights file of LlamaGen
+                (``vq_ds16_*.pt``), Janus or Chameleon (``vqgan.ckpt``), or a folder with one; a model folder of Janus or
+                Emu3; or a name on the Hub.
+            kwargs: options of transformers' ``from_pretrained``, for folders of a tokenizer alone.
+
         Raises:
-            ValueError: if the folder does not exist or holds something other than an image tokenizer.
+            ValueError: if the path does not exist, or holds something other than a known image tokenizer.
         """
-        path = str(pretrained_model_name_or_path)
-        if path.startswith((".", "/")) and not (Path(path) / "config.json").is_file():
-            raise ValueError(f"image_tokenizer: {path!r} has no config.json; give a folder written by save_pretrained.")
-        config = AutoConfig.from_pretrained(path)
-        if not isinstance(config, VQConfig):
-            raise ValueError(
-                f"image_tokenizer: {path!r} is a {config.model_type!r} model, not an image tokenizer ({VQConfig.model_type!r})."
-            )
-        return VQModel.from_pretrained(path, **kwargs).eval()
+        path = Path(pretrained_model_name_or_path)
+        name = str(pretrained_model_name_or_path)
+        if path.is_file():
+            return _from_weights_file(path)
+        if path.is_dir() and not (path / "config.json").is_file():
+            if not any(file.suffix in PICKLES for file in path.iterdir()):
+                raise ValueError(_nothing_in(name))
+            return _from_weights_file(path)
+        if not path.is_dir() and (name.startswith((".", "/")) or path.suffix in (*PICKLES, ".safetensors")):
+            raise ValueError(_nothing_in(name))
+        config, _ = PreTrainedConfig.get_config_dict(name)
+        kind = config.get("model_type")
+        if kind in _TOKENIZERS:
+            return _TOKENIZERS[kind].from_pretrained(name, **kwargs).eval()
+        if kind in (*_PUBLISHED, *_WHOLE_MODELS):
+            return _from_model_folder(_local(name), kind, config)
+        raise ValueError(
+            f"image_tokenizer: {name!r} is a {kind!r} model, not an image tokenizer "
+            f"({', '.join([*_TOKENIZERS, *_PUBLISHED, *_WHOLE_MODELS])})."
+        )
+
+
+def _nothing_in(name: str) -> str:
+    return (
+        f"image_tokenizer: {name!r} has no config.json and no weights file; give a folder written by save_pretrained."
+    )
+
+
+def _from_weights_file(path: Path) -> ImageTokenizer:
+    state = read_weights(path)
+    within = cut_prefix(state, _PREFIXES)
+    return vqgan_from_weights({short: state[name] for short, name in within.items()} or state, str(path))
+
+
+def _from_model_folder(folder: Path, kind: str, config: dict[str, Any]) -> ImageTokenizer:
+    state = read_weights(folder, ("",) if kind in _PUBLISHED else _PREFIXES)
+    if kind == "emu3":
+        return Emu3Tokenizer.from_weights(Emu3VQVAEConfig(**config.get("vq_config", {})), state, str(folder))
+    return vqgan_from_weights(state, str(folder), normalize_codes=not kind.startswith("chameleon"))
+
+
+def _local(name: str) -> Path:
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.bin"]))

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from vector_quantize_pytorch import FSQ, VectorQuantize
+from vector_quantize_pytorch import FSQ, LFQ, VectorQuantize
 
 from unified_tokenizers.base import check_codes, check_images, fingerprint_of
 
@@ -20,9 +20,9 @@ class VQConfig(PreTrainedConfig):
         downsample: pixels per code along each side.
         channels: width of the convolutions.
         encoder_blocks, decoder_blocks: residual blocks on either side.
-        quantizer: ``vq`` (L2-normalised codebook with EMA updates and dead-code revival) or ``fsq`` (finite scalar
-            quantisation, arXiv 2309.15505).
-        codebook_size: number of codes; for ``fsq`` it has to be the product of ``fsq_levels``.
+        quantizer: ``vq`` (L2-normalised codebook with EMA updates and dead-code revival), ``fsq`` (finite scalar
+            quantisation, arXiv 2309.15505) or ``lfq`` (lookup-free quantisation, arXiv 2310.05737).
+        codebook_size: number of codes; for ``fsq`` the product of ``fsq_levels``, for ``lfq`` a power of two.
         code_dim: dimension of a ``vq`` code.
         fsq_levels: levels per dimension for ``fsq``.
     """
@@ -62,7 +62,7 @@ class VQModel(PreTrainedModel):
     def __init__(self, config: VQConfig):
         super().__init__(config)
         pixels = 3 * config.downsample**2
-        self.quantizer: FSQ | VectorQuantize
+        self.quantizer: FSQ | LFQ | VectorQuantize
         self.quantizer, code_dim = _build_quantizer(config)
         self.encoder = nn.Sequential(
             nn.PixelUnshuffle(config.downsample),
@@ -82,8 +82,8 @@ class VQModel(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Keep torch's own initialisation; only the constants of FSQ, which files do not hold, are made again."""
-        if isinstance(module, FSQ):
+        """Keep torch's own initialisation; only constants of FSQ and LFQ, which files do not hold, are made again."""
+        if isinstance(module, FSQ | LFQ):
             constants = dict(_build_quantizer(self.config)[0].named_buffers())
             for name, buffer in module.named_buffers():
                 buffer.copy_(constants[name])
@@ -123,9 +123,14 @@ class VQModel(PreTrainedModel):
         return self.decoder(latents).clamp(-1, 1)
 
     def _lookup(self, codes: Tensor) -> Tensor:
-        if isinstance(self.quantizer, FSQ):
+        if isinstance(self.quantizer, FSQ | LFQ):
             return self.quantizer.indices_to_codes(codes)
         return self.quantizer.get_output_from_indices(codes)
+
+    @property
+    def last_weight(self) -> Tensor:
+        """Weight of the last convolution, where the adversarial weight is measured."""
+        return self.decoder.get_submodule(str(len(self.decoder) - 2)).weight  # type: ignore[return-value]
 
     @property
     def codebook_size(self) -> int:
@@ -144,7 +149,7 @@ class VQModel(PreTrainedModel):
         return fingerprint_of(self.state_dict(), {name: getattr(self.config, name) for name in described})
 
 
-def _build_quantizer(config: VQConfig) -> tuple[FSQ | VectorQuantize, int]:
+def _build_quantizer(config: VQConfig) -> tuple[FSQ | LFQ | VectorQuantize, int]:
     if config.quantizer == "vq":
         quantizer = VectorQuantize(
             dim=config.code_dim,
@@ -164,4 +169,10 @@ def _build_quantizer(config: VQConfig) -> tuple[FSQ | VectorQuantize, int]:
                 f"({quantizer.codebook_size})."
             )
         return quantizer, len(config.fsq_levels or [])
-    raise ValueError(f"quantizer: {config.quantizer!r} is unknown; use 'vq' or 'fsq'.")
+    if config.quantizer == "lfq":
+        bits = config.codebook_size.bit_length() - 1
+        if config.codebook_size != 2**bits:
+            raise ValueError(f"codebook_size: {config.codebook_size} is not a power of two, which 'lfq' needs.")
+        with torch.device("cpu"):
+            return LFQ(codebook_size=config.codebook_size), bits
+    raise ValueError(f"quantizer: {config.quantizer!r} is unknown; use 'vq', 'fsq' or 'lfq'.")

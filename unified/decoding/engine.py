@@ -7,7 +7,7 @@ from torch import Tensor
 
 from unified.decoding.backbone import Decoder
 from unified.decoding.lean import make_decoder
-from unified.decoding.prefill import Prompt, prefill
+from unified.decoding.prefill import Prefilled, Prompt, prefill
 from unified.decoding.sampler import PositionNoise, Sampling, draw, filter_logits, guide
 from unified.model import UnifiedForCausalLM
 from unified.npp import Grid
@@ -65,16 +65,32 @@ def iterate_codes(
 
     Yields:
         The codes so far, ``(B, 1)`` to ``(B, h*w)``, row by row through the grid.
+
+    Raises:
+        ValueError: if the model takes a condition instead of a prompt, or a list has another length.
     """
-    steps = grid[0] * grid[1]
-    rows = paired_prompts(prompts, negative_prompts, sampling)
-    known = None if known is None else check_known(known, len(prompts), grid, decoder.model)
-    scales, device = sampling.scales(steps), decoder.model.device
-    state = prefill(decoder, rows, steps)
-    cache, hidden = state.cache, state.hidden
-    positions = decoder.positions(span_coordinates(decoder.model, state.position, grid))
+    rows = paired_prompts(decoder.model, prompts, negative_prompts, sampling, generators)
+    forced = None if known is None else check_known(known, len(prompts), grid, decoder.model)
+    state = prefill(decoder, rows, grid[0] * grid[1])
+    yield from continue_span(
+        decoder, state, span_coordinates(decoder.model, state.position, grid), sampling, generators, forced
+    )
+
+
+def continue_span(
+    decoder: Decoder,
+    state: Prefilled,
+    coordinates: Tensor,
+    sampling: Sampling,
+    generators: Sequence[torch.Generator],
+    known: Tensor | None = None,
+) -> Iterator[Tensor]:
+    """The loop itself: codes at ``coordinates (B, n, 2)`` after what ``state`` has read, ``known (B, n)`` forced."""
+    steps, count, device = coordinates.shape[1], len(generators), coordinates.device
+    cache, hidden, scales = state.cache, state.hidden, sampling.scales(steps)
+    positions = decoder.positions(coordinates)
     noise = PositionNoise(generators, decoder.model.config.codebook_size, device)
-    codes = torch.empty(len(prompts), steps, dtype=torch.int64, device=device)
+    codes = torch.empty(count, steps, dtype=torch.int64, device=device)
     for step in range(steps):
         logits = decoder.image_logits(hidden)
         if sampling.guided:
@@ -94,10 +110,18 @@ def iterate_codes(
 
 
 def paired_prompts(
-    prompts: Sequence[Sequence[int] | Prompt], negatives: Sequence[Sequence[int] | Prompt] | None, sampling: Sampling
+    model: UnifiedForCausalLM,
+    prompts: Sequence[Sequence[int] | Prompt],
+    negatives: Sequence[Sequence[int] | Prompt] | None,
+    sampling: Sampling,
+    generators: Sequence[torch.Generator],
 ) -> list[Prompt]:
     """All rows of a batch: the prompts, then their negatives if guidance needs them."""
+    if model.condition is not None or model.config.positions == "llamagen":
+        raise ValueError("model: draws after a class or features, not after a prompt; use generate_conditioned.")
     rows = list(prompts)
+    if len(generators) != len(rows):
+        raise ValueError(f"generators: {len(generators)} given for {len(rows)} prompts; give one each.")
     if sampling.guided:
         if negatives is None or len(negatives) != len(prompts):
             raise ValueError(f"negative_prompts: guidance needs one row per prompt ({len(prompts)}).")

@@ -61,16 +61,24 @@ def prefill(decoder: Decoder, prompts: Sequence[Prompt], room: int) -> Prefilled
         index = torch.arange(length, device=device).expand(len(ids), -1) if index is None else index
         coordinates = index[..., None].expand(-1, -1, 2).float()
 
+    place = {prompt: i for i, prompt in enumerate(distinct)}
+    rows = torch.tensor([place[prompt] for prompt in prompts], device=device)
+    return read(decoder, embeds, coordinates, real, rows, room)
+
+
+def read(decoder: Decoder, embeds: Tensor, coordinates: Tensor, real: Tensor, rows: Tensor, room: int) -> Prefilled:
+    """Run embedded starts ``(U, L, D)`` at ``(U, L, 2)`` through the model; row i of the result continues ``rows[i]``.
+
+    ``real (U, L)`` is False on padding, which is on the left.
+    """
+    length, device = embeds.shape[1], embeds.device
     # Padding may look at itself alone: a row without any column would turn into NaN.
     visible = torch.ones(length, length, dtype=torch.bool, device=device).tril() & real[:, None]
     visible |= torch.eye(length, dtype=torch.bool, device=device)
     cache = KeyValueCache(length)
     hidden = decoder(embeds, decoder.positions(coordinates), cache, as_bias(visible[:, None], embeds.dtype))
-
-    place = {prompt: i for i, prompt in enumerate(distinct)}
-    rows = torch.tensor([place[prompt] for prompt in prompts], device=device)
     bias = None
-    if bool(padding.any()):
+    if not bool(real.all()):
         shown = torch.nn.functional.pad(real, (0, room), value=True)[rows]
         bias = as_bias(shown[:, None, None], embeds.dtype)
     return Prefilled(cache.expanded(rows, length + room), hidden[rows, -1], coordinates[rows, -1, 0] + 1, bias)

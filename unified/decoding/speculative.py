@@ -64,7 +64,7 @@ def speculate_codes(
     if window < 2 or group_size < 1:
         raise ValueError(f"window, group_size: {window} and {group_size} must be at least 2 and 1.")
     steps, count = grid[0] * grid[1], len(prompts)
-    rows = paired_prompts(prompts, negative_prompts, sampling)
+    rows = paired_prompts(decoder.model, prompts, negative_prompts, sampling, generators)
     forced = torch.full((count, steps), -1) if known is None else check_known(known, count, grid, decoder.model)
     groups = _groups(decoder.model.image_embed.weight, group_size) if mode == "gsd" else None
     codes = torch.full((count, steps), -1, dtype=torch.int64, device=decoder.model.device)

@@ -1,15 +1,25 @@
-"""Checkpoints that appear whole or not at all."""
+"""Checkpoints that appear whole or not at all, and what is kept of a step that failed."""
 
+import difflib
 import json
 import shutil
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
+from safetensors.torch import save_file
+from torch import Tensor
+
+from unified.settings import dump_settings
 
 _STATE_FILE = "trainer_state.json"
+_SETTINGS_FILE = "settings.yaml"
+# Settings that change nothing of what is learned.
+_FREE = ("output_dir", "resume", "allow_changes", "keep_checkpoints", "checkpoint_every", "track_with")
 
 
-def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, slots: int, keep: int) -> None:
+def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, slots: int, keep: int, settings: object) -> None:
     """Write model, optimizer, EMA and random state after ``step`` steps; keep the last ``keep`` checkpoints.
 
     The files are written beside and renamed into place. The stage, the learning rate and the position in the data are
@@ -21,6 +31,10 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, slots: in
         step: finished optimizer steps.
         slots: backbone slots processed so far (the cost axis of the logs).
         keep: how many checkpoints to keep.
+        settings: the run's dataclass of settings, kept beside so that a resumed run can be compared with them.
+
+    Raises:
+        OSError: if the disk is full; earlier checkpoints stay as they are.
     """
     final, partial = folder / f"step-{step:08d}", folder / f".partial-step-{step:08d}"
     if accelerator.is_main_process:
@@ -29,6 +43,7 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, slots: in
     accelerator.save_state(str(partial))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        (partial / _SETTINGS_FILE).write_text(_comparable(settings))
         (partial / _STATE_FILE).write_text(json.dumps({"step": step, "slots": slots}))
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
@@ -63,3 +78,32 @@ def load_checkpoint(accelerator: Accelerator, path: Path) -> tuple[int, int]:
     accelerator.load_state(str(path))
     state = json.loads((path / _STATE_FILE).read_text())
     return state["step"], state["slots"]
+
+
+def check_settings(path: Path, settings: object, allow_changes: bool) -> None:
+    """Refuse to resume with other settings than those of the checkpoint, unless ``allow_changes`` is set.
+
+    Raises:
+        ValueError: with the difference, line by line.
+    """
+    before, now = (path / _SETTINGS_FILE).read_text(), _comparable(settings)
+    changes = list(difflib.unified_diff(before.splitlines(), now.splitlines(), "checkpoint", "now", lineterm="", n=0))
+    if changes and not allow_changes:
+        raise ValueError(
+            f"resume: the settings differ from those of {str(path)!r}:\n"
+            + "\n".join(changes)
+            + "\nSet them back, or allow_changes=true to go on with the new ones."
+        )
+
+
+def _comparable(settings: Any) -> str:
+    """Settings as YAML without those that may change freely."""
+    free = {f.name: getattr(type(settings)(), f.name) for f in fields(settings) if f.name in _FREE}
+    return dump_settings(replace(settings, **free))
+
+
+def save_failed_batch(batch: dict[str, Tensor], output_dir: Path, step: int, rank: int) -> Path:
+    """Keep a batch whose gradients were not finite, as safetensors; returns the file."""
+    path = output_dir / f"failed-step-{step:08d}-process-{rank}.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in batch.items()}, path)
+    return path

@@ -31,6 +31,7 @@ class DataConfig:
     caption_dropout: float = 0.1  # share of empty captions, for classifier-free guidance
     code_noise: float = 0.0  # input codes are replaced at random, at a rate drawn from [0, code_noise] for each picture
     train_on_captions: bool = False  # also learn the captions as text
+    captioning: float = 0.0  # share of rows laid out picture first, whose caption is learned and not the picture
     num_workers: int = 0
 
 
@@ -72,16 +73,19 @@ class ScheduleConfig:
     warmup: float = 0.05
     decay: float = 0.2
     final: float = 0.1
+    mixed: float = 0.0
 
 
 @dataclass
 class OptimizerConfig:
-    """AdamW and clipping."""
+    """Optimizer and clipping."""
 
+    name: str = "adamw"  # or muon, for the matrices of the decoder's layers: fewer steps, each a little dearer
     learning_rate: float = 3e-4
     weight_decay: float = 0.05
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     gradient_clip: float = 1.0
+    gradient_limit: float | None = None  # stop if the norm before clipping exceeds this; NaN and infinity always stop
     ema_decay: float | None = None  # average of the weights; starts anew at every change of patch size
 
 
@@ -110,6 +114,7 @@ class TrainConfig:
     checkpoint_every: int | None = None
     keep_checkpoints: int = 2
     resume: str | None = None  # a checkpoint folder, or `latest`
+    allow_changes: bool = False  # resume although the settings are not those of the checkpoint
     track_with: list[str] = field(default_factory=lambda: ["tensorboard"])
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -121,7 +126,7 @@ class TrainConfig:
     def patch_schedule(self) -> PatchSchedule:
         """The schedule object; raises ValueError on inconsistent fields."""
         s = self.schedule
-        return PatchSchedule(tuple(s.patch_sizes), tuple(s.shares), s.restart, s.warmup, s.decay, s.final)
+        return PatchSchedule(tuple(s.patch_sizes), tuple(s.shares), s.restart, s.warmup, s.decay, s.final, s.mixed)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -143,10 +148,11 @@ def _check(config: TrainConfig) -> None:
         for name in ("image_tokenizer", "text_tokenizer"):
             if not getattr(config.model, name) and not (name == "text_tokenizer" and config.model.backbone):
                 raise ValueError(f"model.{name}: missing; a new model needs the folder of its tokenizer.")
-    if not 0 <= config.data.caption_dropout <= 1:
-        raise ValueError(f"data.caption_dropout: {config.data.caption_dropout} must lie in [0, 1].")
-    if not 0 <= config.data.code_noise <= 1:
-        raise ValueError(f"data.code_noise: {config.data.code_noise} must lie in [0, 1].")
+    for name in ("caption_dropout", "code_noise", "captioning"):
+        if not 0 <= getattr(config.data, name) <= 1:
+            raise ValueError(f"data.{name}: {getattr(config.data, name)} must lie in [0, 1].")
+    if config.optimizer.name not in ("adamw", "muon"):
+        raise ValueError(f"optimizer.name: {config.optimizer.name!r} is unknown; use adamw or muon.")
     for name in ("steps", "batch_size", "gradient_accumulation_steps", "log_every"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name}: {getattr(config, name)} must be at least 1.")

@@ -18,11 +18,19 @@ from unified.model import UnifiedForCausalLM
 from unified.npp import slot_counts
 from unified.pipeline import UnifiedPipeline
 from unified.settings import dump_settings
-from unified.training.batches import TextToImageBatches, loader
+from unified.training.batches import CaptionedBatches, loader
 from unified.training.build import build_parts, open_codes
-from unified.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
-from unified.training.config import OptimizerConfig, TrainConfig
-from unified.training.tracking import RunLog
+from unified.training.checkpoint import (
+    check_settings,
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    save_failed_batch,
+)
+from unified.training.config import TrainConfig
+from unified.training.optimizer import build_optimizers
+from unified.training.tracking import LossMeter, RunLog
+from unified.training.validation import caption_loss, image_loss
 
 
 def train(config: TrainConfig) -> Path:
@@ -39,6 +47,8 @@ def train(config: TrainConfig) -> Path:
         project_dir=output,
     )
     checkpoint = find_checkpoint(config.resume, output / "checkpoints") if config.resume else None
+    if checkpoint:
+        check_settings(checkpoint, config, config.allow_changes)
     set_seed(config.seed)
     output.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
@@ -49,14 +59,14 @@ def train(config: TrainConfig) -> Path:
     layout = base_of(model).config.layout
     train_rows, validation_rows = open_codes(accelerator, config, image_tokenizer)
     accumulation = config.gradient_accumulation_steps
-    batches = TextToImageBatches(
+    batches = CaptionedBatches(
         train_rows, text_tokenizer, layout, config.batch_size, config.steps * accumulation, config.seed,
         config.data.caption_dropout, config.data.code_noise, config.data.train_on_captions,
-        accelerator.process_index, accelerator.num_processes,
+        config.data.captioning, accelerator.process_index, accelerator.num_processes,
     )  # fmt: skip
 
     schedule = config.patch_schedule()
-    model, optimizer = accelerator.prepare(model, build_optimizer(model, config.optimizer))
+    model, *optimizers = accelerator.prepare(model, *build_optimizers(model, config.optimizer))
     ema = _average_of(accelerator.unwrap_model(model), config.optimizer.ema_decay)
     if ema is not None:
         accelerator.register_for_checkpointing(ema)
@@ -78,30 +88,36 @@ def train(config: TrainConfig) -> Path:
             return
         seen = train_rows.select(range(min(len(train_rows), len(validation_rows))))
         for name, rows in (("validation_loss", validation_rows), ("train_subset_loss", seen)):
-            checked = TextToImageBatches(rows, text_tokenizer, layout, config.batch_size, num_batches=0)
+            checked = CaptionedBatches(rows, text_tokenizer, layout, config.batch_size, num_batches=0)
             losses[name] = image_loss(current(), checked, accelerator.device)
+        if config.data.captioning:
+            checked = CaptionedBatches(validation_rows, text_tokenizer, layout, config.batch_size, num_batches=0)
+            losses["caption_loss"] = caption_loss(current(), checked, accelerator.device)
         log.write(step, slots=slots, **losses)
 
     model.train()
     losses: dict[str, float] = {}
-    total, since, images = torch.zeros((), device=accelerator.device), time.monotonic(), 0
+    meter, since, images = LossMeter(accelerator), time.monotonic(), 0
     bar = tqdm(total=config.steps, initial=step, unit="step", disable=not accelerator.is_local_main_process)
     for batch in loader(batches, step * accumulation, config.data.num_workers):
-        stage = schedule.stage(step, config.steps)
+        stage, patch_size = schedule.stage(step, config.steps), schedule.patch_size(step, config.steps)
         images += len(batch["input_ids"]) * processes
         text_slots = int(batch["attention_mask"].sum()) - int(batch["image_grids"].prod(dim=1).sum())
-        slots += (text_slots + slot_counts(batch["image_grids"], stage.patch_size)) * processes
+        slots += (text_slots + slot_counts(batch["image_grids"], patch_size)) * processes
         batch = send_to_device(batch, accelerator.device)
         with accelerator.accumulate(model):
-            output_ = model(**batch, patch_size=stage.patch_size)
+            output_ = model(**batch, patch_size=patch_size)
             accelerator.backward(output_.loss)
             if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(model.parameters(), config.optimizer.gradient_clip)
-            for group in optimizer.param_groups:
-                group["lr"] = config.optimizer.learning_rate * schedule.lr_multiplier(step, config.steps)
-            optimizer.step()
-            optimizer.zero_grad()
-        total += output_.image_loss.detach() / (accumulation * config.log_every)
+                norm = accelerator.clip_grad_norm_(model.parameters(), config.optimizer.gradient_clip)
+                check_gradients(accelerator, float(norm), batch, step, config)
+            rate = config.optimizer.learning_rate * schedule.lr_multiplier(step, config.steps)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                optimizer.step()
+                optimizer.zero_grad()
+        meter.add(image_loss=output_.image_loss, text_loss=output_.text_loss)
         if not accelerator.sync_gradients:
             continue
 
@@ -113,27 +129,20 @@ def train(config: TrainConfig) -> Path:
             ema.update_parameters(accelerator.unwrap_model(model))
         if step % config.log_every == 0:
             seconds, since = time.monotonic() - since, time.monotonic()
-            mean = float(accelerator.reduce(total, "mean"))
-            if not math.isfinite(mean):
-                raise FloatingPointError(
-                    f"loss is {mean} at step {step}: lower optimizer.learning_rate or check the data."
-                )
-            rate = images / seconds
+            means = meter.means()
             log.write(
                 step,
-                image_loss=mean,
+                **means,
                 patch_size=stage.patch_size,
-                lr=optimizer.param_groups[0]["lr"],
+                lr=rate,
                 slots=slots,
-                images_per_second=rate,
+                images_per_second=images / seconds,
             )
             bar.set_postfix(
                 p=stage.patch_size,
-                loss=f"{mean:.3f}",
-                img_s=f"{rate:.0f}",
-                **{k: f"{v:.3f}" for k, v in losses.items()},
+                img_s=f"{images / seconds:.0f}",
+                **{k: f"{v:.3f}" for k, v in {**means, **losses}.items()},
             )
-            total.zero_()
             images = 0
         last = step == config.steps
         if config.validate_every and (step % config.validate_every == 0 or last):
@@ -142,34 +151,29 @@ def train(config: TrainConfig) -> Path:
             log.pictures(step, _pipeline(current(), image_tokenizer, text_tokenizer), config.sample)
             model.train()
         if config.checkpoint_every and (step % config.checkpoint_every == 0 or last):
-            save_checkpoint(accelerator, output / "checkpoints", step, slots, config.keep_checkpoints)
+            save_checkpoint(accelerator, output / "checkpoints", step, slots, config.keep_checkpoints, config)
     bar.close()
     accelerator.end_training()
     return _save(accelerator, current(), image_tokenizer, text_tokenizer, output)
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW; weight decay on matrices only."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.betas[0], config.betas[1]), fused=True)
+def check_gradients(
+    accelerator: Accelerator, norm: float, batch: dict[str, torch.Tensor], step: int, config: TrainConfig
+) -> None:
+    """Stop before the weights are spoilt, and keep the batch.
 
-
-@torch.no_grad()
-def image_loss(model: nn.Module, batches: TextToImageBatches, device: torch.device) -> float:
-    """Mean image loss over all rows of ``batches`` in next-token mode, in nats a code."""
-    training = model.training
-    model.eval()
-    total, count = 0.0, 0
-    for batch in batches.once():
-        batch = send_to_device(batch, device)
-        total += float(model(**batch).image_loss) * len(batch["input_ids"])
-        count += len(batch["input_ids"])
-    model.train(training)
-    return total / count
+    Raises:
+        FloatingPointError: if the gradients' norm is not finite or beyond ``optimizer.gradient_limit``.
+    """
+    if accelerator.mixed_precision == "fp16":
+        return  # the loss scaler skips steps with infinite gradients by itself
+    limit = config.optimizer.gradient_limit
+    if not math.isfinite(norm) or (limit is not None and norm > limit):
+        path = save_failed_batch(batch, Path(config.output_dir), step, accelerator.process_index)
+        raise FloatingPointError(
+            f"gradients: their norm is {norm} at step {step}; the batch is kept in {str(path)!r}. Lower "
+            "optimizer.learning_rate, or look for what is special about the batch."
+        )
 
 
 def _average_of(model: nn.Module, decay: float | None) -> AveragedModel | None:

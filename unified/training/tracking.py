@@ -56,6 +56,28 @@ class RunLog:
                 tracker.writer.add_image("samples", grid, step)
 
 
+class LossMeter:
+    """Means of named losses over the steps since the last reading, over all processes. A loss may be absent (None)."""
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self._sums: dict[str, torch.Tensor] = {}
+
+    def add(self, **losses: torch.Tensor | None) -> None:
+        """Add one step's losses."""
+        for name, loss in losses.items():
+            if name not in self._sums:
+                self._sums[name] = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
+            if loss is not None:
+                self._sums[name] += torch.stack([loss.detach().double(), torch.ones_like(loss, dtype=torch.float64)])
+
+    def means(self) -> dict[str, float]:
+        """Means by name, without those that never occurred; starts anew."""
+        found = {name: self.accelerator.reduce(sums, "sum").tolist() for name, sums in self._sums.items()}
+        self._sums.clear()
+        return {name: total / count for name, (total, count) in found.items() if count}
+
+
 def read_log(output_dir: Path) -> list[dict[str, Any]]:
     """All records of a run's log, oldest first; empty without a log."""
     path = output_dir / LOG_FILE

@@ -1,0 +1,266 @@
+"""Training speed side by side: ours against transformers' Llama, and against checkouts of LlamaGen and of the NPP code.
+
+    python eval/benchmark_training.py --json training.json [--llamagen DIR] [--npp DIR] [--sweep]
+
+One process, shared weights and data, interleaved rounds, warm-up dropped; ratios are medians of paired rounds with
+their range. Losses are compared with references before any time is printed. Absolute times are not reported: they
+belong to the machine. `--sweep` adds cost over grid, vocabulary and patch size.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmark_peers import load_peer
+from unified import UnifiedConfig, UnifiedForCausalLM
+from unified.npp import patch_grid
+from unified.sequence import ImageSegment, TextSegment, build_sequence, collate
+from unified.training.flops import training_flops
+from unified_eval.timing import interleaved, paired_ratio
+from unified_tokenizers import VQGAN, VQGANConfig
+
+GOALS = {"T1_hf": 1.1, "T1_llamagen": 1.2, "T2": 1.25, "T3": 3.6, "T4_p1": 1.6, "T4_p2": 3.5, "T5": 1 / 0.64, "T6": 5.0}
+SPECIAL = 4  # pad, bos, boi, eoi
+Batch = dict[str, Tensor]
+
+
+def our_model(codebook: int, text_vocab: int = SPECIAL, width: int = 384, layers: int = 6, grid: int = 16) -> Any:
+    """A Llama of 64-wide heads around which ours is built, in training mode."""
+    torch.manual_seed(0)
+    text = {
+        "model_type": "llama", "vocab_size": text_vocab, "hidden_size": width, "intermediate_size": width * 8 // 3,
+        "num_hidden_layers": layers, "num_attention_heads": width // 64, "pad_token_id": 0, "bos_token_id": 1,
+        "eos_token_id": None, "max_position_embeddings": grid * grid + 64,
+    }  # fmt: skip
+    config = UnifiedConfig(text_config=text, codebook_size=codebook, boi_token_id=2, eoi_token_id=3, positions="2d")
+    return UnifiedForCausalLM(config).train()
+
+
+def batch_of(model: Any, rows: int, grid: int, text: int = 0) -> Batch:
+    """Random pictures after ``text`` random text tokens (or after ``<bos>`` alone)."""
+    generator = torch.Generator().manual_seed(1)
+    layout = model.config.layout
+    words = torch.randint(SPECIAL, max(layout.text_vocab_size, SPECIAL + 1), (rows, text), generator=generator).tolist()
+    codes = torch.randint(layout.codebook_size, (rows, grid, grid), generator=generator)
+    sequences = [
+        build_sequence([TextSegment(ids, loss=False), ImageSegment(picture)], layout)
+        for ids, picture in zip(words, codes, strict=True)
+    ]
+    return collate(sequences, layout)
+
+
+def plain_llama(model: Any) -> LlamaForCausalLM:
+    """transformers' model with one joint table, holding the same weights as ours (1D positions)."""
+    text = model.config.text_config
+    joint = LlamaConfig(**{**text.to_dict(), "vocab_size": text.vocab_size + model.config.codebook_size})
+    llama = LlamaForCausalLM(joint).train()
+    state = {k: v for k, v in model.backbone.state_dict().items() if "rotary_emb" not in k}
+    state["model.embed_tokens.weight"] = torch.cat(
+        [model.get_input_embeddings().weight, model.image_embed.weight]
+    ).detach()
+    state["lm_head.weight"] = torch.cat([model.get_output_embeddings().weight, model.image_head.weight]).detach()
+    llama.load_state_dict(state)
+    return llama
+
+
+def reference_loss(llama: LlamaForCausalLM, model: Any, batch: Batch, grid: int, p: int) -> Tensor:
+    """Loss of one image after ``<bos> <boi>``, written word by word: pooled embeddings, p*p cross-entropies a patch."""
+    start, count = int((batch["input_ids"][0] < SPECIAL).int().argmin()), grid * grid
+    vocab = model.config.layout.text_vocab_size
+    embeds = llama.get_input_embeddings()(batch["input_ids"])
+    codes = batch["input_ids"][:, start : start + count].reshape(-1, grid, grid)
+    side = grid // p
+    windows = [(r * p, c * p) for r in range(side) for c in range(side)]
+    image = embeds[:, start : start + count].reshape(-1, grid, grid, embeds.shape[-1])
+    pooled = torch.stack([image[:, r : r + p, c : c + p].mean(dim=(1, 2)) for r, c in windows], dim=1)
+    hidden = llama.model(
+        inputs_embeds=torch.cat([embeds[:, :start], pooled, embeds[:, start + count :]], 1)
+    ).last_hidden_state
+    logits = llama.lm_head(hidden)
+    patches = torch.stack([codes[:, r : r + p, c : c + p].flatten(1) for r, c in windows], dim=1) - vocab
+    scores = logits[:, start - 1 : start - 1 + len(windows), vocab:]
+    image_losses = torch.stack(
+        [F.cross_entropy(scores.flatten(0, 1), patches[..., k].flatten(), reduction="none") for k in range(p * p)]
+    ).mean(0)
+    end = F.cross_entropy(logits[:, start - 1 + len(windows), :vocab], batch["input_ids"][:, -1], reduction="none")
+    return (image_losses.sum() + end.sum()) / (image_losses.numel() + end.numel())
+
+
+def check_losses() -> dict[str, float]:
+    """Largest difference between our loss and the reference at p = 1, 2, 4; raises RuntimeError above 1e-4."""
+    model = our_model(codebook=64, width=64, layers=2, grid=8)
+    model.config.positions, model.config.coarse_positions = "1d", "unit"
+    llama, batch = plain_llama(model), batch_of(model, 3, 8)
+    differences = {}
+    for p in (1, 2, 4):
+        ours, reference = model(**batch, patch_size=p).loss, reference_loss(llama, model, batch, 8, p)
+        differences[f"p={p}"] = abs(float(ours.detach()) - float(reference.detach()))
+    if max(differences.values()) > 1e-4:
+        raise RuntimeError(f"loss differs from the reference: {differences}")
+    return differences
+
+
+def trainer(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
+    """A whole training step: forward, backward, clip, AdamW."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step() -> None:
+        loss().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def ours(model: Any, batch: Batch, p: int = 1) -> Callable[[], None]:
+    """Our training step at patch size p."""
+    return trainer(model, lambda: model(**batch, patch_size=p).loss)
+
+
+def theirs(llama: LlamaForCausalLM, batch: Batch) -> Callable[[], None]:
+    """transformers' training step on the joint vocabulary, with its own loss."""
+    ids, labels = batch["input_ids"], batch["labels"]
+    return trainer(llama, lambda: llama(input_ids=ids, labels=labels).loss)
+
+
+def measure(rounds: int, llamagen: str | None, npp: str | None) -> dict[str, dict[str, Any]]:
+    """All goals, with ratios above 1 when ours is faster."""
+    goals: dict[str, dict[str, Any]] = {}
+    model = our_model(codebook=16384)
+    batch = batch_of(model, 8, 16)
+    steps = {"hf": theirs(plain_llama(model), batch), "p1": ours(model, batch), "p2": ours(model, batch, 2)}
+    if llamagen:
+        steps["llamagen"] = load_peer(llamagen, model, batch, 16, 1, trainer)
+    if npp:
+        steps["npp"] = load_peer(npp, model, batch, 16, 2, trainer)
+    timings = interleaved(steps, rounds)
+    goals["T1_hf"] = paired_ratio(timings, "hf", "p1")
+    if llamagen:
+        goals["T1_llamagen"] = paired_ratio(timings, "llamagen", "p1")
+    if npp:
+        goals["T2"] = paired_ratio(timings, "npp", "p2")
+    goals["T3"] = paired_ratio(timings, "p1", "p2")
+    cost = [(1 + p2[1] / p1[1]) / 2 for p1, p2 in zip(timings["p1"], timings["p2"], strict=True)]
+    goals["T5"] = {
+        "ratio": round(1 / sorted(cost)[len(cost) // 2], 3),
+        "spread": [round(1 / max(cost), 3), round(1 / min(cost), 3)],
+        "meaning": "CPU cost of next-token training over that of p=2 then p=1, half and half; quality: npp_study.py",
+    }
+    goals["T6"] = cached_against_in_loop(model, rounds)
+    del steps, timings
+
+    model = our_model(codebook=16384, text_vocab=20000)
+    batch = batch_of(model, 8, 16)
+    steps = {"hf": theirs(plain_llama(model), batch), "p1": ours(model, batch), "p2": ours(model, batch, 2)}
+    timings = interleaved(steps, rounds)
+    goals["T4_p1"], goals["T4_p2"] = (paired_ratio(timings, "hf", p) for p in ("p1", "p2"))
+    return {name: {**figures, "goal": round(GOALS[name], 3)} for name, figures in goals.items()}
+
+
+def cached_against_in_loop(model: Any, rounds: int, pictures: int = 2, epochs: int = 20) -> dict[str, Any]:
+    """Epochs over 256 px pictures: encoding once and training from codes, against encoding in every step."""
+    tokenizer = VQGAN(VQGANConfig()).eval()
+    images = torch.rand(pictures, 3, 256, 256, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    batch = batch_of(model, pictures, 16)
+
+    @torch.inference_mode()
+    def encode() -> Tensor:
+        return tokenizer.encode(images)
+
+    timings = interleaved({"encode": encode, "p1": ours(model, batch), "p2": ours(model, batch, 2)}, rounds)
+    ratios = []
+    for (encoding, _), (fine, _), (coarse, _) in zip(timings["encode"], timings["p1"], timings["p2"], strict=True):
+        step = (fine + coarse) / 2
+        ratios.append((encoding + step) / (encoding / epochs + step))
+    return {
+        "ratio": round(sorted(ratios)[rounds // 2], 3),
+        "spread": [round(min(ratios), 3), round(max(ratios), 3)],
+        "meaning": f"{epochs} epochs of p=2 then p=1, half and half; encoder of LlamaGen's VQ-16 size, {pictures} pictures a step",
+    }
+
+
+def saved_megabytes(forward: Callable[[], Any]) -> float:
+    """Memory of the tensors that a forward pass keeps for its backward pass, in MB; shared storage counts once."""
+    storages: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = forward()
+    del result
+    return sum(storages.values()) / 1e6
+
+
+def sweep(rounds: int) -> list[dict[str, Any]]:
+    """Time and activation memory per picture against FLOPs, over grid, codebook and patch size; first row = 1."""
+    rows: list[dict[str, Any]] = []
+    for grid, codebook in ((8, 1024), (16, 1024), (32, 1024), (64, 1024), (16, 16384), (16, 65536)):
+        model = our_model(codebook, width=256, layers=4, grid=grid)
+        pictures = max(1, 1024 // grid**2)
+        batch = batch_of(model, pictures, grid)
+        weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6
+        timings = interleaved({str(p): ours(model, batch, p) for p in (1, 2, 4)}, rounds)
+        for p in (1, 2, 4):
+            side, _ = patch_grid((grid, grid), p)
+            forward = partial(model, **batch, patch_size=p)
+            seconds = sorted(wall for wall, _ in timings[str(p)])[rounds // 2] / pictures
+            rows.append(
+                {
+                    "grid": grid, "codebook": codebook, "patch_size": p,
+                    "gflops_per_picture": training_flops(model.config, 3, side * side) / 1e9,
+                    "activation_mb_per_picture": max(saved_megabytes(forward) - weights, 0.0) / pictures,
+                    "time_per_picture": seconds,
+                }
+            )  # fmt: skip
+    first = rows[0]["time_per_picture"]
+    for row in rows:
+        row["time_per_picture"] /= first
+    return rows
+
+
+def main() -> None:
+    """Check, measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="file to write")
+    parser.add_argument("--llamagen", help="checkout of FoundationVision/LlamaGen to compare with")
+    parser.add_argument("--npp", help="checkout of PKU-YuanGroup/Next-Patch-Prediction to compare with")
+    parser.add_argument("--rounds", type=int, default=7, help="measured rounds (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads (default: %(default)s)")
+    parser.add_argument("--sweep", action="store_true", help="also cost over grid, vocabulary and patch size")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    result: dict[str, Any] = {
+        "conditions": {
+            "torch": torch.__version__, "threads": args.threads, "rounds": args.rounds, "dtype": "float32",
+            "model": "Llama, width 384, 6 layers, 6 heads, MLP 1024", "batch": "8 pictures of 16x16 codes, <bos> only",
+            "codebook": 16384, "joint vocabulary of T4": 36384, "mode": "eager, dropout 0, AdamW fused, clip 1",
+            "ratios": "wall time, median of paired rounds, spread = min and max; T5: CPU time",
+        },
+        "loss_difference_to_reference": check_losses(),
+    }  # fmt: skip
+    print("largest loss difference to the reference:", max(result["loss_difference_to_reference"].values()))
+    result["goals"] = measure(args.rounds, args.llamagen, args.npp)
+    for name, goal in result["goals"].items():
+        print(f"{name:<12} {goal['ratio']:>7.2f}  ({goal['spread'][0]} to {goal['spread'][1]}), goal {goal['goal']}")
+    if args.sweep:
+        result["sweep"] = sweep(max(3, args.rounds // 2))
+        for row in result["sweep"]:
+            print("  ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()))
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+"""Next-patch prediction against next-token prediction: the same data, pictures and seeds, quality beside cost.
+
+    python recipes/npp_study.py --config recipes/configs/npp_study_shapes.yaml --data data/shapes32 \\
+        --clip runs/shapes/clip --out runs/npp_study/shapes
+
+Every variant is trained with every seed, draws the same captions, and is measured. A finished run is not run again.
+Writes `study.json` (every run), `table.md` (mean and spread) and `study.png` (quality against cost). What has to be
+prepared first (tokenizers, codes, a small CLIP) stands at the top of each config.
+"""
+
+import argparse
+import json
+import multiprocessing
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from npp_study_report import write_study
+from unified import UnifiedPipeline
+from unified.codes import load_codes
+from unified.data import fit_square
+from unified.lora import base_of
+from unified.training.batches import CaptionedBatches
+from unified.training.config import TrainConfig, load_config
+from unified.training.flops import schedule_flops
+from unified.training.loop import train
+from unified.training.validation import image_loss
+from unified_eval.clip import clip_features, load_clip, retrieval_at_1
+from unified_eval.features import load_extractor
+from unified_eval.frechet import frechet_distance
+from unified_eval.selection import choose_evenly, first_usable_rows, unique_captions
+from unified_eval.shapes import shapes_accuracy
+from unified_eval.sheets import captioned_grid, in_rows
+
+HALVES = ["schedule.patch_sizes=[2,1]", "schedule.shares=[0.5,0.5]"]
+BASELINE = "next-token"
+
+# Overrides of the config. A variant may be stopped at the cost (image slots) of another one: (overrides, that one).
+VARIANTS: dict[str, tuple[list[str], str | None]] = {
+    BASELINE: (["schedule.patch_sizes=[1]", "schedule.shares=[1.0]"], None),
+    "next-token, cost of (2,1)": (["schedule.patch_sizes=[1]", "schedule.shares=[1.0]"], "(2,1)"),
+    "(2,1)": (HALVES, None),
+    "(2,1) unit": ([*HALVES, "model.options.coarse_positions=unit"], None),
+    "(2,1) normalized": ([*HALVES, "model.options.coarse_positions=normalized"], None),
+    "(2,1) 1d": ([*HALVES, "model.options.positions=1d"], None),
+    "(2,1) per token": ([*HALVES, "model.options.loss_normalization=token"], None),
+    "(2,1) one schedule": ([*HALVES, "schedule.restart=false"], None),
+    "(2,1) mixed": ([*HALVES, "schedule.mixed=0.2"], None),
+    "next-token 1d": (["schedule.patch_sizes=[1]", "schedule.shares=[1.0]", "model.options.positions=1d"], None),
+    "(4,2,1)": (["schedule.patch_sizes=[4,2,1]", "schedule.shares=[0.25,0.25,0.5]"], None),
+    "(4,2,1) early": (["schedule.patch_sizes=[4,2,1]", "schedule.shares=[0.4,0.3,0.3]"], None),
+}
+MAIN = [BASELINE, "next-token, cost of (2,1)", "(2,1)", "(4,2,1)"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training and its measurement."""
+
+    variant: str
+    seed: int
+    config: str
+    overrides: tuple[str, ...]
+    data: str
+    clip: str
+    split: str
+    num_images: int
+    guidance_scale: float
+    temperature: float
+    out: str
+
+
+def train_and_measure(run: Run) -> dict[str, Any]:
+    """Train one variant and measure it; the result is kept in ``result.json`` beside the pipeline."""
+    out = Path(run.out)
+    result_file = out / "result.json"
+    if result_file.is_file():
+        return json.loads(result_file.read_text())
+    torch.set_num_threads(1)
+    config = load_config(run.config, [*run.overrides, f"output_dir={out}", f"seed={run.seed}"])
+    started = time.process_time()
+    train(config)
+    cpu_seconds = time.process_time() - started
+    pipeline = UnifiedPipeline.from_pretrained(out / "pipeline")
+    result = {
+        "variant": run.variant,
+        "seed": run.seed,
+        "steps": config.steps,
+        "pictures": config.steps * config.batch_size,
+        "cpu_seconds": cpu_seconds,
+        "flops": training_flops(config, pipeline),
+        **losses(config, pipeline),
+        **picture_quality(run, pipeline),
+    }
+    result_file.write_text(json.dumps(result, indent=2))
+    return result
+
+
+def training_flops(config: TrainConfig, pipeline: UnifiedPipeline) -> float:
+    """FLOPs of the whole training by the formula of ``unified.training.flops``, with the captions' mean length."""
+    captions = load_codes(config.data.train, config.data.train_split, None)["caption"]
+    text_slots = sum(len(pipeline.text_tokenizer.encode(caption)) for caption in captions) / len(captions) + 3
+    side = config.data.image_size // pipeline.image_tokenizer.downsample
+    per_picture = schedule_flops(config.patch_schedule(), base_of(pipeline.model).config, (side, side), text_slots)
+    return per_picture * config.steps * config.batch_size
+
+
+def losses(config: TrainConfig, pipeline: UnifiedPipeline) -> dict[str, float]:
+    """Next-token losses in nats a code, on held-out rows and on as many training rows."""
+    held_out = load_codes(config.data.validation or config.data.train, config.data.validation_split, None)
+    seen = load_codes(config.data.train, config.data.train_split, None)
+    seen = seen.select(range(min(len(seen), len(held_out))))
+    layout = base_of(pipeline.model).config.layout
+    return {
+        name: image_loss(
+            pipeline.model,
+            CaptionedBatches(rows, pipeline.text_tokenizer, layout, config.batch_size, num_batches=0),
+            torch.device("cpu"),
+        )
+        for name, rows in (("validation_loss", held_out), ("training_loss", seen))
+    }
+
+
+def picture_quality(run: Run, pipeline: UnifiedPipeline) -> dict[str, float]:
+    """Draw the chosen captions; FD-EffLite0 to their real pictures, R@1 among 64 captions, and agreement on shapes."""
+    rows, _ = first_usable_rows(run.data, run.split, None)
+    chosen = choose_evenly(unique_captions(rows), run.num_images, 0)
+    captions = [row.caption for row in chosen]
+    size, _ = pipeline.default_size
+    pipeline.set_progress_bar_config(disable=True)
+    drawn: list[Image.Image] = []
+    for start in range(0, len(captions), 64):
+        prompts = captions[start : start + 64]
+        generators = [torch.Generator().manual_seed(start + i) for i in range(len(prompts))]
+        drawn += pipeline(
+            prompts, guidance_scale=run.guidance_scale, temperature=run.temperature, generator=generators
+        ).images
+    captioned_grid(in_rows(drawn[:32], 8), in_rows(captions[:32], 8)).save(Path(run.out) / "samples.png")
+
+    extractor = load_extractor("efficientnet-lite0")
+    real = [fit_square(row.image, size) for row in chosen]
+    clip = load_clip(run.clip)
+    blocks = [slice(start, start + 64) for start in range(0, len(captions), 64)]
+    hits = [retrieval_at_1(*clip_features(clip, drawn[b], captions[b]), captions[b]) for b in blocks]
+    quality = {
+        extractor.key: frechet_distance(extractor(drawn), extractor(real)),
+        "r1": sum(hits) / len(hits),
+    }
+    return quality | agreement(run, [row.row for row in chosen], drawn)
+
+
+def agreement(run: Run, rows: Sequence[int], drawn: Sequence[Image.Image]) -> dict[str, float]:
+    """Share of drawn scenes in which everything the caption says holds; empty for data without ground truth."""
+    data = datasets.load_from_disk(run.data)[run.split]
+    if "include" not in data.column_names:
+        return {}
+    claims = [json.loads(text) for text in data.select(rows)["include"]]
+    return {"agreement": shapes_accuracy(drawn, claims)["figures"]["shapes_correct"]}
+
+
+def plan(args: argparse.Namespace) -> list[Run]:
+    """All runs of the chosen variants and seeds, seed by seed."""
+    runs = []
+    for seed in args.seeds:
+        for variant in args.variants:
+            overrides, like = VARIANTS[variant]
+            overrides = [*overrides, *args.overrides]
+            if like is not None:  # as many steps as the other variant's image slots pay for
+                config = load_config(args.config, [*overrides, "output_dir=unused"])
+                other = load_config(args.config, [*VARIANTS[like][0], *args.overrides, "output_dir=unused"])
+                overrides.append(f"steps={round(config.steps * other.patch_schedule().relative_cost())}")
+            folder = "".join(c if c.isalnum() else "-" for c in variant).strip("-")
+            out = f"{args.out}/{folder}/seed-{seed}"
+            runs.append(
+                Run(variant, seed, args.config, tuple(overrides), args.data, args.clip, args.split, args.num_images,
+                    args.guidance_scale, args.temperature, out)
+            )  # fmt: skip
+    return runs
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="config of recipes/train.py that all runs share")
+    parser.add_argument("--data", required=True, help="pictures and captions that drawn pictures are compared with")
+    parser.add_argument(
+        "--split", default="train", help="split of --data whose captions are drawn (default: %(default)s)"
+    )
+    parser.add_argument("--clip", required=True, help="CLIP folder for R@1, as written by eval/train_clip.py")
+    parser.add_argument("--num-images", type=int, default=128, help="pictures drawn per run (default: %(default)s)")
+    parser.add_argument("--guidance-scale", type=float, default=1.5, help="when drawing (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="when drawing (default: %(default)s)")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=MAIN, metavar="NAME",
+                        help=f"which to train, among: {'; '.join(VARIANTS)}")  # fmt: skip
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each (default: %(default)s)")
+    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("overrides", nargs="*", help="key=value overrides of the config, for all runs")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Train and measure what is missing, then write table and plot."""
+    args = parse_arguments()
+    runs = plan(args)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.jobs, mp_context=spawn, max_tasks_per_child=1) as pool:
+        results = list(tqdm(pool.map(train_and_measure, runs), total=len(runs), desc="runs", unit="run"))
+    print(write_study(results, BASELINE, Path(args.out)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Table and plot of a study: mean and spread over seeds, cost relative to the baseline of the same seed."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+# Figure, heading, digits, and whether more is better.
+FIGURES = {
+    "flops": ("FLOPs", 3, False),
+    "cpu_seconds": ("CPU time", 3, False),
+    "training_loss": ("training loss", 3, False),
+    "validation_loss": ("held-out loss", 3, False),
+    "fd_efflite0": ("FD-EffLite0", 1, False),
+    "r1": ("R@1 of 64", 3, True),
+    "agreement": ("agreement", 3, True),
+}
+COSTS = ("flops", "cpu_seconds")
+
+
+def relative_to_baseline(results: Sequence[dict[str, Any]], baseline: str) -> list[dict[str, Any]]:
+    """Copies of ``results`` whose costs are divided by those of the baseline with the same seed.
+
+    Raises:
+        ValueError: if a seed has no baseline.
+    """
+    base = {result["seed"]: result for result in results if result["variant"] == baseline}
+    missing = sorted({result["seed"] for result in results} - base.keys())
+    if missing:
+        raise ValueError(f"variants: seeds {missing} lack {baseline!r}, which every cost is divided by; add it.")
+    return [{**result, **{cost: result[cost] / base[result["seed"]][cost] for cost in COSTS}} for result in results]
+
+
+def summarise(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, tuple[float, float]]]:
+    """Mean and sample standard deviation (0 for one seed) of every figure, by variant in order of appearance."""
+    summary: dict[str, dict[str, tuple[float, float]]] = {}
+    for variant in dict.fromkeys(result["variant"] for result in results):
+        mine = [result for result in results if result["variant"] == variant]
+        values = {name: [result[name] for result in mine] for name in FIGURES if name in mine[0]}
+        summary[variant] = {k: (fmean(v), stdev(v) if len(v) > 1 else 0.0) for k, v in values.items()}
+    return summary
+
+
+def table(summary: dict[str, dict[str, tuple[float, float]]], seeds: int) -> str:
+    """The summary as a Markdown table; the best mean of every column but the costs is bold."""
+    names = [name for name in FIGURES if all(name in row for row in summary.values())]
+    best = {
+        name: (max if FIGURES[name][2] else min)(row[name][0] for row in summary.values())
+        for name in names
+        if name not in COSTS
+    }
+    lines = [
+        f"Mean ± standard deviation over {seeds} seed{'s' * (seeds > 1)}; costs relative to next-token training; losses "
+        "in nats a code, next-token mode.",
+        "",
+        "| variant | " + " | ".join(FIGURES[name][0] for name in names) + " |",
+        "|---" * (len(names) + 1) + "|",
+    ]
+    for variant, row in summary.items():
+        cells = []
+        for name in names:
+            mean, spread = row[name]
+            digits = FIGURES[name][1]
+            text = f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if seeds > 1 and name != "flops" else "")
+            cells.append(f"**{text}**" if best.get(name) == mean else text)
+        lines.append(f"| {variant} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(summary: dict[str, dict[str, tuple[float, float]]], out: Path) -> None:
+    """Every quality figure against CPU cost, one panel each, bars for the spread over seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = [name for name in FIGURES if name not in COSTS and all(name in row for row in summary.values())]
+    columns = min(3, len(names))
+    rows = -(-len(names) // columns)
+    figure, grid = plt.subplots(rows, columns, figsize=(4.4 * columns, 3.6 * rows), dpi=120, squeeze=False)
+    colors = plt.get_cmap("tab10").colors + plt.get_cmap("Set2").colors  # type: ignore[attr-defined]
+    for axes, name in zip(grid.flat, names, strict=False):
+        for color, (variant, row) in zip(colors, summary.items(), strict=False):
+            (cost, cost_spread), (mean, spread) = row["cpu_seconds"], row[name]
+            axes.errorbar(
+                cost, mean, yerr=spread, xerr=cost_spread, fmt="o", ms=6, color=color, capsize=3, label=variant
+            )
+        better = "higher" if FIGURES[name][2] else "lower"
+        axes.set(title=f"{FIGURES[name][0]} ({better} is better)", xlabel="CPU time, next-token = 1")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    for axes in list(grid.flat)[len(names) :]:
+        axes.axis("off")
+    handles, labels = grid.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=min(4, len(labels)), frameon=False, fontsize=9)
+    figure.tight_layout(rect=(0, 0.05 + 0.03 * (-(-len(labels) // 4)), 1, 1))
+    figure.savefig(out)
+    plt.close(figure)
+
+
+def write_study(results: Sequence[dict[str, Any]], baseline: str, out: Path) -> str:
+    """Write ``study.json``, ``table.md`` and ``study.png`` into ``out``; returns the table."""
+    summary = summarise(relative_to_baseline(results, baseline))
+    text = table(summary, len({result["seed"] for result in results}))
+    (out / "study.json").write_text(json.dumps({"baseline": baseline, "runs": list(results)}, indent=2))
+    (out / "table.md").write_text(text)
+    plot(summary, out / "study.png")
+    return text

@@ -1,0 +1,104 @@
+"""Every decoder family through ``from_backbone``: its text stays its own, and image spans can be learned."""
+
+import pytest
+import torch
+from conftest import tiny_config
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from unified import UnifiedForCausalLM
+from unified.sequence import ImageSegment, TextSegment, build_sequence, collate
+
+SIZES = {
+    "vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    "max_position_embeddings": 128, "initializer_range": 0.2,
+}  # fmt: skip
+FAMILIES = {
+    "llama": {"model_type": "llama"},
+    "smollm2": {"model_type": "llama", "tie_word_embeddings": True},
+    "smollm3": {"model_type": "smollm3"},
+    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3"},
+    "mistral": {"model_type": "mistral", "sliding_window": 8},
+    "gemma2": {"model_type": "gemma2", "sliding_window": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 5.0},
+    "gemma3": {"model_type": "gemma3_text", "sliding_window": 8, "query_pre_attn_scalar": 8},
+    "olmo2": {"model_type": "olmo2"},
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def backbone(request, tmp_path_factory):
+    """The plain model of a family and the folder it is saved in."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**SIZES, **FAMILIES[request.param]})).eval()
+    folder = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(folder)
+    return model, str(folder)
+
+
+def unified(folder, **config):
+    torch.manual_seed(1)
+    return UnifiedForCausalLM.from_backbone(folder, 20, boi_token_id=3, eoi_token_id=4, **config).eval()
+
+
+def drawing(layout, seed=0):
+    codes = torch.randint(0, 20, (4, 4), generator=torch.Generator().manual_seed(seed))
+    return collate([build_sequence([TextSegment([5, 6, 7]), ImageSegment(codes), TextSegment([8])], layout)], layout)
+
+
+@pytest.mark.parametrize("positions", ["1d", "2d"])
+def test_text_is_untouched(backbone, positions):
+    plain, folder = backbone
+    model = unified(folder, positions=positions)
+    ids = torch.randint(5, 50, (2, 15), generator=torch.Generator().manual_seed(2))  # longer than the windows
+    assert torch.equal(model(ids).logits, plain(ids).logits)
+    options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    assert torch.equal(model.generate(ids, **options), plain.generate(ids, **options))
+
+
+@pytest.mark.parametrize("p", [1, 2])
+def test_image_span_equals_the_backbone_fed_by_hand(backbone, p):
+    """1D positions: look up, pool and concatenate by hand, and hand that to the plain model."""
+    plain, folder = backbone
+    model = unified(folder, positions="1d", coarse_positions="unit")
+    batch = drawing(model.config.layout)
+    codes = batch["input_ids"][0][batch["input_ids"][0] >= 50].reshape(4, 4) - 50
+    patches = model.image_embed(codes).unfold(0, p, p).unfold(1, p, p).mean(dim=(-1, -2)).reshape(1, -1, 32)
+    lookup = plain.get_input_embeddings()
+    head, tail = lookup(torch.tensor([[1, 5, 6, 7, 3]])), lookup(torch.tensor([[4, 8]]))
+    hidden = plain.base_model(inputs_embeds=torch.cat([head, patches, tail], 1)).last_hidden_state
+    expected = hidden[0, 4 : 4 + patches.shape[1]] @ model.image_head.weight.T
+    got = model(batch["input_ids"], image_grids=batch["image_grids"], patch_size=p).image_logits
+    torch.testing.assert_close(got[0, 4 : 4 + patches.shape[1]], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_image_embedding_starts_like_what_the_backbone_feeds_itself(backbone):
+    plain, folder = backbone
+    looked_up = plain.get_input_embeddings()(torch.arange(50))
+    model = UnifiedForCausalLM.from_backbone(folder, 4000, boi_token_id=3, eoi_token_id=4)
+    torch.testing.assert_close(model.image_embed.weight.std(0), looked_up.std(0), rtol=0.1, atol=0)
+
+
+def test_gradient_checkpointing_changes_nothing(backbone):
+    _, folder = backbone
+    gradients = []
+    for checkpointing in (False, True):
+        model = unified(folder).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model(**drawing(model.config.layout), patch_size=2).loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert gradients[0].abs().sum() > 0
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-7)
+
+
+def test_two_dimensional_positions_reach_the_layers(backbone):
+    """1D and 2D agree up to the first code and part where a grid row begins."""
+    _, folder = backbone
+    batch = drawing(tiny_config().layout)
+    one, two = (
+        unified(folder, positions=p)(batch["input_ids"], image_grids=batch["image_grids"]) for p in ("1d", "2d")
+    )
+    start = 5  # <bos>, three words, <boi>; the first code of a picture sits where a word would
+    assert torch.equal(one.image_logits[:, : start + 1], two.image_logits[:, : start + 1])
+    assert (one.image_logits[:, start + 4] - two.image_logits[:, start + 4]).abs().max() > 1e-3

@@ -1,0 +1,93 @@
+"""Figures of image tokenizers: structural similarity, code statistics, the script."""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+from unified.data import load_source
+from unified_eval.structural import code_statistics, ssim
+from unified_tokenizers import VQGAN, VQGANConfig
+
+sys.path.append("eval")
+import evaluate_tokenizer
+
+
+def test_ssim_equals_torchmetrics():
+    generator = torch.Generator().manual_seed(0)
+    a = torch.rand(3, 3, 24, 30, generator=generator)
+    b = (a + 0.2 * torch.randn(a.shape, generator=generator)).clamp(0, 1)
+    # torchmetrics pads by reflection and averages windows that reach over the edge, too; whole ones are compared here.
+    _, whole = structural_similarity_index_measure(
+        b.double(), a.double(), data_range=1.0, reduction="none", return_full_image=True
+    )
+    torch.testing.assert_close(ssim(a, b), whole[..., 5:-5, 5:-5].mean((1, 2, 3)), rtol=0, atol=1e-6)
+    assert torch.equal(ssim(a, a), torch.ones(3, dtype=torch.float64))
+
+
+def test_code_statistics_by_hand():
+    codes = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
+    figures = code_statistics(codes, codebook_size=10, downsample=4)
+    assert figures["codes_used"] == 0.4 and math.isclose(figures["perplexity"], 4)
+    assert figures["bits_per_pixel"] == 4 / 16 and math.isclose(figures["entropy_bits_per_pixel"], 2 / 16)
+    assert code_statistics(torch.zeros(5, dtype=torch.long), 8, 2)["perplexity"] == 1
+
+
+@pytest.mark.parametrize(("call", "message"), [
+    (lambda: ssim(torch.zeros(1, 3, 8, 16), torch.zeros(1, 3, 8, 16)), "11 or more pixels"),
+    (lambda: ssim(torch.zeros(1, 3, 16, 16), torch.full((1, 3, 16, 16), 2.0)), "b: values leave"),
+    (lambda: code_statistics(torch.tensor([4]), 4, 2), r"codes: need one or more in \[0, 4\)"),
+])  # fmt: skip
+def test_bad_input_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.fixture
+def arguments(image_tokenizer, picture_source, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    image_tokenizer.save_pretrained(tmp_path / "small")
+    VQGAN(VQGANConfig(channels=32, multipliers=[1, 1, 1, 1], residual_blocks=1, attention_levels=[], latent_channels=8,
+                      codebook_size=16, code_dim=4)).save_pretrained(tmp_path / "big")  # fmt: skip
+
+    def use(*more):
+        command = ["evaluate_tokenizer.py", "--tokenizers", tmp_path / "small", tmp_path / "big", "--data", picture_source,
+                   "--batch-size", 4, "--out", tmp_path / "out", *more]  # fmt: skip
+        monkeypatch.setattr(sys, "argv", list(map(str, command)))
+        return tmp_path / "out"
+
+    return use
+
+
+def test_script(arguments, image_tokenizer, picture_source, capsys):
+    out = arguments("--image-size", 16, "--sheet", 2)
+    evaluate_tokenizer.main()
+    result = json.loads((out / "metrics.json").read_text())
+    assert list(result["tokenizers"]) == ["small", "big"]
+    small = result["tokenizers"]["small"]
+    assert small["fingerprint"] == image_tokenizer.fingerprint and small["stride"] == 4
+    from unified_eval import psnr_summary, reconstruct
+
+    pictures = list(load_source(picture_source, "validation")["image"])
+    assert small["figures"]["psnr_db"] == pytest.approx(
+        psnr_summary(pictures, reconstruct(image_tokenizer, pictures))["mean_db"]
+    )
+    assert (
+        small["figures"]["bits_per_pixel"] == 5 / 16
+        and result["tokenizers"]["big"]["figures"]["bits_per_pixel"] == 4 / 64
+    )
+    assert small["figures"]["rfd_efflite0"] > 0 and small["figures"]["encode_images_per_second"] > 0
+    assert result["recipe"]["n"] == 6 and "lpips" not in small["figures"]
+    table = (out / "table.md").read_text()
+    assert "| | small | big |" in table and "| codebook_size | 20 | 16 |" in table and table in capsys.readouterr().out
+    assert Image.open(out / "reconstructions.png").width > 3 * 128
+
+
+def test_a_size_that_does_not_divide_is_named(arguments):
+    arguments("--image-size", 12)
+    with pytest.raises(ValueError, match="image_size: 12 does not divide by the stride 8 of 'big'"):
+        evaluate_tokenizer.main()

@@ -1,0 +1,91 @@
+"""The study's arithmetic: cost by formula, costs relative to the baseline, means and spreads."""
+
+import pytest
+import torch
+from conftest import tiny_config
+from torch.utils.flop_counter import FlopCounterMode
+
+from npp_study import VARIANTS, parse_arguments, plan
+from npp_study_report import relative_to_baseline, summarise, table, write_study
+from unified import PatchSchedule, UnifiedForCausalLM
+from unified.sequence import ImageSegment, TextSegment, build_sequence, collate
+from unified.training.flops import schedule_flops, training_flops
+
+
+@pytest.mark.parametrize("p", [1, 2])
+def test_formula_agrees_with_counted_matrix_products(p):
+    """Counted by torch over forward and backward. Attention is small here; the formula halves it for causality."""
+    torch.manual_seed(0)
+    config = tiny_config(text={"hidden_size": 64, "intermediate_size": 192}, codebook_size=512, image_grids=[[8, 8]])
+    model = UnifiedForCausalLM(config)
+    model.set_attn_implementation("eager")
+    codes = torch.randint(512, (8, 8))
+    batch = collate(
+        [build_sequence([TextSegment([9, 8, 7], loss=False), ImageSegment(codes)], config.layout)], config.layout
+    )
+    with FlopCounterMode(display=False) as counter:
+        model(**batch, patch_size=p).loss.backward()
+    text, image = 6, 64 // p**2
+    slots = text + image
+    attention = 6 * 2 * 64 * slots**2  # what the formula leaves out: the half above the diagonal, per layer
+    head = 6 * 64 * 50  # one slot is scored over text
+    assert counter.get_total_flops() == pytest.approx(training_flops(config, text, image) + attention + head, rel=1e-3)
+
+
+def test_schedule_cost_weighs_its_stages():
+    config = tiny_config()
+    halves = schedule_flops(PatchSchedule((2, 1), (0.5, 0.5)), config, (8, 8), 5)
+    assert halves == pytest.approx((training_flops(config, 5, 16) + training_flops(config, 5, 64)) / 2)
+
+
+RESULTS = [
+    {"variant": v, "seed": s, "flops": f, "cpu_seconds": c, "training_loss": t, "validation_loss": 2.0,
+     "fd_efflite0": 100.0, "r1": r}
+    for v, s, f, c, t, r in [("base", 0, 10.0, 8.0, 1.0, 0.5), ("fast", 0, 6.0, 4.0, 1.5, 0.7),
+                             ("base", 1, 10.0, 4.0, 2.0, 0.6), ("fast", 1, 6.0, 3.0, 2.5, 0.9)]
+]  # fmt: skip
+
+
+def test_costs_are_relative_within_a_seed():
+    summary = summarise(relative_to_baseline(RESULTS, "base"))
+    assert summary["base"]["cpu_seconds"] == (1.0, 0.0)
+    mean, spread = summary["fast"]["cpu_seconds"]
+    assert mean == pytest.approx((0.5 + 0.75) / 2) and spread == pytest.approx(0.25 / 2**0.5)
+    assert summary["fast"]["flops"] == (0.6, 0.0)
+    assert summary["fast"]["r1"][0] == pytest.approx(0.8)
+
+
+def test_table_marks_the_best():
+    lines = table(summarise(relative_to_baseline(RESULTS, "base")), 2).splitlines()
+    assert "agreement" not in lines[2]
+    base, fast = lines[4].split(" | "), lines[5].split(" | ")
+    assert base[3] == "**1.500 ± 0.707**" and fast[3] == "2.000 ± 0.707"  # lower loss
+    assert fast[6].startswith("**0.800") and not base[6].startswith("**")  # higher R@1
+
+
+def test_seed_without_baseline_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"seeds \[1\] lack 'base'"):
+        write_study([r for r in RESULTS if (r["variant"], r["seed"]) != ("base", 1)], "base", tmp_path)
+
+
+def test_study_writes_plot_and_table(tmp_path):
+    write_study(RESULTS, "base", tmp_path)
+    assert (tmp_path / "study.png").stat().st_size > 10_000
+    assert "| fast |" in (tmp_path / "table.md").read_text()
+
+
+def test_stopped_variant_gets_the_steps_it_can_pay(tmp_path):
+    arguments = [
+        "--config",
+        "recipes/configs/npp_study_shapes.yaml",
+        "--data",
+        "d",
+        "--clip",
+        "c",
+        "--out",
+        str(tmp_path),
+    ]
+    runs = plan(parse_arguments(["steps=1000", *arguments, "--seeds", "3"]))
+    stopped = next(run for run in runs if run.variant == "next-token, cost of (2,1)")
+    assert stopped.seed == 3 and stopped.overrides[-1] == "steps=625"
+    assert len({run.out for run in plan(parse_arguments([*arguments, "--variants", *VARIANTS]))}) == 3 * len(VARIANTS)

@@ -1,0 +1,84 @@
+"""Conditions that are no text: a class, or features of another network, as the first slots of a sequence.
+
+A conditioned sequence reads ``<pad> ... <pad> <boi> codes <eoi>``: the first :attr:`length` embeddings, ``<boi>`` the last
+of them, are replaced by what a condition module makes. The last one predicts the first code.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unified.config import TokenLayout
+from unified.sequence import TextSegment
+
+
+class ClassCondition(nn.Module):
+    """One slot for a class; class ``classes`` is the unconditional one."""
+
+    length = 1
+
+    def __init__(self, width: int, classes: int):
+        super().__init__()
+        self.classes = classes
+        self.table = nn.Embedding(classes + 1, width)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        """``(B,)`` int64 in [0, classes] to ``(B, 1, D)``. Raises ValueError outside."""
+        if labels.ndim != 1 or labels.is_floating_point() or labels.min() < 0 or labels.max() > self.classes:
+            raise ValueError(
+                f"condition: need class numbers (B,) in [0, {self.classes}] ({self.classes} is unconditional), got "
+                f"{labels.dtype} {tuple(labels.shape)}."
+            )
+        return self.table(labels)[:, None]
+
+    def unconditional(self, batch_size: int) -> Tensor:
+        """The condition that guidance steers away from."""
+        return torch.full((batch_size,), self.classes, device=self.table.weight.device)
+
+
+class FeatureCondition(nn.Module):
+    """``length`` slots for as many feature vectors, such as those of Flan-T5, projected by a small network."""
+
+    def __init__(self, width: int, length: int, features: int):
+        super().__init__()
+        self.length, self.features = length, features
+        self.fc1 = nn.Linear(features, width, bias=False)
+        self.fc2 = nn.Linear(width, width, bias=False)
+        self.register_buffer("nothing", torch.zeros(length, features))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """``(B, length, features)`` to ``(B, length, D)``. Raises ValueError on another shape."""
+        if features.ndim != 3 or features.shape[1:] != (self.length, self.features):
+            raise ValueError(
+                f"condition: need features (B, {self.length}, {self.features}), got {tuple(features.shape)}; pad short captions "
+                "on the left and mask the padding."
+            )
+        return self.fc2(F.gelu(self.fc1(features.to(self.fc1.weight.dtype)), approximate="tanh"))
+
+    def unconditional(self, batch_size: int) -> Tensor:
+        """The condition that guidance steers away from."""
+        return self.nothing.expand(batch_size, -1, -1)  # type: ignore[operator]
+
+
+def build_condition(description: dict[str, Any], width: int) -> ClassCondition | FeatureCondition:
+    """Make the module that ``UnifiedConfig.conditioning`` describes, for embeddings of ``width`` numbers.
+
+    Raises:
+        ValueError: if ``kind`` is unknown or a size is missing.
+    """
+    kind = description.get("kind")
+    sizes = {"class": ("classes",), "features": ("length", "features")}
+    if kind not in sizes:
+        raise ValueError(f"conditioning: kind {kind!r} is unknown; use one of {sorted(sizes)}.")
+    missing = [name for name in sizes[kind] if name not in description]
+    if missing:
+        raise ValueError(f"conditioning: {missing} missing for kind {kind!r}.")
+    given = {name: description[name] for name in sizes[kind]}
+    return ClassCondition(width, **given) if kind == "class" else FeatureCondition(width, **given)
+
+
+def condition_slots(length: int, layout: TokenLayout) -> TextSegment:
+    """What stands for a condition of ``length`` slots in front of an image segment (whose ``<boi>`` is the last slot)."""
+    return TextSegment([layout.pad_token_id] * (length - 1), loss=False)

@@ -1,0 +1,60 @@
+"""Language models with one table for text and image codes, as Liquid (arXiv 2412.04332) trains them."""
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from unified.config import UnifiedConfig
+from unified.model import UnifiedForCausalLM, _with_wrapped_rotary
+
+
+def split_joint_table(
+    pretrained_model_name_or_path: str, codebook_size: int, boi_token_id: int, eoi_token_id: int, **config: Any
+) -> UnifiedForCausalLM:
+    """Turn the last ``codebook_size`` rows of both tables into image tables; text ids keep their numbers.
+
+    Logits are equal row by row. Probabilities differ: a unified model scores text and codes apart.
+
+    Args:
+        pretrained_model_name_or_path: folder or Hub name of any ``AutoModelForCausalLM``.
+        codebook_size: number of image codes; code c is row ``vocab_size - codebook_size + c``.
+        boi_token_id, eoi_token_id: text ids that frame an image.
+        config: further fields of :class:`unified.UnifiedConfig`; ``positions`` is ``1d`` unless given.
+
+    Raises:
+        ValueError: if the codebook does not fit into the table, or the head has a bias or a cap that would be lost.
+    """
+    backbone: Any = AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path, dtype=torch.float32)
+    vocabulary = backbone.config.vocab_size
+    first = vocabulary - codebook_size
+    if not 0 < codebook_size < vocabulary:
+        raise ValueError(
+            f"codebook_size: {codebook_size} codes leave no text in the {vocabulary} rows of {pretrained_model_name_or_path!r}."
+        )
+    head = backbone.get_output_embeddings()
+    if head.bias is not None or getattr(backbone.config, "final_logit_softcapping", None) is not None:
+        raise ValueError(
+            f"pretrained_model_name_or_path: the head of {pretrained_model_name_or_path!r} has a bias or a cap on its logits, "
+            "which image heads do not have."
+        )
+    with torch.no_grad():
+        # Through the module, because some families (Gemma) scale what they look up.
+        vectors = backbone.get_input_embeddings()(torch.arange(first, vocabulary))
+        scores = head.weight[first:].clone()
+    backbone.resize_token_embeddings(first, mean_resizing=False)
+    model = UnifiedForCausalLM(
+        UnifiedConfig(
+            text_config=backbone.config,
+            codebook_size=codebook_size,
+            boi_token_id=boi_token_id,
+            eoi_token_id=eoi_token_id,
+            **{"positions": "1d", "coarse_positions": "unit", **config},
+        )
+    )
+    model.backbone.load_state_dict(_with_wrapped_rotary(backbone.state_dict()))
+    model.backbone.generation_config = model.generation_config = backbone.generation_config
+    with torch.no_grad():
+        model.image_embed.weight.copy_(vectors)
+        model.image_head.weight.copy_(scores)
+    return model.eval()
