@@ -5,7 +5,7 @@ import torch
 from conftest import generators, tiny_model
 
 from unified.decoding import Sampling, generate_codes
-from unified.decoding.sampler import filter_logits, guide, gumbel_noise
+from unified.decoding.sampler import draw, filter_logits, guide, gumbel_noise
 
 
 def naive_codes(model, prompt, negative, grid, sampling, generator):
@@ -81,7 +81,7 @@ def test_bad_sampling_is_named(field, value):
 
 def test_nan_logits_are_refused():
     with pytest.raises(ValueError, match="logits: NaN"):
-        filter_logits(torch.tensor([[float("nan"), 0.0]]), Sampling())
+        draw(torch.tensor([[float("nan"), 0.0]]), torch.zeros(1, 2))
 
 
 def test_guidance_needs_negative_rows():

@@ -3,15 +3,18 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DistributedType
 from conftest import ROOT, tiny_model
 from safetensors.torch import load_file
 
 from unified.sequence import ImageSegment, TextSegment, build_sequence, collate
 from unified.training.config import load_config
-from unified.training.loop import train
+from unified.training.loop import check_sharding, train
 from unified.training.step import learned_weight
 from unified.training.tracking import read_log
 
@@ -97,3 +100,74 @@ def test_parts_of_a_batch_put_together_give_its_loss(p, normalization):
     weights = [learned_weight(part, p, model.config) for part in parts]
     mean = sum(w * model(**part, patch_size=p).loss for w, part in zip(weights, parts, strict=True)) / sum(weights)
     torch.testing.assert_close(mean, model(**collate(sequences, layout), patch_size=p).loss, rtol=1e-5, atol=1e-6)
+
+
+SHARDED = """
+import sys, torch, torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+sys.path.insert(0, "tests")
+from conftest import tiny_model
+from unified.sequence import ImageSegment, TextSegment, build_sequence, collate
+
+dist.init_process_group("gloo")
+mesh = torch.distributed.init_device_mesh("cpu", (2,))
+whole, cut = tiny_model().train(), tiny_model().train()
+for layer in cut.backbone.model.layers:
+    fully_shard(layer, mesh=mesh)
+fully_shard(cut, mesh=mesh)
+assert all(isinstance(p, DTensor) for p in cut.parameters())
+assert {type(m).__name__ for m in cut.modules() if type(m).__name__.startswith("FSDPLlamaDecoderLayer")}
+codes = torch.randint(0, 20, (4, 4), generator=torch.Generator().manual_seed(0))
+batch = collate([build_sequence([TextSegment([5, 6]), ImageSegment(codes)], whole.config.layout)], whole.config.layout)
+for model in (whole, cut):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for p in (4, 2, 1):
+        loss = model(**batch, patch_size=p).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.final = float(loss)
+assert abs(whole.final - cut.final) < 1e-5, (whole.final, cut.final)
+for (name, a), b in zip(whole.named_parameters(), cut.parameters()):
+    torch.testing.assert_close(b.full_tensor(), a, rtol=1e-4, atol=1e-5, msg=name)
+print("equal", whole.final)
+dist.destroy_process_group()
+"""
+
+
+def test_fully_sharded_training_equals_whole(tmp_path):
+    """FSDP2 over two processes with torch's own interface; Accelerate offers it on GPUs only."""
+    script = tmp_path / "sharded.py"
+    script.write_text(SHARDED)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        "29618",
+        str(script),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "tests"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.stdout.count("equal") == 2, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "recipes" / "accelerate").glob("*.yaml")), ids=lambda file: file.stem)
+def test_launch_configurations_are_understood(file):
+    """Read by Accelerate itself, which refuses unknown keys."""
+    config = load_config_from_file(str(file))
+    assert config.distributed_type.value in ("MULTI_GPU", "FSDP", "DEEPSPEED") and config.num_processes == 8
+    assert f"--config_file recipes/accelerate/{file.name}" in file.read_text()
+
+
+@pytest.mark.parametrize("option", [{"ema_decay": 0.9}, {"name": "muon"}])
+def test_options_that_need_whole_weights_are_refused_when_sharded(option, config_file):
+    config = load_config(config_file, ["output_dir=x", "optimizer.ema_decay=null"])
+    for name, value in option.items():
+        setattr(config.optimizer, name, value)
+    sharded = SimpleNamespace(distributed_type=DistributedType.FSDP)
+    with pytest.raises(ValueError, match=f"optimizer.{next(iter(option))}.* not available with FSDP"):
+        check_sharding(sharded, config)

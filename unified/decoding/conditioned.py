@@ -4,9 +4,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
-from unified.decoding.sampler import Sampling, filter_logits, guide, gumbel_noise
+from unified.decoding.engine import continue_span
+from unified.decoding.lean import make_decoder
+from unified.decoding.prefill import read
+from unified.decoding.sampler import Sampling
 from unified.model import UnifiedForCausalLM
 from unified.npp import Grid
 from unified.rope import span_offsets
@@ -43,30 +45,17 @@ def generate_conditioned(
         )
     if len(generators) != len(condition):
         raise ValueError(f"generators: {len(generators)} given for {len(condition)} conditions; give one each.")
-    guided, count = sampling.guidance_scale > 1, len(condition)
+    decoder, count = make_decoder(model), len(condition)
     prefix = model.condition(condition)
-    if guided:
+    if sampling.guided:
         prefix = torch.cat([prefix, model.condition(model.condition.unconditional(count))])
-    length, device = prefix.shape[1], model.device
-    mask = torch.ones(len(prefix), length, dtype=torch.int64, device=device)
+    rows, length = prefix.shape[:2]
+    real = torch.ones(rows, length, dtype=torch.bool, device=model.device)
     if condition_mask is not None:
-        mask = condition_mask.to(device).repeat(len(prefix) // count, 1)
+        real = condition_mask.to(model.device).bool().repeat(rows // count, 1)
+    nowhere = torch.full((rows, length, 2), -1.0, device=model.device)
+    state = read(decoder, prefix, nowhere, real, torch.arange(rows, device=model.device), grid[0] * grid[1])
     offsets, _ = span_offsets(grid, 1, "2d", "unit", 0.0)
-    cache = DynamicCache(config=model.config.text_config)
-    embeds = prefix
-    coordinates = torch.full((len(prefix), length, 2), -1.0, device=device)
-    codes = torch.empty(count, grid[0] * grid[1], dtype=torch.int64, device=device)
-    for step in range(codes.shape[1]):
-        hidden = model.run_backbone(
-            embeds, coordinates, attention_mask=mask, past_key_values=cache, use_cache=True
-        ).last_hidden_state[:, -1]
-        logits = model.image_head(hidden)
-        if guided:
-            conditional, unconditional = logits.chunk(2)
-            logits = guide(conditional, unconditional, sampling.guidance_scale)
-        noise = gumbel_noise(generators, model.config.codebook_size, device)
-        codes[:, step] = (filter_logits(logits, sampling) + noise).argmax(dim=-1)
-        embeds = model.image_embed(codes[:, step].repeat(len(prefix) // count))[:, None]
-        coordinates = offsets[step].to(device).expand(len(prefix), 1, 2)
-        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+    coordinates = offsets.to(model.device).expand(rows, -1, -1)
+    *_, codes = continue_span(decoder, state, coordinates, sampling, generators)
     return codes.reshape(count, *grid)

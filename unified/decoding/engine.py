@@ -1,91 +1,150 @@
 """Decoding image spans code by code with a key-value cache."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
-from transformers import StaticCache
 
-from unified.decoding.sampler import Sampling, filter_logits, guide, gumbel_noise
+from unified.decoding.backbone import Decoder
+from unified.decoding.lean import make_decoder
+from unified.decoding.prefill import Prefilled, Prompt, prefill
+from unified.decoding.sampler import PositionNoise, Sampling, draw, filter_logits, guide
 from unified.model import UnifiedForCausalLM
 from unified.npp import Grid
 from unified.rope import span_offsets
 
 
-@torch.inference_mode()
 def generate_codes(
-    model: UnifiedForCausalLM,
-    prompts: Sequence[Sequence[int]],
-    negative_prompts: Sequence[Sequence[int]] | None,
+    model: UnifiedForCausalLM | Decoder,
+    prompts: Sequence[Sequence[int] | Prompt],
+    negative_prompts: Sequence[Sequence[int] | Prompt] | None,
     grid: Grid,
     sampling: Sampling,
     generators: Sequence[torch.Generator],
     on_code: Callable[[int, Tensor], None] | None = None,
+    known: Tensor | None = None,
 ) -> Tensor:
-    """Decode one image span after every prompt.
-
-    Only image codes can be drawn: the text head is never evaluated inside a span. Conditional and unconditional rows
-    run in one batch, left-padded to one length.
+    """Decode one image span after every prompt; see :func:`iterate_codes`.
 
     Args:
-        prompts: ids of each row, ending with ``<boi>``.
-        negative_prompts: as many rows for the unconditional side; needed if ``sampling.guidance_scale`` is above 1.
-        grid: code grid ``(h, w)``.
-        sampling: guidance and filters.
-        generators: one per row.
         on_code: called after every code with its index and the codes so far ``(B, h*w)``.
 
     Returns:
         Codes ``(B, h, w)``.
     """
+    decoder = make_decoder(model) if isinstance(model, UnifiedForCausalLM) else model
+    for step, codes in enumerate(iterate_codes(decoder, prompts, negative_prompts, grid, sampling, generators, known)):
+        if on_code is not None:
+            on_code(step, codes)
+    return codes.reshape(-1, *grid)
+
+
+@torch.inference_mode()
+def iterate_codes(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int] | Prompt],
+    negative_prompts: Sequence[Sequence[int] | Prompt] | None,
+    grid: Grid,
+    sampling: Sampling,
+    generators: Sequence[torch.Generator],
+    known: Tensor | None = None,
+) -> Iterator[Tensor]:
+    """Decode one image span after every prompt, all rows together, one code at a time.
+
+    Only image codes can be drawn: the text head is never evaluated inside a span. Conditional and unconditional rows
+    run in one batch; equal prompts are read once.
+
+    Args:
+        decoder: from :func:`unified.decoding.make_decoder`.
+        prompts: ids of each row, ending with ``<boi>``; a :class:`Prompt` if they hold pictures.
+        negative_prompts: as many rows for the unconditional side; needed if ``sampling.guided``.
+        grid: code grid ``(h, w)``.
+        sampling: guidance and filters.
+        generators: one per row.
+        known: ``(B, h, w)`` codes that are forced, -1 where the model draws.
+
+    Yields:
+        The codes so far, ``(B, 1)`` to ``(B, h*w)``, row by row through the grid.
+
+    Raises:
+        ValueError: if the model takes a condition instead of a prompt, or a list has another length.
+    """
+    rows = paired_prompts(decoder.model, prompts, negative_prompts, sampling, generators)
+    forced = None if known is None else check_known(known, len(prompts), grid, decoder.model)
+    state = prefill(decoder, rows, grid[0] * grid[1])
+    yield from continue_span(
+        decoder, state, span_coordinates(decoder.model, state.position, grid), sampling, generators, forced
+    )
+
+
+def continue_span(
+    decoder: Decoder,
+    state: Prefilled,
+    coordinates: Tensor,
+    sampling: Sampling,
+    generators: Sequence[torch.Generator],
+    known: Tensor | None = None,
+) -> Iterator[Tensor]:
+    """The loop itself: codes at ``coordinates (B, n, 2)`` after what ``state`` has read, ``known (B, n)`` forced."""
+    steps, count, device = coordinates.shape[1], len(generators), coordinates.device
+    cache, hidden, scales = state.cache, state.hidden, sampling.scales(steps)
+    positions = decoder.positions(coordinates)
+    noise = PositionNoise(generators, decoder.model.config.codebook_size, device)
+    codes = torch.empty(count, steps, dtype=torch.int64, device=device)
+    for step in range(steps):
+        logits = decoder.image_logits(hidden)
+        if sampling.guided:
+            conditional, unconditional = logits.chunk(2)
+            logits = guide(conditional, unconditional, scales[step])
+        drawn = draw(filter_logits(logits, sampling), noise.at(step)[:, 0])
+        if known is not None:
+            drawn = torch.where(known[:, step] < 0, drawn, known[:, step])
+        codes[:, step] = drawn
+        yield codes[:, : step + 1]
+        if step + 1 < steps:
+            embeds = decoder.model.image_embed(drawn)[:, None]
+            if sampling.guided:
+                embeds = embeds.repeat(2, 1, 1)
+            bias = None if state.bias is None else state.bias[..., : cache.column + 1]
+            hidden = decoder(embeds, positions[:, step : step + 1], cache, bias)[:, -1]
+
+
+def paired_prompts(
+    model: UnifiedForCausalLM,
+    prompts: Sequence[Sequence[int] | Prompt],
+    negatives: Sequence[Sequence[int] | Prompt] | None,
+    sampling: Sampling,
+    generators: Sequence[torch.Generator],
+) -> list[Prompt]:
+    """All rows of a batch: the prompts, then their negatives if guidance needs them."""
     if model.condition is not None or model.config.positions == "llamagen":
         raise ValueError("model: draws after a class or features, not after a prompt; use generate_conditioned.")
-    guided = sampling.guidance_scale > 1
-    if guided and (negative_prompts is None or len(negative_prompts) != len(prompts)):
-        raise ValueError(f"negative_prompts: guidance needs one row per prompt ({len(prompts)}).")
-    rows = [*prompts, *negative_prompts] if guided and negative_prompts is not None else list(prompts)
-    layout, device = model.config.layout, model.device
-    length, steps = max(map(len, rows)), grid[0] * grid[1]
+    rows = list(prompts)
+    if len(generators) != len(rows):
+        raise ValueError(f"generators: {len(generators)} given for {len(rows)} prompts; give one each.")
+    if sampling.guided:
+        if negatives is None or len(negatives) != len(prompts):
+            raise ValueError(f"negative_prompts: guidance needs one row per prompt ({len(prompts)}).")
+        rows += negatives
+    return [row if isinstance(row, Prompt) else Prompt(tuple(row)) for row in rows]
 
-    padding = torch.tensor([length - len(row) for row in rows], device=device)
-    ids = torch.tensor([[layout.pad_token_id] * (length - len(row)) + list(row) for row in rows], device=device)
-    # The cache spans prompt and picture; its mask hides the left padding for good, causality hides the rest.
-    mask = (torch.arange(length + steps, device=device) >= padding[:, None]).long()
-    position = (torch.arange(length, device=device) - padding[:, None]).clamp_min(0)
-    offsets, _ = span_offsets(
-        grid, 1, model.config.positions, model.config.coarse_positions, model.config.normalized_range
-    )
-    coordinates = (length - padding)[:, None, None] + offsets.to(device)
 
-    cache = StaticCache(config=model.config.text_config, max_cache_len=length + steps)
-    embeds = model.get_input_embeddings()(ids)
-    output = model.run_backbone(
-        embeds,
-        position[..., None].float().expand(-1, -1, 2),
-        attention_mask=mask,
-        position_ids=position,
-        past_key_values=cache,
-        use_cache=True,
-    )
-    codes = torch.empty(len(prompts), steps, dtype=torch.int64, device=device)
-    for step in range(steps):
-        logits = model.image_head(output.last_hidden_state[:, -1])
-        if guided:
-            conditional, unconditional = logits.chunk(2)
-            logits = guide(conditional, unconditional, sampling.guidance_scale)
-        noise = gumbel_noise(generators, layout.codebook_size, device)
-        codes[:, step] = (filter_logits(logits, sampling) + noise).argmax(dim=-1)
-        if on_code is not None:
-            on_code(step, codes[:, : step + 1])
-        if step + 1 == steps:
-            break
-        drawn = codes[:, step].repeat(2) if guided else codes[:, step]
-        output = model.run_backbone(
-            model.image_embed(drawn)[:, None],
-            coordinates[:, step : step + 1],
-            attention_mask=mask,
-            position_ids=(length - padding + step)[:, None],
-            past_key_values=cache,
-            use_cache=True,
-        )
-    return codes.reshape(-1, *grid)
+def span_coordinates(model: UnifiedForCausalLM, position: Tensor, grid: Grid) -> Tensor:
+    """``(B, h*w, 2)`` rows and columns of a span whose first code sits at ``position (B,)``."""
+    config = model.config
+    offsets, _ = span_offsets(grid, 1, config.positions, config.coarse_positions, config.normalized_range)
+    return position[:, None, None] + offsets.to(position.device)
+
+
+def check_known(known: Tensor, count: int, grid: Grid, model: UnifiedForCausalLM) -> Tensor:
+    """Forced codes as ``(B, h*w)``.
+
+    Raises:
+        ValueError: on another shape or codes outside the codebook.
+    """
+    if tuple(known.shape) != (count, *grid):
+        raise ValueError(f"known: shape {tuple(known.shape)}, need {(count, *grid)}: one grid of codes per picture.")
+    size = model.config.codebook_size
+    if known.numel() and (int(known.min()) < -1 or int(known.max()) >= size):
+        raise ValueError(f"known: values {int(known.min())}..{int(known.max())} leave the codebook [0, {size}).")
+    return known.reshape(count, -1).to(model.device)

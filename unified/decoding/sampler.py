@@ -1,6 +1,7 @@
 """Drawing codes from logits: guidance, temperature, top-k, top-p, and Gumbel-max with one noise stream per picture."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,8 @@ class Sampling:
 
     Args:
         guidance_scale: classifier-free guidance ``u + s * (c - u)`` on the logits; 1 switches it off.
+        guidance_schedule: the scale over a picture: ``constant``; ``linear`` or ``cosine``, rising from 1 at the first code
+            to ``guidance_scale`` at the last; or a function of the share of the codes drawn, in [0, 1], to a scale.
         temperature: divides the logits; below 1 sharpens.
         top_k: keep the k most likely codes; 0 keeps all.
         top_p: keep the smallest set of codes with at least this probability; 1 keeps all.
@@ -22,6 +25,7 @@ class Sampling:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    guidance_schedule: str | Callable[[float], float] = "constant"
 
     def __post_init__(self) -> None:
         if self.guidance_scale < 1:
@@ -32,21 +36,46 @@ class Sampling:
             raise ValueError(f"top_k: {self.top_k} must be a whole number, 0 to keep all codes.")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: {self.top_p} must lie in (0, 1]; 1 keeps all codes.")
+        if not callable(self.guidance_schedule) and self.guidance_schedule not in _SCHEDULES:
+            raise ValueError(
+                f"guidance_schedule: {self.guidance_schedule!r} is unknown; use one of {tuple(_SCHEDULES)} or a function."
+            )
+
+    def scales(self, steps: int) -> list[float]:
+        """Guidance scale of each of ``steps`` codes.
+
+        Raises:
+            ValueError: if a schedule of one's own falls below 1.
+        """
+        shares = [step / max(steps - 1, 1) for step in range(steps)]
+        if callable(self.guidance_schedule):
+            scales = [float(self.guidance_schedule(share)) for share in shares]
+            if not min(scales) >= 1:
+                raise ValueError(f"guidance_schedule: falls to {min(scales)}; a scale must be at least 1.")
+            return scales
+        rise = _SCHEDULES[self.guidance_schedule]
+        return [1 + (self.guidance_scale - 1) * rise(share) for share in shares]
+
+    @property
+    def guided(self) -> bool:
+        """Whether an unconditional row is needed."""
+        return self.guidance_scale > 1 or callable(self.guidance_schedule)
 
 
-def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+_SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda share: 1.0,
+    "linear": lambda share: share,
+    "cosine": lambda share: (1 - math.cos(math.pi * share)) / 2,
+}
+
+
+def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
     """Classifier-free guidance (arXiv 2207.12598) on logits ``(B, K)``."""
     return unconditional + scale * (conditional - unconditional)
 
 
 def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Apply temperature, then top-k, then top-p to ``(B, K)``; removed codes become -inf.
-
-    Raises:
-        ValueError: if the logits hold NaN.
-    """
-    if torch.isnan(logits).any():
-        raise ValueError("logits: NaN; the model's weights or activations overflow, load it in float32 or bfloat16.")
+    """Apply temperature, then top-k, then top-p to ``(..., K)``; removed codes become -inf, NaN stays NaN."""
     logits = logits.float() / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
         threshold = logits.topk(sampling.top_k, dim=-1).values[..., -1:]
@@ -59,11 +88,59 @@ def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
     return logits
 
 
+def draw(logits: Tensor, noise: Tensor) -> Tensor:
+    """Gumbel-max: draw from the softmax of filtered logits ``(..., K)`` with standard Gumbel noise of the same shape.
+
+    Raises:
+        ValueError: if the logits hold NaN.
+    """
+    highest, codes = (logits + noise).max(dim=-1)
+    check_finite(highest)
+    return codes
+
+
+def check_finite(highest: Tensor) -> None:
+    """Refuse NaN among the largest values of logits; a maximum is NaN if any of its values is."""
+    if bool(torch.isnan(highest).any()):
+        raise ValueError("logits: NaN; the model's weights or activations overflow, load it in float32 or bfloat16.")
+
+
 def gumbel_noise(generators: Sequence[torch.Generator], size: int, device: torch.device) -> Tensor:
     """``(B, size)`` standard Gumbel noise; row i comes from generator i alone, on the generator's device.
 
     Adding it to logits and taking the argmax draws from their softmax, and a row does not depend on its batch.
     """
     rows = [torch.rand(size, generator=g, device=g.device, dtype=torch.float64) for g in generators]
-    uniform = torch.stack([row.to(device) for row in rows]).clamp_min(torch.finfo(torch.float64).tiny)
-    return (-(-uniform.log()).log()).float()
+    uniform = torch.stack([row.to(device) for row in rows]).clamp_min_(torch.finfo(torch.float64).tiny)
+    return uniform.log_().neg_().log_().neg_().float()
+
+
+class PositionNoise:
+    """Gumbel noise that belongs to a place: the same generator, position and code always meet the same number.
+
+    Whatever else is decoded beside a picture, in which order, and how many codes at a time, its noise stays. Positions
+    are read in windows that move forward only; what lies behind is forgotten.
+
+    Args:
+        generators: one per picture.
+        size: number of codes K.
+        device: where the noise is used.
+    """
+
+    def __init__(self, generators: Sequence[torch.Generator], size: int, device: torch.device):
+        self.generators, self.size, self.device = generators, size, device
+        self._block = max(1, 8192 // size)  # positions drawn at once
+        self._start = 0
+        self._rows = torch.empty(len(generators), 0, size, device=device)
+
+    def at(self, position: int, count: int = 1) -> Tensor:
+        """Noise ``(B, count, K)`` of ``count`` positions from ``position`` on."""
+        if position < self._start:
+            raise ValueError(f"position: the noise of {position} is gone, the window starts at {self._start}.")
+        while self._start + self._rows.shape[1] < position + count:
+            fresh = gumbel_noise(self.generators, self._block * self.size, self.device)
+            fresh = fresh.reshape(len(self.generators), self._block, self.size)
+            behind = min(position - self._start, self._rows.shape[1])
+            self._rows = torch.cat([self._rows[:, behind:], fresh], dim=1)
+            self._start += behind
+        return self._rows[:, position - self._start : position - self._start + count]

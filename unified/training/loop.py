@@ -5,8 +5,9 @@ from itertools import islice
 from pathlib import Path
 from typing import cast
 
+import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device, set_seed
+from accelerate.utils import DistributedType, send_to_device, set_seed
 from peft import PeftModel
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -70,6 +71,7 @@ def train(config: TrainConfig) -> Path:
     )  # fmt: skip
 
     schedule = config.patch_schedule()
+    check_sharding(accelerator, config)
     model, *optimizers = accelerator.prepare(model, *build_optimizers(model, config.optimizer))
     ema = _average_of(accelerator.unwrap_model(model), config.optimizer.ema_decay)
     if ema is not None:
@@ -145,9 +147,20 @@ def train(config: TrainConfig) -> Path:
         if config.checkpoint_every and (step % config.checkpoint_every == 0 or last):
             save_checkpoint(accelerator, output / "checkpoints", step, slots, config.keep_checkpoints, config)
     bar.close()
-    folder = _save(accelerator, current(), image_tokenizer, text_tokenizer, output)
+    # Gathers what is cut over processes, so all of them take part.
+    state = accelerator.get_state_dict(model) if ema is None else None
+    folder = _save(accelerator, current(), state, image_tokenizer, text_tokenizer, output)
     accelerator.end_training()
     return folder
+
+
+def check_sharding(accelerator: Accelerator, config: TrainConfig) -> None:
+    """Refuse options that need whole weights where they are cut over processes. Raises ValueError naming the option."""
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        for name, used in (("ema_decay", config.optimizer.ema_decay), ("name=muon", config.optimizer.name == "muon")):
+            if used:
+                raise ValueError(f"optimizer.{name}: not available with {kind.value}; leave it out or train with DDP.")
 
 
 def _average_of(model: nn.Module, decay: float | None) -> AveragedModel | None:
@@ -167,6 +180,7 @@ def _pipeline(model: UnifiedForCausalLM | PeftModel, *tokenizers: object) -> Uni
 def _save(
     accelerator: Accelerator,
     model: UnifiedForCausalLM | PeftModel,
+    state_dict: dict[str, torch.Tensor] | None,
     image_tokenizer: object,
     text_tokenizer: object,
     output: Path,
@@ -174,9 +188,9 @@ def _save(
     folder = output / ("lora" if isinstance(model, PeftModel) else "pipeline")
     if accelerator.is_main_process:
         if isinstance(model, PeftModel):
-            save_lora(model, folder)
+            save_lora(model, folder, state_dict)
         else:
-            _pipeline(model, image_tokenizer, text_tokenizer).save_pretrained(folder)
+            _pipeline(model, image_tokenizer, text_tokenizer).save_pretrained(folder, state_dict)
         accelerator.print(f"saved {folder}")
     accelerator.wait_for_everyone()
     return folder

@@ -1,0 +1,128 @@
+"""Speculative decoding: the same picture (jacobi), the same distribution (sjd), and a test that tells gsd from it."""
+
+import itertools
+
+import pytest
+import torch
+from conftest import generators, tiny_model
+
+from unified.decoding import Sampling, generate_codes, make_decoder, speculative
+from unified.decoding.sampler import filter_logits, guide
+from unified.decoding.speculative import speculate_codes
+
+PROMPTS, NEGATIVES = [[1, 5, 6, 7, 3], [1, 8, 3]], [[1, 3], [1, 9, 9, 9, 3]]
+
+
+def last(iterator):
+    for codes in iterator:
+        result = codes.clone()
+    return result
+
+
+@pytest.mark.parametrize("window", [2, 5, 40])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(guidance_scale=2.0, top_k=5, guidance_schedule="linear")])
+def test_jacobi_draws_the_picture_of_plain_decoding(window, sampling):
+    decoder = make_decoder(tiny_model())
+    plain = generate_codes(decoder, PROMPTS, NEGATIVES, (4, 4), sampling, generators(0, 1))
+    fast = last(
+        speculate_codes(decoder, PROMPTS, NEGATIVES, (4, 4), sampling, generators(0, 1), mode="jacobi", window=window)
+    )
+    assert torch.equal(fast.reshape(2, 4, 4), plain)
+
+
+def test_jacobi_saves_passes_where_the_context_hardly_matters():
+    """A model whose logits do not depend on the codes confirms every draft: the first code, then windows of 5."""
+    model = tiny_model()
+    with torch.no_grad():
+        model.image_embed.weight.copy_(model.image_embed.weight[:1].expand_as(model.image_embed.weight))
+    options = {"grid": (4, 4), "sampling": Sampling(temperature=0.05), "generators": generators(0)}
+    passes = [codes.shape[1] for codes in speculate_codes(make_decoder(model), PROMPTS[:1], None, **options,
+                                                          mode="jacobi", window=5)]  # fmt: skip
+    assert len(passes) <= 10 and passes[-1] == 16
+
+
+def tiny_world():
+    """A model of 4 codes on a grid of 1 x 4, and the exact probability of each of its 256 pictures."""
+    model = tiny_model(codebook_size=4, text={"num_hidden_layers": 1, "hidden_size": 16, "initializer_range": 0.8})
+    sampling = Sampling(guidance_scale=1.5, temperature=6.0, top_k=3)
+    pictures = list(itertools.product(range(4), repeat=4))
+    sides = []
+    for prompt in (PROMPTS[0], NEGATIVES[0]):
+        ids = torch.tensor([[*prompt, *(50 + c for c in picture)] for picture in pictures])
+        with torch.no_grad():
+            output = model(ids, image_grids=torch.tensor([[1, 4]] * len(pictures)))
+        sides.append(output.image_logits[:, len(prompt) - 1 : -1])
+    log_probability = filter_logits(guide(*sides, sampling.guidance_scale), sampling).log_softmax(-1)
+    probability = log_probability.gather(-1, torch.tensor(pictures)[..., None]).squeeze(-1).sum(1).exp()
+    return make_decoder(model), sampling, probability
+
+
+def chi_square_p(draws, probability):
+    """Probability of a chi-square at least as large under ``probability``; cells expected below 5 are pooled."""
+    expected = probability * len(draws)
+    counts = torch.bincount(draws, minlength=len(probability)).double()
+    small = expected < 5
+    expected = torch.cat([expected[~small], expected[small].sum()[None]]).double()
+    counts = torch.cat([counts[~small], counts[small].sum()[None]])
+    assert counts[-1] == 0 or expected[-1] > 0
+    seen = expected > 0
+    statistic = ((counts[seen] - expected[seen]) ** 2 / expected[seen]).sum()
+    return float(torch.special.gammaincc((seen.sum() - 1).double() / 2, statistic / 2))
+
+
+def draws(decoder, sampling, count, **options):
+    """Pictures as numbers in base 4, from seeds 0, 1, 2, ..."""
+    codes = last(
+        speculate_codes(decoder, PROMPTS[:1] * count, NEGATIVES[:1] * count, (1, 4), sampling,
+                        generators(*range(count)), **options)
+    )  # fmt: skip
+    return (codes * torch.tensor([64, 16, 4, 1])).sum(1)
+
+
+def test_sjd_draws_from_the_distribution_and_the_test_can_fail(monkeypatch):
+    decoder, sampling, probability = tiny_world()
+    assert float(probability.sum()) == pytest.approx(1, abs=1e-5)
+    assert int((probability * 1000 >= 5).sum()) > 20  # enough cells to tell distributions apart
+    assert chi_square_p(draws(decoder, sampling, 1000, mode="sjd", window=3), probability) > 0.01
+    # The inexact mode must be found out, and so must a slip: redrawing from p instead of what p has more than q.
+    assert chi_square_p(draws(decoder, sampling, 1000, mode="gsd", window=3, group_size=2), probability) < 1e-4
+    redrawn = speculative._Judge._redrawn
+    monkeypatch.setattr(speculative._Judge, "_redrawn", lambda self, p, q: redrawn(self, p, torch.zeros_like(q)))
+    assert chi_square_p(draws(decoder, sampling, 1000, mode="sjd", window=3), probability) < 1e-4
+
+
+def test_groups_of_one_are_sjd():
+    decoder = make_decoder(tiny_model())
+    options = [decoder, PROMPTS, NEGATIVES, (4, 4), Sampling(guidance_scale=2.0, temperature=2.0)]
+    exact = last(speculate_codes(*options, generators(0, 1), mode="sjd"))
+    assert torch.equal(last(speculate_codes(*options, generators(0, 1), mode="gsd", group_size=1)), exact)
+    assert not torch.equal(last(speculate_codes(*options, generators(0, 1), mode="gsd", group_size=20)), exact)
+
+
+@pytest.mark.parametrize("mode", ["jacobi", "sjd", "gsd"])
+def test_forced_codes_stay_and_a_picture_is_its_own(mode):
+    decoder = make_decoder(tiny_model())
+    known = torch.full((2, 4, 4), -1)
+    known[:, 1:3, ::2] = torch.tensor([7, 11])
+    options = {"sampling": Sampling(guidance_scale=2.0), "mode": mode, "grid": (4, 4)}
+    both = last(speculate_codes(decoder, PROMPTS, NEGATIVES, generators=generators(0, 1), known=known, **options))
+    assert torch.equal(both.reshape(2, 4, 4)[known >= 0], known[known >= 0])
+    alone = last(
+        speculate_codes(decoder, PROMPTS[1:], NEGATIVES[1:], generators=generators(1), known=known[1:], **options)
+    )
+    assert torch.equal(alone[0], both[1]) and int(both.min()) >= 0
+    if mode == "jacobi":
+        plain = generate_codes(decoder, PROMPTS, NEGATIVES, (4, 4), options["sampling"], generators(0, 1), known=known)
+        assert torch.equal(both.reshape(2, 4, 4), plain)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"mode": "magic"}, "decoding: 'magic' is unknown"), ({"window": 1}, "window, group_size: 1 and 8"),
+     ({"group_size": 0}, "window, group_size: 8 and 0")],
+)  # fmt: skip
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        last(
+            speculate_codes(make_decoder(tiny_model()), PROMPTS, None, (2, 2), Sampling(), generators(0, 1), **options)
+        )

@@ -1,0 +1,275 @@
+"""Continuous batching: requests join and leave a running batch, each row in its own modality.
+
+All rows share the cache column that is written next. The cache is a ring, so a request may join at any step: its prompt
+is copied to the columns just before, and a bias hides what other requests left there. A guided request holds a second
+row for its unconditional side.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from unified.decoding.backbone import Decoder
+from unified.decoding.cache import KeyValueCache
+from unified.decoding.engine import span_coordinates
+from unified.decoding.prefill import Prompt, prefill
+from unified.decoding.sampler import PositionNoise, Sampling, draw, filter_logits, guide
+from unified.npp import Grid
+from unified.rope import span_offsets
+from unified.sequence import ImageSegment, Segment, TextSegment
+
+
+@dataclass(eq=False)
+class Request:
+    """What to continue, and how far.
+
+    Args:
+        prompt: the row; if it ends with ``<boi>`` a picture comes first, else text.
+        grid: code grid of the pictures that it draws.
+        generator: fixes the draws; a picture is the one that :func:`unified.decoding.iterate_codes` draws.
+        image_sampling, text_sampling: how codes and text tokens are drawn.
+        negative: the unconditional row, ending with ``<boi>``; needed if ``image_sampling.guided``.
+        max_new_tokens: text tokens that it may write; 0 ends the row with its first picture.
+        max_images: pictures that it may draw; text cannot open another one after that.
+        text_ids: number of text ids that have a meaning, those of the tokenizer; None for the whole vocabulary.
+    """
+
+    prompt: Prompt
+    grid: Grid
+    generator: torch.Generator
+    image_sampling: Sampling = field(default_factory=Sampling)
+    text_sampling: Sampling = field(default_factory=Sampling)
+    negative: Prompt | None = None
+    max_new_tokens: int = 0
+    max_images: int = 1
+    text_ids: int | None = None
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch that it takes."""
+        return 2 if self.image_sampling.guided and self.max_images else 1
+
+
+class _Row:
+    """A request in the batch: where it stands and what it has said."""
+
+    def __init__(self, request: Request, slots: list[int], decoder: Decoder):
+        self.request, self.slots, self.decoder = request, slots, decoder
+        seed = int(torch.randint(2**63 - 1, (), generator=request.generator.clone_state()))
+        text_ids = decoder.model.config.layout.text_vocab_size
+        self.text_noise = PositionNoise([torch.Generator().manual_seed(seed)], text_ids, decoder.model.device)
+        self.image_noise: PositionNoise | None = None
+        self.segments: list[Segment] = []
+        self.text: list[int] = []
+        self.codes: list[int] = []
+        self.written = self.pictures = 0
+        self.position = [0.0, 0.0]  # next coordinate of the row and of its unconditional side
+        self.spans: Tensor | None = None  # (rows, h*w, 2) coordinates of the picture being drawn
+        self.next: int | None = None  # a token that has to follow
+        self.finished = False
+
+    def open_picture(self) -> None:
+        self.codes = []
+        size = self.decoder.model.config.codebook_size
+        self.image_noise = PositionNoise([self.request.generator], size, self.decoder.model.device)
+        start = torch.tensor(self.position[: len(self.slots)])
+        self.spans = span_coordinates(self.decoder.model, start, self.request.grid)
+
+    def close_picture(self) -> None:
+        config = self.decoder.model.config
+        self.segments.append(ImageSegment(torch.tensor(self.codes).reshape(self.request.grid)))
+        _, advance = span_offsets(
+            self.request.grid, 1, config.positions, config.coarse_positions, config.normalized_range
+        )
+        self.position[0] += advance
+        self.spans = None
+        self.pictures += 1
+        self.next = config.eoi_token_id
+        self.finished = self.written >= self.request.max_new_tokens
+
+    def close_text(self) -> None:
+        if self.text:
+            self.segments.append(TextSegment(self.text))
+        self.text = []
+
+
+class Batcher:
+    """Keeps ``slots`` rows busy. Submit requests at any time, call :meth:`step` until they are done.
+
+    Args:
+        decoder: from :func:`unified.decoding.make_decoder`.
+        slots: rows of the batch.
+        length: most tokens, prompt included, that a request may have.
+    """
+
+    def __init__(self, decoder: Decoder, slots: int, length: int):
+        self.decoder, self.length = decoder, length
+        self.free = list(range(slots))
+        self.slots = slots
+        self.waiting: deque[Request] = deque()
+        self.rows: list[_Row] = []
+        self._cache = KeyValueCache(length)
+        self._column = 0
+        dtype, device = decoder.model.dtype, decoder.model.device
+        self._bias = torch.full((slots, 1, 1, length), float("-inf"), dtype=dtype, device=device)
+        self._hidden = torch.zeros(slots, decoder.model.backbone.config.hidden_size, dtype=dtype, device=device)
+
+    def submit(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            ValueError: if it cannot fit, or guidance lacks its negative row.
+        """
+        guided = request.rows == 2
+        if guided and request.negative is None:
+            raise ValueError("negative: guidance needs an unconditional row ending with <boi>.")
+        pictures = request.max_images * (request.grid[0] * request.grid[1] + 2)
+        longest = max(len(request.prompt.ids), len(request.negative.ids) if guided and request.negative else 0)
+        if longest + pictures + request.max_new_tokens > self.length:
+            raise ValueError(
+                f"request: {longest} tokens and up to {pictures + request.max_new_tokens} new ones, a row holds {self.length}; "
+                "shorten the prompt or lower max_new_tokens or max_images."
+            )
+        if request.rows > self.slots:
+            raise ValueError(f"slots: {self.slots} cannot hold a guided request, which takes 2.")
+        self.waiting.append(request)
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request is waiting or running."""
+        return bool(self.rows or self.waiting)
+
+    def run(self, requests: Sequence[Request]) -> list[list[Segment]]:
+        """Segments that each request produced, in the order given."""
+        for request in requests:
+            self.submit(request)
+        results: dict[Request, list[Segment]] = {}
+        while self.busy:
+            results.update(self.step())
+        return [results[request] for request in requests]
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[Request, list[Segment]]]:
+        """Admit what fits, give every row one token; returns the requests that this finished."""
+        self._admit()
+        for kind in (True, False):
+            rows = [row for row in self.rows if (row.spans is not None) is kind and row.next is None]
+            if rows:
+                (self._draw_codes if kind else self._draw_text)(rows)
+        done = [row for row in self.rows if row.finished]
+        for row in done:
+            row.close_text()
+            self.rows.remove(row)
+            self.free += row.slots
+        if self.rows:
+            self._advance()
+        return [(row.request, row.segments) for row in done]
+
+    def _admit(self) -> None:
+        fresh: list[_Row] = []
+        while self.waiting and self.waiting[0].rows <= len(self.free):
+            request = self.waiting.popleft()
+            fresh.append(_Row(request, [self.free.pop() for _ in range(request.rows)], self.decoder))
+        opens = self.decoder.model.config.boi_token_id
+        placed = []
+        for row in fresh:
+            placed.append((row, 0, row.request.prompt))
+            if row.request.prompt.ids[-1] == opens and len(row.slots) == 2:
+                assert row.request.negative is not None  # submit has checked it
+                placed.append((row, 1, row.request.negative))
+        self._place(placed)
+        for row in fresh:
+            if row.request.prompt.ids[-1] == opens:
+                row.open_picture()
+        self.rows += fresh
+
+    def _place(self, placed: list[tuple[_Row, int, Prompt]]) -> None:
+        """Read prompts and copy them to the columns before the next one."""
+        if not placed:
+            return
+        state = prefill(self.decoder, [prompt for _, _, prompt in placed], 0)
+        end = state.cache.end
+        if not self._cache.keys:
+            for mine, theirs in ((self._cache.keys, state.cache.keys), (self._cache.values, state.cache.values)):
+                mine += [t.new_zeros(self.slots, t.shape[1], self.length, t.shape[3]) for t in theirs]
+        for i, (row, side, prompt) in enumerate(placed):
+            slot, count = row.slots[side], len(prompt.ids)
+            columns = torch.arange(self._column - count, self._column, device=state.hidden.device) % self.length
+            for mine, theirs in ((self._cache.keys, state.cache.keys), (self._cache.values, state.cache.values)):
+                for target, source in zip(mine, theirs, strict=True):
+                    target[slot][:, columns] = source[i, :, end - count : end]
+            self._bias[slot] = float("-inf")
+            self._bias[slot, :, :, columns] = 0.0
+            self._hidden[slot] = state.hidden[i]
+            row.position[side] = float(state.position[i])
+
+    def _draw_codes(self, rows: list[_Row]) -> None:
+        logits = self.decoder.image_logits(self._hidden[[slot for row in rows for slot in row.slots]]).float()
+        start = 0
+        for row in rows:
+            own, sampling = logits[start : start + len(row.slots)], row.request.image_sampling
+            start += len(row.slots)
+            step, steps = len(row.codes), row.request.grid[0] * row.request.grid[1]
+            if sampling.guided:
+                own = guide(own[:1], own[1:], sampling.scales(steps)[step])
+            assert row.image_noise is not None  # set when the picture opened
+            row.codes.append(int(draw(filter_logits(own, sampling), row.image_noise.at(step)[:, 0])))
+            if len(row.codes) == steps:
+                row.close_picture()
+
+    def _draw_text(self, rows: list[_Row]) -> None:
+        layout = self.decoder.model.config.layout
+        logits = self.decoder.model.text_logits(self._hidden[[row.slots[0] for row in rows]]).float()
+        for own, row in zip(logits, rows, strict=True):
+            request = row.request
+            hidden = {layout.eoi_token_id, layout.bos_token_id, layout.pad_token_id} - {layout.eos_token_id, None}
+            if row.pictures >= request.max_images:
+                hidden.add(layout.boi_token_id)
+            own[list(hidden)] = float("-inf")
+            if request.text_ids is not None:
+                own[request.text_ids :] = float("-inf")
+            token = int(draw(filter_logits(own[None], request.text_sampling), row.text_noise.at(row.written)[:, 0]))
+            row.written += 1
+            if token == layout.eos_token_id:
+                row.finished = True
+                continue
+            row.next = token
+            if token != layout.boi_token_id:
+                row.text.append(token)
+                row.finished = row.written >= request.max_new_tokens
+
+    def _advance(self) -> None:
+        """Run the token that every row has just got and write it to the next column."""
+        model, device = self.decoder.model, self._hidden.device
+        coordinates = torch.zeros(self.slots, 1, 2)
+        text, codes = torch.zeros(self.slots, dtype=torch.int64), torch.full((self.slots,), -1)
+        opening = []
+        for row in self.rows:
+            if row.next is None:
+                assert row.spans is not None
+                for side, slot in enumerate(row.slots):
+                    codes[slot] = row.codes[-1]
+                    coordinates[slot] = row.spans[side, len(row.codes) - 1]
+                continue
+            text[row.slots[0]] = row.next
+            coordinates[row.slots[0]] = row.position[0]
+            row.position[0] += 1
+            if row.next == model.config.boi_token_id:
+                row.close_text()
+                opening.append(row)
+            row.next = None
+        embeds = model.get_input_embeddings()(text.to(device))
+        drawn = (codes >= 0).nonzero().squeeze(1).to(device)
+        embeds[drawn] = model.image_embed(codes.to(device)[drawn]).to(embeds.dtype)
+        self._bias[..., self._column] = 0.0
+        self._cache.column, self._cache.end = self._column, self.length
+        self._hidden = self.decoder(
+            embeds[:, None], self.decoder.positions(coordinates.to(device)), self._cache, self._bias
+        )[:, -1]
+        self._column = (self._column + 1) % self.length
+        self._place([(row, 1, row.request.negative) for row in opening if len(row.slots) == 2 and row.request.negative])
+        for row in opening:
+            row.open_picture()

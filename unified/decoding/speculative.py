@@ -1,0 +1,184 @@
+"""Several codes per forward pass: drafts of the codes to come are checked together.
+
+All modes guess a window of codes, run it through the model at once and keep the leading codes that the model confirms.
+What it says about the rest of the window, on a context that was partly wrong, becomes the next draft (Jacobi
+iteration). They differ in what counts as confirmed:
+
+``jacobi``
+    The draft equals the code that plain decoding draws with the noise of that place. The picture is that of plain
+    decoding, code for code.
+``sjd``
+    Speculative Jacobi decoding (arXiv 2410.01699): a draft drawn from q is kept with probability ``min(1, p/q)``, else
+    redrawn from what p has more than q. The distribution is that of plain decoding; the picture for a seed is another.
+    Keeps more drafts than ``jacobi``.
+``gsd``
+    As ``sjd``, but a draft is judged by the probability of its group, the codes nearest to it in the model's image
+    embedding. Faster and not exact: it draws a code when the model only wanted one of its kind.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from unified.decoding.backbone import Decoder
+from unified.decoding.engine import check_known, paired_prompts, span_coordinates
+from unified.decoding.prefill import Prefilled, Prompt, as_bias, prefill
+from unified.decoding.sampler import PositionNoise, Sampling, draw, filter_logits, guide, gumbel_noise
+from unified.npp import Grid
+
+MODES = ("jacobi", "sjd", "gsd")
+
+
+@torch.inference_mode()
+def speculate_codes(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int] | Prompt],
+    negative_prompts: Sequence[Sequence[int] | Prompt] | None,
+    grid: Grid,
+    sampling: Sampling,
+    generators: Sequence[torch.Generator],
+    known: Tensor | None = None,
+    mode: str = "sjd",
+    window: int = 8,
+    group_size: int = 8,
+) -> Iterator[Tensor]:
+    """Decode one image span after every prompt, one picture after the other.
+
+    Rows of a batch would wait for the one whose drafts fail, so pictures take turns; large batches are better served by
+    :func:`unified.decoding.iterate_codes`, whose arguments these are.
+
+    Args:
+        mode: ``jacobi``, ``sjd`` or ``gsd``.
+        window: codes checked in one forward pass.
+        group_size: codes in a group of ``gsd``; with 1 it is ``sjd``.
+
+    Yields:
+        ``(B, n)`` codes so far, n those of the picture that is furthest, -1 where a picture has none yet.
+
+    Raises:
+        ValueError: for an unknown mode, or a window or group below 1.
+    """
+    if mode not in MODES:
+        raise ValueError(f"decoding: {mode!r} is unknown; use 'plain' or one of {MODES}.")
+    if window < 2 or group_size < 1:
+        raise ValueError(f"window, group_size: {window} and {group_size} must be at least 2 and 1.")
+    steps, count = grid[0] * grid[1], len(prompts)
+    rows = paired_prompts(decoder.model, prompts, negative_prompts, sampling, generators)
+    forced = torch.full((count, steps), -1) if known is None else check_known(known, count, grid, decoder.model)
+    groups = _groups(decoder.model.image_embed.weight, group_size) if mode == "gsd" else None
+    codes = torch.full((count, steps), -1, dtype=torch.int64, device=decoder.model.device)
+    furthest = 0
+    for index in range(count):
+        state = prefill(decoder, rows[index::count], steps)
+        judge = _Judge(mode, generators[index], groups, decoder.model.config.codebook_size, codes.device)
+        for drawn in _one_picture(decoder, state, grid, sampling, judge, forced[index].to(codes.device), window):
+            codes[index, : len(drawn)] = drawn
+            furthest = max(furthest, len(drawn))
+            yield codes[:, :furthest]
+
+
+def _one_picture(
+    decoder: Decoder, state: Prefilled, grid: Grid, sampling: Sampling, judge: "_Judge", known: Tensor, window: int
+) -> Iterator[Tensor]:
+    """Codes ``(n,)`` of one picture as they are confirmed."""
+    cache, steps, sides, start = state.cache, len(known), len(state.hidden), state.cache.column
+    positions = decoder.positions(span_coordinates(decoder.model, state.position, grid))
+    scales = torch.tensor(sampling.scales(steps), device=known.device)
+    # Row i: the columns that the slot of code i sees.
+    shown = (
+        torch.arange(start + steps, device=known.device) <= start + torch.arange(steps, device=known.device)[:, None]
+    )
+    bias = as_bias(shown[None, None], state.hidden.dtype)
+    bias = bias if state.bias is None else bias + state.bias
+    codes, done = torch.empty(steps, dtype=torch.int64, device=known.device), 0
+    logits = decoder.image_logits(state.hidden)[:, None]
+    while True:
+        # Logits belong to the codes `done`, `done + 1`, ...; the judge holds drafts for all of them but the last.
+        if sampling.guided:
+            logits = guide(logits[:1], logits[1:], scales[done : done + logits.shape[1], None])
+        confirmed = judge(filter_logits(logits[0], sampling), done, known, min(window, steps))
+        codes[done : done + len(confirmed)] = confirmed
+        done += len(confirmed)
+        yield codes[:done]
+        if done == steps:
+            return
+        inputs = torch.cat([codes[done - 1 : done], judge.drafts[: steps - done - 1]])
+        first, last = done - 1, done - 1 + len(inputs)
+        cache.rewind(start + first)
+        embeds = decoder.model.image_embed(inputs).expand(sides, -1, -1)
+        hidden = decoder(embeds, positions[:, first:last], cache, bias[:, :, first:last, : start + last])
+        logits = decoder.image_logits(hidden)
+
+
+class _Judge:
+    """Confirms drafts of one picture and holds those of the codes that follow.
+
+    All chance is tied to places: a draft of a place is always drawn with that place's noise, so that it stays the same
+    when its distribution hardly changes. Verdicts come from a second stream.
+    """
+
+    def __init__(
+        self, mode: str, generator: torch.Generator, groups: Tensor | None, codebook_size: int, device: torch.device
+    ):
+        self.exact_picture, self.groups = mode == "jacobi", groups
+        seed = int(torch.randint(2**63 - 1, (), generator=generator.clone_state(), device=generator.device))
+        self.verdicts = torch.Generator(generator.device).manual_seed(seed)
+        self.noise = PositionNoise([generator], codebook_size, device)
+        self.drafts = torch.empty(0, dtype=torch.int64, device=device)
+        self.proposal = torch.empty(0, codebook_size, device=device)  # distributions that the drafts were drawn from
+
+    def __call__(self, logits: Tensor, place: int, known: Tensor, window: int) -> Tensor:
+        """Confirm the leading drafts by filtered ``logits (T, K)`` of the codes from ``place`` on; at least one code.
+
+        The next drafts are drawn from the same logits; places beyond them borrow the last ones.
+        """
+        width = len(logits)
+        forced = known[place : place + width]
+        drawn = torch.where(forced < 0, draw(logits, self.noise.at(place, width)[0]), forced)
+        if self.exact_picture:
+            kept = _leading(drawn[:-1] == self.drafts[: width - 1])
+            confirmed = drawn[: kept + 1]
+        else:
+            probability = logits.softmax(dim=-1)
+            kept = self._accepted(probability, forced)
+            last = drawn[kept : kept + 1]
+            if kept < width - 1 and forced[kept] < 0:
+                last = self._redrawn(probability[kept], self.proposal[kept])
+            confirmed = torch.cat([self.drafts[:kept], last])
+            self.proposal = torch.cat([probability[kept + 1 :], probability[-1:].expand(window, -1)])[: window - 1]
+        beyond = place + len(confirmed)  # first place to be drafted anew
+        drafts = drawn[kept + 1 :]
+        missing = range(beyond + len(drafts), min(beyond + window - 1, len(known)))
+        if missing:
+            noise = self.noise.at(beyond, missing.stop - beyond)[0, len(drafts) :]
+            forced = known[missing.start : missing.stop]
+            drafts = torch.cat([drafts, torch.where(forced < 0, draw(logits[-1:], noise), forced)])
+        self.drafts = drafts
+        return confirmed
+
+    def _accepted(self, probability: Tensor, forced: Tensor) -> int:
+        """Number of leading drafts that speculative sampling keeps."""
+        width = len(probability)
+        drafts, proposal = self.drafts[: width - 1], self.proposal[: width - 1]
+        group = drafts[:, None] if self.groups is None else self.groups[drafts]
+        wanted, offered = (p.gather(1, group).sum(dim=1) for p in (probability[:-1], proposal))
+        chance = torch.rand(width - 1, generator=self.verdicts, device=self.verdicts.device).to(wanted.device)
+        return _leading((chance * offered < wanted) | (forced[:-1] >= 0))
+
+    def _redrawn(self, wanted: Tensor, offered: Tensor) -> Tensor:
+        """One code from what ``wanted (K,)`` has more than ``offered``."""
+        rest = (wanted - offered).clamp_min(0)
+        rest = rest if bool(rest.any()) else wanted  # equal up to rounding
+        return draw(rest.log()[None], gumbel_noise([self.verdicts], len(rest), rest.device))
+
+
+def _leading(good: Tensor) -> int:
+    """Length of the leading run of True."""
+    return int(good.long().cumprod(dim=0).sum())
+
+
+def _groups(embedding: Tensor, size: int) -> Tensor:
+    """``(K, size)``: every code and those nearest to it in an embedding ``(K, D)``."""
+    distance = torch.cdist(embedding.float(), embedding.float()).fill_diagonal_(-1.0)
+    return distance.topk(min(size, len(embedding)), largest=False).indices
