@@ -222,3 +222,11 @@ def test_few_pictures_are_a_warning_that_says_what_to_use():
 def test_bad_input_is_named(settings, message):
     with pytest.raises(ValueError, match=message):
         measure(**{"generated": REAL, "metrics": DEFAULT_METRICS, **settings})
+
+
+def test_inception_score_of_generated_and_real_pictures():
+    sharp = Extractor("logits", "IS", 3, "00", "none", "none", lambda images: 50 * EXTRACTOR.network(images))
+    measures = measure([REAL[0]] * 3, metrics=["is"], logits_extractor=sharp, seed=1)
+    assert measures.recipes["inception_score"]["splits"] == 3  # at most one picture a split remains: the score is 1
+    assert measures.figures["inception_score"] == pytest.approx(1) == measures.figures["inception_score_real"]
+    assert any(note.startswith("inception score: 3 pictures") for note in measures.notes)

@@ -1,4 +1,4 @@
-"""Evaluation of generated pictures: Frechet distances, CLIP scores, retrieval, reconstruction and reports.
+"""Evaluation of generated pictures: distances, CLIP scores, exact checks of shapes, reconstruction and reports.
 
 The names below are imported on first use, so that ``import unified_eval`` loads neither open_clip nor a feature
 network.
