@@ -169,7 +169,7 @@ def measure_pictures(
     if "is" in metrics and logits_extractor is not None:
         measures.check_size("inception score", len(generated))
         for kind, suffix in (("generated", ""), ("real", "_real")):
-            splits = min(10, len(sets[kind]))
+            splits = 10 if len(sets[kind]) >= 1000 else 1  # parts of few pictures would lack most classes
             score, spread = inception_score(features(logits_extractor, sets[kind]), splits, seed)
             measures.add(f"inception_score{suffix}", score, f"Inception Score, {kind}", n=len(sets[kind]),
                          splits=splits, deviation_over_splits=spread, seed=seed, **logits_extractor.recipe(), **size)  # fmt: skip
