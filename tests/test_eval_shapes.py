@@ -11,7 +11,7 @@ from PIL import Image, ImageFilter
 
 import prepare_shapes as recipe
 from unified_eval import check_scene, find_shapes, scene_records, shapes, shapes_accuracy, wilson_interval
-from unified_eval.intervals import bootstrap_interval
+from unified_eval.intervals import bootstrap_interval, share_interval
 
 WHITE = recipe.PALETTE["white"]
 
@@ -244,6 +244,16 @@ def test_wilson_and_bootstrap_against_closed_forms():
     assert (wide[1] - wide[0]) / (narrow[1] - narrow[0]) == pytest.approx(2, rel=0.15)
     middle = bootstrap_interval(values, statistic=lambda rows: float(np.median(rows)))
     assert middle[1] - middle[0] == pytest.approx(1.2533 * (high - low), rel=0.25)  # sqrt(pi / 2), of a Gaussian
+
+
+def test_a_share_of_0_or_1_still_has_an_interval():
+    groups = ["a", "a", "b", "b", "c", "d"]
+    assert share_interval([False] * 6, groups) == wilson_interval(0, 4)
+    assert share_interval([True] * 6, groups) == wilson_interval(4, 4)
+    assert share_interval([True] * 6, range(6)) == wilson_interval(6, 6)
+    mixed = [True, False, True, True, False, True]
+    assert share_interval(mixed, groups, seed=2) == bootstrap_interval(np.array(mixed, dtype=float), groups, seed=2)
+    assert share_interval([True, False], ["a", "a"]) == (0, 1)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,23 @@ def wilson_interval(hits: int, count: int, level: float = 0.95) -> Interval:
     return float(found.low), float(found.high)
 
 
+def share_interval(hits: Sequence[bool] | np.ndarray, groups: Sequence[Hashable], seed: int = 0) -> Interval:
+    """Interval of a share of pictures of which several may belong to one group (prompt).
+
+    Wilson's if every picture has its own group, else a bootstrap over groups. A share of 0 or 1, from which a bootstrap
+    could draw nothing else, gets Wilson's of as many trials as there are groups.
+
+    Raises:
+        ValueError: if the lists are empty or differ in length.
+    """
+    values, distinct = np.asarray(hits, dtype=np.float64), len(set(groups))
+    if len(values) != len(groups) or not distinct:
+        raise ValueError(f"hits, groups: {len(values)} and {len(groups)}; give as many of both, 1 or more.")
+    if distinct == len(groups) or values.mean() in (0, 1):
+        return wilson_interval(round(float(values.mean()) * distinct), distinct)
+    return bootstrap_interval(values, groups, seed=seed) if distinct > 1 else (0.0, 1.0)  # one prompt tells nothing
+
+
 def bootstrap_interval(
     values: Sequence[float] | np.ndarray,
     groups: Sequence[Hashable] | None = None,

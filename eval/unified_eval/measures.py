@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from unified_eval.intervals import Interval, bootstrap_interval, interval_around, resample, wilson_interval
+from unified_eval.intervals import Interval, bootstrap_interval, interval_around, resample, share_interval
 
 # Pictures that the published form of a metric has, at least, and what to use below that.
 ENOUGH = {
@@ -59,10 +59,9 @@ class Measures:
         groups = list(self.prompts if groups is None else groups)
         self.add(name, float(values.mean()), label, n=len(values), **recipe)
         self.rows[name] = (values, groups)
-        distinct = len(set(groups))
-        if distinct == len(groups) and np.isin(values, (0, 1)).all():
-            self.intervals[name] = wilson_interval(int(values.sum()), len(values))
-        elif distinct > 1:
+        if np.isin(values, (0, 1)).all():
+            self.intervals[name] = share_interval(values, groups, self.seed)
+        elif len(set(groups)) > 1:
             self.intervals[name] = bootstrap_interval(values, groups, seed=self.seed)
 
     def add_distance(

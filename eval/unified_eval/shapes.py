@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from unified_eval.intervals import bootstrap_interval, wilson_interval
+from unified_eval.intervals import share_interval
 
 PALETTE = {
     "red": (225, 30, 40), "orange": (250, 135, 15), "yellow": (255, 230, 40), "green": (25, 155, 70),
@@ -343,8 +343,8 @@ def summarise_records(records: Sequence[Mapping[str, Any]], seed: int = 0) -> di
     """Count what :func:`scene_records` yielded.
 
     Returns:
-        Three dicts by the same names: ``figures``; ``intervals``, 95 % (Wilson's if every prompt has one picture, else
-        a bootstrap over prompts, of which 2 are needed); ``recipes``, each with ``label`` and ``n``. The names are
+        Three dicts by the same names: ``figures``; ``intervals``, 95 % (see
+        :func:`unified_eval.intervals.share_interval`); ``recipes``, each with ``label`` and ``n``. The names are
         ``shapes_correct``; ``shapes_task_<tag>`` and their mean ``shapes_task_mean`` (without interval);
         ``shapes_aspect_<aspect>``, among pictures about which it is claimed; and with several pictures a prompt
         ``shapes_any_correct``, the share of prompts with a correct one.
@@ -360,10 +360,7 @@ def summarise_records(records: Sequence[Mapping[str, Any]], seed: int = 0) -> di
 
     def add(name: str, label: str, hits: Sequence[bool], groups: Sequence[str]) -> None:
         out["figures"][name] = sum(hits) / len(hits)
-        if len(set(groups)) == len(groups):
-            out["intervals"][name] = wilson_interval(sum(hits), len(hits))
-        elif len(set(groups)) > 1:
-            out["intervals"][name] = bootstrap_interval(np.array(hits, dtype=float), groups, seed=seed)
+        out["intervals"][name] = share_interval(hits, groups, seed)
         out["recipes"][name] = {"label": label, "n": len(hits), "prompts": len(set(groups)), "checker": "from pixels"}
 
     add("shapes_correct", "pictures of shapes with every claim true", [r["correct"] for r in records], prompts)
