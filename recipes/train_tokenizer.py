@@ -62,7 +62,9 @@ class TokenizerTraining:
     l1_weight: float = 0.1  # beside the squared error; sharpens edges
     perceptual: str | None = None  # edges (gradients at three scales, needs no weights) or lpips
     perceptual_weight: float = 0.1
-    lpips_weights: list[str] = field(default_factory=list)  # files: torchvision's vgg16, the linear layers of LPIPS
+    lpips_weights: list[str] = field(
+        default_factory=list
+    )  # torchvision's vgg16 and LPIPS' linear layers: files or hf-hub:...
     discriminator: DiscriminatorSettings | None = None
     ema_decay: float | None = None  # average of the weights; it is what is validated and saved
     shift: int = 6  # pictures are moved by up to so many pixels

@@ -4,6 +4,7 @@ import argparse
 import json
 import re
 
+import huggingface_hub
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,14 @@ from transformers import (
     JanusVQVAEConfig,
 )
 
-from unified_tokenizers import VQGAN, AutoImageTokenizer, Emu3Tokenizer, ImageTokenizer, vqgan_from_weights
+from unified_tokenizers import (
+    VQGAN,
+    AutoImageTokenizer,
+    Emu3Tokenizer,
+    ImageTokenizer,
+    read_weights,
+    vqgan_from_weights,
+)
 
 WIDTHS, BLOCKS, LATENT, CODES, DIM = (32, 64, 64), 2, 16, 24, 8
 
@@ -399,3 +407,16 @@ class TestBadFiles:
             vqgan_from_weights(state, "x").encode(torch.zeros(1, 3, 18, 16))
         with pytest.raises(ValueError, match=r"codes: values 24..24 leave the codebook \[0, 24\)"):
             vqgan_from_weights(state, "x").decode(torch.full((1, 2, 2), 24))
+
+
+def test_weights_file_on_the_hub(monkeypatch, tmp_path):
+    """The name is taken apart for huggingface_hub, which downloads; a name without a file is refused."""
+    torch.save({"a": torch.ones(2)}, tmp_path / "w.pt")
+    asked = []
+    monkeypatch.setattr(
+        huggingface_hub, "hf_hub_download", lambda *names: asked.append(names) or str(tmp_path / "w.pt")
+    )
+    assert read_weights("hf-hub:owner/name/sub/w.pt")["a"].tolist() == [1, 1]
+    assert asked == [("owner/name", "sub/w.pt")]
+    with pytest.raises(ValueError, match="'hf-hub:owner/name' is not of the form hf-hub:owner/name/file"):
+        read_weights("hf-hub:owner/name")

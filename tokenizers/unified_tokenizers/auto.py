@@ -10,7 +10,7 @@ from unified_tokenizers.emu3 import Emu3Tokenizer
 from unified_tokenizers.layouts import vqgan_from_weights
 from unified_tokenizers.vq_model import VQConfig, VQModel
 from unified_tokenizers.vqgan import VQGAN, VQGANConfig
-from unified_tokenizers.weights import PICKLES, cut_prefix, read_weights
+from unified_tokenizers.weights import PICKLES, cut_prefix, local_file, read_weights
 
 for _config, _model in ((VQConfig, VQModel), (VQGANConfig, VQGAN)):
     AutoConfig.register(_config.model_type, _config)
@@ -38,13 +38,13 @@ class AutoImageTokenizer:
         Args:
             pretrained_model_name_or_path: a folder written by ``save_pretrained``; a weights file of LlamaGen
                 (``vq_ds16_*.pt``), Janus or Chameleon (``vqgan.ckpt``), or a folder with one; a model folder of Janus or
-                Emu3; or a name on the Hub.
+                Emu3; a name on the Hub, or a file there as ``hf-hub:owner/name/file``.
             kwargs: options of transformers' ``from_pretrained``, for folders of a tokenizer alone.
 
         Raises:
             ValueError: if the path does not exist, or holds something other than a known image tokenizer.
         """
-        path = Path(pretrained_model_name_or_path)
+        path = local_file(pretrained_model_name_or_path)
         name = str(pretrained_model_name_or_path)
         if path.is_file():
             return _from_weights_file(path)

@@ -39,7 +39,8 @@ class LPIPS(nn.Module):
 
     Args:
         backbone: file with torchvision's VGG16 (``vgg16-397923af.pth``), all of it or its ``features``.
-        linear: file with the five linear layers of LPIPS 0.1 (``vgg.pth`` of the lpips package).
+        linear: file with the five linear layers of LPIPS 0.1 (``vgg.pth`` of the lpips package). Either may also be a
+            file on the Hub, ``hf-hub:owner/name/file``.
 
     Raises:
         ValueError: if a file is missing, of another network, or holds more than tensors.

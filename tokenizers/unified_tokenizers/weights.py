@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 WRAPPERS = ("model", "module", "state_dict")  # LlamaGen under DDP, DeepSpeed, Lightning
+HUB = "hf-hub:"
 PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 _WHOLE = ("model.safetensors", "pytorch_model.bin")
 
@@ -21,7 +22,7 @@ def read_weights(path: str | Path, prefixes: tuple[str, ...] = ("",)) -> dict[st
     Args:
         path: a safetensors file, a pickled one (``.pt``, ``.pth``, ``.ckpt``, ``.bin``; opened with ``weights_only=True``)
             with the tensors at its top or under ``model``, ``module`` or ``state_dict``, or a folder with one of them or
-            with shards and their index.
+            with shards and their index; or a file on the Hub as ``hf-hub:owner/name/file``.
         prefixes: read only names that start with one of these, and cut it off.
 
     Returns:
@@ -30,13 +31,30 @@ def read_weights(path: str | Path, prefixes: tuple[str, ...] = ("",)) -> dict[st
     Raises:
         ValueError: if there is no such file, it holds anything but tensors, or no name starts with a prefix.
     """
-    path = Path(path)
+    path = local_file(path)
     state: dict[str, Tensor] = {}
     for file in _files(path):
         state |= _read_safetensors(file, prefixes) if file.suffix == ".safetensors" else _read_pickle(file, prefixes)
     if not state:
         raise ValueError(f"weights: no tensor of {str(path)!r} has a name that starts with {' or '.join(prefixes)}.")
     return state
+
+
+def local_file(path: str | Path) -> Path:
+    """The path itself, or the download of a file named ``hf-hub:owner/name/file``.
+
+    Raises:
+        ValueError: if the name is not of that form.
+    """
+    name = str(path)
+    if not name.startswith(HUB):
+        return Path(path)
+    parts = name.removeprefix(HUB).split("/", 2)
+    if len(parts) < 3:
+        raise ValueError(f"weights: {name!r} is not of the form {HUB}owner/name/file.")
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download("/".join(parts[:2]), parts[2]))
 
 
 def cut_prefix(names: Iterable[str], prefixes: tuple[str, ...]) -> dict[str, str]:
