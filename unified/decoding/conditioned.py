@@ -57,6 +57,5 @@ def generate_conditioned(
     state = read(decoder, prefix, nowhere, real, torch.arange(rows, device=model.device), grid[0] * grid[1])
     offsets, _ = span_offsets(grid, 1, "2d", "unit", 0.0)
     coordinates = offsets.to(model.device).expand(rows, -1, -1)
-    for codes in continue_span(decoder, state, coordinates, sampling, generators):
-        pass
+    *_, codes = continue_span(decoder, state, coordinates, sampling, generators)
     return codes.reshape(count, *grid)
