@@ -8,6 +8,7 @@ from typing import Any, cast
 from peft import LoraConfig, LoraModel, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor
 
 from unified.model import UnifiedForCausalLM
 
@@ -66,9 +67,12 @@ def base_of(model: UnifiedForCausalLM | PeftModel) -> UnifiedForCausalLM:
     return cast(UnifiedForCausalLM, model.get_base_model()) if isinstance(model, PeftModel) else model
 
 
-def save_lora(model: PeftModel, save_directory: str | Path) -> None:
-    """Write the adapter (safetensors and JSON) and the layout that it belongs to."""
-    model.save_pretrained(str(save_directory))
+def save_lora(model: PeftModel, save_directory: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
+    """Write the adapter (safetensors and JSON) and the layout that it belongs to.
+
+    ``state_dict`` replaces the model's own weights, for models whose weights are cut over processes.
+    """
+    model.save_pretrained(str(save_directory), state_dict=state_dict)  # type: ignore[arg-type]
     (Path(save_directory) / LAYOUT_FILE).write_text(json.dumps(layout_of(base_of(model)), indent=2))
 
 

@@ -99,8 +99,10 @@ class UnifiedPipeline(LoraMethods):
         image_tokenizer = AutoImageTokenizer.from_pretrained(folder / "image_tokenizer")
         return cls(model, image_tokenizer, load_text_tokenizer(folder / "text_tokenizer"))
 
-    def save_pretrained(self, save_directory: str | Path) -> None:
+    def save_pretrained(self, save_directory: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write the base model and both tokenizers: safetensors, JSON and the sentencepiece model; no pickle.
+
+        ``state_dict`` replaces the model's own weights, for models whose weights are cut over processes.
 
         Raises:
             ValueError: if adapters are loaded; save those with ``unified.lora.save_lora`` and unload them first.
@@ -109,7 +111,7 @@ class UnifiedPipeline(LoraMethods):
             raise ValueError("save_pretrained: adapters are loaded; call unload_lora_weights() first.")
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        self.model.save_pretrained(folder / "model")
+        self.model.save_pretrained(folder / "model", state_dict=state_dict)
         self.image_tokenizer.save_pretrained(folder / "image_tokenizer")
         self.text_tokenizer.save_pretrained(folder / "text_tokenizer")
         description = {

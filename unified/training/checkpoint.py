@@ -16,7 +16,7 @@ from unified.settings import dump_settings
 _STATE_FILE = "trainer_state.json"
 _SETTINGS_FILE = "settings.yaml"
 # Settings that change nothing of what is learned.
-_FREE = ("output_dir", "resume", "allow_changes", "keep_checkpoints", "checkpoint_every", "track_with")
+_FREE = ("output_dir", "resume", "allow_changes", "keep_checkpoints", "checkpoint_every", "track_with", "processes")
 
 
 def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, slots: int, keep: int, settings: object) -> None:

@@ -107,6 +107,7 @@ class TrainConfig:
     steps: int = MISSING
     batch_size: int = 32  # per process
     gradient_accumulation_steps: int = 1
+    processes: int | None = None  # refuse to run in another number of processes than this
     mixed_precision: str | None = None  # no, bf16, fp16; default: what accelerate launch says
     seed: int = 0
     log_every: int = 10

@@ -1,13 +1,13 @@
 """The training loop: next-patch stages, one optimizer step after the other."""
 
-import math
 import time
+from itertools import islice
 from pathlib import Path
 from typing import cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device, set_seed
+from accelerate.utils import DistributedType, send_to_device, set_seed
 from peft import PeftModel
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 from unified.lora import base_of, save_lora
 from unified.model import UnifiedForCausalLM
-from unified.npp import slot_counts
 from unified.pipeline import UnifiedPipeline
 from unified.settings import dump_settings
 from unified.training.batches import CaptionedBatches, loader
@@ -25,10 +24,10 @@ from unified.training.checkpoint import (
     find_checkpoint,
     load_checkpoint,
     save_checkpoint,
-    save_failed_batch,
 )
 from unified.training.config import TrainConfig
 from unified.training.optimizer import build_optimizers
+from unified.training.step import train_step
 from unified.training.tracking import LossMeter, RunLog
 from unified.training.validation import caption_loss, image_loss
 
@@ -46,6 +45,11 @@ def train(config: TrainConfig) -> Path:
         log_with=config.track_with or None,
         project_dir=output,
     )
+    if config.processes not in (None, accelerator.num_processes):
+        raise ValueError(
+            f"processes: {config.processes} wanted, {accelerator.num_processes} started. `accelerate launch --cpu` starts "
+            "one whatever it is told; on CPUs use `torchrun --nproc_per_node N`, with ACCELERATE_USE_CPU=true set."
+        )
     checkpoint = find_checkpoint(config.resume, output / "checkpoints") if config.resume else None
     if checkpoint:
         check_settings(checkpoint, config, config.allow_changes)
@@ -56,7 +60,8 @@ def train(config: TrainConfig) -> Path:
     accelerator.init_trackers("tensorboard")
 
     model, image_tokenizer, text_tokenizer = build_parts(config)
-    layout = base_of(model).config.layout
+    layout_config = base_of(model).config
+    layout = layout_config.layout
     train_rows, validation_rows = open_codes(accelerator, config, image_tokenizer)
     accumulation = config.gradient_accumulation_steps
     batches = CaptionedBatches(
@@ -66,6 +71,7 @@ def train(config: TrainConfig) -> Path:
     )  # fmt: skip
 
     schedule = config.patch_schedule()
+    check_sharding(accelerator, config)
     model, *optimizers = accelerator.prepare(model, *build_optimizers(model, config.optimizer))
     ema = _average_of(accelerator.unwrap_model(model), config.optimizer.ema_decay)
     if ema is not None:
@@ -99,27 +105,15 @@ def train(config: TrainConfig) -> Path:
     losses: dict[str, float] = {}
     meter, since, images = LossMeter(accelerator), time.monotonic(), 0
     bar = tqdm(total=config.steps, initial=step, unit="step", disable=not accelerator.is_local_main_process)
-    for batch in loader(batches, step * accumulation, config.data.num_workers):
+    stream = iter(loader(batches, step * accumulation, config.data.num_workers))
+    while step < config.steps:
         stage, patch_size = schedule.stage(step, config.steps), schedule.patch_size(step, config.steps)
-        images += len(batch["input_ids"]) * processes
-        text_slots = int(batch["attention_mask"].sum()) - int(batch["image_grids"].prod(dim=1).sum())
-        slots += (text_slots + slot_counts(batch["image_grids"], patch_size)) * processes
-        batch = send_to_device(batch, accelerator.device)
-        with accelerator.accumulate(model):
-            output_ = model(**batch, patch_size=patch_size)
-            accelerator.backward(output_.loss)
-            if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(model.parameters(), config.optimizer.gradient_clip)
-                check_gradients(accelerator, float(norm), batch, step, config)
-            rate = config.optimizer.learning_rate * schedule.lr_multiplier(step, config.steps)
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                optimizer.step()
-                optimizer.zero_grad()
-        meter.add(image_loss=output_.image_loss, text_loss=output_.text_loss)
-        if not accelerator.sync_gradients:
-            continue
+        rate = config.optimizer.learning_rate * schedule.lr_multiplier(step, config.steps)
+        parts = [send_to_device(part, accelerator.device) for part in islice(stream, accumulation)]
+        images += sum(len(part["input_ids"]) for part in parts) * processes
+        slots += train_step(
+            accelerator, model, layout_config, optimizers, parts, patch_size, rate, step, config, meter
+        )  # fmt: skip
 
         step += 1
         bar.update()
@@ -153,27 +147,20 @@ def train(config: TrainConfig) -> Path:
         if config.checkpoint_every and (step % config.checkpoint_every == 0 or last):
             save_checkpoint(accelerator, output / "checkpoints", step, slots, config.keep_checkpoints, config)
     bar.close()
+    # Gathers what is cut over processes, so all of them take part.
+    state = accelerator.get_state_dict(model) if ema is None else None
+    folder = _save(accelerator, current(), state, image_tokenizer, text_tokenizer, output)
     accelerator.end_training()
-    return _save(accelerator, current(), image_tokenizer, text_tokenizer, output)
+    return folder
 
 
-def check_gradients(
-    accelerator: Accelerator, norm: float, batch: dict[str, torch.Tensor], step: int, config: TrainConfig
-) -> None:
-    """Stop before the weights are spoilt, and keep the batch.
-
-    Raises:
-        FloatingPointError: if the gradients' norm is not finite or beyond ``optimizer.gradient_limit``.
-    """
-    if accelerator.mixed_precision == "fp16":
-        return  # the loss scaler skips steps with infinite gradients by itself
-    limit = config.optimizer.gradient_limit
-    if not math.isfinite(norm) or (limit is not None and norm > limit):
-        path = save_failed_batch(batch, Path(config.output_dir), step, accelerator.process_index)
-        raise FloatingPointError(
-            f"gradients: their norm is {norm} at step {step}; the batch is kept in {str(path)!r}. Lower "
-            "optimizer.learning_rate, or look for what is special about the batch."
-        )
+def check_sharding(accelerator: Accelerator, config: TrainConfig) -> None:
+    """Refuse options that need whole weights where they are cut over processes. Raises ValueError naming the option."""
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        for name, used in (("ema_decay", config.optimizer.ema_decay), ("name=muon", config.optimizer.name == "muon")):
+            if used:
+                raise ValueError(f"optimizer.{name}: not available with {kind.value}; leave it out or train with DDP.")
 
 
 def _average_of(model: nn.Module, decay: float | None) -> AveragedModel | None:
@@ -193,6 +180,7 @@ def _pipeline(model: UnifiedForCausalLM | PeftModel, *tokenizers: object) -> Uni
 def _save(
     accelerator: Accelerator,
     model: UnifiedForCausalLM | PeftModel,
+    state_dict: dict[str, torch.Tensor] | None,
     image_tokenizer: object,
     text_tokenizer: object,
     output: Path,
@@ -200,9 +188,9 @@ def _save(
     folder = output / ("lora" if isinstance(model, PeftModel) else "pipeline")
     if accelerator.is_main_process:
         if isinstance(model, PeftModel):
-            save_lora(model, folder)
+            save_lora(model, folder, state_dict)
         else:
-            _pipeline(model, image_tokenizer, text_tokenizer).save_pretrained(folder)
+            _pipeline(model, image_tokenizer, text_tokenizer).save_pretrained(folder, state_dict)
         accelerator.print(f"saved {folder}")
     accelerator.wait_for_everyone()
     return folder

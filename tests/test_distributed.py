@@ -1,0 +1,173 @@
+"""Several processes, or several micro-batches, learn what one process learns from the whole batch."""
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DistributedType
+from conftest import ROOT, tiny_model
+from safetensors.torch import load_file
+
+from unified.sequence import ImageSegment, TextSegment, build_sequence, collate
+from unified.training.config import load_config
+from unified.training.loop import check_sharding, train
+from unified.training.step import learned_weight
+from unified.training.tracking import read_log
+
+# Both directions, so that the parts of a batch weigh differently; token-wise weights differ most.
+OPTIONS = ["steps=6", "validate_every=6", "checkpoint_every=null", "data.captioning=0.5", "data.caption_dropout=0",
+           "schedule.patch_sizes=[2,1]", "schedule.shares=[0.5,0.5]", "optimizer.ema_decay=null",
+           "model.options.loss_normalization=token", "model.options.text_loss_weight=3"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def one_process(config_file, tmp_path_factory):
+    output = tmp_path_factory.mktemp("one")
+    train(load_config(config_file, [f"output_dir={output}", "batch_size=4", *OPTIONS]))
+    return output
+
+
+def assert_same_training(ours, theirs):
+    for a, b in zip(read_log(ours), read_log(theirs), strict=True):
+        assert a["step"] == b["step"]
+        assert a.get("slots") == b.get("slots")
+    assert read_log(ours)[-1]["validation_loss"] == pytest.approx(read_log(theirs)[-1]["validation_loss"], rel=1e-4)
+    a, b = (load_file(folder / "pipeline/model/model.safetensors") for folder in (ours, theirs))
+    for name in b:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=2e-5)
+
+
+def torchrun(processes, config_file, *overrides):
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        str(processes),
+        "--master_port",
+        "29617",
+    ]
+    return subprocess.run(
+        [*command, "recipes/train.py", "--config", str(config_file), *OPTIONS, *overrides],
+        cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def test_two_processes_equal_one(one_process, config_file, tmp_path):
+    done = torchrun(2, config_file, f"output_dir={tmp_path}", "batch_size=2", "processes=2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 process(es)" in done.stdout
+    assert_same_training(tmp_path, one_process)
+
+
+def test_another_number_of_processes_is_refused(config_file, tmp_path):
+    with pytest.raises(ValueError, match=r"processes: 2 wanted, 1 started.*torchrun --nproc_per_node"):
+        train(load_config(config_file, [f"output_dir={tmp_path}", "processes=2"]))
+
+
+def test_accumulated_batches_equal_one(config_file, tmp_path):
+    options = [option for option in OPTIONS if "captioning" not in option]
+    train(load_config(config_file, [f"output_dir={tmp_path}/a", "batch_size=4", *options]))
+    train(
+        load_config(
+            config_file, [f"output_dir={tmp_path}/b", "batch_size=2", "gradient_accumulation_steps=2", *options]
+        )
+    )
+    assert_same_training(tmp_path / "b", tmp_path / "a")
+
+
+@pytest.mark.parametrize("normalization", ["slot", "token"])
+@pytest.mark.parametrize("p", [1, 2, 4])
+def test_parts_of_a_batch_put_together_give_its_loss(p, normalization):
+    model = tiny_model(loss_normalization=normalization, text_loss_weight=0.5, image_loss_weight=2.0)
+    layout = model.config.layout
+
+    def picture(seed, loss=True):
+        codes = torch.randint(0, 20, (4, 4), generator=torch.Generator().manual_seed(seed))
+        return ImageSegment(codes, loss)
+
+    sequences = [
+        build_sequence([TextSegment([5, 6, 7]), picture(0)], layout),
+        build_sequence([picture(1, False), TextSegment([8, 9])], layout, end=True),
+        build_sequence([TextSegment([5, 6], loss=False), picture(2)], layout),
+    ]
+    parts = [collate([sequence], layout) for sequence in sequences]
+    weights = [learned_weight(part, p, model.config) for part in parts]
+    mean = sum(w * model(**part, patch_size=p).loss for w, part in zip(weights, parts, strict=True)) / sum(weights)
+    torch.testing.assert_close(mean, model(**collate(sequences, layout), patch_size=p).loss, rtol=1e-5, atol=1e-6)
+
+
+SHARDED = """
+import sys, torch, torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+sys.path.insert(0, "tests")
+from conftest import tiny_model
+from unified.sequence import ImageSegment, TextSegment, build_sequence, collate
+
+dist.init_process_group("gloo")
+mesh = torch.distributed.init_device_mesh("cpu", (2,))
+whole, cut = tiny_model().train(), tiny_model().train()
+for layer in cut.backbone.model.layers:
+    fully_shard(layer, mesh=mesh)
+fully_shard(cut, mesh=mesh)
+assert all(isinstance(p, DTensor) for p in cut.parameters())
+assert {type(m).__name__ for m in cut.modules() if type(m).__name__.startswith("FSDPLlamaDecoderLayer")}
+codes = torch.randint(0, 20, (4, 4), generator=torch.Generator().manual_seed(0))
+batch = collate([build_sequence([TextSegment([5, 6]), ImageSegment(codes)], whole.config.layout)], whole.config.layout)
+for model in (whole, cut):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for p in (4, 2, 1):
+        loss = model(**batch, patch_size=p).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.final = float(loss)
+assert abs(whole.final - cut.final) < 1e-5, (whole.final, cut.final)
+for (name, a), b in zip(whole.named_parameters(), cut.parameters()):
+    torch.testing.assert_close(b.full_tensor(), a, rtol=1e-4, atol=1e-5, msg=name)
+print("equal", whole.final)
+dist.destroy_process_group()
+"""
+
+
+def test_fully_sharded_training_equals_whole(tmp_path):
+    """FSDP2 over two processes with torch's own interface; Accelerate offers it on GPUs only."""
+    script = tmp_path / "sharded.py"
+    script.write_text(SHARDED)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        "29618",
+        str(script),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "tests"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.stdout.count("equal") == 2, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "recipes" / "accelerate").glob("*.yaml")), ids=lambda file: file.stem)
+def test_launch_configurations_are_understood(file):
+    """Read by Accelerate itself, which refuses unknown keys."""
+    config = load_config_from_file(str(file))
+    assert config.distributed_type.value in ("MULTI_GPU", "FSDP", "DEEPSPEED") and config.num_processes == 8
+    assert f"--config_file recipes/accelerate/{file.name}" in file.read_text()
+
+
+@pytest.mark.parametrize("option", [{"ema_decay": 0.9}, {"name": "muon"}])
+def test_options_that_need_whole_weights_are_refused_when_sharded(option, config_file):
+    config = load_config(config_file, ["output_dir=x", "optimizer.ema_decay=null"])
+    for name, value in option.items():
+        setattr(config.optimizer, name, value)
+    sharded = SimpleNamespace(distributed_type=DistributedType.FSDP)
+    with pytest.raises(ValueError, match=f"optimizer.{next(iter(option))}.* not available with FSDP"):
+        check_sharding(sharded, config)
