@@ -143,3 +143,12 @@ def set_adapters(model: PeftModel, names: Sequence[str], weights: Sequence[float
             for name, weight in zip(names, weights, strict=True):
                 if name in module.scaling:
                     module.set_scale(name, weight)  # type: ignore[operator]
+
+
+def merge_lora(model: PeftModel) -> UnifiedForCausalLM:
+    """Add the active adapters to the weights for good; the returned model is a plain one, which can be saved.
+
+    Raises:
+        ValueError: if the sum is not finite.
+    """
+    return cast(UnifiedForCausalLM, model.merge_and_unload(safe_merge=True))

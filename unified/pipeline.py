@@ -1,7 +1,8 @@
-"""`UnifiedPipeline`: prompt in, pictures out."""
+"""`UnifiedPipeline`: text and pictures in, pictures and text out."""
 
+import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,24 +14,31 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from unified.decoding import Sampling, generate_codes
-from unified.lora import base_of, load_lora, set_adapters, unload_lora
+from unified.conversation import as_messages, as_segments, check_sizes, continue_conversations
+from unified.decoding import Sampling, make_decoder
+from unified.decoding.backbone import Decoder
+from unified.inpainting import as_images, codes_to_keep, share_to_keep, unfinished_pictures
+from unified.lora import base_of
 from unified.model import UnifiedForCausalLM
+from unified.pipeline_lora import LoraMethods
+from unified.prompting import known_grid, per_image, plan_drawing
 from unified_tokenizers import AutoImageTokenizer, ImageTokenizer, TextTokenizer, load_text_tokenizer
 from unified_tokenizers.images import to_pil, to_uint8
 
 PIPELINE_FILE = "pipeline.json"
+OUTPUT_TYPES = ("pil", "np", "pt", "codes")
 
 
 @dataclass
 class UnifiedPipelineOutput:
-    """Pictures in the requested form and their codes ``(N, h, w)``."""
+    """Pictures in the requested form and their codes ``(N, h, w)``, -1 where drawing was interrupted."""
 
     images: list[Image.Image] | np.ndarray | Tensor
     codes: Tensor
+    interrupted: bool = False
 
 
-class UnifiedPipeline:
+class UnifiedPipeline(LoraMethods):
     """A unified model with its image and text tokenizer.
 
     Args:
@@ -61,6 +69,9 @@ class UnifiedPipeline:
         self.image_tokenizer = image_tokenizer
         self.text_tokenizer = text_tokenizer
         self._progress_bar: dict[str, Any] = {}
+        self._interrupted = False
+        self._fast: dict[str, bool] | None = None  # options of a decoder that is kept between calls
+        self._kept: Decoder | None = None
 
     @classmethod
     def from_pretrained(
@@ -112,6 +123,7 @@ class UnifiedPipeline:
     def to(self, *args: Any, **kwargs: Any) -> "UnifiedPipeline":
         """Move the model and the image tokenizer to a device; a dtype goes to the model only."""
         self.model.to(*args, **kwargs)
+        self._kept = None
         if isinstance(self.image_tokenizer, torch.nn.Module):
             self.image_tokenizer.to(self.model.device)
         return self
@@ -123,10 +135,9 @@ class UnifiedPipeline:
     @property
     def default_size(self) -> tuple[int, int]:
         """Height and width in pixels of the first grid that the model was trained on."""
-        grids = base_of(self.model).config.image_grids
-        if not grids:
-            raise ValueError("height, width: the model does not say which grids it was trained on; give both.")
-        return grids[0][0] * self.image_tokenizer.downsample, grids[0][1] * self.image_tokenizer.downsample
+        stride = self.image_tokenizer.downsample
+        height, width = known_grid(base_of(self.model).config, stride, None, None)
+        return height * stride, width * stride
 
     def __call__(
         self,
@@ -142,6 +153,9 @@ class UnifiedPipeline:
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         output_type: str = "pil",
         callback_on_step_end: Callable[["UnifiedPipeline", int, Tensor], None] | None = None,
+        guidance_schedule: str | Callable[[float], float] = "constant",
+        decoding: str = "plain",
+        known: Tensor | None = None,
     ) -> UnifiedPipelineOutput:
         """Draw pictures for prompts.
 
@@ -152,107 +166,230 @@ class UnifiedPipeline:
             negative_prompt: what to steer away from; one for all, or one per prompt. Default: the empty caption.
             num_images_per_prompt: pictures per caption; those of one caption are adjacent in the output.
             temperature, top_k, top_p: see :class:`unified.decoding.Sampling`.
-            generator: one ``torch.Generator`` per picture, or one that seeds them all; fixes the result.
+            generator: one ``torch.Generator`` per picture, or one that seeds them all; fixes the result, whatever else is
+                in the batch. The same generator with another caption changes only what has to change.
             output_type: ``pil``, ``np`` (N, H, W, 3 uint8), ``pt`` (N, 3, H, W in [-1, 1]) or ``codes``.
-            callback_on_step_end: called as ``f(pipeline, index, codes (N, index + 1))`` after every code.
+            callback_on_step_end: called as ``f(pipeline, index, codes (N, index + 1))`` after every code, with
+                speculative decoding after every pass; -1 stands for codes that a picture does not have yet.
+            guidance_schedule: see :class:`unified.decoding.Sampling`.
+            decoding: ``plain``; ``jacobi`` (the same pictures) or ``sjd`` (the same distribution), often faster for few
+                pictures; ``gsd``, faster and not exact. See :mod:`unified.decoding.speculative`.
+            known: ``(N, h, w)`` codes that are forced, -1 where the model draws; one for all, per prompt or per picture.
 
         Raises:
             ValueError: for an empty or too long prompt, a size the model does not know, lists of the wrong length,
-                or an unknown ``output_type``.
+                or an unknown ``output_type`` or ``decoding``.
         """
-        if output_type not in ("pil", "np", "pt", "codes"):
-            raise ValueError(f"output_type: {output_type!r} is unknown; use 'pil', 'np', 'pt' or 'codes'.")
-        if not isinstance(prompt, str | Sequence) or not prompt:
-            raise ValueError(f"prompt: {prompt!r} is not a caption; give a non-empty string, or a list of them.")
-        sampling = Sampling(guidance_scale, temperature, top_k, top_p)
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        negatives = (
-            [negative_prompt] * len(prompts)
-            if negative_prompt is None or isinstance(negative_prompt, str)
-            else list(negative_prompt)
-        )
-        if len(negatives) != len(prompts):
-            raise ValueError(
-                f"negative_prompt: {len(negatives)} given for {len(prompts)} prompts; give one, or one each."
-            )
-        if num_images_per_prompt < 1:
-            raise ValueError(f"num_images_per_prompt: {num_images_per_prompt} must be at least 1.")
-        grid = self._grid(height, width)
-        rows = [self._ids(text, grid) for text in prompts for _ in range(num_images_per_prompt)]
-        negative_rows = [
-            self._ids(text, grid, optional=True) for text in negatives for _ in range(num_images_per_prompt)
-        ]
-        generators = _per_image(generator, len(rows))
+        sampling = Sampling(guidance_scale, temperature, top_k, top_p, guidance_schedule)
+        *_, output = self._draw(prompt, height, width, sampling, negative_prompt, num_images_per_prompt, generator,
+                                output_type, callback_on_step_end, decoding, known, None)  # fmt: skip
+        return output
 
-        with tqdm(total=grid[0] * grid[1], unit="code", **self._progress_bar) as bar:
+    def stream(
+        self, prompt: str | Sequence[str], preview_every: int | None = None, **options: Any
+    ) -> Iterator[UnifiedPipelineOutput]:
+        """Draw pictures for prompts and show them on the way.
 
-            def on_code(index: int, codes: Tensor) -> None:
-                bar.update()
-                if callback_on_step_end is not None:
-                    callback_on_step_end(self, index, codes)
+        Args:
+            prompt: one caption or several.
+            preview_every: codes between two previews; default one row of the grid.
+            options: all other arguments of :meth:`__call__`.
 
-            codes = generate_codes(base_of(self.model), rows, negative_rows, grid, sampling, generators, on_code)
-        if output_type == "codes":
-            return UnifiedPipelineOutput(codes, codes)
-        pictures = self.image_tokenizer.decode(codes)
-        if output_type == "pt":
-            return UnifiedPipelineOutput(pictures, codes)
-        if output_type == "np":
-            return UnifiedPipelineOutput(to_uint8(pictures).permute(0, 2, 3, 1).cpu().numpy(), codes)
-        return UnifiedPipelineOutput(to_pil(pictures), codes)
+        Yields:
+            Outputs whose pictures are grey, and whose codes are -1, where nothing has been drawn; the last one is complete.
 
-    def _grid(self, height: int | None, width: int | None) -> tuple[int, int]:
-        if height is None or width is None:
-            default_height, default_width = self.default_size
-            height, width = height or default_height, width or default_width
-        stride = self.image_tokenizer.downsample
-        known = [tuple(grid) for grid in base_of(self.model).config.image_grids or []]
-        grid = (height // stride, width // stride)
-        if height % stride or width % stride or (known and grid not in known):
-            sizes = [f"{h * stride}x{w * stride}" for h, w in known]
-            raise ValueError(
-                f"height, width: {height}x{width} is not a size that the model was trained on ({', '.join(sizes)})."
-            )
-        return grid
+        Raises:
+            ValueError: as :meth:`__call__`, when the first preview is asked for.
+        """
+        bound = inspect.signature(self.__call__).bind(prompt, **options)
+        bound.apply_defaults()
+        given = bound.arguments
+        names = ("guidance_scale", "temperature", "top_k", "top_p", "guidance_schedule")
+        sampling = Sampling(*(given.pop(name) for name in names))
+        given["on_step"] = given.pop("callback_on_step_end")
+        every = 0 if preview_every is None else preview_every  # 0 stands for one row
+        if isinstance(every, bool) or not isinstance(every, int) or every < 0:
+            raise ValueError(f"preview_every: {preview_every!r} must be a whole number of codes, at least 1.")
+        yield from self._draw(sampling=sampling, preview_every=every, **given)
 
-    def _ids(self, text: str | None, grid: tuple[int, int], optional: bool = False) -> list[int]:
-        if not optional and (not isinstance(text, str) or not text.strip()):
-            raise ValueError(f"prompt: {text!r} is not a caption; give a non-empty string.")
+    def _draw(
+        self,
+        prompt: Any,
+        height: int | None,
+        width: int | None,
+        sampling: Sampling,
+        negative_prompt: Any,
+        num_images_per_prompt: int,
+        generator: Any,
+        output_type: str,
+        on_step: Callable[["UnifiedPipeline", int, Tensor], None] | None,
+        decoding: str,
+        known: Tensor | None,
+        preview_every: int | None,
+    ) -> Iterator[UnifiedPipelineOutput]:
+        """Previews, unless ``preview_every`` is None, and the finished pictures."""
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type: {output_type!r} is unknown; use one of {OUTPUT_TYPES}.")
         config = base_of(self.model).config
-        ids = self.text_tokenizer.encode(text.strip()) if text else []
-        limit = config.text_config.max_position_embeddings - grid[0] * grid[1] - 2
-        if len(ids) > limit:
-            raise ValueError(
-                f"prompt: {len(ids)} tokens, the model has room for {limit} beside the picture; shorten {text!r}."
-            )
-        start = [] if config.layout.bos_token_id is None else [config.layout.bos_token_id]
-        return [*start, *ids, config.boi_token_id]
+        grid = known_grid(config, self.image_tokenizer.downsample, height, width)
+        drawing = plan_drawing(config, self.text_tokenizer, grid, prompt, negative_prompt, num_images_per_prompt,
+                               sampling, generator, known, decoding)  # fmt: skip
+        count, steps, shown = len(drawing.rows), grid[0] * grid[1], 0
+        every = grid[1] if preview_every == 0 else preview_every
+        self._interrupted = False
+        with tqdm(total=count * steps, unit="code", **self._progress_bar) as bar:
+            for codes in drawing.codes(self._decoder()):
+                drawn = int((codes >= 0).sum())
+                bar.update(drawn - bar.n)
+                if on_step is not None:
+                    on_step(self, codes.shape[1] - 1, codes)
+                if self._interrupted:
+                    break
+                if every is not None and shown + every <= drawn // count < steps:
+                    shown = drawn // count
+                    yield self._output(codes, grid, output_type)
+        yield self._output(codes, grid, output_type)
 
-    def load_lora_weights(self, pretrained_model_name_or_path: str | Path, adapter_name: str = "default") -> None:
-        """Add a LoRA adapter and make it the active one. Raises ValueError if it belongs to another model."""
-        self.model = load_lora(self.model, pretrained_model_name_or_path, adapter_name).eval()
+    def _output(self, codes: Tensor, grid: tuple[int, int], output_type: str) -> UnifiedPipelineOutput:
+        missing = grid[0] * grid[1] - codes.shape[1]
+        codes = torch.nn.functional.pad(codes, (0, missing), value=-1).reshape(-1, *grid)
+        if output_type == "codes":
+            return UnifiedPipelineOutput(codes, codes, self._interrupted)
+        pictures: Any = unfinished_pictures(self.image_tokenizer, codes)
+        if output_type == "np":
+            pictures = to_uint8(pictures).permute(0, 2, 3, 1).cpu().numpy()
+        elif output_type == "pil":
+            pictures = to_pil(pictures)
+        return UnifiedPipelineOutput(pictures, codes, self._interrupted)
 
-    def set_adapters(self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] = 1.0) -> None:
-        """Activate one adapter or several together, with weights. Raises ValueError for unknown names."""
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        weights = [adapter_weights] * len(names) if isinstance(adapter_weights, int | float) else list(adapter_weights)
-        if not isinstance(self.model, PeftModel):
-            raise ValueError("adapter_names: no adapter is loaded; call load_lora_weights first.")
-        set_adapters(self.model, names, weights)
+    def interrupt(self) -> None:
+        """Stop drawing after the current code, from a callback or another thread; what is missing stays grey."""
+        self._interrupted = True
 
-    def unload_lora_weights(self) -> None:
-        """Drop all adapters; the base model is as it was before."""
-        if isinstance(self.model, PeftModel):
-            self.model = unload_lora(self.model)
+    def enable_fast_decoding(self, compile: bool = False, int8: bool = False) -> None:
+        """Keep a prepared decoder between calls, compiled with ``torch.compile`` or with 8-bit weights (not exact).
 
+        It holds the weights and adapters of now: call again after changing weights by hand. Loading, switching and
+        unloading adapters and :meth:`to` renew it by themselves.
 
-def _per_image(generator: torch.Generator | Sequence[torch.Generator] | None, count: int) -> list[torch.Generator]:
-    """One generator per picture; a single one (or the global state) seeds them in order."""
-    if generator is None or isinstance(generator, torch.Generator):
-        source = generator
-        device = source.device if source is not None else torch.device("cpu")
-        seeds = torch.randint(2**63 - 1, (count,), generator=source, device=device).tolist()
-        return [torch.Generator().manual_seed(seed) for seed in seeds]
-    if len(generator) != count:
-        raise ValueError(f"generator: {len(generator)} given for {count} pictures; give one, or one per picture.")
-    return list(generator)
+        Raises:
+            ValueError: if the backbone or the device does not allow it.
+        """
+        self._fast = {"compile": compile, "int8": int8}
+        self._kept = None
+        self._kept = self._decoder()
+
+    def disable_fast_decoding(self) -> None:
+        """Prepare a decoder in every call again."""
+        self._fast = self._kept = None
+
+    def _decoder(self) -> Decoder:
+        model = base_of(self.model)
+        if self._fast is None:
+            return make_decoder(model)
+        if self._kept is None or self._kept.model is not model:
+            self._kept = make_decoder(model, **self._fast)
+        return self._kept
+
+    def inpaint(
+        self,
+        prompt: str | Sequence[str],
+        image: Image.Image | Sequence[Image.Image],
+        mask_image: Image.Image | Sequence[Image.Image],
+        **options: Any,
+    ) -> UnifiedPipelineOutput:
+        """Redraw the bright part of a mask; every other code stays.
+
+        Codes are drawn row by row, so what is redrawn follows what is above it and left of it. For a larger canvas
+        see :func:`unified.inpainting.outpainting_canvas`.
+
+        Args:
+            prompt: what the whole picture shows.
+            image: one picture, or one per prompt, of a size that the model was trained on.
+            mask_image: as many masks of the same size.
+            options: as in :meth:`__call__`.
+
+        Raises:
+            ValueError: if sizes differ or are unknown to the model, and as :meth:`__call__`.
+        """
+        return self(
+            prompt, **self._sized(image), known=codes_to_keep(self.image_tokenizer, image, mask_image), **options
+        )
+
+    def variation(
+        self, prompt: str | Sequence[str], image: Image.Image | Sequence[Image.Image], keep: float = 0.5, **options: Any
+    ) -> UnifiedPipelineOutput:
+        """Draw a picture anew but for a share ``keep`` of its codes, spread at random; arguments as in :meth:`inpaint`."""
+        return self(prompt, **self._sized(image), known=share_to_keep(self.image_tokenizer, image, keep), **options)
+
+    def _sized(self, image: Any) -> dict[str, Any]:
+        images = as_images(image)
+        check_sizes(images, base_of(self.model).config, self.image_tokenizer.downsample)
+        return {"height": images[0].height, "width": images[0].width}
+
+    def caption(
+        self,
+        images: Image.Image | Sequence[Image.Image],
+        prompt: str | None = None,
+        max_new_tokens: int = 32,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    ) -> list[str]:
+        """Texts for pictures: ``<bos> <boi> codes <eoi> prompt`` and what the model writes until ``<eos>``.
+
+        Args:
+            images: one picture or several, of sizes that the model was trained on.
+            prompt: how the text begins; it is not part of the result.
+            max_new_tokens: tokens after which a text is cut off.
+            temperature, top_k, top_p: see :class:`unified.decoding.Sampling`; ``top_k=1`` takes the likeliest token.
+            generator: one per picture, or one that seeds them all.
+
+        Raises:
+            ValueError: for pictures of a size the model does not know, or a context that is too long.
+        """
+        conversations = [[image] if prompt is None else [image, prompt] for image in as_images(images)]
+        replies = self.chat(
+            conversations, max_new_tokens, 0, Sampling(1.0, temperature, top_k, top_p), generator=generator
+        )
+        return [" ".join(message for message in reply if isinstance(message, str)) for reply in replies]
+
+    def chat(
+        self,
+        messages: Sequence[Any],
+        max_new_tokens: int = 64,
+        max_images: int = 1,
+        text_sampling: Sampling | None = None,
+        image_sampling: Sampling | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    ) -> list[Any]:
+        """Continue conversations of texts and pictures with texts and pictures.
+
+        Args:
+            messages: texts and PIL pictures in turn, or a list of such conversations.
+            max_new_tokens, max_images: how much a reply may hold at most.
+            text_sampling, image_sampling: how text and codes are drawn; guidance applies to pictures.
+            height, width: size of the pictures that it draws.
+            generator: one per conversation, or one that seeds them all.
+
+        Returns:
+            The reply as a list of texts and pictures, or one reply per conversation.
+
+        Raises:
+            ValueError: for anything but texts and pictures, or a conversation that does not fit the model's context.
+        """
+        several = isinstance(messages, Sequence) and bool(messages) and not isinstance(messages[0], str | Image.Image)
+        conversations = list(messages) if several else [messages]
+        config, stride = base_of(self.model).config, self.image_tokenizer.downsample
+        read = [as_segments(each, self.image_tokenizer, self.text_tokenizer) for each in conversations]
+        check_sizes([m for each in conversations for m in each if isinstance(m, Image.Image)], config, stride)
+        replies = continue_conversations(
+            self._decoder(), read, known_grid(config, stride, height, width), self.text_tokenizer,
+            per_image(generator, len(read)), text_sampling or Sampling(), image_sampling or Sampling(), max_new_tokens,
+            max_images,
+        )  # fmt: skip
+        shown = [as_messages(reply, self.image_tokenizer, self.text_tokenizer) for reply in replies]
+        return shown if several else shown[0]

@@ -28,6 +28,10 @@ class Sampling:
     guidance_schedule: str | Callable[[float], float] = "constant"
 
     def __post_init__(self) -> None:
+        for name in ("guidance_scale", "temperature", "top_k", "top_p"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise ValueError(f"{name}: {value!r} is not a finite number.")
         if self.guidance_scale < 1:
             raise ValueError(f"guidance_scale: {self.guidance_scale} must be at least 1; 1 switches guidance off.")
         if self.temperature <= 0:

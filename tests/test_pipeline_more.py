@@ -1,0 +1,301 @@
+"""Drawing on the way, with known codes, in parts; words from pictures; conversations; what the pipeline refuses."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import generators
+from PIL import Image
+from test_lora import noisy_adapter
+
+from unified.decoding import Sampling
+from unified.inpainting import outpainting_canvas
+from unified.prompting import per_image
+from unified_tokenizers.images import to_tensor
+
+PROMPTS = ["red apple", "a cat and a dog"]
+
+
+@pytest.fixture
+def photo():
+    rng = np.random.default_rng(0)
+    return Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+# One generator, many pictures
+
+
+def test_one_generator_whatever_else_is_drawn(pipeline):
+    """Picture j of prompt i depends on the generator, i and j alone."""
+    draw = lambda prompts, count: pipeline(prompts, generator=seeded(5), num_images_per_prompt=count).codes  # noqa: E731
+    many = draw(PROMPTS, 3)
+    assert torch.equal(many[:2], draw(PROMPTS[0], 2)) and torch.equal(many[::3], draw(PROMPTS, 1))
+    assert torch.equal(draw([*PROMPTS, "blue car"], 2)[:4], many[[0, 1, 3, 4]])
+    assert len({tuple(row.flatten().tolist()) for row in many}) == 6
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 17])
+def test_seeds_of_a_single_generator_do_not_depend_on_their_number(count):
+    seeds = [g.initial_seed() for g in per_image(seeded(1), 2, count)]
+    reference = [g.initial_seed() for g in per_image(seeded(1), 3, 17)]
+    assert seeds == [reference[17 * i + j] for i in range(2) for j in range(count)]
+
+
+def test_counterfactual_edit_changes_little(pipeline):
+    """Another word with the same noise leaves most codes; with other noise, chance decides."""
+    options = {"guidance_scale": 1.0, "num_images_per_prompt": 1}
+    same, other = [], []
+    for seed in range(12):
+        before = pipeline("red apple", generator=seeded(seed), **options).codes
+        same.append((pipeline("blue apple", generator=seeded(seed), **options).codes == before).float().mean())
+        other.append((pipeline("blue apple", generator=seeded(seed + 100), **options).codes == before).float().mean())
+    assert torch.stack(same).mean() > 0.4 > 0.25 > torch.stack(other).mean()
+
+
+# On the way
+
+
+def test_stream_shows_what_is_drawn(pipeline):
+    final = pipeline("red apple", generator=generators(0), output_type="pt")
+    *previews, last = pipeline.stream("red apple", generator=generators(0), output_type="pt")
+    assert torch.equal(last.codes, final.codes) and torch.equal(last.images, final.images)
+    assert [int((p.codes >= 0).sum()) for p in previews] == [4, 8, 12]
+    for preview in previews:
+        drawn = preview.codes >= 0
+        assert torch.equal(preview.codes[drawn], final.codes[drawn])
+        grey = (~drawn).repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None].expand_as(preview.images)
+        assert (preview.images[grey] == 0).all()
+    counts = [int((p.codes >= 0).sum()) for p in pipeline.stream("red apple", preview_every=6, generator=generators(0))]
+    assert counts == [6, 12, 16]
+
+
+def test_interrupt_keeps_what_there_is(pipeline):
+    final = pipeline(PROMPTS, generator=generators(0, 1)).codes
+
+    def stop(pipe, index, codes):
+        if index == 5:
+            pipe.interrupt()
+
+    output = pipeline(PROMPTS, generator=generators(0, 1), callback_on_step_end=stop)
+    assert output.interrupted and len(output.images) == 2
+    assert torch.equal(output.codes.flatten(1)[:, :6], final.flatten(1)[:, :6])
+    assert (output.codes.flatten(1)[:, 6:] == -1).all()
+    assert not pipeline(PROMPTS, generator=generators(0, 1)).interrupted
+
+
+@pytest.mark.parametrize("decoding", ["jacobi", "sjd", "gsd"])
+def test_decoding_modes(pipeline, decoding):
+    plain = pipeline(PROMPTS, generator=generators(0, 1)).codes
+    seen = []
+    fast = pipeline(
+        PROMPTS,
+        generator=generators(0, 1),
+        decoding=decoding,
+        callback_on_step_end=lambda p, i, c: seen.append(c.shape),
+    )
+    assert fast.codes.min() >= 0 and seen[-1] == (2, 16)
+    assert torch.equal(fast.codes, plain) == (decoding == "jacobi")
+    *_, last = pipeline.stream(PROMPTS, generator=generators(0, 1), decoding=decoding)
+    assert torch.equal(last.codes, fast.codes)
+
+
+def test_guidance_schedule_reaches_the_loop(pipeline):
+    draw = lambda **options: pipeline("red apple", generator=generators(0), **options).codes  # noqa: E731
+    assert torch.equal(draw(guidance_scale=4.0, guidance_schedule=lambda share: 2.0), draw(guidance_scale=2.0))
+    # Guidance that rises from 1: the first code is that of no guidance.
+    assert draw(guidance_scale=9.0, guidance_schedule="linear")[0, 0, 0] == draw(guidance_scale=1.0)[0, 0, 0]
+
+
+# Known codes
+
+
+def test_inpainting_touches_masked_cells_only(pipeline, photo):
+    mask = Image.new("L", (16, 16))
+    mask.putpixel((5, 6), 255)  # one bright pixel marks its whole cell
+    mask.paste(255, (8, 8, 16, 16))
+    before = pipeline.image_tokenizer.encode(to_tensor([photo]))
+    redraw = torch.zeros(4, 4, dtype=torch.bool)
+    redraw[1, 1] = redraw[2:, 2:] = True
+    results = [pipeline.inpaint("red apple", photo, mask, generator=generators(seed)).codes for seed in range(3)]
+    for codes in results:
+        assert torch.equal(codes[0][~redraw], before[0][~redraw])
+    assert len({tuple(codes[0][redraw].tolist()) for codes in results}) == 3
+
+
+def test_known_codes_are_context(pipeline, photo):
+    """What is redrawn is drawn as in a plain picture whose codes happen to be the kept ones."""
+    plain = pipeline("red apple", generator=generators(3)).codes
+    known = plain.clone()
+    known[0, 2:] = -1
+    assert torch.equal(pipeline("red apple", generator=generators(3), known=known).codes, plain)
+    other = (known + 1) % 20 * (known >= 0) - (known < 0).long()
+    assert not torch.equal(pipeline("red apple", generator=generators(3), known=other).codes[0, 2:], plain[0, 2:])
+
+
+def test_variation_keeps_its_share(pipeline, photo):
+    before = pipeline.image_tokenizer.encode(to_tensor([photo]))
+    assert torch.equal(pipeline.variation("red apple", photo, keep=1.0).codes, before)
+    codes = pipeline.variation("red apple", photo, keep=0.75, generator=generators(0), num_images_per_prompt=1).codes
+    assert 12 <= int((codes == before).sum()) < 16
+    new = pipeline.variation("red apple", photo, keep=0.0, generator=generators(0)).codes
+    assert torch.equal(new, pipeline("red apple", generator=generators(0)).codes)
+
+
+def test_outpainting_keeps_the_middle(pipeline, photo):
+    small = photo.crop((0, 0, 8, 8))
+    canvas, mask = outpainting_canvas(small, 16, 16, top=4, left=8)
+    assert canvas.crop((8, 4, 16, 12)).tobytes() == small.tobytes()
+    assert np.array_equal(np.asarray(mask) == 0, np.pad(np.ones((8, 8), bool), ((4, 4), (8, 0))))
+    codes = pipeline.inpaint("red apple", canvas, mask, generator=generators(0)).codes
+    assert torch.equal(codes[0, 1:3, 2:], pipeline.image_tokenizer.encode(to_tensor([canvas]))[0, 1:3, 2:])
+    with pytest.raises(ValueError, match="image: 8x8 pixels at top 9, left 0 leave the canvas of 16x16"):
+        outpainting_canvas(small, 16, 16, top=9)
+
+
+# Words
+
+
+def test_caption_is_the_models_own_continuation(pipeline, photo):
+    """The likeliest tokens, one full forward pass each."""
+    layout = pipeline.model.config.layout
+    codes = pipeline.image_tokenizer.encode(to_tensor([photo])).flatten().tolist()
+    start = pipeline.text_tokenizer.encode("a")
+    ids = [
+        layout.bos_token_id,
+        layout.boi_token_id,
+        *(layout.text_vocab_size + c for c in codes),
+        layout.eoi_token_id,
+        *start,
+    ]
+    written = []
+    banned = [layout.boi_token_id, layout.eoi_token_id, layout.bos_token_id, layout.pad_token_id]
+    while len(written) < 6:
+        with torch.no_grad():
+            logits = pipeline.model(torch.tensor([ids]), image_grids=torch.tensor([[4, 4]])).logits[0, -1]
+        logits[banned] = float("-inf")
+        token = int(logits.argmax())
+        if token == layout.eos_token_id:
+            break
+        written.append(token)
+        ids.append(token)
+    assert written
+    both = pipeline.caption([photo, photo.rotate(90)], prompt="a", max_new_tokens=6, top_k=1)
+    assert both[0] == pipeline.text_tokenizer.decode(written)
+    assert pipeline.caption(photo.rotate(90), prompt="a", max_new_tokens=6, top_k=1) == both[1:]
+    free = [pipeline.caption(photo, temperature=5.0, generator=seeded(seed))[0] for seed in (0, 0, 1)]
+    assert free[0] == free[1] != free[2]
+
+
+def test_chat_answers_in_both(pipeline, photo, monkeypatch):
+    hot, make = Sampling(temperature=50.0), pipeline.model.text_logits
+    often = torch.zeros(pipeline.text_tokenizer.vocab_size).index_fill(
+        0, torch.tensor([pipeline.model.config.boi_token_id]), 200
+    )
+    monkeypatch.setattr(pipeline.model, "text_logits", lambda hidden: make(hidden) + often)
+    conversations = [["red apple", photo, "blue car"], [photo], ["yellow sun"]]
+    replies = pipeline.chat(
+        conversations, 30, 2, text_sampling=hot, image_sampling=Sampling(2.0), generator=generators(0, 1, 2)
+    )
+    kinds = {type(message) for reply in replies for message in reply}
+    assert kinds == {str, Image.Image}
+    assert all(message.size == (16, 16) for reply in replies for message in reply if isinstance(message, Image.Image))
+    alone = pipeline.chat(
+        conversations[1], 30, 2, text_sampling=hot, image_sampling=Sampling(2.0), generator=generators(1)
+    )
+    assert [m if isinstance(m, str) else m.tobytes() for m in alone] == [
+        m if isinstance(m, str) else m.tobytes() for m in replies[1]
+    ]
+
+
+# Switches
+
+
+def test_fast_decoding_follows_adapters(pipeline, tmp_path):
+    draw = lambda: pipeline(PROMPTS, generator=generators(1, 2), guidance_scale=2.0).codes  # noqa: E731
+    base = draw()
+    pipeline.model = noisy_adapter(pipeline.model, tmp_path, 1)
+    pipeline.enable_fast_decoding()
+    assert torch.equal(draw(), base)
+    kept = pipeline._decoder()
+    assert pipeline._decoder() is kept
+    pipeline.load_lora_weights(tmp_path, "a")
+    fast = draw()
+    pipeline.disable_fast_decoding()
+    assert torch.equal(draw(), fast) and not torch.equal(fast, base)
+    pipeline.enable_fast_decoding(int8=True)
+    assert draw().shape == base.shape
+    pipeline.disable_fast_decoding()
+    pipeline.fuse_lora()
+    assert torch.equal(draw(), fast)
+    pipeline.save_pretrained(tmp_path / "fused")
+    with pytest.raises(ValueError, match="fuse_lora: no adapter is loaded"):
+        pipeline.fuse_lora()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt": 3}, "prompt: 3 is not a caption"),
+        ({"prompt": ["red apple", 3]}, "prompt: 3 is not a caption"),
+        ({"prompt": "red apple", "negative_prompt": 3}, "negative_prompt: 3 is not a string"),
+        ({"prompt": "red apple", "temperature": "hot"}, "temperature: 'hot' is not a finite number"),
+        ({"prompt": "red apple", "guidance_scale": float("nan")}, "guidance_scale: nan is not a finite number"),
+        ({"prompt": "red apple", "guidance_schedule": "up"}, "guidance_schedule: 'up' is unknown"),
+        ({"prompt": "red apple", "guidance_schedule": lambda share: share}, "guidance_schedule: falls to 0.0"),
+        ({"prompt": "red apple", "height": 16.0}, "height: 16.0 is not a whole number"),
+        ({"prompt": "red apple", "num_images_per_prompt": 1.5}, "num_images_per_prompt: 1.5"),
+        ({"prompt": "red apple", "generator": 7}, "generator: 7 is not a torch.Generator"),
+        ({"prompt": "red apple", "generator": [7]}, r"generator: \[7\] is not a torch.Generator"),
+        ({"prompt": "red apple", "decoding": "fast"}, "decoding: 'fast' is unknown"),
+        ({"prompt": "red apple", "known": torch.zeros(1, 2, 2).long()}, r"known: shape \(1, 2, 2\), need \(1, 4, 4\)"),
+        ({"prompt": "red apple", "known": torch.zeros(3, 4, 4).long()}, r"known: shape \(3, 4, 4\), need"),
+        ({"prompt": "red apple", "known": torch.full((1, 4, 4), 20)}, r"known: values 20..20 leave the codebook"),
+    ],
+)
+def test_bad_arguments_are_named(pipeline, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pipeline(**arguments)
+    with pytest.raises(ValueError, match=message):
+        next(iter(pipeline.stream(**arguments)))
+
+
+def test_bad_pictures_and_messages_are_named(pipeline, photo):
+    with pytest.raises(ValueError, match="mask_image: 8x8 pixels, the picture has 16x16"):
+        pipeline.inpaint("red apple", photo, photo.resize((8, 8)))
+    with pytest.raises(ValueError, match="mask_image: 2 masks for 1 pictures"):
+        pipeline.inpaint("red apple", photo, [photo, photo])
+    with pytest.raises(ValueError, match=r"image: 32x32 is not a size that the model was trained on \(16x16\)"):
+        pipeline.variation("red apple", photo.resize((32, 32)))
+    with pytest.raises(ValueError, match=r"keep: 1.5 is not a share"):
+        pipeline.variation("red apple", photo, keep=1.5)
+    with pytest.raises(ValueError, match=r"image: 'photo.png' is not a PIL picture"):
+        pipeline.caption("photo.png")
+    with pytest.raises(ValueError, match=r"messages: \[\] is not a conversation"):
+        pipeline.chat([])
+    with pytest.raises(ValueError, match="messages: 3 is neither a text nor a PIL picture"):
+        pipeline.chat(["red apple", 3])
+    with pytest.raises(ValueError, match="max_new_tokens: 0 must be a whole number of at least 1"):
+        pipeline.chat(["red apple"], max_new_tokens=0)
+    with pytest.raises(ValueError, match=r"messages: .* tokens and up to 518 new ones, the model has room for 128"):
+        pipeline.chat(["red apple"], max_new_tokens=500)
+    with pytest.raises(ValueError, match=r"preview_every: 0.5"):
+        next(iter(pipeline.stream("red apple", preview_every=0.5)))
+
+
+def test_broken_weights_are_named(pipeline):
+    with torch.no_grad():
+        pipeline.model.image_head.weight[3] = float("nan")
+    for decoding in ("plain", "sjd"):
+        with pytest.raises(ValueError, match="logits: NaN"):
+            pipeline("red apple", decoding=decoding)
+
+
+def test_adapter_of_another_model_is_refused(pipeline, tmp_path):
+    from conftest import tiny_model
+
+    noisy_adapter(tiny_model(), tmp_path, 0)
+    with pytest.raises(ValueError, match="was made for another model"):
+        pipeline.load_lora_weights(tmp_path)

@@ -1,0 +1,101 @@
+"""Pictures as known codes: masks, shares that are kept, larger canvases, and pictures that are not finished."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from unified_tokenizers import ImageTokenizer
+from unified_tokenizers.images import to_tensor
+
+
+def as_images(images: Image.Image | Sequence[Image.Image]) -> list[Image.Image]:
+    """One picture or several as a list. Raises ValueError for anything else."""
+    pictures = [images] if isinstance(images, Image.Image) else images
+    if not isinstance(pictures, Sequence) or not pictures or not all(isinstance(p, Image.Image) for p in pictures):
+        raise ValueError(f"image: {images!r} is not a PIL picture; give one, or a list of them.")
+    return list(pictures)
+
+
+def codes_to_keep(
+    tokenizer: ImageTokenizer,
+    image: Image.Image | Sequence[Image.Image],
+    mask_image: Image.Image | Sequence[Image.Image],
+) -> Tensor:
+    """Codes of pictures, -1 in every cell that a mask touches.
+
+    Args:
+        tokenizer: the pipeline's image tokenizer.
+        image: one picture or several, of one size.
+        mask_image: as many masks of the same size; what is brighter than middle grey is to be redrawn.
+
+    Returns:
+        ``(N, h, w)``.
+
+    Raises:
+        ValueError: if a mask has another size or there are more or fewer masks than pictures.
+    """
+    pictures, masks = as_images(image), as_images(mask_image)
+    if len(masks) != len(pictures):
+        raise ValueError(f"mask_image: {len(masks)} masks for {len(pictures)} pictures; give one mask per picture.")
+    for picture, mask in zip(pictures, masks, strict=True):
+        if picture.size != mask.size:
+            raise ValueError(
+                f"mask_image: {mask.width}x{mask.height} pixels, the picture has {picture.width}x{picture.height}; resize it."
+            )
+    codes = tokenizer.encode(to_tensor(pictures))
+    stride = tokenizer.downsample
+    redraw = torch.from_numpy(np.stack([np.asarray(mask.convert("L")) for mask in masks]) > 127)
+    touched = redraw.unfold(1, stride, stride).unfold(2, stride, stride).any(dim=-1).any(dim=-1)
+    return codes.masked_fill(touched.to(codes.device), -1)
+
+
+def share_to_keep(
+    tokenizer: ImageTokenizer, image: Image.Image | Sequence[Image.Image], keep: float, seed: int = 0
+) -> Tensor:
+    """Codes of pictures, all but a random share ``keep`` of the cells set to -1; ``(N, h, w)``."""
+    if isinstance(keep, bool) or not isinstance(keep, int | float) or not 0 <= keep <= 1:
+        raise ValueError(f"keep: {keep!r} is not a share in [0, 1].")
+    codes = tokenizer.encode(to_tensor(as_images(image)))
+    flat = codes.flatten(1).clone()
+    for row in flat:
+        order = torch.randperm(len(row), generator=torch.Generator().manual_seed(seed))
+        row[order[round(keep * len(row)) :].to(row.device)] = -1
+    return flat.reshape(codes.shape)
+
+
+def outpainting_canvas(
+    image: Image.Image, height: int, width: int, top: int = 0, left: int = 0
+) -> tuple[Image.Image, Image.Image]:
+    """A larger picture with ``image`` at ``(top, left)``, and the mask of what is to be drawn around it.
+
+    Raises:
+        ValueError: if the picture does not fit there.
+    """
+    if top < 0 or left < 0 or top + image.height > height or left + image.width > width:
+        raise ValueError(
+            f"image: {image.width}x{image.height} pixels at top {top}, left {left} leave the canvas of {width}x{height}."
+        )
+    # The border repeats the picture's edge, so that codes near it are those of a picture that goes on.
+    pixels = np.asarray(image.convert("RGB"))
+    around = ((top, height - top - image.height), (left, width - left - image.width), (0, 0))
+    canvas = Image.fromarray(np.pad(pixels, around, mode="edge"))
+    mask = Image.new("L", (width, height), 255)
+    mask.paste(0, (left, top, left + image.width, top + image.height))
+    return canvas, mask
+
+
+def unfinished_pictures(tokenizer: ImageTokenizer, codes: Tensor) -> Tensor:
+    """Decode ``(N, h, w)`` codes to ``(N, 3, H, W)``; cells of -1, which nobody has drawn yet, are grey."""
+    missing = codes < 0
+    if not bool(missing.any()):
+        return tokenizer.decode(codes)
+    # The decoder looks across cells: what is missing repeats the last code, which harms its neighbours least.
+    flat, drawn = codes.flatten(1), (~missing).flatten(1).sum(dim=1)
+    last = flat.gather(1, (drawn - 1).clamp_min(0)[:, None]).clamp_min(0)
+    pictures = tokenizer.decode(torch.where(flat < 0, last, flat).reshape(codes.shape))
+    stride = tokenizer.downsample
+    hidden = missing.repeat_interleave(stride, dim=1).repeat_interleave(stride, dim=2)
+    return pictures.masked_fill(hidden[:, None].to(pictures.device), 0.0)

@@ -1,0 +1,156 @@
+"""What people hand to a pipeline, checked and turned into ids, grids and generators."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unified.config import UnifiedConfig
+from unified.decoding import Prompt, Sampling, iterate_codes
+from unified.decoding.backbone import Decoder
+from unified.decoding.speculative import MODES, speculate_codes
+from unified.npp import Grid
+from unified_tokenizers import TextTokenizer
+
+
+def as_prompts(prompt: Any) -> list[str]:
+    """One caption or several as a list. Raises ValueError for anything else, and for empty captions."""
+    texts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(texts, Sequence) or not texts:
+        raise ValueError(f"prompt: {prompt!r} is not a caption; give a non-empty string, or a list of them.")
+    for text in texts:
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"prompt: {text!r} is not a caption; give a non-empty string.")
+    return list(texts)
+
+
+def as_negatives(negative_prompt: Any, count: int) -> list[str]:
+    """One negative prompt per caption, "" for none. Raises ValueError on another number or type."""
+    if negative_prompt is None or isinstance(negative_prompt, str):
+        return [negative_prompt or ""] * count
+    if not isinstance(negative_prompt, Sequence) or not all(isinstance(text, str) for text in negative_prompt):
+        raise ValueError(f"negative_prompt: {negative_prompt!r} is not a string or a list of strings.")
+    if len(negative_prompt) != count:
+        raise ValueError(f"negative_prompt: {len(negative_prompt)} given for {count} prompts; give one, or one each.")
+    return list(negative_prompt)
+
+
+def known_grid(config: UnifiedConfig, stride: int, height: int | None, width: int | None) -> Grid:
+    """Code grid of a picture of ``height`` x ``width`` pixels; None stands for the model's first grid.
+
+    Raises:
+        ValueError: if the model was not trained on it.
+    """
+    known = [(int(h), int(w)) for h, w in config.image_grids or []]
+    sizes = ", ".join(f"{h * stride}x{w * stride}" for h, w in known)
+    if (height is None or width is None) and not known:
+        raise ValueError("height, width: the model does not say which grids it was trained on; give both.")
+    height = known[0][0] * stride if height is None else height
+    width = known[0][1] * stride if width is None else width
+    for name, value in (("height", height), ("width", width)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}: {value!r} is not a whole number of pixels.")
+    grid = (height // stride, width // stride)
+    if height % stride or width % stride or (known and grid not in known):
+        raise ValueError(
+            f"height, width: {height}x{width} is not a size that the model was trained on ({sizes or f'multiples of {stride}'})."
+        )
+    return grid
+
+
+def drawing_prompt(text: str, tokenizer: TextTokenizer, config: UnifiedConfig, grid: Grid) -> Prompt:
+    """``<bos> text <boi>``. Raises ValueError if the picture has no room behind it."""
+    ids = tokenizer.encode(text.strip()) if text.strip() else []
+    limit = config.text_config.max_position_embeddings - grid[0] * grid[1] - 2
+    if len(ids) > limit:
+        raise ValueError(
+            f"prompt: {len(ids)} tokens, the model has room for {limit} beside the picture; shorten {text!r}."
+        )
+    start = [] if config.layout.bos_token_id is None else [config.layout.bos_token_id]
+    return Prompt((*start, *ids, config.boi_token_id))
+
+
+def per_image(
+    generator: torch.Generator | Sequence[torch.Generator] | None, prompts: int, images_per_prompt: int = 1
+) -> list[torch.Generator]:
+    """One generator per picture.
+
+    A list is taken as it is, and picture i depends on its generator alone. A single generator, or the global state for
+    None, gives every prompt a seed in turn, and picture j of a prompt depends on that seed and j: more prompts behind it
+    or more pictures of each change nothing.
+
+    Raises:
+        ValueError: if a list has another length or holds something else.
+    """
+    count = prompts * images_per_prompt
+    if generator is None or isinstance(generator, torch.Generator):
+        device = torch.device("cpu") if generator is None else generator.device
+        seeds = torch.randint(2**63 - 1, (prompts,), generator=generator, device=device).tolist()
+        result = []
+        for seed in seeds:
+            more = torch.randint(2**63 - 1, (images_per_prompt - 1,), generator=torch.Generator().manual_seed(seed))
+            result += [torch.Generator().manual_seed(each) for each in (seed, *more.tolist())]
+        return result
+    if not isinstance(generator, Sequence) or not all(isinstance(each, torch.Generator) for each in generator):
+        raise ValueError(f"generator: {generator!r} is not a torch.Generator or a list of them.")
+    if len(generator) != count:
+        raise ValueError(f"generator: {len(generator)} given for {count} pictures; give one, or one per picture.")
+    return list(generator)
+
+
+@dataclass
+class Drawing:
+    """A batch of pictures to be drawn, one row each; the fields are arguments of the decoding loops."""
+
+    rows: list[Prompt]
+    negatives: list[Prompt]
+    grid: Grid
+    sampling: Sampling
+    generators: list[torch.Generator]
+    known: Tensor | None
+    mode: str
+
+    def codes(self, decoder: Decoder) -> Iterator[Tensor]:
+        """The codes so far ``(N, n)``, growing; -1 where a picture has none yet."""
+        arguments = (decoder, self.rows, self.negatives, self.grid, self.sampling, self.generators, self.known)
+        return iterate_codes(*arguments) if self.mode == "plain" else speculate_codes(*arguments, mode=self.mode)
+
+
+def plan_drawing(
+    config: UnifiedConfig,
+    tokenizer: TextTokenizer,
+    grid: Grid,
+    prompt: Any,
+    negative_prompt: Any,
+    images_per_prompt: int,
+    sampling: Sampling,
+    generator: Any,
+    known: Tensor | None,
+    mode: str,
+) -> Drawing:
+    """Check the arguments of a pipeline's call and lay them out, the pictures of one caption side by side.
+
+    Raises:
+        ValueError: naming the argument that is wrong.
+    """
+    prompts = as_prompts(prompt)
+    negatives = as_negatives(negative_prompt, len(prompts))
+    if isinstance(images_per_prompt, bool) or not isinstance(images_per_prompt, int) or images_per_prompt < 1:
+        raise ValueError(f"num_images_per_prompt: {images_per_prompt!r} must be a whole number of at least 1.")
+    if mode not in ("plain", *MODES):
+        raise ValueError(f"decoding: {mode!r} is unknown; use one of {('plain', *MODES)}.")
+    count = len(prompts) * images_per_prompt
+    if known is not None:
+        if known.ndim != 3 or len(known) not in (1, len(prompts), count):
+            raise ValueError(
+                f"known: shape {tuple(known.shape)}, need {(count, *grid)}, or one grid for all or for each prompt."
+            )
+        known = known.repeat_interleave(count // len(known), dim=0)
+    rows, opposite = (
+        [drawing_prompt(text, tokenizer, config, grid) for text in texts for _ in range(images_per_prompt)]
+        for texts in (prompts, negatives)
+    )
+    generators = per_image(generator, len(prompts), images_per_prompt)
+    return Drawing(rows, opposite, grid, sampling, generators, known, mode)
