@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from conftest import generators, tiny_config, tiny_model
+from safetensors.torch import load_file
 
 from unified import UnifiedPipeline
 from unified.codes import load_codes
@@ -137,6 +138,24 @@ def test_captioning_and_muon_run_learns_both_ways(config_file, tmp_path):
     final = log[-1]
     assert final["train_subset_loss"] < 1.5 < math.log(20)
     assert final["caption_loss"] < 0.5 * log[0]["text_loss"]
+
+
+def test_figures_are_measured_while_training(config_file, tmp_path):
+    """Every second step of the last stage; training itself is what it is without."""
+    sizes = []
+
+    def measure(pipeline):
+        sizes.append(pipeline("red apple", generator=generators(0)).images[0].size)
+        return {"figure": float(len(sizes))}
+
+    options = ["evaluation.every=2", "evaluation.data=d", "evaluation.clip=c", "checkpoint_every=null"]
+    train(load_config(config_file, [f"output_dir={tmp_path}/measured", *options]), measure)
+    log = read_log(tmp_path / "measured")
+    assert [(r["step"], r["figure"]) for r in log if "figure" in r] == [(8, 1.0), (10, 2.0), (12, 3.0)]
+    assert sizes == [(16, 16)] * 3
+    train(load_config(config_file, [f"output_dir={tmp_path}/plain", "checkpoint_every=null"]))
+    ours, plain = (load_file(tmp_path / name / "pipeline/model/model.safetensors") for name in ("measured", "plain"))
+    assert all(torch.equal(ours[name], plain[name]) for name in plain)
 
 
 def test_muon_takes_the_decoders_matrices_only():

@@ -100,6 +100,22 @@ class SampleConfig:
 
 
 @dataclass
+class EvaluationConfig:
+    """Figures of drawn pictures while training, from stage p = 1 on; needs the `eval` extra."""
+
+    every: int = MISSING
+    data: str = MISSING  # captioned pictures to compare with
+    split: str = "train"
+    clip: str = MISSING  # CLIP folder, or its name on the Hub
+    extractor: str = "efficientnet-lite0"
+    metrics: list[str] = field(default_factory=lambda: ["fd", "kd", "clip"])
+    num_images: int = 64
+    guidance_scale: float = 3.0
+    temperature: float = 1.0
+    seed: int = 0
+
+
+@dataclass
 class TrainConfig:
     """A whole training run."""
 
@@ -123,6 +139,7 @@ class TrainConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    evaluation: EvaluationConfig | None = None
 
     def patch_schedule(self) -> PatchSchedule:
         """The schedule object; raises ValueError on inconsistent fields."""

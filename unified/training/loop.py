@@ -1,6 +1,7 @@
 """The training loop: next-patch stages, one optimizer step after the other."""
 
 import time
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import cast
@@ -31,9 +32,14 @@ from unified.training.step import train_step
 from unified.training.tracking import LossMeter, RunLog
 from unified.training.validation import caption_loss, image_loss
 
+Measure = Callable[[UnifiedPipeline], dict[str, float]]
 
-def train(config: TrainConfig) -> Path:
+
+def train(config: TrainConfig, measure: Measure | None = None) -> Path:
     """Run a training from scratch, a full fine-tune or a LoRA run, as configured.
+
+    ``measure`` turns a pipeline into figures for the log, every ``evaluation.every`` steps of the stage p = 1 and at the
+    end; it is called on every process.
 
     Writes ``log.jsonl``, ``checkpoints/`` and ``samples/`` on the way, and at the end ``pipeline/``, or ``lora/`` if an
     adapter was trained. Returns that last folder.
@@ -143,6 +149,10 @@ def train(config: TrainConfig) -> Path:
             validate()
         if config.sample.every and (step % config.sample.every == 0 or last) and stage.patch_size == 1:
             log.pictures(step, _pipeline(current(), image_tokenizer, text_tokenizer), config.sample)
+            model.train()
+        due = config.evaluation is not None and (step % config.evaluation.every == 0 or last) and stage.patch_size == 1
+        if measure is not None and due:
+            log.write(step, **measure(_pipeline(current(), image_tokenizer, text_tokenizer)))
             model.train()
         if config.checkpoint_every and (step % config.checkpoint_every == 0 or last):
             save_checkpoint(accelerator, output / "checkpoints", step, slots, config.keep_checkpoints, config)
