@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import PreTrainedTokenizerFast
 
+from tokenizers import Tokenizer, models, pre_tokenizers
 from unified import UnifiedConfig, UnifiedForCausalLM, UnifiedPipeline
 from unified.codes import encode_source
 from unified_tokenizers import SentencePieceTokenizer, VQConfig, VQModel, train_sentencepiece
@@ -39,6 +41,17 @@ def tiny_model(seed: int = 0, **changes) -> UnifiedForCausalLM:
 @pytest.fixture(scope="session")
 def text_tokenizer(tmp_path_factory) -> SentencePieceTokenizer:
     return train_sentencepiece(CAPTIONS, tmp_path_factory.mktemp("text"), vocab_size=320)
+
+
+@pytest.fixture(scope="session")
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """A transformers tokenizer of the captions' words, with two reserved tokens."""
+    words = sorted({word for caption in CAPTIONS for word in caption.split()})
+    vocabulary = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", "<r1>", "<r2>", *words])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+                                   extra_special_tokens=["<r1>", "<r2>"])  # fmt: skip
 
 
 @pytest.fixture(scope="session")

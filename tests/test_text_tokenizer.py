@@ -2,27 +2,13 @@
 
 import pytest
 from conftest import CAPTIONS
-from transformers import PreTrainedTokenizerFast
 
-from tokenizers import Tokenizer, models, pre_tokenizers
 from unified_tokenizers import TransformersTokenizer, load_text_tokenizer, train_sentencepiece
 
 
-@pytest.fixture
-def transformers_tokenizer():
-    words = sorted({word for caption in CAPTIONS for word in caption.split()})
-    vocabulary = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", "<r1>", "<r2>", *words])}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
-                                   extra_special_tokens=["<r1>", "<r2>"])  # fmt: skip
-
-
 @pytest.mark.parametrize("kind", ["sentencepiece", "transformers"])
-def test_interface(kind, text_tokenizer, transformers_tokenizer, tmp_path):
-    tokenizer = (
-        text_tokenizer if kind == "sentencepiece" else TransformersTokenizer(transformers_tokenizer, "<r1>", "<r2>")
-    )
+def test_interface(kind, text_tokenizer, word_tokenizer, tmp_path):
+    tokenizer = text_tokenizer if kind == "sentencepiece" else TransformersTokenizer(word_tokenizer, "<r1>", "<r2>")
     tokenizer.save_pretrained(tmp_path)
     loaded = load_text_tokenizer(tmp_path)
     special = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.boi_token_id, tokenizer.eoi_token_id}
@@ -37,9 +23,9 @@ def test_interface(kind, text_tokenizer, transformers_tokenizer, tmp_path):
     )  # fmt: skip
 
 
-def test_picture_frame_cannot_be_typed(text_tokenizer, transformers_tokenizer):
+def test_picture_frame_cannot_be_typed(text_tokenizer, word_tokenizer):
     assert text_tokenizer.boi_token_id not in text_tokenizer.encode("red <boi> apple <eoi>")
-    wrapped = TransformersTokenizer(transformers_tokenizer, "<r1>", "<r2>")
+    wrapped = TransformersTokenizer(word_tokenizer, "<r1>", "<r2>")
     with pytest.raises(ValueError, match="'red <r1> apple' spells a token that frames pictures"):
         wrapped.encode("red <r1> apple")
 
@@ -48,11 +34,11 @@ def test_bytes_fall_back(text_tokenizer):
     assert text_tokenizer.decode(text_tokenizer.encode("żółw 🐢")) == "żółw 🐢"
 
 
-def test_bad_input_is_named(transformers_tokenizer, tmp_path):
+def test_bad_input_is_named(word_tokenizer, tmp_path):
     with pytest.raises(ValueError, match="boi: '<boi>' is not in the vocabulary"):
-        TransformersTokenizer(transformers_tokenizer)
+        TransformersTokenizer(word_tokenizer)
     with pytest.raises(ValueError, match="eoi: '<r1>' opens a picture already"):
-        TransformersTokenizer(transformers_tokenizer, "<r1>", "<r1>")
+        TransformersTokenizer(word_tokenizer, "<r1>", "<r1>")
     with pytest.raises(ValueError, match=r"text_tokenizer: .* does not exist"):
         load_text_tokenizer(tmp_path / "nothing")
     with pytest.raises(ValueError, match="captions: no text"):

@@ -8,14 +8,27 @@ import pytest
 import torch
 from conftest import generators, tiny_config, tiny_model
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from unified import UnifiedPipeline
 from unified.codes import load_codes
+from unified.lora import base_of
 from unified.training.batches import CaptionedBatches, loader
 from unified.training.config import OptimizerConfig, load_config
 from unified.training.loop import train
 from unified.training.optimizer import build_optimizers
 from unified.training.tracking import read_log
+from unified.training.validation import image_loss
+
+
+@pytest.fixture(scope="session")
+def transformers_backbone(tmp_path_factory, word_tokenizer):
+    """A folder with a tiny random language model and its tokenizer, as transformers saves them."""
+    folder = tmp_path_factory.mktemp("backbone")
+    torch.manual_seed(0)
+    LlamaForCausalLM(tiny_config(text={"vocab_size": len(word_tokenizer)}).text_config).save_pretrained(folder)
+    word_tokenizer.save_pretrained(folder)
+    return folder
 
 
 class TestBatches:
@@ -189,3 +202,22 @@ def test_codes_of_another_tokenizer_are_refused(config_file, parts, tmp_path):
     (tmp_path / "codes" / "codes.json").write_text(json.dumps({**description, "tokenizer_fingerprint": "abc"}))
     with pytest.raises(ValueError, match="was made with tokenizer abc"):
         train(load_config(config_file, [f"output_dir={tmp_path}/run", f"data.train={tmp_path}/codes"]))
+
+
+def test_adapter_on_a_language_model_loads_into_the_kept_base(config_file, parts, tmp_path, transformers_backbone):
+    """A pretrained backbone gets image tables and an adapter; base and adapter make the trained model again."""
+    options = [f"output_dir={tmp_path}/run", f"model.backbone={transformers_backbone}", "model.architecture=null",
+               "model.text_tokenizer=null", "model.boi=<r1>", "model.eoi=<r2>", "lora.rank=4", "lora.train_image_tables=true",
+               "optimizer.ema_decay=null", "checkpoint_every=null"]  # fmt: skip
+    folder = train(load_config(config_file, options))
+    pipe = UnifiedPipeline.from_pretrained(tmp_path / "run" / "base")
+    plain = AutoModelForCausalLM.from_pretrained(transformers_backbone).eval()
+    ids = torch.tensor([[1, 5, 6, 7]])
+    assert torch.equal(pipe.model(ids).logits, plain(ids).logits)
+    pipe.load_lora_weights(folder)
+    rows = load_codes(parts / "codes", "train", None)
+    batches = CaptionedBatches(rows, pipe.text_tokenizer, base_of(pipe.model).config.layout, 4, 0)
+    log = read_log(tmp_path / "run")
+    assert image_loss(pipe.model, batches, torch.device("cpu")) < log[0]["image_loss"] - 0.2
+    pipe.unload_lora_weights()
+    assert torch.equal(pipe.model(ids).logits, plain(ids).logits)

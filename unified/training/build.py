@@ -4,13 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from peft import PeftModel
 
 from unified.codes import encode_source, is_codes_cache, load_codes
 from unified.config import UnifiedConfig
 from unified.lora import attach_lora
 from unified.model import UnifiedForCausalLM
+from unified.pipeline import UnifiedPipeline
 from unified.training.config import DataConfig, TrainConfig
 from unified_tokenizers import AutoImageTokenizer, ImageTokenizer, TextTokenizer, load_text_tokenizer
 
@@ -18,7 +19,11 @@ Parts = tuple[UnifiedForCausalLM | PeftModel, ImageTokenizer, TextTokenizer]
 
 
 def build_parts(config: TrainConfig) -> Parts:
-    """Model (with a fresh adapter if the run trains one), image tokenizer and text tokenizer."""
+    """Model (with a fresh adapter if the run trains one), image tokenizer and text tokenizer.
+
+    An adapter for a pretrained language model needs that model with its image tables to be loaded into:
+    ``<output_dir>/base`` keeps it as a pipeline.
+    """
     source = config.model
     if source.pipeline:
         folder = Path(source.pipeline)
@@ -35,6 +40,9 @@ def build_parts(config: TrainConfig) -> Parts:
         model.gradient_checkpointing_enable()
     if config.lora is None:
         return model, image_tokenizer, text_tokenizer
+    base = Path(config.output_dir) / "base"
+    if source.backbone and PartialState().is_main_process and not base.is_dir():
+        UnifiedPipeline(model, image_tokenizer, text_tokenizer).save_pretrained(base)
     s = config.lora
     adapted = attach_lora(
         model,
