@@ -135,7 +135,7 @@ def test_lora_run_on_a_pipeline(finished, config_file, parts, tmp_path):
     assert folder.name == "lora"
     pipe = UnifiedPipeline.from_pretrained(finished / "pipeline")
     pipe.set_progress_bar_config(disable=True)
-    ids = torch.tensor([pipe._ids("red apple", (4, 4))])
+    ids = torch.tensor([[1, *pipe.text_tokenizer.encode("red apple")]])
     base = pipe.model(ids).logits
     pipe.load_lora_weights(folder)
     assert (pipe.model(ids).logits - base).abs().max() > 0.01
