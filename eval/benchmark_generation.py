@@ -112,8 +112,7 @@ def guided_logits_along(decoder: Any, rows: list[Any], codes: Tensor, sampling: 
         generate_codes(decoder, rows[:1], rows[1:], tuple(codes.shape[1:]), sampling, seeds(1), known=codes)
     finally:
         del decoder.image_logits
-    conditional, unconditional = torch.stack(seen).unbind(dim=1)
-    return unconditional + sampling.guidance_scale * (conditional - unconditional)
+    return torch.cat(seen)
 
 
 def int8_quality(model: Any, rows: list[Any], grid: tuple[int, int], sampling: Sampling) -> dict[str, float]:
