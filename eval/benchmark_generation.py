@@ -12,6 +12,7 @@ import importlib
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,6 +27,7 @@ from unified.convert import llamagen_from_weights
 from unified.decoding import Prompt, Sampling, generate_codes, generate_conditioned, make_decoder
 from unified.decoding.batcher import Batcher, Request
 from unified.decoding.speculative import MODES, speculate_codes
+from unified.lora import base_of
 from unified_eval.sheets import captioned_grid
 from unified_eval.timing import interleaved, paired_ratio
 from unified_tokenizers import VQGAN, VQGANConfig
@@ -107,9 +109,15 @@ def guided_logits_along(decoder: Any, rows: list[Any], codes: Tensor, sampling: 
     """Guided logits ``(h*w, K)`` that a decoder gives along a picture ``(1, h, w)``; rows are a prompt and its opposite."""
     seen: list[Tensor] = []
     logits = decoder.image_logits
-    decoder.image_logits = lambda hidden: seen.append(logits(hidden)) or seen[-1]
+
+    def note(hidden: Tensor) -> Tensor:
+        seen.append(logits(hidden))
+        return seen[-1]
+
+    decoder.image_logits = note
     try:
-        generate_codes(decoder, rows[:1], rows[1:], tuple(codes.shape[1:]), sampling, seeds(1), known=codes)
+        _, height, width = codes.shape
+        generate_codes(decoder, rows[:1], rows[1:], (height, width), sampling, seeds(1), known=codes)
     finally:
         del decoder.image_logits
     return torch.cat(seen)
@@ -203,34 +211,36 @@ def measure_trained(folder: str, rounds: int, llamagen: str | None, pictures: Pa
     """Goals that need a trained model: G4 and, against LlamaGen at its size, G6."""
     pipe = UnifiedPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
-    config = pipe.model.config
-    height, width = config.image_grids[0]
+    model = base_of(pipe.model)
+    config = model.config
+    height, width = (side // pipe.image_tokenizer.downsample for side in pipe.default_size)
     sampling, captions = Sampling(1.5, 0.85), ["red apple", "penguin", "house", "airplane"]
     start = [] if config.layout.bos_token_id is None else [config.layout.bos_token_id]
     rows = [Prompt((*start, *pipe.text_tokenizer.encode(c), config.boi_token_id)) for c in captions]
     nothing = [Prompt((*start, config.boi_token_id))] * len(rows)
-    decoder = make_decoder(pipe.model)
-    arguments = (decoder, rows, nothing, (height, width), sampling)
+    decoders = {"": make_decoder(model), " int8": make_decoder(model, int8=True)}
+    size = (height, width)
 
     def one_by_one() -> list[Tensor]:
         return [
-            generate_codes(
-                decoder, rows[i : i + 1], nothing[:1], (height, width), sampling, seeds(len(rows))[i : i + 1]
-            )
+            generate_codes(decoders[""], rows[i : i + 1], nothing[:1], size, sampling, seeds(len(rows))[i : i + 1])
             for i in range(len(rows))
         ]
 
-    def speculative(mode: str, window: int) -> Callable[[], Tensor]:
-        def draw() -> Tensor:
-            *_, codes = speculate_codes(*arguments, seeds(len(rows)), mode=mode, window=window)
-            return codes.reshape(-1, height, width)
+    def passes(mode: str, window: int, kind: str) -> list[Tensor]:
+        iterator = speculate_codes(
+            decoders[kind], rows, nothing, size, sampling, seeds(len(rows)), mode=mode, window=window
+        )
+        return [codes.clone() for codes in iterator]
 
-        return draw
-
-    check_equal("jacobi", speculative("jacobi", 8)(), torch.cat(one_by_one()))
-    windows = (4, 8, 16)
+    check_equal("jacobi", passes("jacobi", 8, "")[-1].reshape(-1, *size), torch.cat(one_by_one()))
+    tried = [(mode, window, "") for mode in MODES for window in (8, 16)] + [("gsd", 8, " int8"), ("gsd", 16, " int8")]
+    modes: dict[str, dict[str, Any]] = {}
     steps: dict[str, Callable[[], Any]] = {"plain": one_by_one}
-    steps |= {f"{mode} {window}": speculative(mode, window) for mode in MODES for window in windows}
+    for mode, window, kind in tried:
+        name = f"{mode} {window}{kind}"
+        steps[name] = partial(passes, mode, window, kind)
+        modes[name] = {"codes_per_pass": round(len(rows) * height * width / len(passes(mode, window, kind)), 2)}
     if llamagen:
         text = config.text_config
         generate, peer, _ = load_llamagen(
@@ -239,11 +249,8 @@ def measure_trained(folder: str, rounds: int, llamagen: str | None, pictures: Pa
         theirs = llamagen_generate(generate, peer, height, sampling)
         steps["llamagen"] = lambda: [theirs() for _ in rows]
     timings = interleaved(steps, rounds)
-    modes = {name: paired_ratio(timings, "plain", name) for name in steps if name not in ("plain", "llamagen")}
-    for mode in MODES:
-        for window in windows:
-            passes = sum(1 for _ in speculate_codes(*arguments, seeds(len(rows)), mode=mode, window=window))
-            modes[f"{mode} {window}"]["codes_per_pass"] = round(len(rows) * height * width / passes, 2)
+    for name, figures in modes.items():
+        figures |= paired_ratio(timings, "plain", name)
     exact = max((name for name in modes if not name.startswith("gsd")), key=lambda name: modes[name]["ratio"])
     goals = {"G4": {**modes[exact], "mode and window": exact}}
     if llamagen:
@@ -251,19 +258,23 @@ def measure_trained(folder: str, rounds: int, llamagen: str | None, pictures: Pa
         goals["G6"] = {**paired_ratio(timings, "llamagen", quick), "mode and window": quick}
     if pictures:
         save_modes(pipe, captions, pictures)
-    return {
-        "goals": goals, "modes against plain": modes, "prompts": captions, "int8": int8_quality(
-            pipe.model, [rows[0], nothing[0]], (height, width), sampling),
-    }  # fmt: skip
+    quality = int8_quality(model, [rows[0], nothing[0]], size, sampling)
+    return {"goals": goals, "modes against plain": modes, "prompts": captions, "int8": quality}
 
 
 def save_modes(pipe: UnifiedPipeline, captions: list[str], path: Path) -> None:
     """A sheet with one row of pictures for each decoding mode, and one with 8-bit weights."""
-    draw = {"guidance_scale": 1.5, "temperature": 0.85}
-    rows = [pipe(captions, generator=seeds(len(captions)), decoding=mode, **draw).images for mode in ("plain", *MODES)]
+
+    def draw(mode: str) -> Any:
+        return pipe(
+            captions, generator=seeds(len(captions)), decoding=mode, guidance_scale=1.5, temperature=0.85
+        ).images
+
+    rows = [draw(mode) for mode in ("plain", *MODES)]
     pipe.enable_fast_decoding(int8=True)
-    rows.append(pipe(captions, generator=seeds(len(captions)), **draw).images)
-    captioned_grid(rows, column_titles=captions, row_titles=["plain", *MODES, "plain, int8"]).save(path)
+    rows += [draw("plain"), draw("gsd")]
+    names = ["plain", *MODES, "plain, int8", "gsd, int8"]
+    captioned_grid(rows, column_titles=captions, row_titles=names).save(path)
 
 
 def sweep(rounds: int) -> list[dict[str, Any]]:

@@ -93,7 +93,8 @@ def continue_span(
     codes = torch.empty(count, steps, dtype=torch.int64, device=device)
     for step in range(steps):
         if sampling.guided:
-            hidden = guide(*hidden.chunk(2), scales[step])
+            conditional, unconditional = hidden.chunk(2)
+            hidden = guide(conditional, unconditional, scales[step])
         logits = decoder.image_logits(hidden)
         drawn = draw(filter_logits(logits, sampling), noise.at(step)[:, 0])
         if known is not None:
