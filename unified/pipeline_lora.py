@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
-from peft import PeftModel
+from peft import LoraModel, PeftModel
 
 from unified.decoding.backbone import Decoder
 from unified.lora import load_lora, merge_lora, set_adapters, unload_lora
@@ -35,6 +36,21 @@ class LoraMethods:
         if isinstance(self.model, PeftModel):
             self.model = unload_lora(self.model)
             self._kept = None
+
+    def disable_lora(self) -> None:
+        """Draw with the base model until :meth:`enable_lora`; the adapters stay loaded."""
+        self._switch(False)
+
+    def enable_lora(self) -> None:
+        """Let the active adapters count again."""
+        self._switch(True)
+
+    def _switch(self, enabled: bool) -> None:
+        if not isinstance(self.model, PeftModel):
+            raise ValueError("lora: no adapter is loaded; call load_lora_weights first.")
+        tuner = cast(LoraModel, self.model.base_model)
+        (tuner.enable_adapter_layers if enabled else tuner.disable_adapter_layers)()
+        self._kept = None
 
     def fuse_lora(self) -> None:
         """Add the active adapters to the weights for good, so that the pipeline can be saved; not needed for speed."""

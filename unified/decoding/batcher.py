@@ -207,17 +207,18 @@ class Batcher:
             row.position[side] = float(state.position[i])
 
     def _draw_codes(self, rows: list[_Row]) -> None:
-        logits = self.decoder.image_logits(self._hidden[[slot for row in rows for slot in row.slots]]).float()
-        start = 0
+        states = []
         for row in rows:
-            own, sampling = logits[start : start + len(row.slots)], row.request.image_sampling
-            start += len(row.slots)
-            step, steps = len(row.codes), row.request.grid[0] * row.request.grid[1]
+            state, sampling = self._hidden[row.slots], row.request.image_sampling
             if sampling.guided:
-                own = guide(own[:1], own[1:], sampling.scales(steps)[step])
+                scale = sampling.scales(row.request.grid[0] * row.request.grid[1])[len(row.codes)]
+                state = guide(state[:1], state[1:], scale)
+            states.append(state)
+        for own, row in zip(self.decoder.image_logits(torch.cat(states)), rows, strict=True):
             assert row.image_noise is not None  # set when the picture opened
-            row.codes.append(int(draw(filter_logits(own, sampling), row.image_noise.at(step)[:, 0])))
-            if len(row.codes) == steps:
+            noise = row.image_noise.at(len(row.codes))[:, 0]
+            row.codes.append(int(draw(filter_logits(own[None], row.request.image_sampling), noise)))
+            if len(row.codes) == row.request.grid[0] * row.request.grid[1]:
                 row.close_picture()
 
     def _draw_text(self, rows: list[_Row]) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from unified.decoding.backbone import Decoder
 from unified.decoding.engine import continue_span
 from unified.decoding.lean import make_decoder
 from unified.decoding.prefill import read
@@ -16,7 +17,7 @@ from unified.rope import span_offsets
 
 @torch.inference_mode()
 def generate_conditioned(
-    model: UnifiedForCausalLM,
+    model: UnifiedForCausalLM | Decoder,
     condition: Tensor,
     grid: Grid,
     sampling: Sampling,
@@ -26,7 +27,7 @@ def generate_conditioned(
     """Draw one picture for each condition of a model converted from LlamaGen.
 
     Args:
-        model: a model with a condition module and its own ``llamagen`` positions.
+        model: a model with a condition module and its own ``llamagen`` positions, or a decoder of one.
         condition: ``(B,)`` classes or ``(B, P, F)`` features.
         grid: code grid ``(h, w)``.
         sampling: guidance and filters.
@@ -39,13 +40,15 @@ def generate_conditioned(
     Raises:
         ValueError: if the model takes no condition, or the number of generators is another.
     """
+    decoder = model if not isinstance(model, UnifiedForCausalLM) else make_decoder(model)
+    model = decoder.model
     if model.condition is None or model.config.positions != "llamagen":
         raise ValueError(
             "model: takes no condition; use generate_codes with a prompt, or convert a LlamaGen checkpoint."
         )
     if len(generators) != len(condition):
         raise ValueError(f"generators: {len(generators)} given for {len(condition)} conditions; give one each.")
-    decoder, count = make_decoder(model), len(condition)
+    count = len(condition)
     prefix = model.condition(condition)
     if sampling.guided:
         prefix = torch.cat([prefix, model.condition(model.condition.unconditional(count))])

@@ -92,10 +92,10 @@ def continue_span(
     noise = PositionNoise(generators, decoder.model.config.codebook_size, device)
     codes = torch.empty(count, steps, dtype=torch.int64, device=device)
     for step in range(steps):
-        logits = decoder.image_logits(hidden)
         if sampling.guided:
-            conditional, unconditional = logits.chunk(2)
-            logits = guide(conditional, unconditional, scales[step])
+            conditional, unconditional = hidden.chunk(2)
+            hidden = guide(conditional, unconditional, scales[step])
+        logits = decoder.image_logits(hidden)
         drawn = draw(filter_logits(logits, sampling), noise.at(step)[:, 0])
         if known is not None:
             drawn = torch.where(known[:, step] < 0, drawn, known[:, step])

@@ -3,7 +3,6 @@
 import warnings
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 # Without VNNI, products of two full bytes overflow the 16-bit sums of the kernels; 7-bit inputs do not.
@@ -11,18 +10,21 @@ _REDUCE_RANGE = not torch.cpu._is_vnni_supported()
 
 
 class Dense:
-    """``x W^T + b`` with the weights ``(out, in)`` as they are."""
+    """``x W^T + b``. The weights ``(out, in)`` are kept turned: the rows of a decoding step are few, and a product with a
+    wide ``(in, out)`` matrix reads memory in order, up to twice as fast on a CPU.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
-        self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
+        self.turned, self.bias = weight.detach().T.contiguous(), None if bias is None else bias.detach()
 
     def __call__(self, x: Tensor) -> Tensor:
         """``(..., in)`` to ``(..., out)``."""
-        return F.linear(x, self.weight, self.bias)
+        product = x @ self.turned
+        return product if self.bias is None else product + self.bias
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
         """``residual + x W^T + b`` in one product; ``(N, out)`` and ``(N, in)``."""
-        total = torch.addmm(residual, x, self.weight.T)
+        total = torch.addmm(residual, x, self.turned)
         return total if self.bias is None else total + self.bias
 
 

@@ -74,7 +74,10 @@ _SCHEDULES: dict[str, Callable[[float], float]] = {
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
-    """Classifier-free guidance (arXiv 2207.12598) on logits ``(B, K)``."""
+    """Classifier-free guidance (arXiv 2207.12598) on logits ``(B, K)``, or on the final hidden states ``(B, D)``.
+
+    The image head is linear and has no bias, so both give the same logits; the second way runs it once, not twice.
+    """
     return unconditional + scale * (conditional - unconditional)
 
 

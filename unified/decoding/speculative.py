@@ -92,12 +92,12 @@ def _one_picture(
     bias = as_bias(shown[None, None], state.hidden.dtype)
     bias = bias if state.bias is None else bias + state.bias
     codes, done = torch.empty(steps, dtype=torch.int64, device=known.device), 0
-    logits = decoder.image_logits(state.hidden)[:, None]
+    hidden = state.hidden[:, None]
     while True:
-        # Logits belong to the codes `done`, `done + 1`, ...; the judge holds drafts for all of them but the last.
+        # Hidden states predict the codes `done`, `done + 1`, ...; the judge holds drafts for all of them but the last.
         if sampling.guided:
-            logits = guide(logits[:1], logits[1:], scales[done : done + logits.shape[1], None])
-        confirmed = judge(filter_logits(logits[0], sampling), done, known, min(window, steps))
+            hidden = guide(hidden[:1], hidden[1:], scales[done : done + hidden.shape[1], None])
+        confirmed = judge(filter_logits(decoder.image_logits(hidden[0]), sampling), done, known, min(window, steps))
         codes[done : done + len(confirmed)] = confirmed
         done += len(confirmed)
         yield codes[:done]
@@ -108,7 +108,6 @@ def _one_picture(
         cache.rewind(start + first)
         embeds = decoder.model.image_embed(inputs).expand(sides, -1, -1)
         hidden = decoder(embeds, positions[:, first:last], cache, bias[:, :, first:last, : start + last])
-        logits = decoder.image_logits(hidden)
 
 
 class _Judge:

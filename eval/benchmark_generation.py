@@ -1,0 +1,334 @@
+"""Generation speed side by side: ours against transformers' `generate()` with guidance, and against LlamaGen's.
+
+    python eval/benchmark_generation.py --json generation.json [--llamagen DIR] [--pipeline DIR] [--pictures FILE] [--sweep]
+
+One process, shared weights, interleaved rounds, warm-up dropped; ratios are medians of paired rounds with their range.
+Codes are compared with the peers' before any time is printed. Speculative decoding needs a trained model: `--pipeline`
+measures it there, and `--pictures` shows what its modes draw. Absolute times are not reported: they belong to the machine.
+"""
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmark_training import SPECIAL, our_model, plain_llama
+from unified import UnifiedPipeline
+from unified.convert import llamagen_from_weights
+from unified.decoding import Prompt, Sampling, generate_codes, generate_conditioned, make_decoder
+from unified.decoding.batcher import Batcher, Request
+from unified.decoding.speculative import MODES, speculate_codes
+from unified.lora import base_of
+from unified_eval.sheets import captioned_grid
+from unified_eval.timing import interleaved, paired_ratio
+from unified_tokenizers import VQGAN, VQGANConfig
+
+GOALS = {"G1_hf": 1.4, "G1_llamagen": 1.5, "G2": 1.9, "G3": 2.5, "G4": 1.3, "G5": 5.0, "G6": 6.0}
+SAMPLING = Sampling(guidance_scale=3.0, top_k=2000)
+GREEDY = Sampling(guidance_scale=3.0, top_k=1)
+START, NOTHING = [1, 0, 0, 2], [1, 2]  # <bos>, two words and <boi>; the unconditional side
+
+
+def seeds(count: int) -> list[torch.Generator]:
+    """Generators 0, 1, 2, ..."""
+    return [torch.Generator().manual_seed(i) for i in range(count)]
+
+
+def ours(decoder: Any, grid: int, batch: int = 1, sampling: Sampling = SAMPLING) -> Callable[[], Tensor]:
+    """Draw ``batch`` pictures after a short prompt."""
+    return lambda: generate_codes(decoder, [START] * batch, [NOTHING] * batch, (grid, grid), sampling, seeds(batch))
+
+
+def transformers_generate(model: Any, grid: int, sampling: Sampling = SAMPLING) -> Callable[[], Tensor]:
+    """The same picture by transformers: one joint table, ``generate()`` with its own guidance; text ids suppressed."""
+    llama = plain_llama(model).eval()
+    ids = torch.tensor([START])
+    options = {
+        "attention_mask": torch.ones_like(ids), "negative_prompt_ids": torch.tensor([NOTHING]),
+        "negative_prompt_attention_mask": torch.ones(1, len(NOTHING), dtype=torch.int64),
+        "guidance_scale": sampling.guidance_scale, "max_new_tokens": grid * grid, "min_new_tokens": grid * grid,
+        "do_sample": sampling.top_k != 1, "suppress_tokens": list(range(SPECIAL)), "pad_token_id": 0,
+    }  # fmt: skip
+    if sampling.top_k != 1:
+        options |= {"top_k": sampling.top_k, "top_p": 1.0, "temperature": 1.0}
+    return lambda: llama.generate(ids, **options)[0, ids.shape[1] :].reshape(1, grid, grid) - SPECIAL
+
+
+def load_llamagen(folder: str, width: int, layers: int, heads: int, codebook: int, grid: int) -> tuple[Any, Any, Any]:
+    """LlamaGen's module ``generate``, its model with random weights, and ours with the same ones.
+
+    Raises:
+        ValueError: if the folder is not a checkout of LlamaGen.
+    """
+    root = Path(folder).resolve()
+    if not (root / "autoregressive" / "models" / "generate.py").is_file():
+        raise ValueError(f"llamagen: {folder!r} has no autoregressive/models/generate.py; give the root of a clone.")
+    sys.path.insert(0, str(root))
+    try:
+        gpt: Any = importlib.import_module("autoregressive.models.gpt")
+        generate: Any = importlib.import_module("autoregressive.models.generate")
+    finally:
+        sys.path.remove(str(root))
+    torch.manual_seed(0)
+    arguments = gpt.ModelArgs(dim=width, n_layer=layers, n_head=heads, vocab_size=codebook, block_size=grid * grid)
+    peer = gpt.Transformer(arguments).eval()
+    torch.nn.init.normal_(peer.output.weight, std=0.2)  # theirs starts at zero, where every code is alike
+    state = {name: value for name, value in peer.state_dict().items() if "kv_cache" not in name}
+    return generate, peer, llamagen_from_weights(state, "random weights", num_attention_heads=heads)
+
+
+def llamagen_generate(generate: Any, peer: Any, grid: int, sampling: Sampling = SAMPLING) -> Callable[[], Tensor]:
+    """LlamaGen draws class 7."""
+    options = {"cfg_scale": sampling.guidance_scale, "top_k": sampling.top_k, "temperature": 1.0, "top_p": 1.0}
+    return lambda: generate.generate(peer, torch.tensor([7]), grid * grid, **options).reshape(1, grid, grid).long()
+
+
+def ours_as_llamagen(decoder: Any, grid: int, sampling: Sampling = SAMPLING) -> Callable[[], Tensor]:
+    """Ours draws class 7 with LlamaGen's weights."""
+    return lambda: generate_conditioned(decoder, torch.tensor([7]), (grid, grid), sampling, seeds(1))
+
+
+def check_equal(name: str, one: Tensor, other: Tensor) -> None:
+    """Raise RuntimeError unless greedy codes agree."""
+    if not torch.equal(one, other):
+        raise RuntimeError(
+            f"{name}: {int((one != other).sum())} of {one.numel()} greedy codes differ; not timing this."
+        )
+
+
+def guided_logits_along(decoder: Any, rows: list[Any], codes: Tensor, sampling: Sampling) -> Tensor:
+    """Guided logits ``(h*w, K)`` that a decoder gives along a picture ``(1, h, w)``; rows are a prompt and its opposite."""
+    seen: list[Tensor] = []
+    logits = decoder.image_logits
+
+    def note(hidden: Tensor) -> Tensor:
+        seen.append(logits(hidden))
+        return seen[-1]
+
+    decoder.image_logits = note
+    try:
+        _, height, width = codes.shape
+        generate_codes(decoder, rows[:1], rows[1:], (height, width), sampling, seeds(1), known=codes)
+    finally:
+        del decoder.image_logits
+    return torch.cat(seen)
+
+
+def int8_quality(model: Any, rows: list[Any], grid: tuple[int, int], sampling: Sampling) -> dict[str, float]:
+    """How far 8-bit weights move the distributions of the codes along one exact picture."""
+    exact, rounded = make_decoder(model), make_decoder(model, int8=True)
+    codes = generate_codes(exact, rows[:1], rows[1:], grid, sampling, seeds(1))
+    one, other = (guided_logits_along(d, rows, codes, sampling).log_softmax(-1) for d in (exact, rounded))
+    return {
+        "kl_nats_per_code": round(float(F.kl_div(other, one, log_target=True, reduction="batchmean")), 5),
+        "same_most_likely_code": round(float((one.argmax(-1) == other.argmax(-1)).float().mean()), 4),
+    }
+
+
+def measure(rounds: int, llamagen: str | None, grid: int = 16, codebook: int = 16384) -> dict[str, Any]:
+    """Goals that hold for any weights: G1, G2, G3, G5; ratios above 1 when ours is faster."""
+    model = our_model(codebook, grid=grid).eval()
+    model.config.positions = "1d"  # those of the plain transformers model
+    eager, int8 = make_decoder(model), make_decoder(model, int8=True)
+    compiled = make_decoder(model, compile=True)
+    greedy = ours(eager, grid, sampling=GREEDY)()
+    check_equal("transformers", transformers_generate(model, grid, GREEDY)(), greedy)
+    check_equal("compiled", ours(compiled, grid, sampling=GREEDY)(), greedy)
+    steps = {
+        "hf": transformers_generate(model, grid), "eager": ours(eager, grid), "compiled": ours(compiled, grid),
+        "int8": ours(int8, grid), "batch4": ours(eager, grid, 4), "batch16": ours(eager, grid, 16),
+    }  # fmt: skip
+    if llamagen:
+        generate, peer, twin = load_llamagen(llamagen, 384, 6, 6, codebook, grid)
+        plain, fast, small = make_decoder(twin), make_decoder(twin, compile=True), make_decoder(twin, int8=True)
+        theirs = llamagen_generate(generate, peer, grid, GREEDY)()
+        check_equal("LlamaGen", theirs, ours_as_llamagen(plain, grid, GREEDY)())
+        check_equal("LlamaGen, compiled", theirs, ours_as_llamagen(fast, grid, GREEDY)())
+        steps["llamagen"] = llamagen_generate(generate, peer, grid)
+        for name, decoder in (("twin", plain), ("twin_compiled", fast), ("twin_int8", small)):
+            steps[name] = ours_as_llamagen(decoder, grid)
+    steps["queue"], steps["queue_one_by_one"] = serving(eager, grid)
+    timings = interleaved(steps, rounds)
+    goals = {"G1_hf": paired_ratio(timings, "hf", "eager")}
+    if llamagen:
+        for name, step in (("G1_llamagen", "twin"), ("G2", "twin_compiled"), ("G3", "twin_int8")):
+            goals[name] = paired_ratio(timings, "llamagen", step)
+        goals["G3"]["quality"] = int8_quality(model, [START, NOTHING], (grid, grid), SAMPLING)
+    goals["G5"] = paired_ratio(timings, "eager", "batch16", scale=16)
+    others = {
+        "compiled against transformers": paired_ratio(timings, "hf", "compiled"),
+        "int8 against transformers": paired_ratio(timings, "hf", "int8"),
+        "batch 4 against batch 1, images/s": paired_ratio(timings, "eager", "batch4", scale=4),
+        "8 requests in a batch of 8 against one by one": paired_ratio(timings, "queue_one_by_one", "queue"),
+        "decoding the codes to 256 px (VQ-16) in units of drawing them": vq_share(timings, rounds),
+    }
+    return {"goals": goals, "others": others}
+
+
+def serving(decoder: Any, grid: int, count: int = 8) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Requests with prompts of their own, in one running batch that they join one step after the other, or in turn."""
+
+    def prompt(i: int) -> list[int]:
+        return [1, *[0] * i, 2]
+
+    def together() -> None:
+        batcher = Batcher(decoder, 2 * count, grid * grid + count + 4)
+        for i in range(count):
+            batcher.submit(
+                Request(
+                    Prompt(tuple(prompt(i))), (grid, grid), seeds(count)[i], SAMPLING, negative=Prompt(tuple(NOTHING))
+                )
+            )
+            batcher.step()
+        while batcher.busy:
+            batcher.step()
+
+    def in_turn() -> None:
+        for i in range(count):
+            generate_codes(decoder, [prompt(i)], [NOTHING], (grid, grid), SAMPLING, seeds(count)[i : i + 1])
+
+    return together, in_turn
+
+
+def vq_share(timings: Any, rounds: int) -> dict[str, Any]:
+    """Time of a VQ-16 decoder for one 256 px picture over that of drawing its codes."""
+    tokenizer, codes = VQGAN(VQGANConfig()).eval(), torch.zeros(1, 16, 16, dtype=torch.int64)
+    decode = interleaved({"vq": lambda: tokenizer.decode(codes)}, min(rounds, 3))["vq"]
+    ratio = median(wall for wall, _ in decode) / median(wall for wall, _ in timings["eager"])
+    return {"ratio": round(ratio, 3)}
+
+
+def measure_trained(folder: str, rounds: int, llamagen: str | None, pictures: Path | None) -> dict[str, Any]:
+    """Goals that need a trained model: G4 and, against LlamaGen at its size, G6."""
+    pipe = UnifiedPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    model = base_of(pipe.model)
+    config = model.config
+    height, width = (side // pipe.image_tokenizer.downsample for side in pipe.default_size)
+    sampling, captions = Sampling(1.5, 0.85), ["red apple", "penguin", "house", "airplane"]
+    start = [] if config.layout.bos_token_id is None else [config.layout.bos_token_id]
+    rows = [Prompt((*start, *pipe.text_tokenizer.encode(c), config.boi_token_id)) for c in captions]
+    nothing = [Prompt((*start, config.boi_token_id))] * len(rows)
+    decoders = {"": make_decoder(model), " int8": make_decoder(model, int8=True)}
+    size = (height, width)
+
+    def one_by_one() -> list[Tensor]:
+        return [
+            generate_codes(decoders[""], rows[i : i + 1], nothing[:1], size, sampling, seeds(len(rows))[i : i + 1])
+            for i in range(len(rows))
+        ]
+
+    def passes(mode: str, window: int, kind: str) -> list[Tensor]:
+        iterator = speculate_codes(
+            decoders[kind], rows, nothing, size, sampling, seeds(len(rows)), mode=mode, window=window
+        )
+        return [codes.clone() for codes in iterator]
+
+    check_equal("jacobi", passes("jacobi", 8, "")[-1].reshape(-1, *size), torch.cat(one_by_one()))
+    tried = [(mode, window, "") for mode in MODES for window in (8, 16)] + [("gsd", 8, " int8"), ("gsd", 16, " int8")]
+    modes: dict[str, dict[str, Any]] = {}
+    steps: dict[str, Callable[[], Any]] = {"plain": one_by_one}
+    for mode, window, kind in tried:
+        name = f"{mode} {window}{kind}"
+        steps[name] = partial(passes, mode, window, kind)
+        modes[name] = {"codes_per_pass": round(len(rows) * height * width / len(passes(mode, window, kind)), 2)}
+    if llamagen:
+        text = config.text_config
+        generate, peer, _ = load_llamagen(
+            llamagen, text.hidden_size, text.num_hidden_layers, text.num_attention_heads, config.codebook_size, height
+        )
+        theirs = llamagen_generate(generate, peer, height, sampling)
+        steps["llamagen"] = lambda: [theirs() for _ in rows]
+    timings = interleaved(steps, rounds)
+    for name, figures in modes.items():
+        figures |= paired_ratio(timings, "plain", name)
+    exact = max((name for name in modes if not name.startswith("gsd")), key=lambda name: modes[name]["ratio"])
+    goals = {"G4": {**modes[exact], "mode and window": exact}}
+    if llamagen:
+        quick = max((name for name in modes if name.startswith("gsd")), key=lambda name: modes[name]["ratio"])
+        goals["G6"] = {**paired_ratio(timings, "llamagen", quick), "mode and window": quick}
+    if pictures:
+        save_modes(pipe, captions, pictures)
+    quality = int8_quality(model, [rows[0], nothing[0]], size, sampling)
+    return {"goals": goals, "modes against plain": modes, "prompts": captions, "int8": quality}
+
+
+def save_modes(pipe: UnifiedPipeline, captions: list[str], path: Path) -> None:
+    """A sheet with one row of pictures for each decoding mode, and one with 8-bit weights."""
+
+    def draw(mode: str) -> Any:
+        return pipe(
+            captions, generator=seeds(len(captions)), decoding=mode, guidance_scale=1.5, temperature=0.85
+        ).images
+
+    rows = [draw(mode) for mode in ("plain", *MODES)]
+    pipe.enable_fast_decoding(int8=True)
+    rows += [draw("plain"), draw("gsd")]
+    names = ["plain", *MODES, "plain, int8", "gsd, int8"]
+    captioned_grid(rows, column_titles=captions, row_titles=names).save(path)
+
+
+def sweep(rounds: int) -> list[dict[str, Any]]:
+    """Time per code over the side of the grid, one picture; the first row is 1."""
+    rows = []
+    for grid in (8, 16, 32, 64):
+        draw = ours(make_decoder(our_model(1024, width=256, layers=4, grid=grid).eval()), grid)
+        seconds = median(wall for wall, _ in interleaved({"draw": draw}, rounds)["draw"]) / grid**2
+        rows.append({"grid": grid, "time_per_code": seconds})
+    return [{**row, "time_per_code": round(row["time_per_code"] / rows[0]["time_per_code"], 3)} for row in rows]
+
+
+def main() -> None:
+    """Check, measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="file to write")
+    parser.add_argument("--llamagen", help="checkout of FoundationVision/LlamaGen to compare with")
+    parser.add_argument("--pipeline", help="trained pipeline, for speculative decoding")
+    parser.add_argument("--pictures", type=Path, help="with --pipeline: sheet of what the decoding modes draw")
+    parser.add_argument("--rounds", type=int, default=5, help="measured rounds (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads (default: %(default)s)")
+    parser.add_argument("--grid", type=int, default=16, help="side of the code grid (default: %(default)s)")
+    parser.add_argument("--codebook", type=int, default=16384, help="number of codes (default: %(default)s)")
+    parser.add_argument("--sweep", action="store_true", help="also time per code over grids of 8 to 64")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    result: dict[str, Any] = {
+        "conditions": {
+            "torch": torch.__version__, "threads": args.threads, "rounds": args.rounds, "dtype": "float32",
+            "model": "Llama, width 384, 6 layers, 6 heads, MLP 1024", "codebook": args.codebook,
+            "codes": f"{args.grid}x{args.grid}", "prompt": "4 ids; against LlamaGen a class", "guidance": SAMPLING.guidance_scale,
+            "top_k": SAMPLING.top_k, "batch": "1 unless named", "vq_decoding": "not included",
+            "transformers": "generate() with guidance_scale, its own cache; one joint table of the same codes",
+            "ratios": "wall time, median of paired rounds, spread = min and max; peers and ours eager unless named",
+        },
+        **measure(args.rounds, args.llamagen, args.grid, args.codebook),
+    }  # fmt: skip
+    if args.pipeline:
+        trained = measure_trained(args.pipeline, args.rounds, args.llamagen, args.pictures)
+        result["goals"] |= trained.pop("goals")
+        result["trained"] = trained
+    for name, figures in result["goals"].items():
+        figures["goal"] = GOALS[name]
+        print(
+            f"{name:<12} {figures['ratio']:>7.2f}  ({figures['spread'][0]} to {figures['spread'][1]}), goal {GOALS[name]}"
+        )
+    for name, figures in (result["others"] | result.get("trained", {}).get("modes against plain", {})).items():
+        print(f"{name:<62} {figures}")
+    if args.sweep:
+        result["sweep"] = sweep(max(3, args.rounds // 2))
+        print("time per code:", {row["grid"]: row["time_per_code"] for row in result["sweep"]})
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""The command line: what it writes is what the pipeline draws; mistakes are one line and exit code 2."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import generators
+from PIL import Image
+
+from unified.cli import main
+
+
+@pytest.fixture
+def folder(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    return str(tmp_path / "pipeline")
+
+
+def test_generate(pipeline, folder, tmp_path, capsys):
+    arguments = ["generate", "--pipeline", folder, "--prompt", "red apple", "blue car", "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--seed", "4", "--num-images-per-prompt", "2", "--decoding", "jacobi"]) == 0
+    names = ["000-red-apple.png", "001-red-apple.png", "002-blue-car.png", "003-blue-car.png"]
+    assert capsys.readouterr().out.split() == [str(tmp_path / "out" / name) for name in names]
+    expected = pipeline("blue car", generator=generators(6)).images[0]
+    assert Image.open(tmp_path / "out" / names[2]).tobytes() == expected.tobytes()
+
+
+def test_inpaint_and_caption(pipeline, folder, tmp_path, capsys):
+    picture = pipeline("red apple", generator=generators(0)).images[0]
+    picture.save(tmp_path / "picture.png")
+    mask = Image.new("L", (16, 16))
+    mask.paste(255, (0, 8, 16, 16))
+    mask.save(tmp_path / "mask.png")
+    arguments = ["--pipeline", folder, "--prompt", "blue car", "--out", str(tmp_path / "out")]
+    assert (
+        main(["inpaint", *arguments, "--image", str(tmp_path / "picture.png"), "--mask", str(tmp_path / "mask.png")])
+        == 0
+    )
+    expected = pipeline.inpaint("blue car", picture, mask, generator=generators(0)).images[0]
+    assert Image.open(tmp_path / "out" / "000-blue-car.png").tobytes() == expected.tobytes()
+    capsys.readouterr()
+    assert (
+        main(["caption", "--pipeline", folder, str(tmp_path / "picture.png"), "--top-k", "1", "--max-new-tokens", "5"])
+        == 0
+    )
+    text = pipeline.caption(picture, top_k=1, max_new_tokens=5)[0]
+    assert capsys.readouterr().out == " ".join(text.split()) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", " "], "prompt: ' ' is not a caption"),
+        (["--prompt", "red apple", "--height", "32"], "height, width: 32x16"),
+        (["--prompt", "red apple", "--temperature", "0"], "temperature: 0.0 must be above 0"),
+        (["--prompt", "red apple", "--num-images-per-prompt", "0"], "num_images_per_prompt: 0"),
+        (["--prompt", "red apple", "--lora", "./nowhere"], "holds no unified_layout.json"),
+        (["--prompt", "red apple", "--pipeline", "./nowhere"], "has no pipeline.json"),
+    ],
+)
+def test_mistakes_are_one_line(folder, tmp_path, capsys, arguments, message):
+    code = main(["generate", "--pipeline", folder, "--out", str(tmp_path / "out"), *arguments])
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert code == 2 and message in lines[-1] and lines[-1].startswith("unified generate: ")
+
+
+def test_a_missing_picture_is_named(folder, capsys):
+    assert main(["caption", "--pipeline", folder, "nowhere.png"]) == 2
+    assert "nowhere.png" in capsys.readouterr().err
+
+
+def test_module_runs():
+    done = subprocess.run([sys.executable, "-m", "unified", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and all(name in done.stdout for name in ("generate", "caption", "inpaint", "serve"))

@@ -1,0 +1,7 @@
+"""``python -m unified`` is ``unified``."""
+
+import sys
+
+from unified.cli import main
+
+sys.exit(main())
