@@ -84,7 +84,7 @@ def test_page_in_a_browser(pipeline, tmp_path, browser, monkeypatch):
     options = {"guidance_scale": 1.5, "temperature": 0.85}
     expected = pipeline("red apple", generator=generators(7), **options).images[0]
     page = build_demo(pipeline, [tmp_path / "outline"], waiting=2)
-    assert page.max_threads and page._queue.max_size == 2
+    assert page._queue.max_size == 2
     finish = pipeline._output
     # As slow as a larger model, so that previews can be seen.
     monkeypatch.setattr(pipeline, "_output", lambda *given: (time.sleep(0.5), finish(*given))[1])
