@@ -11,7 +11,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from unified.conditioning import build_condition
 from unified.config import UnifiedConfig
-from unified.npp import group_embeddings, group_targets, patch_cross_entropy
+from unified.head import ImageHead, patch_losses
+from unified.npp import group_embeddings, group_targets
 from unified.rope import GridRotary
 from unified.sequence import IGNORE
 from unified.slots import SlotPlan, plan_slots, running_index
@@ -52,7 +53,7 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
         self.backbone: Any = AutoModelForCausalLM.from_config(config.text_config)
         width = self.backbone.config.hidden_size
         self.image_embed = nn.Embedding(config.codebook_size, width)
-        self.image_head = nn.Linear(width, config.codebook_size, bias=False)
+        self.image_head = ImageHead(width, config.codebook_size)
         self.condition = None if config.conditioning is None else build_condition(config.conditioning, width)
         self._wrap_rotary()
         self.post_init()
@@ -232,23 +233,20 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
             learned = (patches != IGNORE).all(dim=-1)
             states.append(flat_hidden[group.slots[learned] - 1])
             targets.append(patches[learned] - self.config.layout.text_vocab_size)
-        if not states:
-            return self._combine(text, text.new_zeros(0), patch_size)
-        image = patch_cross_entropy(self.image_head(torch.cat(states)), torch.cat(targets))
-        return self._combine(text, image, patch_size)
-
-    def _combine(self, text: Tensor, image: Tensor, patch_size: int) -> UnifiedOutput:
+        image, count = text.new_zeros(()), 0
+        if states:
+            image, count = patch_losses(self.image_head, torch.cat(states), torch.cat(targets)), sum(map(len, states))
         per_patch = patch_size**2 if self.config.loss_normalization == "token" else 1
         text_weight, image_weight = self.config.text_loss_weight, self.config.image_loss_weight * per_patch
-        weight = text_weight * text.numel() + image_weight * image.numel()
+        weight = text_weight * text.numel() + image_weight * count
         if weight == 0:
             raise ValueError(
                 "labels: no slot of the batch is learned; label at least one token (-100 means not learned)."
             )
         return UnifiedOutput(
-            loss=(text_weight * text.sum() + image_weight * image.sum()) / weight,
+            loss=(text_weight * text.sum() + image_weight * image) / weight,
             text_loss=text.mean() if text.numel() else None,
-            image_loss=image.mean() if image.numel() else None,
+            image_loss=image / count if count else None,
         )
 
 

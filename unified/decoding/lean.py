@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from unified.decoding.backbone import BackboneDecoder, Decoder
 from unified.decoding.cache import KeyValueCache
 from unified.decoding.linear import Dense, Int8
+from unified.head import ImageHead
 from unified.model import UnifiedForCausalLM
 
 FAMILIES = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
@@ -79,7 +80,7 @@ def _unsupported(model: UnifiedForCausalLM) -> str | None:
     ]
     for part in (*parts, model.image_head):
         inner = part.get_base_layer() if isinstance(part, BaseTunerLayer) else _active(part)
-        if type(inner) is not nn.Linear:
+        if type(inner) not in (nn.Linear, ImageHead):
             return f"it holds a {type(inner).__name__}"
     return None
 
