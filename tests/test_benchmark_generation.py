@@ -18,7 +18,7 @@ def test_it_runs(tmp_path):
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((tmp_path / "out.json").read_text())
-    assert set(result["goals"]) == {"G1_hf", "G5"}
+    assert set(result["goals"]) == {"G1", "G5"}
     for goal in result["goals"].values():
         assert goal["spread"][0] == goal["ratio"] == goal["spread"][1] > 0 and goal["goal"] > 1
     assert result["conditions"]["threads"] == 1

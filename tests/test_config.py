@@ -69,3 +69,10 @@ def test_missing_keys_and_files_are_named(tmp_path):
 def test_shipped_configs_load(name):
     config = load_config(ROOT / "recipes" / "configs" / name)
     assert config.patch_schedule().relative_cost() < 0.64
+
+
+def test_the_papers_stages_by_levels(config_file):
+    config = load_config(config_file, ["schedule.levels=3", "schedule.ratio=0.5", "schedule.mixed=0.1", "steps=100"])
+    schedule = config.patch_schedule()
+    assert [(s.patch_size, s.end) for s in schedule.stages(100)] == [(4, 25), (2, 50), (1, 100)]
+    assert schedule.mixed == 0.1

@@ -65,8 +65,10 @@ class LoraSettings:
 
 @dataclass
 class ScheduleConfig:
-    """Fields of ``unified.npp.PatchSchedule``."""
+    """Fields of ``unified.npp.PatchSchedule``; ``levels`` and ``ratio`` give the paper's stages instead of explicit ones."""
 
+    levels: int | None = None  # 2: patch sizes 2 and 1; 3: 4, 2 and 1; ...
+    ratio: float = 0.5  # with levels: every boundary lies at this share of the next one
     patch_sizes: list[int] = field(default_factory=lambda: [2, 1])
     shares: list[float] = field(default_factory=lambda: [0.5, 0.5])
     restart: bool = True
@@ -144,6 +146,9 @@ class TrainConfig:
     def patch_schedule(self) -> PatchSchedule:
         """The schedule object; raises ValueError on inconsistent fields."""
         s = self.schedule
+        if s.levels is not None:
+            options = {name: getattr(s, name) for name in ("restart", "warmup", "decay", "final", "mixed")}
+            return PatchSchedule.from_levels(s.levels, s.ratio, **options)
         return PatchSchedule(tuple(s.patch_sizes), tuple(s.shares), s.restart, s.warmup, s.decay, s.final, s.mixed)
 
 

@@ -1,0 +1,29 @@
+"""The benchmark of training compares losses before it times anything, and pairs what it times."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "eval"))
+
+
+def test_losses_are_compared_with_the_reference(monkeypatch):
+    import benchmark_training
+
+    assert max(benchmark_training.check_losses().values()) < 1e-5
+    monkeypatch.setattr(benchmark_training, "reference_loss", lambda *args: benchmark_training.torch.tensor(0.0))
+    with pytest.raises(RuntimeError, match="loss differs from the reference"):
+        benchmark_training.check_losses()
+
+
+def test_memory_kept_for_the_backward_pass():
+    """Larger patches keep less; the scores of all codes are never kept."""
+    import benchmark_training as b
+
+    model = b.our_model(codebook=4096, width=64, layers=1, grid=8)
+    batch = b.batch_of(model, 4, 8)
+    kept = [b.saved_megabytes(lambda p=p: model(**batch, patch_size=p)) for p in (1, 2)]
+    weights = sum(p.numel() for p in model.parameters()) * 4 / 1e6
+    scores = 4 * 64 * 4096 * 4 / 1e6
+    assert kept[1] < kept[0] < weights + scores
