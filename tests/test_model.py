@@ -143,6 +143,22 @@ def test_gradients_reach_both_tables_and_the_backbone():
     assert missing == []
 
 
+@pytest.mark.parametrize("without", ["pictures", "text"])
+def test_weights_that_a_batch_does_not_need_get_zeros(without):
+    """DDP needs a gradient of every weight on every process; the loss and the other gradients stay what they are."""
+    model = tiny_model(text={"tie_word_embeddings": False}).train()
+    layout = model.config.layout
+    batch = collate([build_sequence([TextSegment([5, 6, 7]) if without == "pictures" else image()], layout)], layout)
+    batch["labels"][batch["labels"] == layout.eoi_token_id] = -100
+    tables = {"pictures": (model.image_embed, model.image_head), "text": (model.get_output_embeddings(),)}[without]
+    loss = model(**batch).loss
+    assert torch.equal(loss, model.eval()(**batch).loss)
+    loss.backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+    assert all(table.weight.grad.count_nonzero() == 0 for table in tables)
+    assert all(layer.self_attn.q_proj.weight.grad.abs().sum() > 0 for layer in model.backbone.model.layers)
+
+
 @pytest.mark.parametrize("auto", [UnifiedForCausalLM, AutoModelForCausalLM])
 def test_save_and_load(tmp_path, auto):
     model = tiny_model(positions="2d", coarse_positions="unit")

@@ -236,6 +236,9 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
         image, count = text.new_zeros(()), 0
         if states:
             image, count = patch_losses(self.image_head, torch.cat(states), torch.cat(targets)), sum(map(len, states))
+        elif self.training:  # zeros for both image tables: DDP waits for a gradient of every weight
+            none = flat_labels[:0]
+            image = patch_losses(self.image_head, flat_hidden[:0], none[:, None]) + self.image_embed(none).sum()
         per_patch = patch_size**2 if self.config.loss_normalization == "token" else 1
         text_weight, image_weight = self.config.text_loss_weight, self.config.image_loss_weight * per_patch
         weight = text_weight * text.numel() + image_weight * count
