@@ -45,11 +45,19 @@ def test_collate_pads_on_the_right():
 
 
 def test_pack_keeps_documents_apart():
-    sequences = [build_sequence([TextSegment([7] * n)], LAYOUT) for n in (3, 4, 5)]
+    sequences = [build_sequence([TextSegment([7 + n] * n)], LAYOUT) for n in (3, 4, 5)]
     rows = pack(sequences, max_length=10)
-    assert [len(row.input_ids) for row in rows] == [9, 6]
-    assert rows[0].document_ids.tolist() == [0] * 4 + [1] * 5
+    assert [row.input_ids.tolist() for row in rows] == [[1, 10, 10, 10, 1, 12, 12, 12, 12, 12], [1, 11, 11, 11, 11]]
+    assert rows[0].document_ids.tolist() == [0] * 4 + [1] * 6
     assert rows[0].labels[4] == -100
+
+
+def test_pack_puts_each_sequence_into_the_fullest_row():
+    """Three full rows; row by row in the order given it would take four."""
+    sequences = [build_sequence([TextSegment([7] * (n - 1))], LAYOUT) for n in (3, 6, 5, 2, 7, 4, 3)]
+    rows = pack(sequences, max_length=10)
+    lengths = [torch.bincount(row.document_ids).tolist() for row in rows]
+    assert lengths == [[3, 7], [6, 4], [5, 2, 3]]
 
 
 @pytest.mark.parametrize(

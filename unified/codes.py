@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,9 @@ from typing import Any
 import datasets
 from accelerate import PartialState
 
-from unified.crops import Views
-from unified.data import SkipReport, load_source
-from unified.encoding import encode_blocks, read_blocks
+from unified.crops import Size, Views
+from unified.data import SkipReport, load_source, undecoded_rows
+from unified.encoding import MakeRecords, Rows, captioned_records, encode_blocks, read_blocks
 from unified_tokenizers.base import ImageTokenizer
 
 CACHE_FILE = "codes.json"
@@ -62,7 +63,44 @@ def encode_source(
             begun ``<out>.partial`` is of other settings.
     """
     views = views or Views(((image_size, image_size),))
-    for height, width in views.sizes:
+    settings = {
+        "source": source,
+        "image_size": image_size,
+        "views": {**asdict(views), "sizes": [list(size) for size in views.sizes]},
+        "block_rows": block_rows,
+        "columns": [image_column, caption_column],
+    }
+
+    def rows_and_records(split: str) -> tuple[Rows, MakeRecords, datasets.Features]:
+        rows = undecoded_rows(load_source(source, split, streaming), image_column, caption_column)
+        return rows, *captioned_records(tokenizer, rows, views, image_column, caption_column, batch_size)
+
+    return write_cache(tokenizer, out, splits, views.sizes, settings, rows_and_records, block_rows, batch_size, process)
+
+
+def write_cache(
+    tokenizer: ImageTokenizer,
+    out: str | Path,
+    splits: tuple[str, ...],
+    sizes: Sequence[Size],
+    settings: dict[str, Any],
+    rows_and_records: Callable[[str], tuple[Rows, MakeRecords, datasets.Features]],
+    block_rows: int,
+    batch_size: int,
+    process: PartialState | None,
+) -> dict[str, SkipReport]:
+    """Write a codes cache of any layout; :func:`encode_source` and :func:`unified.interleaved.encode_interleaved` use it.
+
+    Args:
+        tokenizer, out, splits, block_rows, batch_size, process: as in :func:`encode_source`.
+        sizes: sizes of the encoded pictures.
+        settings: what the cache depends on; a begun cache of other settings is refused.
+        rows_and_records: for a split its rows, how they become records, and the columns of these.
+
+    Raises:
+        ValueError: as :func:`encode_source`.
+    """
+    for height, width in sizes:
         if height % tokenizer.downsample or width % tokenizer.downsample:
             size = f"{height}" if height == width else f"{height}x{width}"
             raise ValueError(f"image_size: {size} does not divide by the tokenizer's stride {tokenizer.downsample}.")
@@ -74,11 +112,7 @@ def encode_source(
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "codebook_size": tokenizer.codebook_size,
         "downsample": tokenizer.downsample,
-        "source": source,
-        "image_size": image_size,
-        "views": {**asdict(views), "sizes": [list(size) for size in views.sizes]},
-        "block_rows": block_rows,
-        "columns": [image_column, caption_column],
+        **settings,
     }
     index, count = (process.process_index, process.num_processes) if process is not None else (0, 1)
     if index == 0:
@@ -86,18 +120,16 @@ def encode_source(
     if process is not None:
         process.wait_for_everyone()
     for split in splits:
-        encode_blocks(
-            tokenizer, load_source(source, split, streaming), partial / "blocks" / split, views, image_column,
-            caption_column, batch_size, block_rows, index, count, split,
-        )  # fmt: skip
+        rows, make, features = rows_and_records(split)
+        encode_blocks(rows, make, features, partial / "blocks" / split, block_rows, index, count, split)
     if process is not None:
         process.wait_for_everyone()
     if index == 0:
         _finish(out, partial, splits, settings)
     if process is not None:
         process.wait_for_everyone()
-    rows = json.loads((out / CACHE_FILE).read_text())["rows"]
-    return {split: SkipReport(**rows[split]) for split in splits}
+    rows_by_split = json.loads((out / CACHE_FILE).read_text())["rows"]
+    return {split: SkipReport(**rows_by_split[split]) for split in splits}
 
 
 def _begin(partial: Path, settings: dict[str, Any]) -> None:
@@ -140,20 +172,24 @@ def _finish(out: Path, partial: Path, splits: tuple[str, ...], settings: dict[st
     shutil.rmtree(partial)
 
 
-def load_codes(path: str | Path, split: str, fingerprint: str | None) -> datasets.Dataset:
+def load_codes(path: str | Path, split: str, fingerprint: str | None, kind: str = "captioned") -> datasets.Dataset:
     """Open one split of a codes cache.
 
     Args:
-        path: folder written by :func:`encode_source`.
+        path: folder written by :func:`encode_source` or :func:`unified.interleaved.encode_interleaved`.
         split: split to open.
         fingerprint: fingerprint of the tokenizer in use; None skips the comparison.
+        kind: what the rows have to be, ``captioned`` or ``interleaved``.
 
     Raises:
-        ValueError: if the folder is no cache, the split is missing, or the codes are of another tokenizer.
+        ValueError: if the folder is no cache of this kind, the split is missing, or the codes are of another tokenizer.
     """
     if not is_codes_cache(path):
         raise ValueError(f"codes: {str(path)!r} has no {CACHE_FILE}; write it with recipes/encode_images.py.")
-    made_with = json.loads((Path(path) / CACHE_FILE).read_text())["tokenizer_fingerprint"]
+    description = json.loads((Path(path) / CACHE_FILE).read_text())
+    made_with, holds = description["tokenizer_fingerprint"], description.get("kind", "captioned")
+    if holds != kind:
+        raise ValueError(f"codes: {str(path)!r} holds {holds} rows, not {kind} ones; give another folder.")
     if fingerprint is not None and made_with != fingerprint:
         raise ValueError(
             f"codes: {str(path)!r} was made with tokenizer {made_with}, the one in use is {fingerprint}; encode the pictures again."

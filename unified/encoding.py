@@ -7,7 +7,7 @@ nothing but its rows, so a run that was killed goes on with the blocks that are 
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -20,11 +20,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from unified.crops import Views
-from unified.data import SkipReport, undecoded_rows, usable_rows
+from unified.data import SkipReport, usable_rows
 from unified_tokenizers.base import ImageTokenizer
 from unified_tokenizers.images import to_tensor
 
 Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
+Numbered: TypeAlias = Iterable[tuple[int, dict[str, Any]]]
+MakeRecords: TypeAlias = Callable[[Numbered, SkipReport], Iterable[dict[str, Any]]]
 _COLUMNS = {
     "codes": datasets.List(datasets.Value("int32")),
     "height": datasets.Value("int32"),
@@ -36,36 +38,40 @@ _COLUMNS = {
 
 
 def encode_blocks(
-    tokenizer: ImageTokenizer,
-    source: Rows,
+    rows: Rows,
+    make: MakeRecords,
+    features: datasets.Features,
     folder: Path,
-    views: Views,
-    image_column: str,
-    caption_column: str,
-    batch_size: int,
     block_rows: int,
     process: int,
     processes: int,
     name: str,
-) -> int:
-    """Write the blocks of this process that ``folder`` does not have yet; returns the views encoded now."""
+) -> None:
+    """Write the blocks of this process that ``folder`` does not have yet; ``make`` turns numbered rows into records."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = undecoded_rows(source, image_column, caption_column)
-    text = _text_columns(rows, image_column, caption_column)
     total = -(-len(rows) // block_rows) if isinstance(rows, datasets.Dataset) else None
-    encoded = 0
-    with tqdm(desc=f"encode {name}", unit="image", disable=process > 0) as bar:
+    with tqdm(desc=f"encode {name}", unit="row", disable=process > 0) as bar:
         for block, numbered in _blocks(rows, block_rows, process, processes, folder):
             report = SkipReport()
             made = []
-            usable = usable_rows(numbered, report, image_column, caption_column)
-            for record in _encode(tokenizer, usable, views, batch_size, text):
+            for record in make(numbered, report):
                 made.append(record)
                 bar.update()
             bar.set_postfix(block=f"{block + 1}/{total or '?'}")
-            encoded += len(made)
-            _write(_file(folder, block), sorted(made, key=lambda r: (r["source_row"], r["view"])), text, report)
-    return encoded
+            _write(_file(folder, block), sorted(made, key=lambda r: (r["source_row"], r["view"])), features, report)
+
+
+def captioned_records(
+    tokenizer: ImageTokenizer, rows: Rows, views: Views, image_column: str, caption_column: str, batch_size: int
+) -> tuple[MakeRecords, datasets.Features]:
+    """How rows of :func:`unified.data.undecoded_rows` become records of views with captions, and their columns."""
+    text = _text_columns(rows, image_column, caption_column)
+
+    def make(numbered: Numbered, report: SkipReport) -> Iterator[dict[str, Any]]:
+        usable = usable_rows(numbered, report, image_column, caption_column)
+        return _encode(tokenizer, usable, views, batch_size, text)
+
+    return make, datasets.Features(_COLUMNS | {name: datasets.Value("string") for name in text})
 
 
 def read_blocks(folder: Path) -> tuple[datasets.Dataset, SkipReport]:
@@ -86,9 +92,7 @@ def _file(folder: Path, block: int) -> Path:
     return folder / f"block-{block:08d}.arrow"
 
 
-def _blocks(
-    rows: Rows, block_rows: int, process: int, processes: int, folder: Path
-) -> Iterator[tuple[int, Iterable[tuple[int, dict[str, Any]]]]]:
+def _blocks(rows: Rows, block_rows: int, process: int, processes: int, folder: Path) -> Iterator[tuple[int, Numbered]]:
     """Number and numbered rows of the blocks that this process still has to make."""
     if isinstance(rows, datasets.Dataset):
         for block in range(process, -(-len(rows) // block_rows), processes):
@@ -136,9 +140,8 @@ def _encode_batch(
         yield {"codes": grid.flatten(), "height": grid.shape[0], "width": grid.shape[1], **record}
 
 
-def _write(file: Path, records: list[dict[str, Any]], text: list[str], report: SkipReport) -> None:
+def _write(file: Path, records: list[dict[str, Any]], features: datasets.Features, report: SkipReport) -> None:
     """Write beside, then rename: the file exists when it is whole."""
-    features = datasets.Features(_COLUMNS | {name: datasets.Value("string") for name in text})
     partial = file.with_suffix(".partial")
     with ArrowWriter(path=str(partial), features=features) as writer:
         for record in records:

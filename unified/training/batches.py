@@ -1,6 +1,6 @@
 """Training batches as a pure function of the step, so that a resumed run sees exactly what it would have seen."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import datasets
@@ -9,18 +9,51 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from unified.config import TokenLayout
-from unified.sequence import ImageSegment, TextSegment, TokenSequence, build_sequence, collate
+from unified.sequence import ImageSegment, TextSegment, TokenSequence, build_sequence, collate, pack
 from unified_tokenizers import TextTokenizer
 
 _SHUFFLE, _DROPOUT, _NOISE, _DIRECTION = 0, 1, 2, 3  # independent random streams of one seed
+Batch = dict[str, torch.Tensor]
 
 
-class CaptionedBatches(Dataset):
-    """Item i is the i-th batch of this process: captions and codes laid out as ``<bos> caption <boi> codes <eoi>``.
+class Batches(Dataset):
+    """Item i is the i-th batch of this process. Processes take interleaved slices of one global batch."""
+
+    def __init__(
+        self,
+        layout: TokenLayout,
+        batch_size: int,
+        num_batches: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        pack_length: int | None = None,
+    ):
+        self.layout, self.batch_size, self.num_batches, self.seed = layout, batch_size, num_batches, seed
+        self.rank, self.world_size, self.pack_length = rank, world_size, pack_length
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __getitem__(self, index: int) -> Batch:
+        if not 0 <= index < self.num_batches:
+            raise IndexError(index)
+        sequences = self.sequences(index)
+        if self.pack_length is not None:
+            sequences = pack(sequences, self.pack_length)
+        return collate(sequences, self.layout)
+
+    def sequences(self, index: int) -> list[TokenSequence]:
+        """The ``batch_size`` sequences of batch ``index``."""
+        raise NotImplementedError
+
+
+class CaptionedBatches(Batches):
+    """Captions and codes laid out as ``<bos> caption <boi> codes <eoi>``.
 
     For a share ``captioning`` of the rows the picture comes first and the caption is learned instead:
     ``<bos> <boi> codes <eoi> caption <eos>``. Every epoch is a new permutation of the rows; batches run across its end,
-    so no row is dropped. Processes take interleaved slices of one global batch.
+    so no row is dropped.
     """
 
     def __init__(
@@ -37,21 +70,18 @@ class CaptionedBatches(Dataset):
         captioning: float = 0.0,
         rank: int = 0,
         world_size: int = 1,
+        pack_length: int | None = None,
     ):
         if len(rows) == 0:
             raise ValueError("data.train: no rows to train on.")
-        self.rows, self.text_tokenizer, self.layout = rows, text_tokenizer, layout
-        self.batch_size, self.num_batches, self.seed = batch_size, num_batches, seed
+        super().__init__(layout, batch_size, num_batches, seed, rank, world_size, pack_length)
+        self.rows, self.text_tokenizer = rows, text_tokenizer
         self.caption_dropout, self.code_noise, self.train_on_captions = caption_dropout, code_noise, train_on_captions
-        self.captioning, self.rank, self.world_size = captioning, rank, world_size
+        self.captioning = captioning
         self._epoch: tuple[int, np.ndarray] | None = None
 
-    def __len__(self) -> int:
-        return self.num_batches
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        if not 0 <= index < self.num_batches:
-            raise IndexError(index)
+    def sequences(self, index: int) -> list[TokenSequence]:
+        """This process's share of the global batch ``index``."""
         total = self.batch_size * self.world_size
         dropped = np.random.default_rng((self.seed, _DROPOUT, index)).random(total) < self.caption_dropout
         captioned = np.random.default_rng((self.seed, _DIRECTION, index)).random(total) < self.captioning
@@ -60,10 +90,11 @@ class CaptionedBatches(Dataset):
         sequences = [self._sequence(rows, k, bool(dropped[i]), bool(captioned[i])) for k, i in enumerate(mine)]
         if self.code_noise:
             for sequence, i in zip(sequences, mine, strict=True):
-                self._add_noise(sequence, np.random.default_rng((self.seed, _NOISE, index * total + i)))
-        return collate(sequences, self.layout)
+                rng = np.random.default_rng((self.seed, _NOISE, index * total + i))
+                add_code_noise(sequence, self.layout, self.code_noise, rng)
+        return sequences
 
-    def once(self, captioned: bool = False) -> Iterator[dict[str, torch.Tensor]]:
+    def once(self, captioned: bool = False) -> Iterator[Batch]:
         """Every row once and in order, without dropout or noise; the last batch may be smaller."""
         for start in range(0, len(self.rows), self.batch_size):
             rows = self.rows[start : start + self.batch_size]
@@ -77,26 +108,44 @@ class CaptionedBatches(Dataset):
             self._epoch = (epoch, order)
         return int(self._epoch[1][offset])
 
-    def _add_noise(self, sequence: TokenSequence, rng: np.random.Generator) -> None:
-        """Replace input codes at random; the labels stay. A small set of pictures can be told apart by their first
-        codes alone: noise makes the model look at the caption, and forgives its own slips when it draws.
-        """
-        is_code = (sequence.input_ids >= self.layout.text_vocab_size).numpy()
-        replaced = is_code & (rng.random(len(is_code)) < rng.uniform(0, self.code_noise))
-        codes = rng.integers(self.layout.codebook_size, size=int(replaced.sum())) + self.layout.text_vocab_size
-        sequence.input_ids[torch.from_numpy(replaced)] = torch.from_numpy(codes)
-
     def _sequence(self, rows: dict[str, Any], k: int, dropped: bool, captioned: bool) -> TokenSequence:
-        caption = self.text_tokenizer.encode(str(rows["caption"][k]))
-        codes = (
-            torch.as_tensor(np.asarray(rows["codes"][k])).long().reshape(int(rows["height"][k]), int(rows["width"][k]))
-        )
-        if captioned:
-            return build_sequence([ImageSegment(codes, loss=False), TextSegment(caption)], self.layout, end=True)
-        text = TextSegment([] if dropped else caption, loss=self.train_on_captions)
-        return build_sequence([text, ImageSegment(codes)], self.layout)
+        row = {name: rows[name][k] for name in ("caption", "codes", "height", "width")}
+        return captioned_sequence(row, self.text_tokenizer, self.layout, dropped, captioned, self.train_on_captions)
 
 
-def loader(batches: CaptionedBatches, start: int = 0, num_workers: int = 0) -> DataLoader:
+def captioned_sequence(
+    row: dict[str, Any],
+    text_tokenizer: TextTokenizer,
+    layout: TokenLayout,
+    dropped: bool = False,
+    captioned: bool = False,
+    train_on_captions: bool = False,
+) -> TokenSequence:
+    """A row of a codes cache as caption and picture, or as picture and caption if it is to be ``captioned``."""
+    caption = text_tokenizer.encode(str(row["caption"]))
+    picture = to_grid(row["codes"], row["height"], row["width"])
+    if captioned:
+        return build_sequence([ImageSegment(picture, loss=False), TextSegment(caption)], layout, end=True)
+    text = TextSegment([] if dropped else caption, loss=train_on_captions)
+    return build_sequence([text, ImageSegment(picture)], layout)
+
+
+def to_grid(codes: Sequence[int] | np.ndarray, height: int, width: int) -> torch.Tensor:
+    """Flat codes as ``(height, width)``."""
+    return torch.as_tensor(np.asarray(codes)).long().reshape(int(height), int(width))
+
+
+def add_code_noise(sequence: TokenSequence, layout: TokenLayout, limit: float, rng: np.random.Generator) -> None:
+    """Replace input codes at random, at a rate drawn from [0, ``limit``]; the labels stay. A small set of pictures can be
+    told apart by their first codes alone: noise makes the model look at the caption, and forgives its own slips when it
+    draws.
+    """
+    is_code = (sequence.input_ids >= layout.text_vocab_size).numpy()
+    replaced = is_code & (rng.random(len(is_code)) < rng.uniform(0, limit))
+    codes = rng.integers(layout.codebook_size, size=int(replaced.sum())) + layout.text_vocab_size
+    sequence.input_ids[torch.from_numpy(replaced)] = torch.from_numpy(codes)
+
+
+def loader(batches: Batches, start: int = 0, num_workers: int = 0) -> DataLoader:
     """Iterate over batches from index ``start`` on."""
     return DataLoader(batches, batch_size=None, sampler=range(start, len(batches)), num_workers=num_workers)

@@ -1,5 +1,7 @@
 """From a configuration to the parts of a run: tokenizers, model, data."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +9,9 @@ import datasets
 from accelerate import Accelerator, PartialState
 from peft import PeftModel
 
-from unified.codes import encode_source, is_codes_cache, load_codes
+from unified.codes import CACHE_FILE, encode_source, is_codes_cache, load_codes
 from unified.config import UnifiedConfig
+from unified.data import SkipReport
 from unified.lora import attach_lora
 from unified.model import UnifiedForCausalLM
 from unified.pipeline import UnifiedPipeline
@@ -88,7 +91,7 @@ def open_codes(
     """Training and validation rows as codes; a source of pictures is encoded once into ``<output_dir>/codes``."""
     data = config.data
     output = Path(config.output_dir)
-    train_path = _as_cache(accelerator, data, data.train, data.train_split, tokenizer, output / "codes")
+    train_path = as_cache(accelerator, data, data.train, data.train_split, tokenizer, output / "codes")
     train = load_codes(train_path, data.train_split, tokenizer.fingerprint)
     if data.max_samples is not None:
         train = train.select(range(min(data.max_samples, len(train))))
@@ -98,29 +101,46 @@ def open_codes(
         validation_path: str | Path = data.train
     else:
         source = data.validation or data.train
-        validation_path = _as_cache(
+        validation_path = as_cache(
             accelerator, data, source, data.validation_split, tokenizer, output / "codes-validation"
         )
     return train, load_codes(validation_path, data.validation_split, tokenizer.fingerprint)
 
 
-def _as_cache(
+def as_cache(
     accelerator: Accelerator, data: DataConfig, source: str, split: str, tokenizer: ImageTokenizer, out: Path
 ) -> str | Path:
+    """``source`` if it is a codes cache, else ``out`` with its captioned pictures, encoded once by all processes."""
     if is_codes_cache(source):
         return source
-    if accelerator.is_main_process and not is_codes_cache(out):
-        reports = encode_source(
-            tokenizer,
-            source,
-            out,
-            (split,),
-            data.image_size,
-            data.image_column,
-            data.caption_column,
-            streaming=data.streaming,
-        )
-        for name, report in reports.items():
-            accelerator.print(f"{source} ({name}): {report.summary()}")
+
+    def encode() -> dict[str, SkipReport]:
+        return encode_source(
+            tokenizer, source, out, (split,), data.image_size, data.image_column, data.caption_column,
+            streaming=data.streaming, process=PartialState(),
+        )  # fmt: skip
+
+    return encode_once(accelerator, out, {"source": source, "image_size": data.image_size}, encode)
+
+
+def encode_once(
+    accelerator: Accelerator, out: Path, expected: dict[str, Any], encode: Callable[[], dict[str, SkipReport]]
+) -> Path:
+    """Encode into ``out`` unless an earlier run did.
+
+    Raises:
+        ValueError: if what the earlier run encoded differs from ``expected``.
+    """
+    if is_codes_cache(out):
+        description = json.loads((out / CACHE_FILE).read_text())
+        for name, value in expected.items():
+            if description.get(name) != value:
+                raise ValueError(
+                    f"codes: {str(out)!r} was made with {name} {description.get(name)!r}, not {value!r}; remove it to "
+                    "encode anew."
+                )
+    else:
+        for split, report in encode().items():
+            accelerator.print(f"{expected['source']} ({split}): {report.summary()}")
     accelerator.wait_for_everyone()
     return out

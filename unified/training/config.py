@@ -11,15 +11,37 @@ from unified.lora import ATTENTION_AND_MLP
 from unified.npp import PatchSchedule
 from unified.settings import load_settings
 
+KINDS = ("image", "text", "interleaved")
+
+
+@dataclass
+class SourceConfig:
+    """One of several sources that are mixed by weight."""
+
+    path: str = MISSING  # a codes cache, or any source of `unified.data.load_source`; pictures are encoded once
+    kind: str = "image"  # image: captioned pictures; text: plain texts; interleaved: lists of texts and pictures
+    weight: float = 1.0  # its share of the rows that are learned, relative to the weights of the other sources
+    split: str = "train"
+    validation_split: str | None = None  # measured every validate_every steps, as `<kind>_validation_loss`
+    image_column: str = "image"
+    caption_column: str = "caption"
+    text_column: str = "text"
+    segments_column: str = "segments"  # every row a list of {text, image}, one of them null
+    max_length: int = 512  # tokens that a text or an interleaved row is cut to
+    captioning: float | None = None  # for pictures; default: that of `data`
+    caption_dropout: float | None = None  # for pictures; default: that of `data`
+
 
 @dataclass
 class DataConfig:
     """What to train on.
 
-    ``train`` is a codes cache, or any captioned source, which is then encoded once into ``<output_dir>/codes``.
+    ``train`` is a codes cache, or any captioned source, which is then encoded once into ``<output_dir>/codes``. In its
+    place ``sources`` lists several sources (fields of ``SourceConfig``) that are mixed by weight.
     """
 
-    train: str = MISSING
+    train: str = ""
+    sources: list[SourceConfig] = field(default_factory=list)
     validation: str | None = None  # default: the validation split of `train`
     train_split: str = "train"
     validation_split: str = "validation"
@@ -32,6 +54,7 @@ class DataConfig:
     code_noise: float = 0.0  # input codes are replaced at random, at a rate drawn from [0, code_noise] for each picture
     train_on_captions: bool = False  # also learn the captions as text
     captioning: float = 0.0  # share of rows laid out picture first, whose caption is learned and not the picture
+    pack: int | None = None  # put the sequences of a batch together into rows of at most so many tokens
     num_workers: int = 0
 
 
@@ -171,9 +194,7 @@ def _check(config: TrainConfig) -> None:
         for name in ("image_tokenizer", "text_tokenizer"):
             if not getattr(config.model, name) and not (name == "text_tokenizer" and config.model.backbone):
                 raise ValueError(f"model.{name}: missing; a new model needs the folder of its tokenizer.")
-    for name in ("caption_dropout", "code_noise", "captioning"):
-        if not 0 <= getattr(config.data, name) <= 1:
-            raise ValueError(f"data.{name}: {getattr(config.data, name)} must lie in [0, 1].")
+    _check_data(config.data, config.validate_every)
     if config.optimizer.name not in ("adamw", "muon"):
         raise ValueError(f"optimizer.name: {config.optimizer.name!r} is unknown; use adamw or muon.")
     for name in ("steps", "batch_size", "gradient_accumulation_steps", "log_every"):
@@ -185,3 +206,32 @@ def _check(config: TrainConfig) -> None:
             f"checkpoint_every: {config.checkpoint_every} is not a multiple of log_every {config.log_every}."
         )
     config.patch_schedule().stages(config.steps)
+
+
+def _check_data(data: DataConfig, validate_every: int | None) -> None:
+    if bool(data.train) == bool(data.sources):
+        raise ValueError(f"data: set exactly one of train and sources, got {'both' if data.train else 'none'}.")
+    for name in ("caption_dropout", "code_noise", "captioning"):
+        if not 0 <= getattr(data, name) <= 1:
+            raise ValueError(f"data.{name}: {getattr(data, name)} must lie in [0, 1].")
+    if data.pack is not None and data.pack < 2:
+        raise ValueError(f"data.pack: {data.pack} must be at least 2 tokens.")
+    for source in data.sources:
+        if source.kind not in KINDS:
+            raise ValueError(f"data.sources: kind {source.kind!r} of {source.path!r} is unknown; use one of {KINDS}.")
+        if not source.weight > 0:
+            raise ValueError(
+                f"data.sources: weight {source.weight} of {source.path!r} must be above 0; leave out what is not to be learned."
+            )
+        if source.max_length < 2:
+            raise ValueError(f"data.sources: max_length {source.max_length} of {source.path!r} must be at least 2.")
+        for name in ("caption_dropout", "captioning"):
+            value = getattr(source, name)
+            if value is not None and (source.kind != "image" or not 0 <= value <= 1):
+                raise ValueError(
+                    f"data.sources: {name} {value} of {source.path!r} is for images, and must lie in [0, 1]."
+                )
+    if data.sources and (data.validation or data.max_samples is not None):
+        raise ValueError("data: validation and max_samples belong to train; give sources their own validation_split.")
+    if data.sources and validate_every and not any(source.validation_split for source in data.sources):
+        raise ValueError("validate_every: none of data.sources has a validation_split; name one.")

@@ -18,8 +18,8 @@ from unified.lora import base_of, save_lora
 from unified.model import UnifiedForCausalLM
 from unified.pipeline import UnifiedPipeline
 from unified.settings import dump_settings
-from unified.training.batches import CaptionedBatches, loader
-from unified.training.build import build_parts, open_codes
+from unified.training.batches import loader
+from unified.training.build import build_parts
 from unified.training.checkpoint import (
     check_settings,
     find_checkpoint,
@@ -28,9 +28,9 @@ from unified.training.checkpoint import (
 )
 from unified.training.config import TrainConfig
 from unified.training.optimizer import build_optimizers
+from unified.training.sources import open_data
 from unified.training.step import train_step
 from unified.training.tracking import LossMeter, RunLog
-from unified.training.validation import caption_loss, image_loss
 
 Measure = Callable[[UnifiedPipeline], dict[str, float]]
 
@@ -68,13 +68,8 @@ def train(config: TrainConfig, measure: Measure | None = None) -> Path:
     model, image_tokenizer, text_tokenizer = build_parts(config)
     layout_config = base_of(model).config
     layout = layout_config.layout
-    train_rows, validation_rows = open_codes(accelerator, config, image_tokenizer)
+    data = open_data(accelerator, config, image_tokenizer, text_tokenizer, layout)
     accumulation = config.gradient_accumulation_steps
-    batches = CaptionedBatches(
-        train_rows, text_tokenizer, layout, config.batch_size, config.steps * accumulation, config.seed,
-        config.data.caption_dropout, config.data.code_noise, config.data.train_on_captions,
-        config.data.captioning, accelerator.process_index, accelerator.num_processes,
-    )  # fmt: skip
 
     schedule = config.patch_schedule()
     check_sharding(accelerator, config)
@@ -86,9 +81,7 @@ def train(config: TrainConfig, measure: Measure | None = None) -> Path:
     log = RunLog(accelerator, output, resumed_at=step)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     processes = accelerator.num_processes
-    accelerator.print(
-        f"{trainable / 1e6:.2f} M trainable parameters, {len(train_rows)} pictures, {processes} process(es)"
-    )
+    accelerator.print(f"{trainable / 1e6:.2f} M trainable parameters, {data.summary}, {processes} process(es)")
     for stage in schedule.stages(config.steps):
         accelerator.print(f"  p = {stage.patch_size}: steps {stage.start} to {stage.end}")
 
@@ -96,27 +89,19 @@ def train(config: TrainConfig, measure: Measure | None = None) -> Path:
         return cast(UnifiedForCausalLM, ema.module) if ema is not None else accelerator.unwrap_model(model)
 
     def validate() -> None:
-        if validation_rows is None:
-            return
-        seen = train_rows.select(range(min(len(train_rows), len(validation_rows))))
-        for name, rows in (("validation_loss", validation_rows), ("train_subset_loss", seen)):
-            checked = CaptionedBatches(rows, text_tokenizer, layout, config.batch_size, num_batches=0)
-            losses[name] = image_loss(current(), checked, accelerator.device)
-        if config.data.captioning:
-            checked = CaptionedBatches(validation_rows, text_tokenizer, layout, config.batch_size, num_batches=0)
-            losses["caption_loss"] = caption_loss(current(), checked, accelerator.device)
+        losses.update({name: check(current(), accelerator.device) for name, check in data.checks.items()})
         log.write(step, slots=slots, **losses)
 
     model.train()
     losses: dict[str, float] = {}
     meter, since, images = LossMeter(accelerator), time.monotonic(), 0
     bar = tqdm(total=config.steps, initial=step, unit="step", disable=not accelerator.is_local_main_process)
-    stream = iter(loader(batches, step * accumulation, config.data.num_workers))
+    stream = iter(loader(data.batches, step * accumulation, config.data.num_workers))
     while step < config.steps:
         stage, patch_size = schedule.stage(step, config.steps), schedule.patch_size(step, config.steps)
         rate = config.optimizer.learning_rate * schedule.lr_multiplier(step, config.steps)
         parts = [send_to_device(part, accelerator.device) for part in islice(stream, accumulation)]
-        images += sum(len(part["input_ids"]) for part in parts) * processes
+        images += sum(len(part["image_grids"]) for part in parts) * processes
         slots += train_step(
             accelerator, model, layout_config, optimizers, parts, patch_size, rate, step, config, meter
         )  # fmt: skip

@@ -1,0 +1,252 @@
+"""Several sources mixed by weight: exact shares, whole epochs, resume, processes; interleaved rows."""
+
+from collections import Counter
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_config
+from PIL import Image
+
+from unified import UnifiedPipeline
+from unified.codes import encode_source, load_codes
+from unified.data import fit_square
+from unified.interleaved import encode_interleaved, interleaved_sequence
+from unified.sequence import ImageSegment, TextSegment, build_sequence, split_sequence
+from unified.training.batches import loader
+from unified.training.config import load_config
+from unified.training.loop import train
+from unified.training.mixture import MixedBatches, block_shares, image_source, text_source
+from unified.training.tracking import read_log
+from unified.training.validation import mean_loss
+from unified_tokenizers.images import to_tensor
+
+TEXTS = ["the small dog and a cat", "a green tree and a red apple", "blue car", "yellow sun", "a blue dog"]
+
+
+@pytest.fixture(scope="module")
+def layout(text_tokenizer):
+    return tiny_config(
+        text={"vocab_size": text_tokenizer.vocab_size},
+        boi_token_id=text_tokenizer.boi_token_id,
+        eoi_token_id=text_tokenizer.eoi_token_id,
+    ).layout
+
+
+def mixture(parts, text_tokenizer, layout, weights=(3, 1), **changes):
+    images = load_codes(parts / "codes", "train", None)
+    texts = datasets.Dataset.from_dict({"text": TEXTS})
+    sources = [
+        image_source("images", images, weights[0], text_tokenizer, layout, caption_dropout=0.5, code_noise=0.5),
+        text_source("texts", texts, weights[1], text_tokenizer, layout),
+    ]
+    return MixedBatches(sources, layout, **{"batch_size": 4, "num_batches": 300, "seed": 1, **changes})
+
+
+@pytest.mark.parametrize(
+    ("weights", "shares"),
+    [((1, 1, 1), [334, 333, 333]), ((3, 1), [750, 250]), ((0.7, 0.2, 0.1), [700, 200, 100]), ((5,), [1000])],
+)
+def test_shares_are_rounded_to_thousandths(weights, shares):
+    assert block_shares(weights) == shares
+
+
+def test_every_block_holds_the_shares_and_every_epoch_every_row(parts, text_tokenizer, layout):
+    batches = mixture(parts, text_tokenizer, layout, weights=(2, 1))
+    places = [batches.place(number) for number in range(3000)]
+    for start in (0, 1000, 2000):
+        assert Counter(source for source, _ in places[start : start + 1000]) == {0: 667, 1: 333}
+    assert [source for source, _ in places[:1000]] != [source for source, _ in places[1000:2000]]
+    for source, rows in ((0, 12), (1, 5)):
+        nth = {}  # the place of a sequence among those of its source, from the blocks before and inside its own
+        for number, (owner, row) in enumerate(places):
+            batches.place(number)
+            if owner == source:
+                nth[number // 1000 * batches.shares[source] + int(batches._block[2][number % 1000])] = row
+        assert sorted(nth) == list(range(3 * batches.shares[source]))
+        epochs = [[nth[n] for n in range(start, start + rows)] for start in range(0, len(nth) - rows, rows)]
+        assert all(sorted(epoch) == list(range(rows)) for epoch in epochs)
+        assert epochs[0] != epochs[1]
+
+
+def test_a_batch_is_a_function_of_its_index(parts, text_tokenizer, layout):
+    straight = list(loader(mixture(parts, text_tokenizer, layout)))
+    resumed = list(loader(mixture(parts, text_tokenizer, layout), start=240))  # blocks end at 250
+    assert len(resumed) == 60
+    for a, b in zip(straight[240:], resumed, strict=True):
+        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    other = mixture(parts, text_tokenizer, layout, seed=2)
+    assert not torch.equal(other[0]["input_ids"][:, :4], straight[0]["input_ids"][:, :4])
+
+
+def test_processes_share_the_global_batch(parts, text_tokenizer, layout):
+    whole = mixture(parts, text_tokenizer, layout)
+    halves = [mixture(parts, text_tokenizer, layout, batch_size=2, rank=r, world_size=2) for r in (0, 1)]
+    for index in (0, 7, 251):
+        expected = [s.input_ids.tolist() for s in whole.sequences(index)]
+        parted = [[s.input_ids.tolist() for s in half.sequences(index)] for half in halves]
+        assert [parted[0][0], parted[1][0], parted[0][1], parted[1][1]] == expected
+
+
+def test_texts_are_cut_and_learned(text_tokenizer, layout):
+    texts = datasets.Dataset.from_dict({"text": TEXTS[:1]})
+    ids = text_tokenizer.encode(TEXTS[0])
+    rng = np.random.default_rng(0)
+    bos, eos = layout.bos_token_id, layout.eos_token_id
+    whole = text_source("t", texts, 1, text_tokenizer, layout).sequence(texts[0], rng)
+    assert whole.input_ids.tolist() == [bos, *ids, eos] and whole.labels.tolist() == [-100, *ids, eos]
+    cut = text_source("t", texts, 1, text_tokenizer, layout, max_length=len(ids)).sequence(texts[0], rng)
+    assert cut.input_ids.tolist() == [bos, *ids[:-1]]
+
+
+@pytest.fixture(scope="module")
+def interleaved(tmp_path_factory):
+    """Parquet of rows of texts and pictures; one has a broken picture, one nothing."""
+    rng = np.random.default_rng(0)
+    picture = lambda h, w: Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8))  # noqa: E731
+    pictures = [picture(16, 16), picture(20, 16), picture(16, 24), picture(16, 16)]
+    text = lambda words: {"text": words, "image": None}  # noqa: E731
+    shown = lambda image: {"text": None, "image": image}  # noqa: E731
+    rows = [
+        [text("a cat"), shown(pictures[0]), text("and a dog"), shown(pictures[1])],
+        [shown(pictures[2]), text("  "), text("blue car")],
+        [shown({"bytes": b"broken", "path": None}), text("red")],
+        [text(" ")],
+        [text("only words")],
+        [shown(pictures[3])],
+    ]
+    segment = {"text": datasets.Value("string"), "image": datasets.Image()}
+    features = datasets.Features({"segments": datasets.List(segment)})
+    file = tmp_path_factory.mktemp("interleaved") / "rows.parquet"
+    datasets.Dataset.from_dict({"segments": rows}, features=features).to_parquet(file)
+    return str(file), pictures
+
+
+@pytest.mark.parametrize("options", [{}, {"block_rows": 2, "batch_size": 1}, {"streaming": True}])
+def test_interleaved_rows_are_encoded_once(image_tokenizer, text_tokenizer, layout, interleaved, tmp_path, options):
+    source, pictures = interleaved
+    report = encode_interleaved(image_tokenizer, source, tmp_path / "codes", ("train",), ((16, 16),), **options)[
+        "train"
+    ]
+    assert (report.used, report.corrupt_image, report.empty_caption) == (4, 1, 1)
+    rows = load_codes(tmp_path / "codes", "train", image_tokenizer.fingerprint, "interleaved").with_format(None)
+    codes = [image_tokenizer.encode(to_tensor([fit_square(picture, 16)]))[0] for picture in pictures]
+    expected = [["a cat", codes[0], "and a dog", codes[1]], [codes[2], "blue car"], ["only words"], [codes[3]]]
+    for row, segments in zip(rows, expected, strict=True):
+        made = interleaved_sequence(row, text_tokenizer, layout, 512)
+        parts = [TextSegment(text_tokenizer.encode(s)) if isinstance(s, str) else ImageSegment(s) for s in segments]
+        reference = build_sequence(parts, layout, end=True)
+        assert torch.equal(made.input_ids, reference.input_ids) and torch.equal(made.labels, reference.labels)
+        assert made.image_grids == reference.image_grids
+
+
+def test_interleaved_rows_are_cut_at_their_length(text_tokenizer, layout):
+    row = {"texts": ["a cat", None, "the small dog"], "codes": range(16), "heights": [4], "widths": [4]}
+    words, after = text_tokenizer.encode("a cat"), text_tokenizer.encode("the small dog")
+    whole = 1 + len(words) + 18 + len(after)
+
+    def cut(length):
+        made = interleaved_sequence(row, text_tokenizer, layout, length)
+        assert len(made.input_ids) <= length
+        return [
+            s.ids if isinstance(s, TextSegment) else "picture"
+            for s in split_sequence(made.input_ids, made.image_grids, layout)
+        ]
+
+    assert cut(whole + 1) == [words, "picture", [*after, layout.eos_token_id]]
+    assert cut(whole) == [words, "picture", after]
+    assert cut(whole - 1) == [words, "picture", after[:-1]]
+    assert cut(1 + len(words) + 17) == [words]
+    with pytest.raises(ValueError, match="max_length: 18 has no room for the first picture"):
+        interleaved_sequence({**row, "texts": [None]}, text_tokenizer, layout, 18)
+
+
+def test_interleaved_columns_and_kinds_are_checked(image_tokenizer, interleaved, picture_source, parts, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"segments_column: 'parts' is not a column of the source; it has \['segments'\]"
+    ):
+        encode_interleaved(image_tokenizer, interleaved[0], tmp_path / "x", ("train",), segments_column="parts")
+    with pytest.raises(ValueError, match=r"segments_column: 'caption' must hold lists of \{text, image\}"):
+        encode_interleaved(image_tokenizer, picture_source, tmp_path / "y", ("train",), segments_column="caption")
+    with pytest.raises(ValueError, match="holds captioned rows, not interleaved ones"):
+        load_codes(parts / "codes", "train", None, "interleaved")
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "texts.parquet"
+    datasets.Dataset.from_dict({"text": [*TEXTS, " ", None]}).to_parquet(path)
+    return path
+
+
+def test_a_run_on_mixed_sources_keeps_its_text(config_file, parts, interleaved, image_tokenizer, text_file, tmp_path):
+    """The same steps on pictures alone leave the texts unlearned. Mixed sources are resumed bit for bit."""
+    train_file, picture, words = config_file, f"{{path: {parts}/codes", f"{{path: {text_file}, kind: text, split: train"
+    shared = ["steps=40", "validate_every=40", "checkpoint_every=20", "optimizer.ema_decay=null", "data.train=''",
+              "schedule.patch_sizes=[2,1]", "schedule.shares=[0.5,0.5]"]  # fmt: skip
+    rows = f"{{path: {interleaved[0]}, kind: interleaved}}"
+    alone = f"data.sources=[{picture}, validation_split: validation}}]"
+    mixed = f"data.sources=[{picture}, weight: 2}},{words}, weight: 2, validation_split: train}},{rows}]"
+    texts = {}
+    for name, sources in (("alone", alone), ("mixed", mixed)):
+        train(load_config(train_file, [f"output_dir={tmp_path}/{name}", *shared, sources]))
+        pipe = UnifiedPipeline.from_pretrained(tmp_path / name / "pipeline")
+        source = text_source(
+            "t", datasets.Dataset.from_dict({"text": TEXTS}), 1, pipe.text_tokenizer, pipe.model.config.layout
+        )
+        texts[name] = mean_loss(pipe.model, source.once(pipe.model.config.layout, 4), torch.device("cpu"), "text_loss")
+    assert texts["mixed"] < texts["alone"] - 1
+    log = read_log(tmp_path / "mixed")
+    assert log[-1]["text_validation_loss"] == pytest.approx(texts["mixed"], rel=1e-3)
+    assert "image_validation_loss" in read_log(tmp_path / "alone")[-1]
+    assert load_codes(tmp_path / "mixed" / "codes-2", "train", image_tokenizer.fingerprint, "interleaved").num_rows == 4
+    weights = (tmp_path / "mixed" / "pipeline" / "model" / "model.safetensors").read_bytes()
+    (tmp_path / "mixed" / "checkpoints" / "step-00000040").rename(tmp_path / "later")
+    train(load_config(train_file, [f"output_dir={tmp_path}/mixed", *shared, mixed, "resume=latest"]))
+    assert (tmp_path / "mixed" / "pipeline" / "model" / "model.safetensors").read_bytes() == weights
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        ("[{path: a, kind: video}]", "kind 'video' of 'a' is unknown; use one of"),
+        ("[{path: a, weight: 0}]", "weight 0.0 of 'a' must be above 0"),
+        ("[{path: a, weight: -1}]", "weight -1.0 of 'a' must be above 0"),
+        ("[{path: a, weight: .nan}]", "weight nan of 'a' must be above 0"),
+        ("[{path: a, kind: text, captioning: 0.5}]", "captioning 0.5 of 'a' is for images"),
+        ("[{path: a, max_length: 1}]", "max_length 1 of 'a' must be at least 2"),
+        ("[{path: a}]", "validate_every: none of data.sources has a validation_split"),
+        ("[]", "set exactly one of train and sources, got none"),
+    ],
+)
+def test_bad_sources_are_named(config_file, sources, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(config_file, ["output_dir=x", "data.train=''", f"data.sources={sources}"])
+
+
+def test_train_and_sources_together_are_refused(config_file):
+    with pytest.raises(ValueError, match="set exactly one of train and sources, got both"):
+        load_config(config_file, ["output_dir=x", "data.sources=[{path: a}]"])
+
+
+def test_empty_sources_missing_columns_and_small_weights_are_named(config_file, text_file, tmp_path):
+    datasets.Dataset.from_dict({"text": [" "]}).to_parquet(tmp_path / "blank.parquet")
+    for source, message in (
+        (f"{{path: {text_file}, kind: text, text_column: body}}", "text_column 'body' is not a column of"),
+        (f"{{path: {tmp_path}/blank.parquet, kind: text}}", "has no row to train on"),
+        (
+            f"{{path: {text_file}, kind: text, weight: 1e-9}},{{path: {text_file}, kind: text}}",
+            "weight 1e-09 is below 1/1000",
+        ),
+    ):
+        options = [f"output_dir={tmp_path}/run", "data.train=''", f"data.sources=[{source}]", "validate_every=null"]
+        with pytest.raises(ValueError, match=message):
+            train(load_config(config_file, options))
+
+
+def test_codes_of_an_earlier_source_are_not_taken_for_another(config_file, picture_source, image_tokenizer, tmp_path):
+    encode_source(image_tokenizer, picture_source, tmp_path / "codes", ("train",), image_size=16)
+    options = [f"output_dir={tmp_path}", "data.train=./elsewhere", "validate_every=null"]
+    with pytest.raises(ValueError, match=r"was made with source .*, not './elsewhere'; remove it"):
+        train(load_config(config_file, options))
