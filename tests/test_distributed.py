@@ -5,16 +5,18 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
-from conftest import ROOT, tiny_model
+from conftest import CAPTIONS, ROOT, tiny_config, tiny_model
 from safetensors.torch import load_file
 
 from unified.sequence import ImageSegment, TextSegment, build_sequence, collate
 from unified.training.config import load_config
 from unified.training.loop import check_sharding, train
+from unified.training.mixture import MixedBatches, Source
 from unified.training.step import learned_weight
 from unified.training.tracking import read_log
 
@@ -63,6 +65,25 @@ def test_two_processes_equal_one(one_process, config_file, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 process(es)" in done.stdout
     assert_same_training(tmp_path, one_process)
+
+
+def test_processes_without_pictures_learn_with_the_others(config_file, parts, tmp_path):
+    """Mostly texts, so that a process often has no picture; DDP raises if a weight has no gradient there."""
+    datasets.Dataset.from_dict({"text": CAPTIONS}).to_parquet(tmp_path / "texts.parquet")
+    sources = f"[{{path: {parts}/codes, weight: 1}},{{path: {tmp_path}/texts.parquet, kind: text, weight: 3}}]"
+    options = ["data.train=''", f"data.sources={sources}", "validate_every=null", "data.pack=40"]
+    done = torchrun(2, config_file, f"output_dir={tmp_path}/two", "batch_size=2", *options)
+    assert done.returncode == 0, done.stderr[:6000]
+    train(load_config(config_file, [f"output_dir={tmp_path}/one", "batch_size=4", *OPTIONS, *options]))
+    assert [r["slots"] for r in read_log(tmp_path / "two")] == [r["slots"] for r in read_log(tmp_path / "one")]
+    ours, theirs = (load_file(tmp_path / name / "pipeline/model/model.safetensors") for name in ("two", "one"))
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=2e-5)
+    layout = tiny_config().layout
+    batches = [MixedBatches([Source("i", [0] * 12, 1, None), Source("t", [0] * 6, 3, None)], layout, 2, 6, rank=r, world_size=2)
+               for r in (0, 1)]  # fmt: skip
+    kinds = [[b.place(4 * i + r + 2 * k)[0] for k in (0, 1)] for i in range(6) for r, b in enumerate(batches)]
+    assert [1, 1] in kinds and [0, 1] in [sorted(pair) for pair in kinds]
 
 
 def test_another_number_of_processes_is_refused(config_file, tmp_path):
