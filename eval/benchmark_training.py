@@ -1,10 +1,10 @@
 """Training speed side by side: ours against transformers' Llama, and against checkouts of LlamaGen and of the NPP code.
 
-    python eval/benchmark_training.py --json training.json [--llamagen DIR] [--npp DIR] [--sweep]
+    python eval/benchmark_training.py --json training.json [--llamagen DIR] [--npp DIR] [--packing] [--sweep]
 
 One process, shared weights and data, interleaved rounds, warm-up dropped; ratios are medians of paired rounds with
 their range. Losses are compared with references before any time is printed. Absolute times are not reported: they
-belong to the machine. `--sweep` adds cost over grid, vocabulary and patch size.
+belong to the machine. `--packing` adds packed against padded rows, `--sweep` cost over grid, vocabulary and patch size.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmark_peers import load_peer
 from unified import UnifiedConfig, UnifiedForCausalLM
 from unified.npp import patch_grid
-from unified.sequence import ImageSegment, TextSegment, build_sequence, collate
+from unified.sequence import ImageSegment, TextSegment, TokenSequence, build_sequence, collate, pack
 from unified.training.flops import training_flops
 from unified_eval.timing import interleaved, paired_ratio
 from unified_tokenizers import VQGAN, VQGANConfig
@@ -232,6 +232,46 @@ def sweep(rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
+def mixed_lengths(model: Any, count: int, seed: int = 3) -> list[TokenSequence]:
+    """Captions of 4 to 64 tokens, each before a picture of one of four grids."""
+    generator = torch.Generator().manual_seed(seed)
+    layout = model.config.layout
+    sequences = []
+    for _ in range(count):
+        words = int(torch.randint(4, 65, (), generator=generator))
+        grid = ((8, 8), (8, 16), (12, 12), (16, 16))[int(torch.randint(4, (), generator=generator))]
+        text = torch.randint(SPECIAL, layout.text_vocab_size, (words,), generator=generator).tolist()
+        codes = torch.randint(layout.codebook_size, grid, generator=generator)
+        sequences.append(build_sequence([TextSegment(text), ImageSegment(codes)], layout))
+    return sequences
+
+
+def packing(rounds: int, length: int = 336, count: int = 24, **options: int) -> dict[str, Any]:
+    """Real tokens per second of a training step on packed rows, over those of the same sequences padded.
+
+    Raises:
+        RuntimeError: if the losses differ.
+    """
+    model = our_model(**{"codebook": 1024, "text_vocab": 4096, "width": 256, "layers": 4, **options})
+    sequences = mixed_lengths(model, count)
+    padded = collate(sequences, model.config.layout)
+    packed = collate(pack(sequences, length), model.config.layout)
+    tokens = int(padded["attention_mask"].sum())
+    result: dict[str, Any] = {
+        "meaning": f"real tokens per second, packed over padded; {count} captions of 4 to 64 tokens with grids of 64 to 256",
+        "length": length,
+        "real_share_padded": round(tokens / padded["input_ids"].numel(), 3),
+        "real_share_packed": round(tokens / packed["input_ids"].numel(), 3),
+    }
+    for p in (1, 2):
+        losses = [float(model(**batch, patch_size=p).loss.detach()) for batch in (padded, packed)]
+        if not abs(losses[0] - losses[1]) < 1e-4:
+            raise RuntimeError(f"packed loss {losses[1]} differs from the padded one {losses[0]} at p = {p}")
+        steps = {"padded": ours(model, padded, p), "packed": ours(model, packed, p)}
+        result[f"p{p}"] = paired_ratio(interleaved(steps, rounds), "padded", "packed")
+    return result
+
+
 def main() -> None:
     """Check, measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -241,6 +281,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="measured rounds (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default: %(default)s)")
     parser.add_argument("--sweep", action="store_true", help="also cost over grid, vocabulary and patch size")
+    parser.add_argument("--packing", action="store_true", help="also packed against padded rows of mixed lengths")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     result: dict[str, Any] = {
@@ -256,6 +297,9 @@ def main() -> None:
     result["goals"] = measure(args.rounds, args.llamagen, args.npp)
     for name, goal in result["goals"].items():
         print(f"{name:<12} {goal['ratio']:>7.2f}  ({goal['spread'][0]} to {goal['spread'][1]}), goal {goal['goal']}")
+    if args.packing:
+        result["packing"] = packing(args.rounds)
+        print("packing", json.dumps(result["packing"]))
     if args.sweep:
         result["sweep"] = sweep(max(3, args.rounds // 2))
         for row in result["sweep"]:

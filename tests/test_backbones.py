@@ -6,7 +6,8 @@ from conftest import tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from unified import UnifiedForCausalLM
-from unified.sequence import ImageSegment, TextSegment, build_sequence, collate
+from unified.sequence import ImageSegment, TextSegment, build_sequence, collate, pack
+from unified.training.step import learned_weight
 
 SIZES = {
     "vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -102,3 +103,54 @@ def test_two_dimensional_positions_reach_the_layers(backbone):
     start = 5  # <bos>, three words, <boi>; the first code of a picture sits where a word would
     assert torch.equal(one.image_logits[:, : start + 1], two.image_logits[:, : start + 1])
     assert (one.image_logits[:, start + 4] - two.image_logits[:, start + 4]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("p", [1, 2])
+def test_packed_rows_keep_documents_apart(backbone, p):
+    """Three rows, two of them padded, of documents longer than the windows: loss and gradients are those of the documents
+    one by one.
+    """
+    _, folder = backbone
+
+    def picture(seed):
+        return ImageSegment(torch.randint(0, 20, (4, 4), generator=torch.Generator().manual_seed(seed)))
+
+    model = unified(folder)
+    layout = model.config.layout
+    documents = [
+        build_sequence(segments, layout)
+        for segments in (
+            [TextSegment([5, 6, 7]), picture(0), TextSegment([8, 9])],
+            [TextSegment([10]), picture(1)],
+            [picture(2), TextSegment([11, 12, 13, 14])],
+            [TextSegment(range(15, 30))],
+            [TextSegment([30, 31]), picture(3)],
+            [TextSegment([32, 33])],
+        )
+    ]
+    rows = pack(documents, 50)
+    assert [len(row.input_ids) for row in rows] == [50, 41, 16] and sum(
+        len(row.document_ids.unique()) for row in rows
+    ) == 6
+    packed = collate(rows, layout)
+    total, weights, sums = 0.0, 0.0, {"text_loss": 0.0, "image_loss": 0.0}
+    for document in documents:
+        part = collate([document], layout)
+        output, weight = model(**part, patch_size=p), learned_weight(part, p, model.config)
+        total, weights = total + output.loss * weight, weights + weight
+        images = int((part["labels"] >= 50).sum()) // p**2
+        sums["image_loss"] += output.image_loss * images if images else 0
+        sums["text_loss"] += output.text_loss * (weight - images)
+    (total / weights).backward()
+    expected = {name: q.grad.clone() for name, q in model.named_parameters()}
+    model.zero_grad()
+    output = model(**packed, patch_size=p)
+    output.loss.backward()
+    torch.testing.assert_close(output.loss, total / weights, rtol=1e-5, atol=1e-6)
+    patches = 4 * 16 // p**2
+    torch.testing.assert_close(output.image_loss, sums["image_loss"] / patches, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(output.text_loss, sums["text_loss"] / (weights - patches), rtol=1e-5, atol=1e-6)
+    for name, q in model.named_parameters():
+        torch.testing.assert_close(q.grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+    del packed["document_ids"]
+    assert (model(**packed, patch_size=p).loss - output.loss).abs() > 1e-3

@@ -27,3 +27,18 @@ def test_memory_kept_for_the_backward_pass():
     weights = sum(p.numel() for p in model.parameters()) * 4 / 1e6
     scores = 4 * 64 * 4096 * 4 / 1e6
     assert kept[1] < kept[0] < weights + scores
+
+
+def test_packing_is_timed_on_equal_losses_only(monkeypatch):
+    import benchmark_training as b
+
+    small = {"codebook": 16, "text_vocab": 20, "width": 64, "layers": 1}
+    result = b.packing(1, count=6, **small)
+    assert result["real_share_padded"] < result["real_share_packed"] <= 1
+    lengths = [len(sequence.input_ids) for sequence in b.mixed_lengths(b.our_model(**small), 6)]
+    assert result["real_share_padded"] == round(sum(lengths) / (6 * max(lengths)), 3)
+    mixed_up = lambda rows, layout: {k: v for k, v in b.collate_rows(rows, layout).items() if k != "document_ids"}  # noqa: E731
+    monkeypatch.setattr(b, "collate_rows", b.collate, raising=False)
+    monkeypatch.setattr(b, "collate", mixed_up)
+    with pytest.raises(RuntimeError, match="packed loss .* differs from the padded one .* at p = 1"):
+        b.packing(1, count=6, **small)

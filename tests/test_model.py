@@ -120,6 +120,16 @@ def test_batching_does_not_change_losses(p, arrange):
     torch.testing.assert_close(together.text_loss, text_total / sum(text_counts), rtol=0, atol=2e-6)
 
 
+def test_packed_rows_are_refused_where_attention_would_mix_them():
+    """The flash kernels of transformers read restarting positions in a batch of one row only."""
+    model = tiny_model()
+    rows = pack(mixed_sequences(model.config.layout), 40)
+    assert len(rows) == 2
+    model.backbone.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="document_ids: flash_attention_2 keeps documents apart in a batch of one row"):
+        model(**collate(rows, model.config.layout))
+
+
 def test_loss_does_not_depend_on_train_mode():
     model = tiny_model()
     batch = collate(mixed_sequences(model.config.layout), model.config.layout)

@@ -61,6 +61,19 @@ class TestBatches:
             part, k = halves[i % 2], i // 2
             assert part["input_ids"][k][: length[i]].tolist() == whole["input_ids"][i][: length[i]].tolist()
 
+    def test_packed_batches_hold_the_same_documents(self, parts, text_tokenizer):
+        padded, packed = (self.build(parts, text_tokenizer, captioning=0.4, pack_length=n)[2] for n in (None, 60))
+        assert len(packed["input_ids"]) == 2
+        documents = [
+            row[packed["document_ids"][i] == d].tolist()
+            for i, row in enumerate(packed["input_ids"])
+            for d in range(int(packed["document_ids"][i].max()) + 1)
+        ]
+        rows = [
+            row[mask.bool()].tolist() for row, mask in zip(padded["input_ids"], padded["attention_mask"], strict=True)
+        ]
+        assert sorted(documents) == sorted(rows)
+
     def test_caption_dropout_share(self, parts, text_tokenizer):
         batches = self.build(parts, text_tokenizer, caption_dropout=0.25, num_batches=300)
         layout = batches.layout
@@ -169,6 +182,21 @@ def test_figures_are_measured_while_training(config_file, tmp_path):
     train(load_config(config_file, [f"output_dir={tmp_path}/plain", "checkpoint_every=null"]))
     ours, plain = (load_file(tmp_path / name / "pipeline/model/model.safetensors") for name in ("measured", "plain"))
     assert all(torch.equal(ours[name], plain[name]) for name in plain)
+
+
+def test_packed_run_equals_the_padded_one(config_file, tmp_path):
+    """Both directions, so lengths differ; the same documents are learned in every step, in fewer rows."""
+    options = ["steps=6", "validate_every=6", "checkpoint_every=null", "data.captioning=0.5", "optimizer.ema_decay=null",
+               "schedule.patch_sizes=[2,1]", "schedule.shares=[0.5,0.5]", "batch_size=6"]  # fmt: skip
+    for name, pack in (("padded", "null"), ("packed", "64")):
+        train(load_config(config_file, [f"output_dir={tmp_path}/{name}", f"data.pack={pack}", *options]))
+    ours, theirs = (load_file(tmp_path / name / "pipeline/model/model.safetensors") for name in ("packed", "padded"))
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=2e-5)
+    ours, theirs = (read_log(tmp_path / name) for name in ("packed", "padded"))
+    assert [r.get("slots") for r in ours] == [r.get("slots") for r in theirs]
+    with pytest.raises(ValueError, match=r"data.pack: 8 is shorter than a sequence of \d+ tokens"):
+        train(load_config(config_file, [f"output_dir={tmp_path}/short", "data.pack=8", *options]))
 
 
 def test_muon_takes_the_decoders_matrices_only():

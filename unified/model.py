@@ -185,6 +185,9 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("past_key_values: cached decoding of image spans goes through unified.decoding.")
         plan = plan_slots(input_ids, image_grids, attention_mask, document_ids, patch_size, self.config)
         embeds = self._with_condition(self.embed(input_ids, plan, patch_size), condition, plan, patch_size)
+        attention = str(self.backbone.config._attn_implementation)
+        if plan.documents is not None and attention.startswith("flash") and len(input_ids) > 1:
+            raise ValueError(f"document_ids: {attention} keeps documents apart in a batch of one row only; use sdpa.")
         # Packed rows are told apart by restarting position ids, which needs the mask argument to be empty.
         mask = attention_mask if past_key_values is not None else plan.attention_mask
         outputs = self.run_backbone(

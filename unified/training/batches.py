@@ -40,6 +40,11 @@ class Batches(Dataset):
             raise IndexError(index)
         sequences = self.sequences(index)
         if self.pack_length is not None:
+            longest = max(len(sequence.input_ids) for sequence in sequences)
+            if longest > self.pack_length:
+                raise ValueError(
+                    f"data.pack: {self.pack_length} is shorter than a sequence of {longest} tokens; raise it."
+                )
             sequences = pack(sequences, self.pack_length)
         return collate(sequences, self.layout)
 
