@@ -246,7 +246,7 @@ def mixed_lengths(model: Any, count: int, seed: int = 3) -> list[TokenSequence]:
     return sequences
 
 
-def packing(rounds: int, length: int = 336, count: int = 24, **options: int) -> dict[str, Any]:
+def packing(rounds: int, length: int = 512, count: int = 24, **options: int) -> dict[str, Any]:
     """Real tokens per second of a training step on packed rows, over those of the same sequences padded.
 
     Raises:
@@ -268,7 +268,9 @@ def packing(rounds: int, length: int = 336, count: int = 24, **options: int) -> 
         if not abs(losses[0] - losses[1]) < 1e-4:
             raise RuntimeError(f"packed loss {losses[1]} differs from the padded one {losses[0]} at p = {p}")
         steps = {"padded": ours(model, padded, p), "packed": ours(model, packed, p)}
-        result[f"p{p}"] = paired_ratio(interleaved(steps, rounds), "padded", "packed")
+        timings = interleaved(steps, rounds)
+        result[f"p{p}"] = paired_ratio(timings, "padded", "packed")
+        result[f"p{p}_cpu"] = paired_ratio(timings, "padded", "packed", cpu=True)
     return result
 
 

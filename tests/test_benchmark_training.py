@@ -40,5 +40,5 @@ def test_packing_is_timed_on_equal_losses_only(monkeypatch):
     mixed_up = lambda rows, layout: {k: v for k, v in b.collate_rows(rows, layout).items() if k != "document_ids"}  # noqa: E731
     monkeypatch.setattr(b, "collate_rows", b.collate, raising=False)
     monkeypatch.setattr(b, "collate", mixed_up)
-    with pytest.raises(RuntimeError, match="packed loss .* differs from the padded one .* at p = 1"):
+    with pytest.raises(RuntimeError, match=r"packed loss .* differs from the padded one .* at p = 1"):
         b.packing(1, count=6, **small)

@@ -4,6 +4,8 @@ import json
 import math
 import shutil
 
+import datasets
+import numpy as np
 import pytest
 import torch
 from conftest import generators, tiny_config, tiny_model
@@ -13,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from unified import UnifiedPipeline
 from unified.codes import load_codes
 from unified.lora import base_of
-from unified.training.batches import CaptionedBatches, loader
+from unified.training.batches import CaptionedBatches, bucketed_order, loader
 from unified.training.config import OptimizerConfig, load_config
 from unified.training.loop import train
 from unified.training.optimizer import build_optimizers
@@ -115,6 +117,60 @@ class TestBatches:
         # Rates are uniform in [0, 0.8]; one draw in twenty hits the code that was there.
         assert sum(shares) / len(shares) == pytest.approx(0.4 * 19 / 20, abs=0.04)
         assert max(shares) > 0.6 and min(shares) < 0.1
+
+
+class TestBuckets:
+    GRIDS = [(4, 4)] * 13 + [(3, 6)] * 9 + [(6, 3)] * 5  # 27 rows
+
+    def build(self, text_tokenizer, **changes):
+        layout = tiny_config(text={"vocab_size": text_tokenizer.vocab_size}).layout
+        rows = [
+            {"codes": [i % 20] * (h * w), "height": h, "width": w, "caption": "red apple"}
+            for i, (h, w) in enumerate(self.GRIDS)
+        ]
+        rows = datasets.Dataset.from_list(rows).with_format("numpy")
+        return CaptionedBatches(
+            rows, text_tokenizer, layout, **{"batch_size": 4, "num_batches": 27, "seed": 1, "bucket": True, **changes}
+        )
+
+    def test_every_epoch_sees_every_row_once(self, text_tokenizer):
+        batches = self.build(text_tokenizer)
+        order = [batches._row(i) for i in range(4 * 27)]
+        epochs = [order[start : start + 27] for start in range(0, 4 * 27, 27)]
+        assert [sorted(epoch) for epoch in epochs] == [list(range(27))] * 4
+        assert len({tuple(epoch) for epoch in epochs}) == 4
+
+    def test_batches_hold_one_grid_but_for_leftovers(self, text_tokenizer):
+        """Of 27 rows in fours 3 + 2 + 1 batches are whole; the other three rows, and at most one whole batch, make the ends."""
+        whole = []
+        for batch in loader(self.build(text_tokenizer)):
+            grids = set(map(tuple, batch["image_grids"].tolist()))
+            whole.append(len(grids) == 1)
+        assert sum(whole) >= 4 * 5
+
+    def test_resume_and_processes_see_the_same(self, text_tokenizer):
+        straight = [batch["input_ids"] for batch in loader(self.build(text_tokenizer))]
+        resumed = [batch["input_ids"] for batch in loader(self.build(text_tokenizer), start=11)]
+        assert all(torch.equal(a, b) for a, b in zip(straight[11:], resumed, strict=True))
+        whole = self.build(text_tokenizer)
+        halves = [self.build(text_tokenizer, batch_size=2, rank=r, world_size=2) for r in (0, 1)]
+        for index in (0, 6, 13):
+            expected = [s.input_ids.tolist() for s in whole.sequences(index)]
+            for rank, half in enumerate(halves):
+                assert [s.input_ids.tolist() for s in half.sequences(index)] == expected[rank::2]
+
+    @pytest.mark.parametrize(
+        ("counts", "mixed"), [((1,), 0), ((2, 1), 0), ((1, 1, 1, 1), 1), ((13, 9, 5), 0), ((7, 7, 7, 7), 3)]
+    )
+    def test_leftovers_alone_are_mixed(self, counts, mixed):
+        """In fours from the start of a batch: 7 rows of four grids each leave three mixed batches among four whole ones."""
+        grids = np.repeat([(4, 4), (3, 6), (6, 3), (2, 8)][: len(counts)], counts, axis=0)
+        for begun in range(4):
+            order = bucketed_order(grids, 4, begun, np.random.default_rng(begun))
+            assert sorted(order) == list(range(sum(counts)))
+            batches = order[begun:][: (len(order) - begun) // 4 * 4].reshape(-1, 4)
+            found = sum(len(set(map(tuple, grids[batch]))) > 1 for batch in batches)
+            assert found == mixed if begun == 0 else found <= mixed
 
 
 def test_launched_run_leaves_what_it_should(finished):

@@ -58,7 +58,8 @@ class CaptionedBatches(Batches):
 
     For a share ``captioning`` of the rows the picture comes first and the caption is learned instead:
     ``<bos> <boi> codes <eoi> caption <eos>``. Every epoch is a new permutation of the rows; batches run across its end,
-    so no row is dropped.
+    so no row is dropped. With ``bucket`` the global batches of an epoch hold rows of one grid each (see
+    :func:`bucketed_order`).
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class CaptionedBatches(Batches):
         rank: int = 0,
         world_size: int = 1,
         pack_length: int | None = None,
+        bucket: bool = False,
     ):
         if len(rows) == 0:
             raise ValueError("data.train: no rows to train on.")
@@ -83,6 +85,7 @@ class CaptionedBatches(Batches):
         self.rows, self.text_tokenizer = rows, text_tokenizer
         self.caption_dropout, self.code_noise, self.train_on_captions = caption_dropout, code_noise, train_on_captions
         self.captioning = captioning
+        self._grids = np.stack([rows["height"], rows["width"]], axis=1) if bucket else None
         self._epoch: tuple[int, np.ndarray] | None = None
 
     def sequences(self, index: int) -> list[TokenSequence]:
@@ -109,13 +112,49 @@ class CaptionedBatches(Batches):
         """Row at ``position`` of the endless stream of shuffled epochs."""
         epoch, offset = divmod(position, len(self.rows))
         if self._epoch is None or self._epoch[0] != epoch:
-            order = np.random.default_rng((self.seed, _SHUFFLE, epoch)).permutation(len(self.rows))
+            rng = np.random.default_rng((self.seed, _SHUFFLE, epoch))
+            if self._grids is None:
+                order = rng.permutation(len(self.rows))
+            else:
+                total = self.batch_size * self.world_size
+                order = bucketed_order(self._grids, total, -epoch * len(self.rows) % total, rng)
             self._epoch = (epoch, order)
         return int(self._epoch[1][offset])
 
     def _sequence(self, rows: dict[str, Any], k: int, dropped: bool, captioned: bool) -> TokenSequence:
         row = {name: rows[name][k] for name in ("caption", "codes", "height", "width")}
         return captioned_sequence(row, self.text_tokenizer, self.layout, dropped, captioned, self.train_on_captions)
+
+
+def bucketed_order(grids: np.ndarray, batch_size: int, begun: int, rng: np.random.Generator) -> np.ndarray:
+    """An epoch's order of rows in which batches hold one grid each, in random order; leftovers share mixed batches.
+
+    Args:
+        grids: height and width of every row, ``(N, 2)``.
+        batch_size: rows of a global batch.
+        begun: rows that the last batch of the epoch before still wants; leftovers fill it, and begin the last one here.
+        rng: source of randomness.
+
+    Returns:
+        A permutation of the N rows.
+    """
+    shuffled = rng.permutation(len(grids))
+    _, bucket = np.unique(grids[shuffled], axis=0, return_inverse=True)
+    batches, leftovers = [], []
+    for name in range(bucket.max() + 1):
+        rows = shuffled[bucket.reshape(-1) == name]
+        whole = len(rows) // batch_size * batch_size
+        batches += list(rows[:whole].reshape(-1, batch_size))
+        leftovers.append(rows[whole:])
+    rest = rng.permutation(np.concatenate(leftovers))
+    rng.shuffle(batches)
+    begun = min(begun, len(grids))
+    ending = (len(grids) - begun) % batch_size
+    while len(rest) < begun + ending:  # a batch gives its rows to the two ends
+        rest = np.concatenate([rest, batches.pop()])
+    batches += list(rest[begun + ending :].reshape(-1, batch_size))
+    rng.shuffle(batches)
+    return np.concatenate([rest[:begun], *batches, rest[begun : begun + ending]])
 
 
 def captioned_sequence(
@@ -137,7 +176,7 @@ def captioned_sequence(
 
 def to_grid(codes: Sequence[int] | np.ndarray, height: int, width: int) -> torch.Tensor:
     """Flat codes as ``(height, width)``."""
-    return torch.as_tensor(np.asarray(codes)).long().reshape(int(height), int(width))
+    return torch.tensor(np.asarray(codes), dtype=torch.int64).reshape(int(height), int(width))
 
 
 def add_code_noise(sequence: TokenSequence, layout: TokenLayout, limit: float, rng: np.random.Generator) -> None:

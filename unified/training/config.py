@@ -55,6 +55,7 @@ class DataConfig:
     train_on_captions: bool = False  # also learn the captions as text
     captioning: float = 0.0  # share of rows laid out picture first, whose caption is learned and not the picture
     pack: int | None = None  # put the sequences of a batch together into rows of at most so many tokens
+    bucket: bool = False  # batches of one code grid each, for codes of several aspect ratios; leftovers share batches
     num_workers: int = 0
 
 
@@ -231,6 +232,8 @@ def _check_data(data: DataConfig, validate_every: int | None) -> None:
                 raise ValueError(
                     f"data.sources: {name} {value} of {source.path!r} is for images, and must lie in [0, 1]."
                 )
+    if data.sources and data.bucket:
+        raise ValueError("data.bucket: batches of several sources hold several lengths anyway; use data.pack instead.")
     if data.sources and (data.validation or data.max_samples is not None):
         raise ValueError("data: validation and max_samples belong to train; give sources their own validation_split.")
     if data.sources and validate_every and not any(source.validation_split for source in data.sources):

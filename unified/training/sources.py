@@ -53,7 +53,7 @@ def open_data(
     batches = CaptionedBatches(
         rows, text_tokenizer, layout, config.batch_size, config.steps * config.gradient_accumulation_steps, config.seed,
         data.caption_dropout, data.code_noise, data.train_on_captions, data.captioning,
-        accelerator.process_index, accelerator.num_processes, data.pack,
+        accelerator.process_index, accelerator.num_processes, data.pack, data.bucket,
     )  # fmt: skip
     checks: dict[str, Check] = {}
     if validation is not None:
