@@ -34,12 +34,13 @@ def parse_arguments() -> argparse.Namespace:
         "--image-tokenizer", required=True, help="folder, published weights or Hub name of the image tokenizer"
     )
     parser.add_argument(
-        "--source", required=True, help="data folder, parquet or metadata file, saved data set or Hub name"
+        "--source", required=True, help="data folder, file or address (parquet, tar, ...), saved data set or Hub name"
     )
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--splits", nargs="+", default=["train", "validation"], help="splits to encode")
     parser.add_argument("--image-column", default="image", help="column with the pictures")
     parser.add_argument("--caption-column", default="caption", help="column with the captions")
+    parser.add_argument("--caption", help="caption of all pictures, for a source that has none")
     parser.add_argument("--batch-size", type=int, default=64, help="pictures per encoder call")
     parser.add_argument(
         "--block-rows", type=int, default=1024, help="rows between two writes; a kill loses at most these"
@@ -82,7 +83,7 @@ def main() -> None:
     reports = encode_source(
         tokenizer, args.source, args.out, tuple(args.splits), args.image_size, args.image_column, args.caption_column,
         args.batch_size, args.streaming, Views(sizes, args.crop, args.crops, args.zoom, args.flips, args.seed),
-        args.block_rows, process,
+        args.block_rows, process, args.caption,
     )  # fmt: skip
     if process.is_main_process:
         for split, report in reports.items():

@@ -11,7 +11,7 @@ import datasets
 from accelerate import PartialState
 
 from unified.crops import Size, Views
-from unified.data import SkipReport, load_source, undecoded_rows
+from unified.data import SkipReport, load_source, undecoded_rows, with_caption
 from unified.encoding import MakeRecords, Rows, captioned_records, encode_blocks, read_blocks
 from unified_tokenizers.base import ImageTokenizer
 
@@ -36,6 +36,8 @@ def encode_source(
     views: Views | None = None,
     block_rows: int = 1024,
     process: PartialState | None = None,
+    caption: str | None = None,
+    storage_options: dict[str, Any] | None = None,
 ) -> dict[str, SkipReport]:
     """Encode the pictures of a source and write an Arrow data set of codes, grids and captions.
 
@@ -54,6 +56,8 @@ def encode_source(
         views: sizes, crops and flips; every view becomes a row.
         block_rows: rows of the source that are encoded between two writes.
         process: this process's place among several, from Accelerate; without it there is one.
+        caption: caption of all pictures, for a source that has none.
+        storage_options: as in :func:`unified.data.load_source`.
 
     Returns:
         What was used and skipped, by split.
@@ -69,10 +73,14 @@ def encode_source(
         "views": {**asdict(views), "sizes": [list(size) for size in views.sizes]},
         "block_rows": block_rows,
         "columns": [image_column, caption_column],
+        "caption": caption,
     }
 
     def rows_and_records(split: str) -> tuple[Rows, MakeRecords, datasets.Features]:
-        rows = undecoded_rows(load_source(source, split, streaming), image_column, caption_column)
+        rows = load_source(source, split, streaming, storage_options)
+        if caption is not None:
+            rows = with_caption(rows, caption, caption_column)
+        rows = undecoded_rows(rows, image_column, caption_column)
         return rows, *captioned_records(tokenizer, rows, views, image_column, caption_column, batch_size)
 
     return write_cache(tokenizer, out, splits, views.sizes, settings, rows_and_records, block_rows, batch_size, process)

@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import fsspec
 from PIL import Image, UnidentifiedImageError
+
+_BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tar": "webdataset"}
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 @dataclass
@@ -47,15 +51,18 @@ class SkipReport:
 
 
 def load_source(
-    source: str, split: str = "train", streaming: bool = False
+    source: str, split: str = "train", streaming: bool = False, storage_options: dict[str, Any] | None = None
 ) -> datasets.Dataset | datasets.IterableDataset:
     """Open any `datasets` source.
 
     Args:
-        source: a folder written by ``save_to_disk``, a folder of pictures with ``metadata.jsonl``, a parquet, JSON or
-            CSV file or a folder of them, or a name on the Hub.
-        split: name of the split to open.
+        source: a folder written by ``save_to_disk``; a folder of pictures, with ``metadata.jsonl``, with a ``.txt`` file of
+            the same name beside every picture, or bare; a parquet, JSON or CSV file, or a ``.tar`` of pictures with
+            captions (WebDataset), or many of them by a pattern such as ``shards/*.parquet``; a folder of such files; a name
+            on the Hub. Files may lie anywhere that fsspec reads: ``s3://bucket/*.parquet``, ``https://...``.
+        split: name of the split to open; files and patterns have one, whatever it is called.
         streaming: read rows as they come instead of preparing the whole set first.
+        storage_options: options of the file system, for files elsewhere.
 
     Raises:
         ValueError: if the source has no such split, or a local-looking path does not exist.
@@ -66,17 +73,75 @@ def load_source(
         if isinstance(saved, datasets.DatasetDict):
             saved = _pick_split(saved, source, split)
         return saved.to_iterable_dataset() if streaming else saved
-    if path.is_file():
-        builder = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}.get(path.suffix)
-        if builder is None:
-            raise ValueError(
-                f"source: {source!r} is a {path.suffix or 'nameless'} file; use .parquet, .jsonl, .json or .csv."
-            )
-        opened = datasets.load_dataset(builder, data_files=source, streaming=streaming)
-        return opened["train"]  # a single file has one split, whatever it is called
+    if path.is_file() or "://" in source or "*" in source:
+        return _load_files(source, streaming, storage_options)
     if not path.exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
         raise ValueError(f"source: {source!r} does not exist; give a data folder, a file or a Hub name.")
+    pictures = _picture_folder(path, split)
+    if pictures is not None:
+        return pictures.to_iterable_dataset() if streaming else pictures
     return _pick_split(datasets.load_dataset(source, streaming=streaming), source, split)
+
+
+def _load_files(
+    source: str, streaming: bool, storage_options: dict[str, Any] | None
+) -> datasets.Dataset | datasets.IterableDataset:
+    suffix = Path(source.partition("?")[0]).suffix
+    builder = _BUILDERS.get(suffix)
+    if builder is None:
+        raise ValueError(f"source: {source!r} is a {suffix or 'nameless'} file; use one of {', '.join(_BUILDERS)}.")
+    missing = f"source: {source!r} does not exist or matches no file"
+    if "*" in source:
+        files, pattern = fsspec.url_to_fs(source, **(storage_options or {}))
+        if not files.glob(pattern):
+            raise ValueError(f"{missing}.")
+    try:
+        rows = datasets.load_dataset(
+            builder, data_files=source, streaming=streaming, storage_options=storage_options, split="train"
+        )
+    except FileNotFoundError as error:
+        raise ValueError(f"{missing} ({error}).") from error
+    return _name_columns(rows) if builder == "webdataset" else rows
+
+
+def _name_columns(rows: Any) -> Any:
+    """``image`` and ``caption`` for the members of a WebDataset: its one picture, and ``txt`` or ``caption`` in ``json``."""
+    pictures = [name for name in rows.column_names if name in ("jpg", "jpeg", "png", "webp")]
+    for name in pictures:  # not decoded on the way, because a broken one would stop everything
+        rows = rows.cast_column(name, datasets.Image(decode=False))
+    if "txt" in rows.column_names:
+        rows = rows.rename_column("txt", "caption")
+    elif "caption" in (rows.features.get("json") or ()):
+        features = {name: kind for name, kind in rows.features.items() if name != "json"}
+        rows = rows.map(
+            lambda record: {"caption": record["caption"]}, input_columns="json", remove_columns="json",
+            features=datasets.Features({**features, "caption": datasets.Value("string")}),
+        )  # fmt: skip
+    if len(pictures) == 1:
+        rows, pictures = rows.rename_column(pictures[0], "image"), ["image"]
+    for name in pictures:
+        rows = rows.cast_column(name, datasets.Image())
+    return rows
+
+
+def _picture_folder(folder: Path, split: str) -> datasets.Dataset | None:
+    """Pictures of a folder, or of its subfolder of the split's name, with captions from ``.txt`` files of the same names.
+
+    None if there are none, or a metadata file holds the captions.
+    """
+    inside = folder / split
+    folder = inside if inside.is_dir() else folder
+    files = sorted(file for file in folder.glob("*") if file.is_file())
+    pictures = [file for file in files if file.suffix.lower() in _PICTURES]
+    if not pictures or any(file.stem == "metadata" for file in files):
+        return None
+    if folder != inside and split != "train":
+        raise ValueError(f"split: {split!r} is not in {str(folder)!r}; it has ['train'].")
+    columns: dict[str, list[str | None]] = {"image": [str(picture) for picture in pictures]}
+    texts = [picture.with_suffix(".txt") for picture in pictures]
+    if any(text.is_file() for text in texts):
+        columns["caption"] = [text.read_text() if text.is_file() else None for text in texts]
+    return datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
 
 
 def _pick_split(splits: Any, source: str, split: str) -> Any:
@@ -98,6 +163,17 @@ def captioned_images(
     """
     rows = undecoded_rows(source, image_column, caption_column)
     yield from usable_rows(enumerate(rows), report, image_column, caption_column)
+
+
+def with_caption(
+    source: datasets.Dataset | datasets.IterableDataset, caption: str, column: str
+) -> datasets.Dataset | datasets.IterableDataset:
+    """Give all rows of a source without captions the same one. Raises ValueError if it has the column."""
+    if column in (source.column_names or list(next(iter(source)))):
+        raise ValueError(f"caption: the source has a column {column!r} of its own; leave caption={caption!r} out.")
+    if isinstance(source, datasets.Dataset):
+        return source.add_column(column, [caption] * len(source))  # type: ignore[call-arg]
+    return source.map(lambda row: {column: caption})
 
 
 def undecoded_rows(

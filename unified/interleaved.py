@@ -44,6 +44,7 @@ def encode_interleaved(
     streaming: bool = False,
     block_rows: int = 256,
     process: PartialState | None = None,
+    storage_options: dict[str, Any] | None = None,
 ) -> dict[str, SkipReport]:
     """Encode the pictures of interleaved rows and write an Arrow data set of texts, codes and grids.
 
@@ -51,7 +52,7 @@ def encode_interleaved(
     out; a row with a broken picture, or with nothing in it, is skipped and reported.
 
     Args:
-        tokenizer, source, out, splits, batch_size, streaming, block_rows, process: as in
+        tokenizer, source, out, splits, batch_size, streaming, block_rows, process, storage_options: as in
             :func:`unified.codes.encode_source`.
         sizes: sizes ``(height, width)``; a picture is fitted to the one with the most similar aspect ratio.
         segments_column: column with the lists.
@@ -68,7 +69,7 @@ def encode_interleaved(
         return _records(tokenizer, numbered, report, sizes, segments_column, batch_size)
 
     def rows_and_records(split: str) -> tuple[Rows, MakeRecords, datasets.Features]:
-        return _undecoded(load_source(source, split, streaming), segments_column), make, _FEATURES
+        return _undecoded(load_source(source, split, streaming, storage_options), segments_column), make, _FEATURES
 
     return write_cache(tokenizer, out, splits, sizes, settings, rows_and_records, block_rows, batch_size, process)
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from peft import PeftModel
 
 from unified.codes import CACHE_FILE, encode_source, is_codes_cache, load_codes
 from unified.config import UnifiedConfig
+from unified.crops import Views
 from unified.data import SkipReport
 from unified.lora import attach_lora
 from unified.model import UnifiedForCausalLM
@@ -102,25 +104,42 @@ def open_codes(
     else:
         source = data.validation or data.train
         validation_path = as_cache(
-            accelerator, data, source, data.validation_split, tokenizer, output / "codes-validation"
+            accelerator, data, source, data.validation_split, tokenizer, output / "codes-validation", learned=False
         )
     return train, load_codes(validation_path, data.validation_split, tokenizer.fingerprint)
 
 
 def as_cache(
-    accelerator: Accelerator, data: DataConfig, source: str, split: str, tokenizer: ImageTokenizer, out: Path
+    accelerator: Accelerator,
+    data: DataConfig,
+    source: str,
+    split: str,
+    tokenizer: ImageTokenizer,
+    out: Path,
+    learned: bool = True,
 ) -> str | Path:
-    """``source`` if it is a codes cache, else ``out`` with its captioned pictures, encoded once by all processes."""
+    """``source`` if it is a codes cache, else ``out`` with its captioned pictures, encoded once by all processes.
+
+    Random crops and mirrored pictures are for rows that are ``learned``.
+    """
     if is_codes_cache(source):
+        if learned and (data.crops is not None or data.flips or data.caption is not None):
+            raise ValueError(f"data: {source!r} holds codes already; crops, flips and caption are for pictures.")
         return source
+    size = ((data.image_size, data.image_size),)
+    views = Views(size)
+    if learned:
+        views = Views(size, "center" if data.crops is None else "random", data.crops or 1, flips=data.flips)
 
     def encode() -> dict[str, SkipReport]:
         return encode_source(
             tokenizer, source, out, (split,), data.image_size, data.image_column, data.caption_column,
-            streaming=data.streaming, process=PartialState(),
+            streaming=data.streaming, views=views, process=PartialState(), caption=data.caption,
+            storage_options=data.storage_options or None,
         )  # fmt: skip
 
-    return encode_once(accelerator, out, {"source": source, "image_size": data.image_size}, encode)
+    expected = {"source": source, "views": {**asdict(views), "sizes": [list(s) for s in size]}, "caption": data.caption}
+    return encode_once(accelerator, out, expected, encode)
 
 
 def encode_once(

@@ -25,6 +25,7 @@ class SourceConfig:
     validation_split: str | None = None  # measured every validate_every steps, as `<kind>_validation_loss`
     image_column: str = "image"
     caption_column: str = "caption"
+    caption: str | None = None  # one caption for all pictures, in place of the column
     text_column: str = "text"
     segments_column: str = "segments"  # every row a list of {text, image}, one of them null
     max_length: int = 512  # tokens that a text or an interleaved row is cut to
@@ -47,8 +48,12 @@ class DataConfig:
     validation_split: str = "validation"
     image_column: str = "image"
     caption_column: str = "caption"
+    caption: str | None = None  # one caption for all pictures of `train`, in place of the column
     image_size: int = 64
+    crops: int | None = None  # encode so many random crops of every picture instead of the centre; not of a codes cache
+    flips: bool = False  # also encode every picture mirrored; not of a codes cache
     streaming: bool = False
+    storage_options: dict[str, Any] = field(default_factory=dict)  # of fsspec, for files elsewhere; keep secrets out
     max_samples: int | None = None  # use only the first rows of the training split
     caption_dropout: float = 0.1  # share of empty captions, for classifier-free guidance
     code_noise: float = 0.0  # input codes are replaced at random, at a rate drawn from [0, code_noise] for each picture
@@ -215,6 +220,8 @@ def _check_data(data: DataConfig, validate_every: int | None) -> None:
     for name in ("caption_dropout", "code_noise", "captioning"):
         if not 0 <= getattr(data, name) <= 1:
             raise ValueError(f"data.{name}: {getattr(data, name)} must lie in [0, 1].")
+    if data.crops is not None and data.crops < 1:
+        raise ValueError(f"data.crops: {data.crops} must be at least 1; leave it out for the centre.")
     if data.pack is not None and data.pack < 2:
         raise ValueError(f"data.pack: {data.pack} must be at least 2 tokens.")
     for source in data.sources:
@@ -234,7 +241,7 @@ def _check_data(data: DataConfig, validate_every: int | None) -> None:
                 )
     if data.sources and data.bucket:
         raise ValueError("data.bucket: batches of several sources hold several lengths anyway; use data.pack instead.")
-    if data.sources and (data.validation or data.max_samples is not None):
-        raise ValueError("data: validation and max_samples belong to train; give sources their own validation_split.")
+    if data.sources and (data.validation or data.max_samples is not None or data.caption):
+        raise ValueError("data: validation, max_samples and caption belong to train; sources have keys of their own.")
     if data.sources and validate_every and not any(source.validation_split for source in data.sources):
         raise ValueError("validate_every: none of data.sources has a validation_split; name one.")

@@ -114,7 +114,7 @@ def _open(
     """One split of a source; nothing is dropped, noised or turned around unless it is ``learned``."""
     name = f"{source.kind} {source.path!r}"
     if source.kind == "text":
-        rows = _texts(source, split)
+        rows = _texts(data, source, split)
         return text_source(name, rows, source.weight, text_tokenizer, layout, source.text_column, source.max_length)
     if source.kind == "interleaved":
         rows = _interleaved(accelerator, data, source, split, image_tokenizer, out)
@@ -124,26 +124,21 @@ def _open(
             source.weight,
             lambda row, rng: interleaved_sequence(row, text_tokenizer, layout, source.max_length),
         )
-    columns = replace(data, image_column=source.image_column, caption_column=source.caption_column)
-    path = as_cache(accelerator, columns, source.path, split, image_tokenizer, out)
+    own = replace(data, image_column=source.image_column, caption_column=source.caption_column, caption=source.caption)
+    path = as_cache(accelerator, own, source.path, split, image_tokenizer, out, learned)
     rows = load_codes(path, split, image_tokenizer.fingerprint)
     if not learned:
         return image_source(name, rows, source.weight, text_tokenizer, layout)
-    dropout, captioning = (
-        own if own is not None else shared
-        for own, shared in (
-            (source.caption_dropout, data.caption_dropout),
-            (source.captioning, data.captioning),
-        )
-    )
+    dropout = data.caption_dropout if source.caption_dropout is None else source.caption_dropout
+    captioning = data.captioning if source.captioning is None else source.captioning
     return image_source(
         name, rows, source.weight, text_tokenizer, layout, dropout, data.code_noise, data.train_on_captions, captioning
     )
 
 
-def _texts(source: SourceConfig, split: str) -> datasets.Dataset:
+def _texts(data: DataConfig, source: SourceConfig, split: str) -> datasets.Dataset:
     """The rows of a split that have a text."""
-    rows = load_source(source.path, split)
+    rows = load_source(source.path, split, storage_options=data.storage_options or None)
     assert isinstance(rows, datasets.Dataset)  # not streamed
     column = source.text_column
     if column not in rows.column_names:
@@ -179,6 +174,7 @@ def _interleaved(
                 source.segments_column,
                 streaming=data.streaming,
                 process=PartialState(),
+                storage_options=data.storage_options or None,
             ),
         )
     return load_codes(path, split, tokenizer.fingerprint, "interleaved").with_format(None)
