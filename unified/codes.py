@@ -122,14 +122,16 @@ def write_cache(
         "downsample": tokenizer.downsample,
         **settings,
     }
+    opened = {
+        split: rows_and_records(split) for split in splits
+    }  # what is wrong with them shows before anything is written
     index, count = (process.process_index, process.num_processes) if process is not None else (0, 1)
     if index == 0:
         _begin(partial, settings)
     if process is not None:
         process.wait_for_everyone()
     for split in splits:
-        rows, make, features = rows_and_records(split)
-        encode_blocks(rows, make, features, partial / "blocks" / split, block_rows, index, count, split)
+        encode_blocks(*opened[split], partial / "blocks" / split, block_rows, index, count, split)
     if process is not None:
         process.wait_for_everyone()
     if index == 0:

@@ -50,8 +50,8 @@ class DataConfig:
     caption_column: str = "caption"
     caption: str | None = None  # one caption for all pictures of `train`, in place of the column
     image_size: int = 64
-    crops: int | None = None  # encode so many random crops of every picture instead of the centre; not of a codes cache
-    flips: bool = False  # also encode every picture mirrored; not of a codes cache
+    crops: int | None = None  # so many random crops of every picture that the run encodes, instead of the centre
+    flips: bool = False  # also encode every picture mirrored
     streaming: bool = False
     storage_options: dict[str, Any] = field(default_factory=dict)  # of fsspec, for files elsewhere; keep secrets out
     max_samples: int | None = None  # use only the first rows of the training split

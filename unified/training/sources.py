@@ -125,6 +125,8 @@ def _open(
             lambda row, rng: interleaved_sequence(row, text_tokenizer, layout, source.max_length),
         )
     own = replace(data, image_column=source.image_column, caption_column=source.caption_column, caption=source.caption)
+    if is_codes_cache(source.path):
+        own = replace(own, crops=None, flips=False)
     path = as_cache(accelerator, own, source.path, split, image_tokenizer, out, learned)
     rows = load_codes(path, split, image_tokenizer.fingerprint)
     if not learned:
