@@ -23,10 +23,15 @@ def without_time(log):
     return [{name: value for name, value in record.items() if name != "images_per_second"} for record in log]
 
 
+def weights_of(output):
+    adapter = output / "lora" / "adapter_model.safetensors"
+    return adapter if adapter.is_file() else output / "pipeline" / "model" / "model.safetensors"
+
+
 def assert_same_run(ours, theirs):
     """Same log and same weights, bitwise."""
     assert without_time(read_log(ours)) == without_time(read_log(theirs))
-    a, b = (load_file(folder / "pipeline" / "model" / "model.safetensors") for folder in (ours, theirs))
+    a, b = (load_file(weights_of(folder)) for folder in (ours, theirs))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
@@ -36,6 +41,25 @@ def test_resumed_run_equals_uninterrupted(finished, config_file, tmp_path):
     shutil.rmtree(tmp_path / "checkpoints" / "step-00000012")
     train(load_config(config_file, [f"output_dir={tmp_path}", "resume=latest"]))
     assert_same_run(tmp_path, finished)
+
+
+LORA = ["model.architecture=null", "optimizer.ema_decay=null", "lora.rank=4", "lora.dropout=0.3"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["model.architecture.attention_dropout=0.3"], ["optimizer.name=muon"], LORA],
+    ids=["dropout", "muon", "lora"],
+)
+def test_resumed_run_of_every_kind_equals_uninterrupted(options, finished, config_file, tmp_path):
+    """Dropout draws from the global random stream, so that one has to continue too."""
+    if options is LORA:
+        options = [*options, f"model.pipeline={finished}/pipeline"]
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    train(load_config(config_file, [f"output_dir={whole}", *options]))
+    shutil.copytree(whole, resumed, ignore=shutil.ignore_patterns("step-00000012", "pipeline", "lora"))
+    train(load_config(config_file, [f"output_dir={resumed}", "resume=latest", *options]))
+    assert_same_run(resumed, whole)
 
 
 def test_killed_run_continues(finished, config_file, tmp_path):
