@@ -29,6 +29,7 @@ from unified.codes import load_codes
 from unified.data import fit_square
 from unified.lora import base_of
 from unified.training.batches import CaptionedBatches
+from unified.training.checkpoint import list_checkpoints
 from unified.training.config import TrainConfig, load_config
 from unified.training.flops import schedule_flops
 from unified.training.loop import train
@@ -85,7 +86,8 @@ def train_and_measure(run: Run) -> dict[str, Any]:
     if result_file.is_file():
         return json.loads(result_file.read_text())
     torch.set_num_threads(1)
-    config = load_config(run.config, [*run.overrides, f"output_dir={out}", f"seed={run.seed}"])
+    resume = ["resume=latest"] if list_checkpoints(out / "checkpoints") else []
+    config = load_config(run.config, [*run.overrides, f"output_dir={out}", f"seed={run.seed}", *resume])
     started = time.process_time()
     train(config)
     cpu_seconds = time.process_time() - started

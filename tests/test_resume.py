@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -13,7 +14,8 @@ from accelerate import Accelerator
 from conftest import LAUNCH, ROOT
 from safetensors.torch import load_file
 
-from unified.training.checkpoint import list_checkpoints
+from unified.training import loop
+from unified.training.checkpoint import list_checkpoints, save_checkpoint
 from unified.training.config import load_config
 from unified.training.loop import train
 from unified.training.tracking import read_log
@@ -90,6 +92,93 @@ def test_killed_run_continues(finished, config_file, tmp_path):
     assert list_checkpoints(tmp_path / "checkpoints")
     done = subprocess.run([*command, "resume=latest"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert_same_run(tmp_path, finished)
+
+
+KILLED_AFTER = """
+import os, shutil, signal, sys
+from pathlib import Path
+from accelerate import Accelerator
+from unified.training.config import load_config
+from unified.training.loop import train
+
+point, config, output = sys.argv[1:]
+save_state = Accelerator.save_state
+
+def killed(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def saved_half(self, folder, **kwargs):
+    save_state(self, folder, **kwargs)
+    if "step-00000010" in folder:
+        os.unlink(Path(folder) / "model.safetensors")
+        killed()
+
+def removed_half(folder):  # the first one, when the checkpoint of step 12 pushes out that of step 5
+    os.unlink(Path(folder) / "model.safetensors")
+    killed()
+
+if point == "save":
+    Accelerator.save_state = saved_half
+else:
+    shutil.rmtree = removed_half
+train(load_config(config, [f"output_dir={output}"]))
+"""
+
+
+@pytest.mark.parametrize(("point", "kept"), [("save", [5]), ("remove", [10, 12])])
+def test_kill_while_checkpoints_are_written(finished, config_file, tmp_path, point, kept):
+    """kill -9 with files half written or half removed: what counts as a checkpoint is whole; the rest is swept."""
+    command = [sys.executable, "-c", KILLED_AFTER, point, str(config_file), str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True)
+    assert done.returncode == -signal.SIGKILL
+    folder = tmp_path / "checkpoints"
+    whole = [f"step-{step:08d}" for step in kept]
+    assert [path.name for path in list_checkpoints(folder)] == whole and len(list(folder.iterdir())) == len(kept) + 1
+    train(load_config(config_file, [f"output_dir={tmp_path}", "resume=latest"]))
+    assert_same_run(tmp_path, finished)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000010", "step-00000012"]
+
+
+def test_used_folder_is_refused_without_resume(config_file, tmp_path):
+    train(load_config(config_file, [f"output_dir={tmp_path}/used"]))
+    with pytest.raises(ValueError, match=r"output_dir: .* up to step-00000012; resume=latest goes on with it, another"):
+        train(load_config(config_file, [f"output_dir={tmp_path}/used"]))
+    shutil.copytree(tmp_path / "used" / "checkpoints" / "step-00000010", tmp_path / "other")
+    with pytest.raises(ValueError, match=r"resume: .*other' is none of the checkpoints in"):
+        train(load_config(config_file, [f"output_dir={tmp_path}/used", f"resume={tmp_path}/other"]))
+    train(load_config(config_file, [f"output_dir={tmp_path}/new", f"resume={tmp_path}/other"]))
+
+
+def test_going_back_discards_what_came_later(finished, config_file, tmp_path):
+    """Resumed at step 5 with 10 and 12 present, stopped after step 7: `latest` is not one of the old ones."""
+    folder = tmp_path / "checkpoints"
+    every = [f"output_dir={tmp_path}", "checkpoint_every=1", "keep_checkpoints=12"]
+    train(load_config(config_file, every))
+    (folder / ".partial-step-00000013").mkdir()
+    (folder / ".old-step-00000001").mkdir()
+    stop = KeyError("stop")
+
+    def stopped(accelerator, target, step, *rest):
+        if step == 8:
+            raise stop
+        save_checkpoint(accelerator, target, step, *rest)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyError):
+        patch.setattr(loop, "save_checkpoint", stopped)
+        train(load_config(config_file, [*every, f"resume={folder}/step-00000005"]))
+    assert sorted(path.name for path in folder.iterdir()) == [f"step-{step:08d}" for step in range(1, 8)]
+    assert [record["step"] for record in read_log(tmp_path)][-1] == 8
+    train(load_config(config_file, [*every, "resume=latest"]))
+    assert_same_run(tmp_path, finished)
+
+
+def test_torn_log_line_is_dropped(finished, config_file, tmp_path):
+    train(load_config(config_file, [f"output_dir={tmp_path}"]))
+    shutil.rmtree(tmp_path / "checkpoints" / "step-00000012")
+    log = tmp_path / "log.jsonl"
+    log.write_text(log.read_text()[:-9])
+    train(load_config(config_file, [f"output_dir={tmp_path}", "resume=latest"]))
     assert_same_run(tmp_path, finished)
 
 

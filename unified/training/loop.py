@@ -22,9 +22,10 @@ from unified.training.batches import CaptionedBatches, loader
 from unified.training.build import build_parts, open_codes
 from unified.training.checkpoint import (
     check_settings,
-    find_checkpoint,
     load_checkpoint,
+    remove_stale,
     save_checkpoint,
+    start_checkpoint,
 )
 from unified.training.config import TrainConfig
 from unified.training.optimizer import build_optimizers
@@ -56,7 +57,7 @@ def train(config: TrainConfig, measure: Measure | None = None) -> Path:
             f"processes: {config.processes} wanted, {accelerator.num_processes} started. `accelerate launch --cpu` starts "
             "one whatever it is told; on CPUs use `torchrun --nproc_per_node N`, with ACCELERATE_USE_CPU=true set."
         )
-    checkpoint = find_checkpoint(config.resume, output / "checkpoints") if config.resume else None
+    checkpoint = start_checkpoint(config.resume, output / "checkpoints")
     if checkpoint:
         check_settings(checkpoint, config, config.allow_changes)
     set_seed(config.seed)
@@ -83,6 +84,7 @@ def train(config: TrainConfig, measure: Measure | None = None) -> Path:
     if ema is not None:
         accelerator.register_for_checkpointing(ema)
     step, slots = load_checkpoint(accelerator, checkpoint) if checkpoint else (0, 0)
+    remove_stale(accelerator, output / "checkpoints", step)
     log = RunLog(accelerator, output, resumed_at=step)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     processes = accelerator.num_processes

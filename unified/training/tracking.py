@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from torchvision.utils import make_grid, save_image
 
 from unified.pipeline import UnifiedPipeline
+from unified.training.checkpoint import write_whole
 from unified.training.config import SampleConfig
 
 LOG_FILE = "log.jsonl"
@@ -22,7 +23,7 @@ class RunLog:
         if accelerator.is_main_process:
             # A resumed run continues its log; lines past the checkpoint will be written again.
             kept = [line for line in read_log(output_dir) if line["step"] <= resumed_at] if resumed_at else []
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, step: int, **figures: Any) -> None:
         """Record figures after ``step`` steps."""
@@ -79,6 +80,9 @@ class LossMeter:
 
 
 def read_log(output_dir: Path) -> list[dict[str, Any]]:
-    """All records of a run's log, oldest first; empty without a log."""
+    """All records of a run's log, oldest first; empty without a log. A last line without its end (the run was killed
+    while it wrote, or is writing) is left out.
+    """
     path = output_dir / LOG_FILE
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
