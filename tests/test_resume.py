@@ -1,5 +1,6 @@
 """Training that survives: kills, full disks, changed settings, gradients that explode."""
 
+import contextlib
 import errno
 import os
 import shutil
@@ -11,14 +12,18 @@ import time
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import LAUNCH, ROOT
+from accelerate.utils import DistributedType
+from conftest import LAUNCH, ROOT, tiny_model
+from safetensors import safe_open
 from safetensors.torch import load_file
 
+from unified.sequence import ImageSegment, TextSegment, build_sequence, collate
 from unified.training import loop
 from unified.training.checkpoint import list_checkpoints, save_checkpoint
 from unified.training.config import load_config
 from unified.training.loop import train
-from unified.training.tracking import read_log
+from unified.training.step import train_step
+from unified.training.tracking import LossMeter, read_log
 
 
 def without_time(log):
@@ -212,24 +217,74 @@ def test_changed_settings_are_shown_and_refused(config_file, tmp_path):
 @pytest.mark.parametrize(("value", "limit"), [(float("nan"), None), (1e6, 1e3)])
 def test_bad_gradients_stop_the_run_and_keep_the_batch(config_file, tmp_path, monkeypatch, value, limit):
     clip = Accelerator.clip_grad_norm_
-    calls = []
+    calls, rates = [], []
 
     def poisoned(self, parameters, *args, **kwargs):
         parameters = list(parameters)
         calls.append(1)
+        rates.append(self._optimizers[0].param_groups[0]["lr"])
         if len(calls) == 3:
             parameters[0].grad[0, 0] = value
         return clip(self, parameters, *args, **kwargs)
 
     monkeypatch.setattr(Accelerator, "clip_grad_norm_", poisoned)
     limits = [] if limit is None else [f"optimizer.gradient_limit={limit}"]
+    small = ["batch_size=2", "gradient_accumulation_steps=2"]
     with pytest.raises(
-        FloatingPointError, match=r"gradients: their norm is (nan|1000000.0) at step 2; the batch is kept"
+        FloatingPointError, match=rf"gradients: their norm is ({value}) at step 2; the batches are kept"
     ):
-        train(load_config(config_file, [f"output_dir={tmp_path}", *limits]))
-    batch = load_file(tmp_path / "failed-step-00000002-process-0.safetensors")
-    assert batch["input_ids"].shape[0] == 4 and set(batch) == {"input_ids", "labels", "attention_mask", "image_grids"}
+        train(load_config(config_file, [f"output_dir={tmp_path}", *small, *limits]))
+    with safe_open(tmp_path / "failed-step-00000002-process-0.safetensors", "pt") as kept:
+        names = {f"{i}.{name}" for i in (0, 1) for name in ("input_ids", "labels", "attention_mask", "image_grids")}
+        assert set(kept.keys()) == names and not torch.equal(kept.get_tensor("0.labels"), kept.get_tensor("1.labels"))
+        assert kept.metadata() == {"step": "2", "patch_size": "4", "learning_rate": str(rates[-1])}
     assert [r["step"] for r in read_log(tmp_path)] == [1, 2]  # nothing of the bad step was learned or logged
+
+
+def test_fp16_that_finds_no_scale_stops(config_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(Accelerator, "optimizer_step_was_skipped", property(lambda self: True))
+    with pytest.raises(
+        FloatingPointError, match="not finite in 20 steps in a row, all skipped; use mixed_precision=bf16"
+    ):
+        train(load_config(config_file, [f"output_dir={tmp_path}", "steps=40"]))
+    assert [r["step"] for r in read_log(tmp_path) if "lr" in r][-1] == 19
+
+
+class DeepSpeedLike:
+    """An accelerator that steps inside of backward, as DeepSpeed does."""
+
+    distributed_type, num_processes, process_index, mixed_precision = DistributedType.DEEPSPEED, 1, 0, "no"
+    sync_gradients, device = True, torch.device("cpu")
+
+    def __init__(self, optimizer):
+        self.optimizer, self.rates = optimizer, []
+
+    def accumulate(self, model):
+        return contextlib.nullcontext()
+
+    def backward(self, loss):
+        self.rates.append(self.optimizer.param_groups[0]["lr"])
+
+    def clip_grad_norm_(self, parameters, limit):
+        return None
+
+
+def test_deepspeed_steps_with_this_steps_rate_and_never_from_a_bad_loss(config_file, tmp_path):
+    model = tiny_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    accelerator = DeepSpeedLike(optimizer)
+    config = load_config(config_file, [f"output_dir={tmp_path}"])
+    picture = ImageSegment(torch.zeros(4, 4, dtype=torch.long))
+    batch = collate([build_sequence([TextSegment([5, 6]), picture], model.config.layout)], model.config.layout)
+    rest = (0, config, LossMeter(accelerator))
+    for rate in (0.5, 0.25):
+        train_step(accelerator, model, model.config, [optimizer], [batch], 1, rate, *rest)
+    assert accelerator.rates == [0.5, 0.25]
+    with torch.no_grad():
+        model.image_head.weight.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match=r"loss: not finite on 1 process\(es\), nan on this one, at step 0"):
+        train_step(accelerator, model, model.config, [optimizer], [batch], 1, 0.1, *rest)
+    assert accelerator.rates == [0.5, 0.25]
 
 
 def test_resume_without_checkpoint_is_an_error(config_file, tmp_path):

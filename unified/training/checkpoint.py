@@ -1,4 +1,4 @@
-"""Checkpoints that appear whole or not at all, and what is kept of a step that failed."""
+"""Checkpoints that appear whole or not at all."""
 
 import difflib
 import json
@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from safetensors.torch import save_file
-from torch import Tensor
 
 from unified.settings import dump_settings
 
@@ -151,10 +149,3 @@ def _comparable(settings: Any) -> str:
     """Settings as YAML without those that may change freely."""
     free = {f.name: getattr(type(settings)(), f.name) for f in fields(settings) if f.name in _FREE}
     return dump_settings(replace(settings, **free))
-
-
-def save_failed_batch(batch: dict[str, Tensor], output_dir: Path, step: int, rank: int) -> Path:
-    """Keep a batch whose gradients were not finite, as safetensors; returns the file."""
-    path = output_dir / f"failed-step-{step:08d}-process-{rank}.safetensors"
-    save_file({name: tensor.contiguous() for name, tensor in batch.items()}, path)
-    return path

@@ -8,7 +8,7 @@ from typing import cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, send_to_device, set_seed
+from accelerate.utils import GradientAccumulationPlugin, set_seed
 from peft import PeftModel
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -29,7 +29,8 @@ from unified.training.checkpoint import (
 )
 from unified.training.config import TrainConfig
 from unified.training.optimizer import build_optimizers
-from unified.training.step import train_step
+from unified.training.sharding import check_sharding, configure_deepspeed
+from unified.training.step import check_skipped, train_step
 from unified.training.tracking import LossMeter, RunLog
 from unified.training.validation import caption_loss, image_loss
 
@@ -47,7 +48,8 @@ def train(config: TrainConfig, measure: Measure | None = None) -> Path:
     """
     output = Path(config.output_dir)
     accelerator = Accelerator(
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        # As a plugin, because `accelerate launch` sets the number for DeepSpeed (to "auto"), and its environment would win.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.gradient_accumulation_steps),
         mixed_precision=config.mixed_precision,
         log_with=config.track_with or None,
         project_dir=output,
@@ -79,6 +81,7 @@ def train(config: TrainConfig, measure: Measure | None = None) -> Path:
 
     schedule = config.patch_schedule()
     check_sharding(accelerator, config)
+    configure_deepspeed(accelerator, config)
     model, *optimizers = accelerator.prepare(model, *build_optimizers(model, config.optimizer))
     ema = _average_of(accelerator.unwrap_model(model), config.optimizer.ema_decay)
     if ema is not None:
@@ -111,17 +114,20 @@ def train(config: TrainConfig, measure: Measure | None = None) -> Path:
 
     model.train()
     losses: dict[str, float] = {}
-    meter, since, images = LossMeter(accelerator), time.monotonic(), 0
+    meter, since, images, skipped = LossMeter(accelerator), time.monotonic(), 0, 0
     bar = tqdm(total=config.steps, initial=step, unit="step", disable=not accelerator.is_local_main_process)
     stream = iter(loader(batches, step * accumulation, config.data.num_workers))
     while step < config.steps:
         stage, patch_size = schedule.stage(step, config.steps), schedule.patch_size(step, config.steps)
         rate = config.optimizer.learning_rate * schedule.lr_multiplier(step, config.steps)
-        parts = [send_to_device(part, accelerator.device) for part in islice(stream, accumulation)]
+        parts = list(islice(stream, accumulation))
         images += sum(len(part["input_ids"]) for part in parts) * processes
         slots += train_step(
             accelerator, model, layout_config, optimizers, parts, patch_size, rate, step, config, meter
         )  # fmt: skip
+
+        skipped = skipped + 1 if accelerator.optimizer_step_was_skipped else 0
+        check_skipped(skipped)
 
         step += 1
         bar.update()
@@ -164,15 +170,6 @@ def train(config: TrainConfig, measure: Measure | None = None) -> Path:
     folder = _save(accelerator, current(), state, image_tokenizer, text_tokenizer, output)
     accelerator.end_training()
     return folder
-
-
-def check_sharding(accelerator: Accelerator, config: TrainConfig) -> None:
-    """Refuse options that need whole weights where they are cut over processes. Raises ValueError naming the option."""
-    kind = accelerator.distributed_type
-    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        for name, used in (("ema_decay", config.optimizer.ema_decay), ("name=muon", config.optimizer.name == "muon")):
-            if used:
-                raise ValueError(f"optimizer.{name}: not available with {kind.value}; leave it out or train with DDP.")
 
 
 def _average_of(model: nn.Module, decay: float | None) -> AveragedModel | None:

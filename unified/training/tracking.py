@@ -1,6 +1,7 @@
 """What a run leaves behind to look at: a JSONL log, trackers, sample grids."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,26 +58,34 @@ class RunLog:
                 tracker.writer.add_image("samples", grid, step)
 
 
+def sum_over_processes(accelerator: Accelerator, values: Sequence[float]) -> list[float]:
+    """Sums of numbers over all processes. One process leaves the device alone: not every device has float64."""
+    if accelerator.num_processes == 1:
+        return list(values)
+    return accelerator.reduce(torch.tensor(values, dtype=torch.float64, device=accelerator.device), "sum").tolist()
+
+
 class LossMeter:
-    """Means of named losses over the steps since the last reading, over all processes. A loss may be absent (None)."""
+    """Means of named losses since the last reading, over all batches and processes. A loss may be absent (None)."""
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
-        self._sums: dict[str, torch.Tensor] = {}
+        self._losses: dict[str, list[tuple[torch.Tensor, float]]] = {}
 
-    def add(self, **losses: torch.Tensor | None) -> None:
-        """Add one step's losses."""
-        for name, loss in losses.items():
-            if name not in self._sums:
-                self._sums[name] = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
+    def add(self, **losses: tuple[torch.Tensor | None, float]) -> None:
+        """Add a batch's mean losses, each with its weight: the number of slots that it is the mean of."""
+        for name, (loss, weight) in losses.items():
+            seen = self._losses.setdefault(name, [])
             if loss is not None:
-                self._sums[name] += torch.stack([loss.detach().double(), torch.ones_like(loss, dtype=torch.float64)])
+                seen.append((loss.detach(), weight))  # read later: that waits for the device
 
     def means(self) -> dict[str, float]:
         """Means by name, without those that never occurred; starts anew."""
-        found = {name: self.accelerator.reduce(sums, "sum").tolist() for name, sums in self._sums.items()}
-        self._sums.clear()
-        return {name: total / count for name, (total, count) in found.items() if count}
+        sums = [[sum(float(x) * w for x, w in seen), sum(w for _, w in seen)] for seen in self._losses.values()]
+        flat = sum_over_processes(self.accelerator, [number for pair in sums for number in pair])
+        found = dict(zip(self._losses, zip(flat[::2], flat[1::2], strict=True), strict=True))
+        self._losses.clear()
+        return {name: total / weight for name, (total, weight) in found.items() if weight}
 
 
 def read_log(output_dir: Path) -> list[dict[str, Any]]:
