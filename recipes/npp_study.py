@@ -11,6 +11,7 @@ prepared first (tokenizers, codes, a small CLIP) stands at the top of each confi
 import argparse
 import json
 import multiprocessing
+import shutil
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -87,6 +88,7 @@ def train_and_measure(run: Run) -> dict[str, Any]:
     torch.set_num_threads(1)
     config = load_config(run.config, [*run.overrides, f"output_dir={out}", f"seed={run.seed}"])
     if not cost_file.is_file():
+        shutil.rmtree(out, ignore_errors=True)  # an interrupted run starts anew: its cost is measured whole
         started = time.process_time()
         train(config)
         cost_file.write_text(json.dumps({"cpu_seconds": time.process_time() - started}))

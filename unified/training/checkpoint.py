@@ -1,15 +1,14 @@
-"""Checkpoints that appear whole or not at all, and what is kept of a step that failed."""
+"""Checkpoints that appear whole or not at all."""
 
 import difflib
 import json
+import os
 import shutil
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from safetensors.torch import save_file
-from torch import Tensor
 
 from unified.settings import dump_settings
 
@@ -37,19 +36,69 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, slots: in
         OSError: if the disk is full; earlier checkpoints stay as they are.
     """
     final, partial = folder / f"step-{step:08d}", folder / f".partial-step-{step:08d}"
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-    accelerator.wait_for_everyone()
     accelerator.save_state(str(partial))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         (partial / _SETTINGS_FILE).write_text(_comparable(settings))
         (partial / _STATE_FILE).write_text(json.dumps({"step": step, "slots": slots}))
-        shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         for old in list_checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
+            _discard(old)
     accelerator.wait_for_everyone()
+
+
+def start_checkpoint(resume: str | None, folder: Path) -> Path | None:
+    """The checkpoint to start from, None for a new run.
+
+    Raises:
+        ValueError: if ``resume`` names none, or ``folder`` has checkpoints of another run.
+    """
+    found = list_checkpoints(folder)
+    if resume is None:
+        if found:
+            raise ValueError(
+                f"output_dir: {str(folder)!r} has checkpoints of an earlier run, up to {found[-1].name}; resume=latest goes "
+                "on with it, another output_dir (or removing them) starts anew."
+            )
+        return None
+    path = find_checkpoint(resume, folder)
+    if found and path.resolve() not in [other.resolve() for other in found]:
+        raise ValueError(
+            f"resume: {resume!r} is none of the checkpoints in {str(folder)!r}; resume one of those or choose another output_dir."
+        )
+    return path
+
+
+def remove_stale(accelerator: Accelerator, folder: Path, step: int) -> None:
+    """Clear ``folder`` for a run that goes on after ``step``: later checkpoints would be taken for its own, and kills
+    leave halves behind.
+    """
+    accelerator.wait_for_everyone()  # all have listed the folder
+    if accelerator.is_main_process:
+        for path in list_checkpoints(folder):
+            if _state_of(path)["step"] > step:
+                _discard(path)
+        for path in [*folder.glob(".partial-*"), *folder.glob(".old-*")]:
+            shutil.rmtree(path)
+    accelerator.wait_for_everyone()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a text file at once: a kill leaves the old one or the new one."""
+    beside = path.with_name(f".new-{path.name}")
+    beside.write_text(text)
+    os.replace(beside, path)
+
+
+def _state_of(path: Path) -> dict[str, Any]:
+    return json.loads((path / _STATE_FILE).read_text())
+
+
+def _discard(path: Path) -> None:
+    """Remove a checkpoint that stops counting at once: a kill while its files go leaves no half one."""
+    hidden = path.with_name(f".old-{path.name}")
+    path.rename(hidden)
+    shutil.rmtree(hidden)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -76,7 +125,7 @@ def find_checkpoint(resume: str, folder: Path) -> Path:
 def load_checkpoint(accelerator: Accelerator, path: Path) -> tuple[int, int]:
     """Restore the prepared objects; returns the finished steps and slots."""
     accelerator.load_state(str(path))
-    state = json.loads((path / _STATE_FILE).read_text())
+    state = _state_of(path)
     return state["step"], state["slots"]
 
 
@@ -100,10 +149,3 @@ def _comparable(settings: Any) -> str:
     """Settings as YAML without those that may change freely."""
     free = {f.name: getattr(type(settings)(), f.name) for f in fields(settings) if f.name in _FREE}
     return dump_settings(replace(settings, **free))
-
-
-def save_failed_batch(batch: dict[str, Tensor], output_dir: Path, step: int, rank: int) -> Path:
-    """Keep a batch whose gradients were not finite, as safetensors; returns the file."""
-    path = output_dir / f"failed-step-{step:08d}-process-{rank}.safetensors"
-    save_file({name: tensor.contiguous() for name, tensor in batch.items()}, path)
-    return path

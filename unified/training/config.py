@@ -176,7 +176,7 @@ def _check(config: TrainConfig) -> None:
             raise ValueError(f"data.{name}: {getattr(config.data, name)} must lie in [0, 1].")
     if config.optimizer.name not in ("adamw", "muon"):
         raise ValueError(f"optimizer.name: {config.optimizer.name!r} is unknown; use adamw or muon.")
-    for name in ("steps", "batch_size", "gradient_accumulation_steps", "log_every"):
+    for name in ("steps", "batch_size", "gradient_accumulation_steps", "log_every", "keep_checkpoints"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name}: {getattr(config, name)} must be at least 1.")
     if config.checkpoint_every and config.checkpoint_every % config.log_every:

@@ -8,7 +8,7 @@ from typing import cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, send_to_device, set_seed
+from accelerate.utils import GradientAccumulationPlugin, set_seed
 from peft import PeftModel
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -22,13 +22,15 @@ from unified.training.batches import CaptionedBatches, loader
 from unified.training.build import build_parts, open_codes
 from unified.training.checkpoint import (
     check_settings,
-    find_checkpoint,
     load_checkpoint,
+    remove_stale,
     save_checkpoint,
+    start_checkpoint,
 )
 from unified.training.config import TrainConfig
 from unified.training.optimizer import build_optimizers
-from unified.training.step import train_step
+from unified.training.sharding import check_sharding, configure_deepspeed
+from unified.training.step import check_skipped, train_step
 from unified.training.tracking import LossMeter, RunLog
 from unified.training.validation import caption_loss, image_loss
 
@@ -46,7 +48,8 @@ def train(config: TrainConfig, measure: Measure | None = None) -> Path:
     """
     output = Path(config.output_dir)
     accelerator = Accelerator(
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        # As a plugin, because `accelerate launch` sets the number for DeepSpeed (to "auto"), and its environment would win.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.gradient_accumulation_steps),
         mixed_precision=config.mixed_precision,
         log_with=config.track_with or None,
         project_dir=output,
@@ -56,7 +59,7 @@ def train(config: TrainConfig, measure: Measure | None = None) -> Path:
             f"processes: {config.processes} wanted, {accelerator.num_processes} started. `accelerate launch --cpu` starts "
             "one whatever it is told; on CPUs use `torchrun --nproc_per_node N`, with ACCELERATE_USE_CPU=true set."
         )
-    checkpoint = find_checkpoint(config.resume, output / "checkpoints") if config.resume else None
+    checkpoint = start_checkpoint(config.resume, output / "checkpoints")
     if checkpoint:
         check_settings(checkpoint, config, config.allow_changes)
     set_seed(config.seed)
@@ -78,11 +81,13 @@ def train(config: TrainConfig, measure: Measure | None = None) -> Path:
 
     schedule = config.patch_schedule()
     check_sharding(accelerator, config)
+    configure_deepspeed(accelerator, config)
     model, *optimizers = accelerator.prepare(model, *build_optimizers(model, config.optimizer))
     ema = _average_of(accelerator.unwrap_model(model), config.optimizer.ema_decay)
     if ema is not None:
         accelerator.register_for_checkpointing(ema)
     step, slots = load_checkpoint(accelerator, checkpoint) if checkpoint else (0, 0)
+    remove_stale(accelerator, output / "checkpoints", step)
     log = RunLog(accelerator, output, resumed_at=step)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     processes = accelerator.num_processes
@@ -109,17 +114,20 @@ def train(config: TrainConfig, measure: Measure | None = None) -> Path:
 
     model.train()
     losses: dict[str, float] = {}
-    meter, since, images = LossMeter(accelerator), time.monotonic(), 0
+    meter, since, images, skipped = LossMeter(accelerator), time.monotonic(), 0, 0
     bar = tqdm(total=config.steps, initial=step, unit="step", disable=not accelerator.is_local_main_process)
     stream = iter(loader(batches, step * accumulation, config.data.num_workers))
     while step < config.steps:
         stage, patch_size = schedule.stage(step, config.steps), schedule.patch_size(step, config.steps)
         rate = config.optimizer.learning_rate * schedule.lr_multiplier(step, config.steps)
-        parts = [send_to_device(part, accelerator.device) for part in islice(stream, accumulation)]
+        parts = list(islice(stream, accumulation))
         images += sum(len(part["input_ids"]) for part in parts) * processes
         slots += train_step(
             accelerator, model, layout_config, optimizers, parts, patch_size, rate, step, config, meter
         )  # fmt: skip
+
+        skipped = skipped + 1 if accelerator.optimizer_step_was_skipped else 0
+        check_skipped(skipped)
 
         step += 1
         bar.update()
@@ -162,15 +170,6 @@ def train(config: TrainConfig, measure: Measure | None = None) -> Path:
     folder = _save(accelerator, current(), state, image_tokenizer, text_tokenizer, output)
     accelerator.end_training()
     return folder
-
-
-def check_sharding(accelerator: Accelerator, config: TrainConfig) -> None:
-    """Refuse options that need whole weights where they are cut over processes. Raises ValueError naming the option."""
-    kind = accelerator.distributed_type
-    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        for name, used in (("ema_decay", config.optimizer.ema_decay), ("name=muon", config.optimizer.name == "muon")):
-            if used:
-                raise ValueError(f"optimizer.{name}: not available with {kind.value}; leave it out or train with DDP.")
 
 
 def _average_of(model: nn.Module, decay: float | None) -> AveragedModel | None:
