@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from unified_tokenizers import ImageTokenizer
-from unified_tokenizers.images import to_tensor
+from unified_tokenizers.images import as_rgb, to_tensor
 
 
 def as_images(images: Image.Image | Sequence[Image.Image]) -> list[Image.Image]:
@@ -79,7 +79,7 @@ def outpainting_canvas(
             f"image: {image.width}x{image.height} pixels at top {top}, left {left} leave the canvas of {width}x{height}."
         )
     # The border repeats the picture's edge, so that codes near it are those of a picture that goes on.
-    pixels = np.asarray(image.convert("RGB"))
+    pixels = np.asarray(as_rgb(image))
     around = ((top, height - top - image.height), (left, width - left - image.width), (0, 0))
     canvas = Image.fromarray(np.pad(pixels, around, mode="edge"))
     mask = Image.new("L", (width, height), 255)
