@@ -55,9 +55,9 @@ def test_the_command_line_sees_white(pipeline, pair, tmp_path):
     drawn = []
     for name, image in zip(("transparent", "seen"), pair, strict=True):
         image.save(tmp_path / f"{name}.png")
-        command = ["inpaint", "--pipeline", str(tmp_path / "pipeline"), "--prompt", "red apple", "--out",
-                   str(tmp_path / name), "--image", str(tmp_path / f"{name}.png"), "--mask", str(tmp_path / "mask.png")]  # fmt: skip
-        assert main(command) == 0
+        options = {"pipeline": "pipeline", "out": name, "image": f"{name}.png", "mask": "mask.png"}
+        given = [part for key, value in options.items() for part in (f"--{key}", str(tmp_path / value))]
+        assert main(["inpaint", "--prompt", "red apple", *given]) == 0
         drawn.append((tmp_path / name / "000-red-apple.png").read_bytes())
     expected = pipeline.inpaint("red apple", pair[1], Image.new("L", (16, 16)), generator=generators(0)).images[0]
     assert drawn[0] == drawn[1]
