@@ -15,12 +15,6 @@ from unified_tokenizers.images import to_tensor
 PROMPTS = ["red apple", "a cat and a dog"]
 
 
-@pytest.fixture
-def photo():
-    rng = np.random.default_rng(0)
-    return Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
-
-
 def seeded(seed):
     return torch.Generator().manual_seed(seed)
 
@@ -225,6 +219,9 @@ def test_fast_decoding_follows_adapters(pipeline, tmp_path):
     fast = draw()
     pipeline.disable_fast_decoding()
     assert torch.equal(draw(), fast) and not torch.equal(fast, base)
+    with pytest.raises(ValueError, match="compile, int8: "):
+        pipeline.enable_fast_decoding(compile=True, int8=True)
+    assert torch.equal(draw(), fast)  # a refusal changes nothing
     pipeline.enable_fast_decoding(int8=True)
     assert draw().shape == base.shape
     pipeline.disable_fast_decoding()

@@ -275,9 +275,9 @@ class UnifiedPipeline(LoraMethods):
         Raises:
             ValueError: if the backbone or the device does not allow it.
         """
-        self._fast = {"compile": compile, "int8": int8}
-        self._kept = None
-        self._kept = self._decoder()
+        options = {"compile": compile, "int8": int8}
+        self._kept = make_decoder(base_of(self.model), **options)  # may fail, and then nothing has changed
+        self._fast = options
 
     def disable_fast_decoding(self) -> None:
         """Prepare a decoder in every call again."""
