@@ -81,13 +81,13 @@ def continue_conversations(
 def as_messages(
     segments: Sequence[Segment], image_tokenizer: ImageTokenizer, text_tokenizer: TextTokenizer
 ) -> list[Message]:
-    """Segments as texts and pictures."""
+    """Segments as texts and pictures; a text without visible characters is no message."""
     messages: list[Message] = []
     for segment in segments:
         if isinstance(segment, ImageSegment):
             messages += to_pil(image_tokenizer.decode(segment.codes[None]))
-        else:
-            messages.append(text_tokenizer.decode(segment.ids))
+        elif text := text_tokenizer.decode(segment.ids).strip():
+            messages.append(text)
     return messages
 
 
