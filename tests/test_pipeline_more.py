@@ -36,6 +36,28 @@ def test_seeds_of_a_single_generator_do_not_depend_on_their_number(count):
     seeds = [g.initial_seed() for g in per_image(seeded(1), 2, count)]
     reference = [g.initial_seed() for g in per_image(seeded(1), 3, 17)]
     assert seeds == [reference[17 * i + j] for i in range(2) for j in range(count)]
+    assert len(set(reference)) == 3 * 17
+
+
+@pytest.mark.parametrize("decoding", ["plain", "sjd"])
+def test_a_generator_means_what_a_list_of_it_means(pipeline, photo, decoding):
+    alone, listed = (pipeline("red apple", generator=g, decoding=decoding).codes for g in (seeded(7), [seeded(7)]))
+    assert torch.equal(alone, listed)
+    two = pipeline(PROMPTS, generator=seeded(7), decoding=decoding).codes
+    assert torch.equal(two[:1], listed) and not torch.equal(two[1], two[0])
+    hot = {"temperature": 5.0, "max_new_tokens": 8}
+    assert pipeline.caption(photo, generator=seeded(7), **hot) == pipeline.caption(photo, generator=[seeded(7)], **hot)
+
+
+def test_a_generator_moves_on(pipeline, photo):
+    """The next call with the same generator gives something else."""
+    generator = seeded(7)
+    codes = [pipeline("red apple", generator=generator).codes for _ in range(2)]
+    assert not torch.equal(*codes)
+    texts = [pipeline.caption(photo, temperature=5.0, max_new_tokens=8, generator=generator)[0] for _ in range(3)]
+    assert len(set(texts)) == 3
+    with pytest.raises(ValueError, match="generator: one and the same is given for several pictures"):
+        pipeline(PROMPTS, generator=[generator, generator])
 
 
 def test_counterfactual_edit_changes_little(pipeline):

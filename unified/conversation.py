@@ -75,7 +75,10 @@ def continue_conversations(
             "shorten the conversation or lower max_new_tokens or max_images."
         )
     slots = min(batch_size, len(requests)) * requests[0].rows
-    return Batcher(decoder, slots, longest + new).run(requests)
+    replies = Batcher(decoder, slots, longest + new).run(requests)
+    for generator in generators:  # texts are drawn from copies; the next call shall say something else
+        torch.rand((), generator=generator, device=generator.device)
+    return replies
 
 
 def as_messages(

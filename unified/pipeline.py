@@ -166,8 +166,8 @@ class UnifiedPipeline(LoraMethods):
             negative_prompt: what to steer away from; one for all, or one per prompt. Default: the empty caption.
             num_images_per_prompt: pictures per caption; those of one caption are adjacent in the output.
             temperature, top_k, top_p: see :class:`unified.decoding.Sampling`.
-            generator: one ``torch.Generator`` per picture, or one that seeds them all; fixes the result, whatever else is
-                in the batch. The same generator with another caption changes only what has to change.
+            generator: one ``torch.Generator`` per picture, or one that draws the first and seeds the others; fixes the
+                result, whatever else is in the batch. The same one with another caption changes only what has to change.
             output_type: ``pil``, ``np`` (N, H, W, 3 uint8), ``pt`` (N, 3, H, W in [-1, 1]) or ``codes``.
             callback_on_step_end: called as ``f(pipeline, index, codes (N, index + 1))`` after every code, with
                 speculative decoding after every pass; -1 stands for codes that a picture does not have yet.
@@ -344,7 +344,7 @@ class UnifiedPipeline(LoraMethods):
             prompt: how the text begins; it is not part of the result.
             max_new_tokens: tokens after which a text is cut off.
             temperature, top_k, top_p: see :class:`unified.decoding.Sampling`; ``top_k=1`` takes the likeliest token.
-            generator: one per picture, or one that seeds them all.
+            generator: one per picture, or one for all as in :meth:`__call__`.
 
         Raises:
             ValueError: for pictures of a size the model does not know, or a context that is too long.
@@ -373,7 +373,7 @@ class UnifiedPipeline(LoraMethods):
             max_new_tokens, max_images: how much a reply may hold at most.
             text_sampling, image_sampling: how text and codes are drawn; guidance applies to pictures.
             height, width: size of the pictures that it draws.
-            generator: one per conversation, or one that seeds them all.
+            generator: one per conversation, or one for all as in :meth:`__call__`.
 
         Returns:
             The reply as a list of texts and pictures, or one reply per conversation.

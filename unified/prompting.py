@@ -77,26 +77,30 @@ def per_image(
 ) -> list[torch.Generator]:
     """One generator per picture.
 
-    A list is taken as it is, and picture i depends on its generator alone. A single generator, or the global state for
-    None, gives every prompt a seed in turn, and picture j of a prompt depends on that seed and j: more prompts behind it
-    or more pictures of each change nothing.
+    A list is taken as it is, and picture i depends on its generator alone. A single generator draws the first picture,
+    so that it means the same as a list of one. All others are seeded by its state, or by the global one for None: every
+    prompt has a seed in turn, and picture j of a prompt depends on that seed and j; more prompts behind it or more
+    pictures of each change nothing.
 
     Raises:
-        ValueError: if a list has another length or holds something else.
+        ValueError: if a list has another length, or holds something else or one generator twice.
     """
     count = prompts * images_per_prompt
     if generator is None or isinstance(generator, torch.Generator):
+        state = None if generator is None else generator.clone_state()
         device = torch.device("cpu") if generator is None else generator.device
-        seeds = torch.randint(2**63 - 1, (prompts,), generator=generator, device=device).tolist()
+        seeds = torch.randint(2**63 - 1, (prompts,), generator=state, device=device).tolist()
         result = []
         for seed in seeds:
             more = torch.randint(2**63 - 1, (images_per_prompt - 1,), generator=torch.Generator().manual_seed(seed))
             result += [torch.Generator().manual_seed(each) for each in (seed, *more.tolist())]
-        return result
+        return result if generator is None else [generator, *result[1:]]
     if not isinstance(generator, Sequence) or not all(isinstance(each, torch.Generator) for each in generator):
         raise ValueError(f"generator: {generator!r} is not a torch.Generator or a list of them.")
     if len(generator) != count:
         raise ValueError(f"generator: {len(generator)} given for {count} pictures; give one, or one per picture.")
+    if len({id(each) for each in generator}) < count:
+        raise ValueError("generator: one and the same is given for several pictures; they would depend on one another.")
     return list(generator)
 
 
