@@ -14,14 +14,15 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from unified.conversation import as_messages, as_segments, check_sizes, continue_conversations
+from unified.conversation import check_sizes
 from unified.decoding import Sampling, make_decoder
 from unified.decoding.backbone import Decoder
 from unified.inpainting import as_images, codes_to_keep, share_to_keep, unfinished_pictures
 from unified.lora import base_of
 from unified.model import UnifiedForCausalLM
 from unified.pipeline_lora import LoraMethods
-from unified.prompting import known_grid, per_image, plan_drawing
+from unified.pipeline_text import TextMethods
+from unified.prompting import known_grid, plan_drawing
 from unified_tokenizers import AutoImageTokenizer, ImageTokenizer, TextTokenizer, load_text_tokenizer
 from unified_tokenizers.images import to_pil, to_uint8
 
@@ -38,7 +39,7 @@ class UnifiedPipelineOutput:
     interrupted: bool = False
 
 
-class UnifiedPipeline(LoraMethods):
+class UnifiedPipeline(LoraMethods, TextMethods):
     """A unified model with its image and text tokenizer.
 
     Args:
@@ -326,70 +327,3 @@ class UnifiedPipeline(LoraMethods):
         images = as_images(image)
         check_sizes(images, base_of(self.model).config, self.image_tokenizer.downsample)
         return {"height": images[0].height, "width": images[0].width}
-
-    def caption(
-        self,
-        images: Image.Image | Sequence[Image.Image],
-        prompt: str | None = None,
-        max_new_tokens: int = 32,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
-    ) -> list[str]:
-        """Texts for pictures: ``<bos> <boi> codes <eoi> prompt`` and what the model writes until ``<eos>``.
-
-        Args:
-            images: one picture or several, of sizes that the model was trained on.
-            prompt: how the text begins; it is not part of the result.
-            max_new_tokens: tokens after which a text is cut off.
-            temperature, top_k, top_p: see :class:`unified.decoding.Sampling`; ``top_k=1`` takes the likeliest token.
-            generator: one per picture, or one for all as in :meth:`__call__`.
-
-        Raises:
-            ValueError: for pictures of a size the model does not know, or a context that is too long.
-        """
-        conversations = [[image] if prompt is None else [image, prompt] for image in as_images(images)]
-        replies = self.chat(
-            conversations, max_new_tokens, 0, Sampling(1.0, temperature, top_k, top_p), generator=generator
-        )
-        return [" ".join(message for message in reply if isinstance(message, str)) for reply in replies]
-
-    def chat(
-        self,
-        messages: Sequence[Any],
-        max_new_tokens: int = 64,
-        max_images: int = 1,
-        text_sampling: Sampling | None = None,
-        image_sampling: Sampling | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
-    ) -> list[Any]:
-        """Continue conversations of texts and pictures with texts and pictures.
-
-        Args:
-            messages: texts and PIL pictures in turn, or a list of such conversations.
-            max_new_tokens, max_images: how much a reply may hold at most.
-            text_sampling, image_sampling: how text and codes are drawn; guidance applies to pictures.
-            height, width: size of the pictures that it draws.
-            generator: one per conversation, or one for all as in :meth:`__call__`.
-
-        Returns:
-            The reply as a list of texts and pictures, or one reply per conversation.
-
-        Raises:
-            ValueError: for anything but texts and pictures, or a conversation that does not fit the model's context.
-        """
-        several = isinstance(messages, Sequence) and bool(messages) and not isinstance(messages[0], str | Image.Image)
-        conversations = list(messages) if several else [messages]
-        config, stride = base_of(self.model).config, self.image_tokenizer.downsample
-        read = [as_segments(each, self.image_tokenizer, self.text_tokenizer) for each in conversations]
-        check_sizes([m for each in conversations for m in each if isinstance(m, Image.Image)], config, stride)
-        replies = continue_conversations(
-            self._decoder(), read, known_grid(config, stride, height, width), self.text_tokenizer,
-            per_image(generator, len(read)), text_sampling or Sampling(), image_sampling or Sampling(), max_new_tokens,
-            max_images,
-        )  # fmt: skip
-        shown = [as_messages(reply, self.image_tokenizer, self.text_tokenizer) for reply in replies]
-        return shown if several else shown[0]
