@@ -22,7 +22,15 @@ from unified.lora import base_of
 from unified.model import UnifiedForCausalLM
 from unified.pipeline_lora import LoraMethods
 from unified.pipeline_text import TextMethods
-from unified.prompting import known_grid, plan_drawing
+from unified.prompting import (
+    as_prompts,
+    check_call,
+    check_whole,
+    known_grid,
+    one_per_picture,
+    per_image,
+    plan_drawing,
+)
 from unified_tokenizers import AutoImageTokenizer, ImageTokenizer, TextTokenizer, load_text_tokenizer
 from unified_tokenizers.images import to_pil, to_uint8
 
@@ -187,13 +195,21 @@ class UnifiedPipeline(LoraMethods, TextMethods):
         return output
 
     def stream(
-        self, prompt: str | Sequence[str], preview_every: int | None = None, **options: Any
+        self,
+        prompt: str | Sequence[str],
+        preview_every: int | None = None,
+        image: Image.Image | Sequence[Image.Image] | None = None,
+        mask_image: Image.Image | Sequence[Image.Image] | None = None,
+        keep: float | None = None,
+        **options: Any,
     ) -> Iterator[UnifiedPipelineOutput]:
         """Draw pictures for prompts and show them on the way.
 
         Args:
             prompt: one caption or several.
             preview_every: codes between two previews; default one row of the grid.
+            image, mask_image: as in :meth:`inpaint`.
+            image, keep: as in :meth:`variation`.
             options: all other arguments of :meth:`__call__`.
 
         Yields:
@@ -202,16 +218,21 @@ class UnifiedPipeline(LoraMethods, TextMethods):
         Raises:
             ValueError: as :meth:`__call__`, when the first preview is asked for.
         """
+        if image is not None or mask_image is not None or keep is not None:
+            if image is None or (mask_image is None) == (keep is None):
+                raise ValueError(
+                    "image: goes with mask_image to inpaint, or with keep for a variation; give two of them."
+                )
+            options = self._edited(prompt, image, mask_image, keep, options)
         bound = inspect.signature(self.__call__).bind(prompt, **options)
         bound.apply_defaults()
         given = bound.arguments
         names = ("guidance_scale", "temperature", "top_k", "top_p", "guidance_schedule")
         sampling = Sampling(*(given.pop(name) for name in names))
         given["on_step"] = given.pop("callback_on_step_end")
-        every = 0 if preview_every is None else preview_every  # 0 stands for one row
-        if isinstance(every, bool) or not isinstance(every, int) or every < 0:
-            raise ValueError(f"preview_every: {preview_every!r} must be a whole number of codes, at least 1.")
-        yield from self._draw(sampling=sampling, preview_every=every, **given)
+        if preview_every is not None:
+            check_whole("preview_every", preview_every)
+        yield from self._draw(sampling=sampling, preview_every=preview_every or 0, **given)  # 0 stands for one row
 
     def _draw(
         self,
@@ -231,6 +252,7 @@ class UnifiedPipeline(LoraMethods, TextMethods):
         """Previews, unless ``preview_every`` is None, and the finished pictures."""
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type: {output_type!r} is unknown; use one of {OUTPUT_TYPES}.")
+        check_call(callback=on_step, known=known)
         config = base_of(self.model).config
         grid = known_grid(config, self.image_tokenizer.downsample, height, width)
         drawing = plan_drawing(config, self.text_tokenizer, grid, prompt, negative_prompt, num_images_per_prompt,
@@ -306,24 +328,34 @@ class UnifiedPipeline(LoraMethods, TextMethods):
 
         Args:
             prompt: what the whole picture shows.
-            image: one picture, or one per prompt, of a size that the model was trained on.
+            image: one picture, one per prompt or one per picture drawn, of a size that the model was trained on.
             mask_image: as many masks of the same size.
             options: as in :meth:`__call__`.
 
         Raises:
             ValueError: if sizes differ or are unknown to the model, and as :meth:`__call__`.
         """
-        return self(
-            prompt, **self._sized(image), known=codes_to_keep(self.image_tokenizer, image, mask_image), **options
-        )
+        masks = as_images(mask_image, "mask_image")
+        return self(prompt, **self._edited(prompt, image, masks, None, options))
 
     def variation(
         self, prompt: str | Sequence[str], image: Image.Image | Sequence[Image.Image], keep: float = 0.5, **options: Any
     ) -> UnifiedPipelineOutput:
-        """Draw a picture anew but for a share ``keep`` of its codes, spread at random; arguments as in :meth:`inpaint`."""
-        return self(prompt, **self._sized(image), known=share_to_keep(self.image_tokenizer, image, keep), **options)
+        """Draw a picture anew but for a share ``keep`` of its codes; arguments as in :meth:`inpaint`.
 
-    def _sized(self, image: Any) -> dict[str, Any]:
-        images = as_images(image)
+        Which codes stay depends on the picture's generator.
+        """
+        return self(prompt, **self._edited(prompt, image, None, keep, options))
+
+    def _edited(self, prompt: Any, image: Any, masks: Any, keep: Any, options: dict[str, Any]) -> dict[str, Any]:
+        """Options of a call that draws pictures anew: what masks cover, or all but a share ``keep``."""
+        images, prompts, per_prompt = as_images(image), as_prompts(prompt), options.get("num_images_per_prompt", 1)
         check_sizes(images, base_of(self.model).config, self.image_tokenizer.downsample)
-        return {"height": images[0].height, "width": images[0].width}
+        check_whole("num_images_per_prompt", per_prompt)
+        generators = per_image(options.get("generator"), len(prompts), per_prompt)
+        known = codes_to_keep(self.image_tokenizer, images, masks)
+        known = one_per_picture(known, "image", len(prompts), per_prompt)
+        if masks is None:
+            known = share_to_keep(known, keep, generators)
+        size = {"height": images[0].height, "width": images[0].width}
+        return {**options, **size, "known": known, "generator": generators}

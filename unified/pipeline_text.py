@@ -13,7 +13,7 @@ from unified.decoding.backbone import Decoder
 from unified.inpainting import as_images
 from unified.lora import base_of
 from unified.model import UnifiedForCausalLM
-from unified.prompting import known_grid, per_image
+from unified.prompting import as_prompts, check_call, known_grid, per_image
 from unified_tokenizers import ImageTokenizer, TextTokenizer
 
 
@@ -47,9 +47,10 @@ class TextMethods:
             generator: one per picture, or one for all as in :meth:`unified.UnifiedPipeline.__call__`.
 
         Raises:
-            ValueError: for pictures of a size the model does not know, or a context that is too long.
+            ValueError: for pictures of a size the model does not know, an empty prompt, or a context that is too long.
         """
-        conversations = [[image] if prompt is None else [image, prompt] for image in as_images(images)]
+        begin = [] if prompt is None else as_prompts([prompt])
+        conversations = [[image, *begin] for image in as_images(images, "images")]
         replies = self.chat(
             conversations, max_new_tokens, 0, Sampling(1.0, temperature, top_k, top_p), generator=generator
         )
@@ -81,6 +82,7 @@ class TextMethods:
         Raises:
             ValueError: for anything but texts and pictures, or a conversation that does not fit the model's context.
         """
+        check_call(text_sampling=text_sampling, image_sampling=image_sampling)
         several = isinstance(messages, Sequence) and bool(messages) and not isinstance(messages[0], str | Image.Image)
         conversations = list(messages) if several else [messages]
         config, stride = base_of(self.model).config, self.image_tokenizer.downsample
