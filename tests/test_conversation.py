@@ -39,6 +39,17 @@ def test_replies_can_be_handed_back(pipeline, says):
     assert pipeline.caption(reply[0], top_k=1) == [""]
 
 
+@pytest.mark.parametrize("last", [0, 1])
+def test_any_eos_ends_a_text(pipeline, photo, says, last):
+    """A backbone may have several, as chat models do; here the second one is also the padding."""
+    tokenizer, text = pipeline.text_tokenizer, pipeline.model.config.text_config
+    text.eos_token_id = [tokenizer.eos_token_id, tokenizer.pad_token_id]
+    text.pad_token_id = tokenizer.pad_token_id
+    assert pipeline.model.config.layout.eos_token_id == tokenizer.eos_token_id
+    says(*tokenizer.encode("blue car"), text.eos_token_id[last], *tokenizer.encode("dog"))
+    assert pipeline.caption(photo, max_new_tokens=30) == ["blue car"]
+
+
 def test_sampling_reaches_the_text(pipeline):
     likely = pipeline.chat(["red apple"], 6, 0, Sampling(top_k=1), generator=generators(0))
     assert likely == pipeline.chat(["red apple"], 6, 0, Sampling(top_k=1), generator=generators(1))
