@@ -10,6 +10,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from unified.pipeline import UnifiedPipeline
+from unified_tokenizers.images import as_rgb
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -116,7 +117,7 @@ def _generate(args: argparse.Namespace) -> None:
 
 def _inpaint(args: argparse.Namespace) -> None:
     with Image.open(args.image) as image, Image.open(args.mask) as mask:
-        output = _load(args).inpaint(image=image.convert("RGB"), mask_image=mask.convert("L"), **_drawing(args))
+        output = _load(args).inpaint(image=as_rgb(image), mask_image=mask.convert("L"), **_drawing(args))
     _save(output.images, args)
 
 
@@ -124,7 +125,7 @@ def _caption(args: argparse.Namespace) -> None:
     images = []
     for path in args.images:
         with Image.open(path) as image:
-            images.append(image.convert("RGB"))
+            images.append(as_rgb(image))
     options = {name: getattr(args, name) for name in ("prompt", "max_new_tokens", "temperature", "top_k", "top_p")}
     for text in _load(args).caption(images, generator=_seeds(args.seed, len(images)), **options):
         print(" ".join(text.split()))

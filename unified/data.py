@@ -9,6 +9,8 @@ from typing import Any
 import datasets
 from PIL import Image, UnidentifiedImageError
 
+from unified_tokenizers.images import as_rgb
+
 
 @dataclass
 class CaptionedImage:
@@ -133,11 +135,7 @@ def open_rgb(value: dict[str, Any]) -> Image.Image:
     """Decode the undecoded form of a `datasets` image (``bytes`` or ``path``) fully; transparency is laid on white."""
     image = Image.open(value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"]))
     image.load()
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, "white")
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
+    return as_rgb(image)
 
 
 def fit_square(image: Image.Image, size: int) -> Image.Image:

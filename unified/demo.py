@@ -9,6 +9,7 @@ from PIL import Image
 
 from unified.lora import check_layout
 from unified.pipeline import UnifiedPipeline
+from unified_tokenizers.images import as_rgb
 
 PROMPT_LIMIT = 300  # characters
 IMAGES_LIMIT = 4
@@ -146,7 +147,7 @@ def painted(layers: dict[str, Any] | None, size: tuple[int, int]) -> tuple[Image
         mask.paste(255, (0, 0), layer.convert("RGBA").getchannel("A").point(lambda a: 255 if a > 0 else 0))
     if mask.getbbox() is None:
         raise ValueError("mask: nothing is painted; paint over what is to be redrawn.")
-    return background.convert("RGB").resize((width, height)), mask.resize((width, height), Image.Resampling.NEAREST)
+    return as_rgb(background).resize((width, height)), mask.resize((width, height), Image.Resampling.NEAREST)
 
 
 def choose_adapter(pipe: UnifiedPipeline, adapters: Sequence[str], name: str) -> None:

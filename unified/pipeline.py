@@ -14,14 +14,23 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from unified.conversation import as_messages, as_segments, check_sizes, continue_conversations
+from unified.conversation import check_sizes
 from unified.decoding import Sampling, make_decoder
 from unified.decoding.backbone import Decoder
 from unified.inpainting import as_images, codes_to_keep, share_to_keep, unfinished_pictures
 from unified.lora import base_of
 from unified.model import UnifiedForCausalLM
 from unified.pipeline_lora import LoraMethods
-from unified.prompting import known_grid, per_image, plan_drawing
+from unified.pipeline_text import TextMethods
+from unified.prompting import (
+    as_prompts,
+    check_call,
+    check_whole,
+    known_grid,
+    one_per_picture,
+    per_image,
+    plan_drawing,
+)
 from unified_tokenizers import AutoImageTokenizer, ImageTokenizer, TextTokenizer, load_text_tokenizer
 from unified_tokenizers.images import to_pil, to_uint8
 
@@ -38,7 +47,7 @@ class UnifiedPipelineOutput:
     interrupted: bool = False
 
 
-class UnifiedPipeline(LoraMethods):
+class UnifiedPipeline(LoraMethods, TextMethods):
     """A unified model with its image and text tokenizer.
 
     Args:
@@ -166,8 +175,8 @@ class UnifiedPipeline(LoraMethods):
             negative_prompt: what to steer away from; one for all, or one per prompt. Default: the empty caption.
             num_images_per_prompt: pictures per caption; those of one caption are adjacent in the output.
             temperature, top_k, top_p: see :class:`unified.decoding.Sampling`.
-            generator: one ``torch.Generator`` per picture, or one that seeds them all; fixes the result, whatever else is
-                in the batch. The same generator with another caption changes only what has to change.
+            generator: one ``torch.Generator`` per picture, or one that draws the first and seeds the others; fixes the
+                result, whatever else is in the batch. The same one with another caption changes only what has to change.
             output_type: ``pil``, ``np`` (N, H, W, 3 uint8), ``pt`` (N, 3, H, W in [-1, 1]) or ``codes``.
             callback_on_step_end: called as ``f(pipeline, index, codes (N, index + 1))`` after every code, with
                 speculative decoding after every pass; -1 stands for codes that a picture does not have yet.
@@ -186,13 +195,21 @@ class UnifiedPipeline(LoraMethods):
         return output
 
     def stream(
-        self, prompt: str | Sequence[str], preview_every: int | None = None, **options: Any
+        self,
+        prompt: str | Sequence[str],
+        preview_every: int | None = None,
+        image: Image.Image | Sequence[Image.Image] | None = None,
+        mask_image: Image.Image | Sequence[Image.Image] | None = None,
+        keep: float | None = None,
+        **options: Any,
     ) -> Iterator[UnifiedPipelineOutput]:
         """Draw pictures for prompts and show them on the way.
 
         Args:
             prompt: one caption or several.
             preview_every: codes between two previews; default one row of the grid.
+            image, mask_image: as in :meth:`inpaint`.
+            image, keep: as in :meth:`variation`.
             options: all other arguments of :meth:`__call__`.
 
         Yields:
@@ -201,16 +218,21 @@ class UnifiedPipeline(LoraMethods):
         Raises:
             ValueError: as :meth:`__call__`, when the first preview is asked for.
         """
+        if image is not None or mask_image is not None or keep is not None:
+            if image is None or (mask_image is None) == (keep is None):
+                raise ValueError(
+                    "image: goes with mask_image to inpaint, or with keep for a variation; give two of them."
+                )
+            options = self._edited(prompt, image, mask_image, keep, options)
         bound = inspect.signature(self.__call__).bind(prompt, **options)
         bound.apply_defaults()
         given = bound.arguments
         names = ("guidance_scale", "temperature", "top_k", "top_p", "guidance_schedule")
         sampling = Sampling(*(given.pop(name) for name in names))
         given["on_step"] = given.pop("callback_on_step_end")
-        every = 0 if preview_every is None else preview_every  # 0 stands for one row
-        if isinstance(every, bool) or not isinstance(every, int) or every < 0:
-            raise ValueError(f"preview_every: {preview_every!r} must be a whole number of codes, at least 1.")
-        yield from self._draw(sampling=sampling, preview_every=every, **given)
+        if preview_every is not None:
+            check_whole("preview_every", preview_every)
+        yield from self._draw(sampling=sampling, preview_every=preview_every or 0, **given)  # 0 stands for one row
 
     def _draw(
         self,
@@ -230,6 +252,7 @@ class UnifiedPipeline(LoraMethods):
         """Previews, unless ``preview_every`` is None, and the finished pictures."""
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type: {output_type!r} is unknown; use one of {OUTPUT_TYPES}.")
+        check_call(callback=on_step, known=known)
         config = base_of(self.model).config
         grid = known_grid(config, self.image_tokenizer.downsample, height, width)
         drawing = plan_drawing(config, self.text_tokenizer, grid, prompt, negative_prompt, num_images_per_prompt,
@@ -275,9 +298,9 @@ class UnifiedPipeline(LoraMethods):
         Raises:
             ValueError: if the backbone or the device does not allow it.
         """
-        self._fast = {"compile": compile, "int8": int8}
-        self._kept = None
-        self._kept = self._decoder()
+        options = {"compile": compile, "int8": int8}
+        self._kept = make_decoder(base_of(self.model), **options)  # may fail, and then nothing has changed
+        self._fast = options
 
     def disable_fast_decoding(self) -> None:
         """Prepare a decoder in every call again."""
@@ -305,91 +328,34 @@ class UnifiedPipeline(LoraMethods):
 
         Args:
             prompt: what the whole picture shows.
-            image: one picture, or one per prompt, of a size that the model was trained on.
+            image: one picture, one per prompt or one per picture drawn, of a size that the model was trained on.
             mask_image: as many masks of the same size.
             options: as in :meth:`__call__`.
 
         Raises:
             ValueError: if sizes differ or are unknown to the model, and as :meth:`__call__`.
         """
-        return self(
-            prompt, **self._sized(image), known=codes_to_keep(self.image_tokenizer, image, mask_image), **options
-        )
+        masks = as_images(mask_image, "mask_image")
+        return self(prompt, **self._edited(prompt, image, masks, None, options))
 
     def variation(
         self, prompt: str | Sequence[str], image: Image.Image | Sequence[Image.Image], keep: float = 0.5, **options: Any
     ) -> UnifiedPipelineOutput:
-        """Draw a picture anew but for a share ``keep`` of its codes, spread at random; arguments as in :meth:`inpaint`."""
-        return self(prompt, **self._sized(image), known=share_to_keep(self.image_tokenizer, image, keep), **options)
+        """Draw a picture anew but for a share ``keep`` of its codes; arguments as in :meth:`inpaint`.
 
-    def _sized(self, image: Any) -> dict[str, Any]:
-        images = as_images(image)
+        Which codes stay depends on the picture's generator.
+        """
+        return self(prompt, **self._edited(prompt, image, None, keep, options))
+
+    def _edited(self, prompt: Any, image: Any, masks: Any, keep: Any, options: dict[str, Any]) -> dict[str, Any]:
+        """Options of a call that draws pictures anew: what masks cover, or all but a share ``keep``."""
+        images, prompts, per_prompt = as_images(image), as_prompts(prompt), options.get("num_images_per_prompt", 1)
         check_sizes(images, base_of(self.model).config, self.image_tokenizer.downsample)
-        return {"height": images[0].height, "width": images[0].width}
-
-    def caption(
-        self,
-        images: Image.Image | Sequence[Image.Image],
-        prompt: str | None = None,
-        max_new_tokens: int = 32,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
-    ) -> list[str]:
-        """Texts for pictures: ``<bos> <boi> codes <eoi> prompt`` and what the model writes until ``<eos>``.
-
-        Args:
-            images: one picture or several, of sizes that the model was trained on.
-            prompt: how the text begins; it is not part of the result.
-            max_new_tokens: tokens after which a text is cut off.
-            temperature, top_k, top_p: see :class:`unified.decoding.Sampling`; ``top_k=1`` takes the likeliest token.
-            generator: one per picture, or one that seeds them all.
-
-        Raises:
-            ValueError: for pictures of a size the model does not know, or a context that is too long.
-        """
-        conversations = [[image] if prompt is None else [image, prompt] for image in as_images(images)]
-        replies = self.chat(
-            conversations, max_new_tokens, 0, Sampling(1.0, temperature, top_k, top_p), generator=generator
-        )
-        return [" ".join(message for message in reply if isinstance(message, str)) for reply in replies]
-
-    def chat(
-        self,
-        messages: Sequence[Any],
-        max_new_tokens: int = 64,
-        max_images: int = 1,
-        text_sampling: Sampling | None = None,
-        image_sampling: Sampling | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
-    ) -> list[Any]:
-        """Continue conversations of texts and pictures with texts and pictures.
-
-        Args:
-            messages: texts and PIL pictures in turn, or a list of such conversations.
-            max_new_tokens, max_images: how much a reply may hold at most.
-            text_sampling, image_sampling: how text and codes are drawn; guidance applies to pictures.
-            height, width: size of the pictures that it draws.
-            generator: one per conversation, or one that seeds them all.
-
-        Returns:
-            The reply as a list of texts and pictures, or one reply per conversation.
-
-        Raises:
-            ValueError: for anything but texts and pictures, or a conversation that does not fit the model's context.
-        """
-        several = isinstance(messages, Sequence) and bool(messages) and not isinstance(messages[0], str | Image.Image)
-        conversations = list(messages) if several else [messages]
-        config, stride = base_of(self.model).config, self.image_tokenizer.downsample
-        read = [as_segments(each, self.image_tokenizer, self.text_tokenizer) for each in conversations]
-        check_sizes([m for each in conversations for m in each if isinstance(m, Image.Image)], config, stride)
-        replies = continue_conversations(
-            self._decoder(), read, known_grid(config, stride, height, width), self.text_tokenizer,
-            per_image(generator, len(read)), text_sampling or Sampling(), image_sampling or Sampling(), max_new_tokens,
-            max_images,
-        )  # fmt: skip
-        shown = [as_messages(reply, self.image_tokenizer, self.text_tokenizer) for reply in replies]
-        return shown if several else shown[0]
+        check_whole("num_images_per_prompt", per_prompt)
+        generators = per_image(options.get("generator"), len(prompts), per_prompt)
+        known = codes_to_keep(self.image_tokenizer, images, masks)
+        known = one_per_picture(known, "image", len(prompts), per_prompt)
+        if masks is None:
+            known = share_to_keep(known, keep, generators)
+        size = {"height": images[0].height, "width": images[0].width}
+        return {**options, **size, "known": known, "generator": generators}

@@ -226,7 +226,7 @@ class Batcher:
         logits = self.decoder.model.text_logits(self._hidden[[row.slots[0] for row in rows]]).float()
         for own, row in zip(logits, rows, strict=True):
             request = row.request
-            hidden = {layout.eoi_token_id, layout.bos_token_id, layout.pad_token_id} - {layout.eos_token_id, None}
+            hidden = {layout.eoi_token_id, layout.bos_token_id, layout.pad_token_id} - {*layout.eos_token_ids, None}
             if row.pictures >= request.max_images:
                 hidden.add(layout.boi_token_id)
             own[list(hidden)] = float("-inf")
@@ -234,7 +234,7 @@ class Batcher:
                 own[request.text_ids :] = float("-inf")
             token = int(draw(filter_logits(own[None], request.text_sampling), row.text_noise.at(row.written)[:, 0]))
             row.written += 1
-            if token == layout.eos_token_id:
+            if token in layout.eos_token_ids:
                 row.finished = True
                 continue
             row.next = token

@@ -29,15 +29,14 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name in ("guidance_scale", "temperature", "top_k", "top_p"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise ValueError(f"{name}: {value!r} is not a finite number.")
+            _check_number(name, getattr(self, name))
         if self.guidance_scale < 1:
             raise ValueError(f"guidance_scale: {self.guidance_scale} must be at least 1; 1 switches guidance off.")
         if self.temperature <= 0:
             raise ValueError(f"temperature: {self.temperature} must be above 0; use top_k=1 for the most likely code.")
         if self.top_k < 0 or int(self.top_k) != self.top_k:
             raise ValueError(f"top_k: {self.top_k} must be a whole number, 0 to keep all codes.")
+        object.__setattr__(self, "top_k", int(self.top_k))
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: {self.top_p} must lie in (0, 1]; 1 keeps all codes.")
         if not callable(self.guidance_schedule) and self.guidance_schedule not in _SCHEDULES:
@@ -49,12 +48,14 @@ class Sampling:
         """Guidance scale of each of ``steps`` codes.
 
         Raises:
-            ValueError: if a schedule of one's own falls below 1.
+            ValueError: if a schedule of one's own falls below 1, or gives anything but finite numbers.
         """
         shares = [step / max(steps - 1, 1) for step in range(steps)]
         if callable(self.guidance_schedule):
-            scales = [float(self.guidance_schedule(share)) for share in shares]
-            if not min(scales) >= 1:
+            scales = [self.guidance_schedule(share) for share in shares]
+            for scale in scales:
+                _check_number("guidance_schedule", scale)
+            if min(scales) < 1:
                 raise ValueError(f"guidance_schedule: falls to {min(scales)}; a scale must be at least 1.")
             return scales
         rise = _SCHEDULES[self.guidance_schedule]
@@ -71,6 +72,11 @@ _SCHEDULES: dict[str, Callable[[float], float]] = {
     "linear": lambda share: share,
     "cosine": lambda share: (1 - math.cos(math.pi * share)) / 2,
 }
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name}: {value!r} is not a finite number.")
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
