@@ -79,9 +79,26 @@ def test_bad_sampling_is_named(field, value):
         Sampling(**{field: value})
 
 
-def test_nan_logits_are_refused():
-    with pytest.raises(ValueError, match="logits: NaN"):
-        draw(torch.tensor([[float("nan"), 0.0]]), torch.zeros(1, 2))
+@pytest.mark.parametrize("row", [[float("nan"), 0.0], [float("inf"), 0.0], [-float("inf"), -float("inf")]])
+def test_logits_that_are_not_finite_are_refused(row):
+    with pytest.raises(ValueError, match="logits: NaN or infinite"):
+        draw(torch.tensor([[0.0, 1.0], row]), torch.zeros(2, 2))
+    assert draw(torch.tensor([[0.0, -float("inf")]]), torch.zeros(1, 2)).tolist() == [0]  # a filtered code is fine
+
+
+def test_guidance_is_computed_in_float32_and_keeps_the_dtype():
+    one, other = torch.tensor([[1.0, 3.0]]), torch.tensor([[0.3, 2.0]])
+    scale = torch.tensor([[2.7]])
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        a, b = one.to(dtype), other.to(dtype)
+        expected = (b.double() + 2.7 * (a.double() - b.double())).to(dtype)
+        assert torch.equal(guide(a, b, scale), expected) and torch.equal(guide(a, b, 2.7), expected)
+
+
+def test_noise_of_values_near_one_is_finite_and_exact():
+    uniform = torch.rand(4096, generator=generators(0)[0], dtype=torch.float64)
+    expected = -(-uniform.log()).log()
+    torch.testing.assert_close(gumbel_noise(generators(0), 4096, uniform.device)[0].double(), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_guidance_needs_negative_rows():

@@ -13,6 +13,7 @@ class Decoder(Protocol):
     """What the decoding loops need of a model."""
 
     model: UnifiedForCausalLM
+    groups: dict[int, Tensor]  # by size, the codes nearest to each code; kept for :mod:`unified.decoding.speculative`
 
     def positions(self, coordinates: Tensor) -> Tensor:
         """Rows and columns ``(B, T, 2)`` to whatever the forward pass takes, indexed ``[B, T]`` alike."""
@@ -37,6 +38,7 @@ class BackboneDecoder:
 
     def __init__(self, model: UnifiedForCausalLM):
         self.model = model
+        self.groups = {}
         config = model.backbone.base_model.config
         if config._attn_implementation not in ("sdpa", "eager"):
             raise ValueError(

@@ -90,6 +90,7 @@ class LeanDecoder:
 
     def __init__(self, model: UnifiedForCausalLM, compile: bool, int8: bool):
         self.model = model
+        self.groups: dict[int, Tensor] = {}
         decoder = model.backbone.base_model
         config = decoder.config
         self._rotary = decoder.rotary_emb
