@@ -45,7 +45,8 @@ def make_decoder(model: UnifiedForCausalLM, compile: bool = False, int8: bool = 
     Args:
         model: the model, inside an adapter's wrapper or not.
         compile: compile the step with ``torch.compile``; pays after some hundred steps.
-        int8: weights in 8 bits, one scale per output channel. Not exact; about twice as fast on a CPU.
+        int8: weights in 8 bits, one scale per output channel, inputs one per row, so that a picture
+            does not depend on its batch. Not exact; about twice as fast on a CPU.
 
     Raises:
         ValueError: if ``compile`` or ``int8`` is asked of a backbone outside :data:`FAMILIES`, or both at once.
