@@ -34,9 +34,7 @@ def test_jacobi_draws_the_picture_of_plain_decoding(window, sampling):
 def test_half_precision_with_guidance(mode):
     decoder = make_decoder(tiny_model().bfloat16())
     sampling = Sampling(guidance_scale=2.0)
-    codes = last(
-        speculate_codes(decoder, PROMPTS, NEGATIVES, (4, 4), sampling, generators(0, 1), mode=mode, window=3)
-    )
+    codes = last(speculate_codes(decoder, PROMPTS, NEGATIVES, (4, 4), sampling, generators(0, 1), mode=mode, window=3))
     assert int(codes.min()) >= 0 and len(codes.unique()) > 4
 
 

@@ -104,7 +104,7 @@ def _one_picture(
         inputs = torch.cat([codes[done - 1 : done], judge.drafts[: steps - done - 1]])
         first, last = done - 1, done - 1 + len(inputs)
         cache.rewind(start + first)
-        embeds = decoder.model.image_embed(inputs).expand(sides, -1, -1)
+        embeds = decoder.embed(inputs).expand(sides, -1, -1)
         hidden = decoder(embeds, positions[:, first:last], cache, causal_bias(state, last - first))
 
 
