@@ -83,15 +83,19 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> 
     """Classifier-free guidance (arXiv 2207.12598) on logits ``(B, K)``, or on the final hidden states ``(B, D)``.
 
     The image head is linear and has no bias, so both give the same logits; the second way runs it once, not twice.
+    Computed in float32, returned in the dtype of ``conditional``.
     """
-    return unconditional + scale * (conditional - unconditional)
+    base = unconditional.float()
+    return (base + scale * (conditional.float() - base)).to(conditional.dtype)
 
 
 def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
     """Apply temperature, then top-k, then top-p to ``(..., K)``; removed codes become -inf, NaN stays NaN."""
-    logits = logits.float() / sampling.temperature
+    logits = logits.float()
+    if sampling.temperature != 1:
+        logits = logits / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
-        threshold = logits.topk(sampling.top_k, dim=-1).values[..., -1:]
+        threshold = logits.topk(sampling.top_k, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
         logits = logits.masked_fill(logits < threshold, float("-inf"))
     if sampling.top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True)
@@ -105,7 +109,7 @@ def draw(logits: Tensor, noise: Tensor) -> Tensor:
     """Gumbel-max: draw from the softmax of filtered logits ``(..., K)`` with standard Gumbel noise of the same shape.
 
     Raises:
-        ValueError: if the logits hold NaN.
+        ValueError: if the logits hold NaN or +inf, or a row has no finite one.
     """
     highest, codes = (logits + noise).max(dim=-1)
     check_finite(highest)
@@ -113,9 +117,11 @@ def draw(logits: Tensor, noise: Tensor) -> Tensor:
 
 
 def check_finite(highest: Tensor) -> None:
-    """Refuse NaN among the largest values of logits; a maximum is NaN if any of its values is."""
-    if bool(torch.isnan(highest).any()):
-        raise ValueError("logits: NaN; the model's weights or activations overflow, load it in float32 or bfloat16.")
+    """Refuse largest values of logits that are not finite; a maximum is NaN if any of its values is."""
+    if not bool(torch.isfinite(highest).all()):
+        raise ValueError(
+            "logits: NaN or infinite; the model's weights or activations overflow, load it in float32 or bfloat16."
+        )
 
 
 def gumbel_noise(generators: Sequence[torch.Generator], size: int, device: torch.device) -> Tensor:
@@ -125,7 +131,8 @@ def gumbel_noise(generators: Sequence[torch.Generator], size: int, device: torch
     """
     rows = [torch.rand(size, generator=g, device=g.device, dtype=torch.float64) for g in generators]
     uniform = torch.stack([row.to(device) for row in rows]).clamp_min_(torch.finfo(torch.float64).tiny)
-    return uniform.log_().neg_().log_().neg_().float()
+    # The first logarithm needs float64 near 1; its result has the range of float32, where the second costs half.
+    return uniform.log_().float().neg_().log_().neg_()
 
 
 class PositionNoise:
