@@ -6,7 +6,6 @@ import pytest
 import torch
 from conftest import tiny_model
 from scipy.stats import spearmanr
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from unified.image_init import EMBED_KINDS, HEAD_KINDS, initialize_image_tables
 from unified.sequence import ImageSegment, TextSegment, build_sequence, collate
@@ -105,28 +104,10 @@ def test_bad_kinds_and_codebooks_are_named(options, message):
         initialize(uneven_model(), **options)
 
 
-@pytest.fixture
-def on_a_backbone(config_file, tmp_path, word_tokenizer):
-    text = {
-        "model_type": "llama",
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-    }
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(**text, vocab_size=len(word_tokenizer), bos_token_id=1, eos_token_id=2)
-    ).save_pretrained(tmp_path)
-    word_tokenizer.save_pretrained(tmp_path)
-    return [f"output_dir={tmp_path}/run", f"model.backbone={tmp_path}", "model.architecture=null", "model.boi=<r1>",
-            "model.text_tokenizer=null", "model.eoi=<r2>"]  # fmt: skip
-
-
 def test_a_run_takes_its_tokenizers_codebook(config_file, on_a_backbone, image_tokenizer):
     options = ["model.image_init=codebook", "model.head_init=zero"]
     torch.manual_seed(3)
-    model, *_ = build_parts(load_config(config_file, [*on_a_backbone, *options]))
+    model, *_ = build_parts(load_config(config_file, ["output_dir=unused", *on_a_backbone, *options]))
     wanted = torch.pdist(image_tokenizer.quantizer.codebook)
     assert spearmanr(wanted, torch.pdist(model.image_embed.weight.detach())).statistic > 0.9
     assert not model.image_head.weight.any()
@@ -135,7 +116,7 @@ def test_a_run_takes_its_tokenizers_codebook(config_file, on_a_backbone, image_t
 def test_a_tokenizer_without_codebook_is_refused(config_file, on_a_backbone, monkeypatch):
     monkeypatch.setattr("unified_tokenizers.vq_model.VQModel.codebook_vectors", lambda self: None)
     with pytest.raises(ValueError, match="image_init: 'codebook' needs code vectors, and the image tokenizer has none"):
-        build_parts(load_config(config_file, [*on_a_backbone, "model.image_init=codebook"]))
+        build_parts(load_config(config_file, ["output_dir=unused", *on_a_backbone, "model.image_init=codebook"]))
 
 
 @pytest.mark.parametrize(

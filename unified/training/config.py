@@ -47,9 +47,7 @@ class ModelConfig:
     text_tokenizer: str | None = None
     boi: str | None = None  # tokens that frame a picture, for a pretrained text tokenizer
     eoi: str | None = None
-    image_init: str = (
-        "text"  # image tables on a backbone start like its text, normal, or as codebook: similar codes alike
-    )
+    image_init: str = "text"  # image tables on a backbone: like its text, normal, or codebook (similar codes alike)
     head_init: str = "normal"  # likewise normal, text, zero (a loss of ln K) or tied-like (rows of the image embedding)
     options: dict[str, Any] = field(default_factory=dict)  # fields of UnifiedConfig: positions, loss weights, ...
     gradient_checkpointing: bool = False
