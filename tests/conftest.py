@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 from unified import UnifiedConfig, UnifiedForCausalLM, UnifiedPipeline
@@ -129,6 +129,23 @@ schedule: {{patch_sizes: [4, 2, 1], shares: [0.25, 0.25, 0.5]}}
 optimizer: {{learning_rate: 0.01, ema_decay: 0.9}}
 """)
     return path
+
+
+@pytest.fixture(scope="session")
+def transformers_backbone(tmp_path_factory, word_tokenizer):
+    """A folder with a tiny random language model and its tokenizer, as transformers saves them."""
+    folder = tmp_path_factory.mktemp("backbone")
+    torch.manual_seed(0)
+    LlamaForCausalLM(tiny_config(text={"vocab_size": len(word_tokenizer)}).text_config).save_pretrained(folder)
+    word_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def on_a_backbone(transformers_backbone) -> list[str]:
+    """Overrides of ``config_file`` that put image tables on that language model."""
+    return [f"model.backbone={transformers_backbone}", "model.architecture=null", "model.text_tokenizer=null",
+            "model.boi=<r1>", "model.eoi=<r2>"]  # fmt: skip
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import generators, tiny_config, tiny_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from unified import UnifiedPipeline
 from unified.codes import load_codes
@@ -19,16 +19,6 @@ from unified.training.loop import train
 from unified.training.optimizer import build_optimizers
 from unified.training.tracking import read_log
 from unified.training.validation import image_loss
-
-
-@pytest.fixture(scope="session")
-def transformers_backbone(tmp_path_factory, word_tokenizer):
-    """A folder with a tiny random language model and its tokenizer, as transformers saves them."""
-    folder = tmp_path_factory.mktemp("backbone")
-    torch.manual_seed(0)
-    LlamaForCausalLM(tiny_config(text={"vocab_size": len(word_tokenizer)}).text_config).save_pretrained(folder)
-    word_tokenizer.save_pretrained(folder)
-    return folder
 
 
 class TestBatches:
@@ -204,10 +194,11 @@ def test_codes_of_another_tokenizer_are_refused(config_file, parts, tmp_path):
         train(load_config(config_file, [f"output_dir={tmp_path}/run", f"data.train={tmp_path}/codes"]))
 
 
-def test_adapter_on_a_language_model_loads_into_the_kept_base(config_file, parts, tmp_path, transformers_backbone):
+def test_adapter_on_a_language_model_loads_into_the_kept_base(
+    config_file, parts, tmp_path, transformers_backbone, on_a_backbone
+):
     """A pretrained backbone gets image tables and an adapter; base and adapter make the trained model again."""
-    options = [f"output_dir={tmp_path}/run", f"model.backbone={transformers_backbone}", "model.architecture=null",
-               "model.text_tokenizer=null", "model.boi=<r1>", "model.eoi=<r2>", "lora.rank=4", "lora.train_image_tables=true",
+    options = [f"output_dir={tmp_path}/run", *on_a_backbone, "lora.rank=4", "lora.train_image_tables=true",
                "optimizer.ema_decay=null", "checkpoint_every=null"]  # fmt: skip
     folder = train(load_config(config_file, options))
     pipe = UnifiedPipeline.from_pretrained(tmp_path / "run" / "base")

@@ -71,6 +71,9 @@ def _new_model(
         **config.model.options,
     }
     if config.model.backbone:
+        shared |= {"image_init": config.model.image_init, "head_init": config.model.head_init}
+        if config.model.image_init == "codebook":
+            shared["codebook"] = image_tokenizer.codebook_vectors()
         return UnifiedForCausalLM.from_backbone(config.model.backbone, **shared)
     architecture = {
         **(config.model.architecture or {}),

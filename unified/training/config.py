@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from unified.image_init import EMBED_KINDS, HEAD_KINDS
 from unified.lora import ATTENTION_AND_MLP
 from unified.npp import PatchSchedule
 from unified.settings import load_settings
@@ -46,6 +47,8 @@ class ModelConfig:
     text_tokenizer: str | None = None
     boi: str | None = None  # tokens that frame a picture, for a pretrained text tokenizer
     eoi: str | None = None
+    image_init: str = "text"  # image tables on a backbone: like its text, normal, or codebook (similar codes alike)
+    head_init: str = "normal"  # likewise normal, text, zero (a loss of ln K) or tied-like (rows of the image embedding)
     options: dict[str, Any] = field(default_factory=dict)  # fields of UnifiedConfig: positions, loss weights, ...
     gradient_checkpointing: bool = False
 
@@ -171,6 +174,12 @@ def _check(config: TrainConfig) -> None:
         for name in ("image_tokenizer", "text_tokenizer"):
             if not getattr(config.model, name) and not (name == "text_tokenizer" and config.model.backbone):
                 raise ValueError(f"model.{name}: missing; a new model needs the folder of its tokenizer.")
+    for name, kinds in (("image_init", EMBED_KINDS), ("head_init", HEAD_KINDS)):
+        kind, default = getattr(config.model, name), getattr(ModelConfig, name)
+        if kind not in kinds:
+            raise ValueError(f"model.{name}: {kind!r} is unknown; use one of {kinds}.")
+        if kind != default and not config.model.backbone:
+            raise ValueError(f"model.{name}: {kind!r} is for image tables on a model.backbone; leave it out.")
     for name in ("caption_dropout", "code_noise", "captioning"):
         if not 0 <= getattr(config.data, name) <= 1:
             raise ValueError(f"data.{name}: {getattr(config.data, name)} must lie in [0, 1].")
