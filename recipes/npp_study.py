@@ -57,9 +57,10 @@ VARIANTS: dict[str, tuple[list[str], str | None]] = {
     "(2,1) mixed": ([*HALVES, "schedule.mixed=0.2"], None),
     "next-token 1d": (["schedule.patch_sizes=[1]", "schedule.shares=[1.0]", "model.options.positions=1d"], None),
     "(4,2,1)": (["schedule.patch_sizes=[4,2,1]", "schedule.shares=[0.4,0.3,0.3]"], None),
+    "(4,1)": (["schedule.patch_sizes=[4,1]", "schedule.shares=[0.4,0.6]"], None),
     "(4,2,1) halves": (["schedule.levels=3"], None),
 }
-MAIN = [BASELINE, "next-token, cost of (2,1)", "(2,1)", "(4,2,1)"]
+MAIN = [BASELINE, "next-token, cost of (2,1)", "(2,1)", "(4,2,1)", "(4,1)"]
 
 
 @dataclass(frozen=True)
