@@ -55,3 +55,12 @@ def test_sampling_reaches_the_text(pipeline):
     assert likely == pipeline.chat(["red apple"], 6, 0, Sampling(top_k=1), generator=generators(1))
     hot = [pipeline.chat(["red apple"], 6, 0, Sampling(temperature=9.0), generator=generators(i)) for i in range(3)]
     assert hot[0] != hot[1] or hot[1] != hot[2]
+
+
+def test_pictures_are_guided_as_in_a_call(pipeline, photo, says):
+    """After the same row, a conversation draws what a call draws by default."""
+    says(pipeline.text_tokenizer.boi_token_id)
+    drawn = pipeline.chat(["red apple"], max_new_tokens=1, generator=generators(5))
+    assert drawn[0].tobytes() == pipeline("red apple", generator=generators(5)).images[0].tobytes()
+    unguided = pipeline.chat(["red apple"], 1, image_sampling=Sampling(), generator=generators(5))
+    assert unguided[0].tobytes() != drawn[0].tobytes()

@@ -9,6 +9,7 @@ from PIL import Image
 
 from unified.lora import check_layout
 from unified.pipeline import UnifiedPipeline
+from unified.prompting import DECODING
 from unified_tokenizers.images import as_rgb
 
 PROMPT_LIMIT = 300  # characters
@@ -94,7 +95,7 @@ def build_demo(pipe: UnifiedPipeline, loras: Sequence[str | Path] = (), waiting:
             with gradio.Row():
                 negative = gradio.Textbox(label="Negative prompt", max_length=PROMPT_LIMIT)
                 count = gradio.Slider(1, IMAGES_LIMIT, 1, step=1, label="Pictures")
-                decoding = gradio.Dropdown(["plain", "jacobi", "sjd", "gsd"], value="plain", label="Decoding")
+                decoding = gradio.Dropdown(list(DECODING), value="plain", label="Decoding")
             button = gradio.Button("Draw", variant="primary", elem_id="draw")
             gallery = gradio.Gallery(label="Pictures", elem_id="pictures", format="png", columns=IMAGES_LIMIT)
             inputs = [prompt, negative, seed, count, guidance, temperature, decoding, lora]

@@ -23,6 +23,7 @@ from unified.model import UnifiedForCausalLM
 from unified.pipeline_lora import LoraMethods
 from unified.pipeline_text import TextMethods
 from unified.prompting import (
+    GUIDANCE_SCALE,
     as_prompts,
     check_call,
     check_whole,
@@ -153,7 +154,7 @@ class UnifiedPipeline(LoraMethods, TextMethods):
         prompt: str | Sequence[str],
         height: int | None = None,
         width: int | None = None,
-        guidance_scale: float = 3.0,
+        guidance_scale: float = GUIDANCE_SCALE,
         negative_prompt: str | Sequence[str] | None = None,
         num_images_per_prompt: int = 1,
         temperature: float = 1.0,

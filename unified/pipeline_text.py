@@ -13,7 +13,7 @@ from unified.decoding.backbone import Decoder
 from unified.inpainting import as_images
 from unified.lora import base_of
 from unified.model import UnifiedForCausalLM
-from unified.prompting import as_prompts, check_call, known_grid, per_image
+from unified.prompting import GUIDANCE_SCALE, as_prompts, check_call, known_grid, per_image
 from unified_tokenizers import ImageTokenizer, TextTokenizer
 
 
@@ -72,7 +72,8 @@ class TextMethods:
         Args:
             messages: texts and PIL pictures in turn, or a list of such conversations.
             max_new_tokens, max_images: how much a reply may hold at most.
-            text_sampling, image_sampling: how text and codes are drawn; guidance applies to pictures.
+            text_sampling, image_sampling: how text and codes are drawn; guidance applies to pictures, which have the
+                default scale of :meth:`unified.UnifiedPipeline.__call__`.
             height, width: size of the pictures that it draws.
             generator: one per conversation, or one for all as in :meth:`unified.UnifiedPipeline.__call__`.
 
@@ -90,8 +91,8 @@ class TextMethods:
         check_sizes([m for each in conversations for m in each if isinstance(m, Image.Image)], config, stride)
         replies = continue_conversations(
             self._decoder(), read, known_grid(config, stride, height, width), self.text_tokenizer,
-            per_image(generator, len(read)), text_sampling or Sampling(), image_sampling or Sampling(), max_new_tokens,
-            max_images,
+            per_image(generator, len(read)), text_sampling or Sampling(), image_sampling or Sampling(GUIDANCE_SCALE),
+            max_new_tokens, max_images,
         )  # fmt: skip
         shown = [as_messages(reply, self.image_tokenizer, self.text_tokenizer) for reply in replies]
         return shown if several else shown[0]

@@ -14,6 +14,9 @@ from unified.decoding.speculative import MODES, speculate_codes
 from unified.npp import Grid
 from unified_tokenizers import TextTokenizer
 
+DECODING = ("plain", *MODES)
+GUIDANCE_SCALE = 3.0  # of pictures, unless told otherwise
+
 
 def as_prompts(prompt: Any) -> list[str]:
     """One caption or several as a list. Raises ValueError for anything else, and for empty captions."""
@@ -178,8 +181,8 @@ def plan_drawing(
     prompts = as_prompts(prompt)
     negatives = as_negatives(negative_prompt, len(prompts))
     check_whole("num_images_per_prompt", images_per_prompt)
-    if mode not in ("plain", *MODES):
-        raise ValueError(f"decoding: {mode!r} is unknown; use one of {('plain', *MODES)}.")
+    if mode not in DECODING:
+        raise ValueError(f"decoding: {mode!r} is unknown; use one of {DECODING}.")
     if known is not None:
         if tuple(known.shape[1:]) != tuple(grid):
             raise ValueError(f"known: shape {tuple(known.shape)}, need (N, {grid[0]}, {grid[1]}) for this size.")
