@@ -102,6 +102,59 @@ def test_interrupt_keeps_what_there_is(pipeline):
     assert not pipeline(PROMPTS, generator=generators(0, 1)).interrupted
 
 
+@pytest.mark.parametrize("decoding", ["plain", "jacobi"])
+def test_a_callback_may_keep_and_change_what_it_gets(pipeline, decoding):
+    final = pipeline(PROMPTS, generator=generators(0, 1), decoding=decoding).codes
+    seen, before = [], []
+
+    def callback(pipe, index, codes):
+        before.append(codes.clone())
+        seen.append(codes)
+        if len(seen) > 1:
+            assert torch.equal(seen[-2], before[-2])  # decoding did not write to it
+            seen[-2].fill_(0)
+
+    output = pipeline(PROMPTS, generator=generators(0, 1), decoding=decoding, callback_on_step_end=callback)
+    assert torch.equal(output.codes, final)
+    output.codes.fill_(0)
+
+
+def test_interrupt_at_the_end_leaves_nothing_out(pipeline):
+    def stop(pipe, index, codes):
+        if index == 15:
+            pipe.interrupt()
+
+    output = pipeline("red apple", generator=generators(0), callback_on_step_end=stop)
+    assert not output.interrupted and output.codes.min() >= 0
+
+
+def test_known_codes_are_shown_from_the_start(pipeline, photo):
+    """Of a picture whose second row and last two cells are known, previews hide what is missing alone."""
+    mask = Image.new("L", (16, 16), 255)
+    mask.paste(0, (0, 4, 16, 8))
+    mask.paste(0, (8, 12, 16, 16))
+    before = pipeline.image_tokenizer.encode(to_tensor([photo]))[0]
+    options = {"image": photo, "mask_image": mask, "generator": seeded(0), "output_type": "pt"}
+    first, *_, last = pipeline.stream("red apple", preview_every=2, **options)
+    known = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0], [0, 0, 1, 1]]).bool()  # two cells are drawn
+    assert torch.equal(first.codes[0] >= 0, known)
+    assert torch.equal(first.codes[0][known][2:], before[known][2:]) and torch.equal(
+        first.codes[0, 0, :2], last.codes[0, 0, :2]
+    )
+    # What is missing stands for the code before it while the rest is decoded.
+    filled = first.codes[0].clone()
+    filled[0, 2:], filled[2:, :] = filled[0, 1], filled[1, 3]
+    filled[3, 2:] = before[3, 2:]
+    pixels = known.repeat_interleave(4, 0).repeat_interleave(4, 1)
+    decoded = pipeline.image_tokenizer.decode(filled[None])[0]
+    assert torch.equal(first.images[0][:, pixels], decoded[:, pixels])
+    assert len(first.images[0][:, ~pixels].unique()) == 1
+
+    options = {"callback_on_step_end": lambda pipe, index, codes: pipe.interrupt(), "generator": seeded(0)}
+    output = pipeline.inpaint("red apple", photo, mask, **options)
+    assert output.interrupted and torch.equal(output.codes[0, 1], before[1]) and output.codes[0, 0, 1] == -1
+
+
 @pytest.mark.parametrize("decoding", ["jacobi", "sjd", "gsd"])
 def test_decoding_modes(pipeline, decoding):
     plain = pipeline(PROMPTS, generator=generators(0, 1)).codes

@@ -98,10 +98,10 @@ def unfinished_pictures(tokenizer: ImageTokenizer, codes: Tensor) -> Tensor:
     missing = codes < 0
     if not bool(missing.any()):
         return tokenizer.decode(codes)
-    # The decoder looks across cells: what is missing repeats the last code, which harms its neighbours least.
-    flat, drawn = codes.flatten(1), (~missing).flatten(1).sum(dim=1)
-    last = flat.gather(1, (drawn - 1).clamp_min(0)[:, None]).clamp_min(0)
-    pictures = tokenizer.decode(torch.where(flat < 0, last, flat).reshape(codes.shape))
+    # The decoder looks across cells: what is missing repeats the code before it, which harms its neighbours least.
+    flat = codes.flatten(1)
+    last = torch.arange(flat.shape[1], device=flat.device).where(flat >= 0, 0).cummax(dim=1).values
+    pictures = tokenizer.decode(flat.gather(1, last).clamp_min(0).reshape(codes.shape))
     stride = tokenizer.downsample
     hidden = missing.repeat_interleave(stride, dim=1).repeat_interleave(stride, dim=2)
     return pictures.masked_fill(hidden[:, None].to(pictures.device), 0.0)

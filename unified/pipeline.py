@@ -24,6 +24,7 @@ from unified.pipeline_lora import LoraMethods
 from unified.pipeline_text import TextMethods
 from unified.prompting import (
     GUIDANCE_SCALE,
+    Drawing,
     as_prompts,
     check_call,
     check_whole,
@@ -214,7 +215,7 @@ class UnifiedPipeline(LoraMethods, TextMethods):
             options: all other arguments of :meth:`__call__`.
 
         Yields:
-            Outputs whose pictures are grey, and whose codes are -1, where nothing has been drawn; the last one is complete.
+            Outputs whose pictures are grey, and whose codes are -1, where nothing is drawn or known; the last one is complete.
 
         Raises:
             ValueError: as :meth:`__call__`, when the first preview is asked for.
@@ -266,25 +267,28 @@ class UnifiedPipeline(LoraMethods, TextMethods):
                 drawn = int((codes >= 0).sum())
                 bar.update(drawn - bar.n)
                 if on_step is not None:
-                    on_step(self, codes.shape[1] - 1, codes)
+                    on_step(self, codes.shape[1] - 1, codes.clone())  # decoding goes on writing to its own
                 if self._interrupted:
                     break
                 if every is not None and shown + every <= drawn // count < steps:
                     shown = drawn // count
-                    yield self._output(codes, grid, output_type)
-        yield self._output(codes, grid, output_type)
+                    yield self._output(codes, drawing, output_type)
+        yield self._output(codes, drawing, output_type)
 
-    def _output(self, codes: Tensor, grid: tuple[int, int], output_type: str) -> UnifiedPipelineOutput:
-        missing = grid[0] * grid[1] - codes.shape[1]
-        codes = torch.nn.functional.pad(codes, (0, missing), value=-1).reshape(-1, *grid)
+    def _output(self, codes: Tensor, drawing: Drawing, output_type: str) -> UnifiedPipelineOutput:
+        missing = drawing.grid[0] * drawing.grid[1] - codes.shape[1]
+        codes = torch.nn.functional.pad(codes, (0, missing), value=-1).reshape(-1, *drawing.grid)
+        known = codes if drawing.known is None else drawing.known.to(codes.device)
+        codes = torch.where(codes < 0, known, codes)
+        interrupted = self._interrupted and bool((codes < 0).any())
         if output_type == "codes":
-            return UnifiedPipelineOutput(codes, codes, self._interrupted)
+            return UnifiedPipelineOutput(codes, codes, interrupted)
         pictures: Any = unfinished_pictures(self.image_tokenizer, codes)
         if output_type == "np":
             pictures = to_uint8(pictures).permute(0, 2, 3, 1).cpu().numpy()
         elif output_type == "pil":
             pictures = to_pil(pictures)
-        return UnifiedPipelineOutput(pictures, codes, self._interrupted)
+        return UnifiedPipelineOutput(pictures, codes, interrupted)
 
     def interrupt(self) -> None:
         """Stop drawing after the current code, from a callback or another thread; what is missing stays grey."""
