@@ -34,7 +34,7 @@ from unified.prompting import (
     plan_drawing,
 )
 from unified_tokenizers import AutoImageTokenizer, ImageTokenizer, TextTokenizer, load_text_tokenizer
-from unified_tokenizers.images import to_pil, to_uint8
+from unified_tokenizers.images import to_pil
 
 PIPELINE_FILE = "pipeline.json"
 OUTPUT_TYPES = ("pil", "np", "pt", "codes")
@@ -179,7 +179,7 @@ class UnifiedPipeline(LoraMethods, TextMethods):
             temperature, top_k, top_p: see :class:`unified.decoding.Sampling`.
             generator: one ``torch.Generator`` per picture, or one that draws the first and seeds the others; fixes the
                 result, whatever else is in the batch. The same one with another caption changes only what has to change.
-            output_type: ``pil``, ``np`` (N, H, W, 3 uint8), ``pt`` (N, 3, H, W in [-1, 1]) or ``codes``.
+            output_type: ``pil``; float32 in [0, 1] as ``np`` (N, H, W, 3) or ``pt`` (N, 3, H, W); or ``codes``.
             callback_on_step_end: called as ``f(pipeline, index, codes (N, index + 1))`` after every code, with
                 speculative decoding after every pass; -1 stands for codes that a picture does not have yet.
             guidance_schedule: see :class:`unified.decoding.Sampling`.
@@ -284,10 +284,9 @@ class UnifiedPipeline(LoraMethods, TextMethods):
         if output_type == "codes":
             return UnifiedPipelineOutput(codes, codes, interrupted)
         pictures: Any = unfinished_pictures(self.image_tokenizer, codes)
+        pictures = to_pil(pictures) if output_type == "pil" else (pictures.float() / 2 + 0.5).clamp(0, 1)
         if output_type == "np":
-            pictures = to_uint8(pictures).permute(0, 2, 3, 1).cpu().numpy()
-        elif output_type == "pil":
-            pictures = to_pil(pictures)
+            pictures = pictures.permute(0, 2, 3, 1).cpu().numpy()
         return UnifiedPipelineOutput(pictures, codes, interrupted)
 
     def interrupt(self) -> None:

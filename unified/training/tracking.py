@@ -42,14 +42,7 @@ class RunLog:
         images = pipeline(
             config.prompts, guidance_scale=config.guidance_scale, generator=generators, output_type="pt"
         ).images
-        grid = make_grid(
-            torch.as_tensor(images),
-            nrow=min(8, len(config.prompts)),
-            padding=2,
-            pad_value=1,
-            normalize=True,
-            value_range=(-1, 1),
-        )
+        grid = make_grid(torch.as_tensor(images), nrow=min(8, len(config.prompts)), padding=2, pad_value=1)
         folder = self.path.parent / "samples"
         folder.mkdir(exist_ok=True)
         save_image(grid, folder / f"step-{step:08d}.png")
