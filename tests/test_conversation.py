@@ -20,7 +20,7 @@ def says(pipeline, monkeypatch):
             row[left.pop(0) if len(left) > 1 else left[0]] = 500.0
             return row.expand(len(hidden), -1).clone()
 
-        monkeypatch.setattr(pipeline.model, "text_logits", logits)
+        monkeypatch.setattr(pipeline._decoder(), "text_logits", logits)
 
     return script
 

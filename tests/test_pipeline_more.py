@@ -299,11 +299,12 @@ def test_caption_is_the_models_own_continuation(pipeline, photo):
 
 
 def test_chat_answers_in_both(pipeline, photo, monkeypatch):
-    hot, make = Sampling(temperature=50.0), pipeline.model.text_logits
+    decoder = pipeline._decoder()
+    hot, make = Sampling(temperature=50.0), decoder.text_logits
     often = torch.zeros(pipeline.text_tokenizer.vocab_size).index_fill(
         0, torch.tensor([pipeline.model.config.boi_token_id]), 200
     )
-    monkeypatch.setattr(pipeline.model, "text_logits", lambda hidden: make(hidden) + often)
+    monkeypatch.setattr(decoder, "text_logits", lambda hidden: make(hidden) + often)
     conversations = [["red apple", photo, "blue car"], [photo], ["yellow sun"]]
     replies = pipeline.chat(
         conversations, 30, 2, text_sampling=hot, image_sampling=Sampling(2.0), generator=generators(0, 1, 2)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from unified.conversation import check_sizes
 from unified.decoding import Sampling, make_decoder
 from unified.decoding.backbone import Decoder
+from unified.decoding.state import weights_state
 from unified.inpainting import as_images, codes_to_keep, share_to_keep, unfinished_pictures
 from unified.lora import base_of
 from unified.model import UnifiedForCausalLM
@@ -81,8 +82,9 @@ class UnifiedPipeline(LoraMethods, TextMethods):
         self.text_tokenizer = text_tokenizer
         self._progress_bar: dict[str, Any] = {}
         self._interrupted = False
-        self._fast: dict[str, bool] | None = None  # options of a decoder that is kept between calls
-        self._kept: Decoder | None = None
+        self._fast: dict[str, bool] = {}  # options of the decoder
+        self._kept: Decoder | None = None  # kept between calls
+        self._kept_state: Any = None  # weights and adapters that it was made of
 
     @classmethod
     def from_pretrained(
@@ -294,28 +296,29 @@ class UnifiedPipeline(LoraMethods, TextMethods):
         self._interrupted = True
 
     def enable_fast_decoding(self, compile: bool = False, int8: bool = False) -> None:
-        """Keep a prepared decoder between calls, compiled with ``torch.compile`` or with 8-bit weights (not exact).
+        """Prepare the decoder now, compiled with ``torch.compile`` or with 8-bit weights (not exact).
 
-        It holds the weights and adapters of now: call again after changing weights by hand. Loading, switching and
-        unloading adapters and :meth:`to` renew it by themselves.
+        A decoder is a copy of the weights, kept between calls and renewed when weights or adapters change (but not when
+        weights are written through ``.data``, which leaves no trace).
 
         Raises:
             ValueError: if the backbone or the device does not allow it.
         """
-        options = {"compile": compile, "int8": int8}
-        self._kept = make_decoder(base_of(self.model), **options)  # may fail, and then nothing has changed
-        self._fast = options
+        options, model = {"compile": compile, "int8": int8}, base_of(self.model)
+        self._kept = make_decoder(model, **options)  # may fail, and then nothing has changed
+        self._kept_state, self._fast = weights_state(model), options
 
     def disable_fast_decoding(self) -> None:
-        """Prepare a decoder in every call again."""
-        self._fast = self._kept = None
+        """Free the decoder that is kept; the next call prepares an exact one that is not compiled."""
+        self._fast = {}
+        self._kept = None
 
     def _decoder(self) -> Decoder:
         model = base_of(self.model)
-        if self._fast is None:
-            return make_decoder(model)
-        if self._kept is None or self._kept.model is not model:
-            self._kept = make_decoder(model, **self._fast)
+        state = weights_state(model)
+        if self._kept is None or self._kept.model is not model or self._kept_state != state:
+            self._kept = None  # its memory first
+            self._kept, self._kept_state = make_decoder(model, **self._fast), state
         return self._kept
 
     def inpaint(
