@@ -24,6 +24,7 @@ from tqdm import tqdm
 from unified.data import SkipReport, captioned_images, fit_square, load_source
 from unified.settings import dump_settings, load_settings, parse_command_line
 from unified.training.checkpoint import (
+    check_inputs,
     check_settings,
     load_checkpoint,
     remove_stale,
@@ -190,6 +191,10 @@ def main() -> None:
     train = torch.cat([load_pictures(settings, s, settings.train_split, accelerator) for s in settings.sources])
     validation = load_pictures(settings, settings.sources[0], settings.validation_split, accelerator)
 
+    inputs = {"num_processes": accelerator.num_processes, "pictures": len(train)}
+    if checkpoint:
+        check_inputs(checkpoint, inputs, settings.allow_changes)
+
     model = build_model(settings)
     check(settings, model)
     perceptual = build_perceptual(settings.perceptual, settings.lpips_weights)
@@ -250,7 +255,7 @@ def main() -> None:
             bar.set_postfix(psnr=f"{figures['psnr_db']:.2f} dB", codes=f"{figures['codes_used']:.0%}",
                             perplexity=f"{figures['perplexity']:.0f}")  # fmt: skip
         if settings.checkpoint_every and (step % settings.checkpoint_every == 0 or step == settings.steps):
-            save_checkpoint(accelerator, output / "checkpoints", step, 0, settings.keep_checkpoints, settings)
+            save_checkpoint(accelerator, output / "checkpoints", step, 0, settings.keep_checkpoints, settings, inputs)
     if accelerator.is_main_process:
         current().save_pretrained(output)
         write_whole(output / "training_log.json", json.dumps(log, indent=2))

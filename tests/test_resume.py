@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 import signal
@@ -15,8 +16,10 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from conftest import LAUNCH, ROOT, tiny_model
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from unified.codes import encode_source
+from unified.crops import Views
 from unified.sequence import ImageSegment, TextSegment, build_sequence, collate
 from unified.training import loop
 from unified.training.checkpoint import list_checkpoints, save_checkpoint
@@ -67,6 +70,10 @@ def test_resumed_run_of_every_kind_equals_uninterrupted(options, finished, confi
     shutil.copytree(whole, resumed, ignore=shutil.ignore_patterns("step-00000012", "pipeline", "lora"))
     train(load_config(config_file, [f"output_dir={resumed}", "resume=latest", *options]))
     assert_same_run(resumed, whole)
+    kept = resumed / "checkpoints" / "step-00000012" / "trainable.safetensors"
+    if "lora.rank=4" in options:  # the adapter, without the weights that it leaves alone
+        assert kept.is_file() and all("lora_" in name for name in load_file(kept))
+        assert not kept.with_name("model.safetensors").exists()
 
 
 def test_killed_run_continues(finished, config_file, tmp_path):
@@ -212,6 +219,34 @@ def test_changed_settings_are_shown_and_refused(config_file, tmp_path):
     assert "-  learning_rate: 0.01\n+  learning_rate: 0.5" in str(error.value)
     assert "keep_checkpoints" not in str(error.value) and "allow_changes=true" in str(error.value)
     train(load_config(config_file, [*changed, "allow_changes=true"]))
+
+
+def test_changed_inputs_are_shown_and_refused(config_file, finished, parts, image_tokenizer, picture_source, tmp_path):
+    """Other rows, another number of processes, another base below an adapter; the settings are the same every time."""
+    codes, pipeline = tmp_path / "codes", tmp_path / "pipeline"
+    shutil.copytree(parts / "codes", codes)
+    shutil.copytree(finished / "pipeline", pipeline)
+    options = [f"output_dir={tmp_path}/run", f"data.train={codes}", f"model.pipeline={pipeline}", *LORA]
+    train(load_config(config_file, options))
+    state = tmp_path / "run" / "checkpoints" / "step-00000012" / "trainer_state.json"
+    whole = json.loads(state.read_text())
+    rows, frozen = whole["inputs"]["train"], whole["inputs"]["frozen_weights"]
+    train(load_config(config_file, [*options, "resume=latest"]))
+
+    state.write_text(json.dumps({**whole, "inputs": {**whole["inputs"], "num_processes": 2}}))
+    with pytest.raises(ValueError, match=r"the inputs differ(.|\n)*\n-num_processes: 2\n\+num_processes: 1\n"):
+        train(load_config(config_file, [*options, "resume=latest"]))
+    state.write_text(json.dumps(whole))
+    shutil.rmtree(codes)
+    encode_source(image_tokenizer, picture_source, codes, image_size=16, views=Views(((16, 16),), flips=True))
+    weights = pipeline / "model" / "model.safetensors"
+    changed = {name: value * 1.001 if "norm" in name else value for name, value in load_file(weights).items()}
+    save_file(changed, weights, {"format": "pt"})
+    with pytest.raises(ValueError, match="the inputs differ") as error:
+        train(load_config(config_file, [*options, "resume=latest"]))
+    assert f"-train: {json.dumps(rows)}\n" in str(error.value) and "+train: [24, " in str(error.value)
+    assert f"-frozen_weights: {json.dumps(frozen)}\n" in str(error.value)
+    train(load_config(config_file, [*options, "resume=latest", "allow_changes=true"]))
 
 
 @pytest.mark.parametrize(("value", "limit"), [(float("nan"), None), (1e6, 1e3)])

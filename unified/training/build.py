@@ -1,5 +1,8 @@
 """From a configuration to the parts of a run: tokenizers, model, data."""
 
+import json
+import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +18,12 @@ from unified.pipeline import UnifiedPipeline
 from unified.training.config import DataConfig, TrainConfig
 from unified_tokenizers import AutoImageTokenizer, ImageTokenizer, TextTokenizer, load_text_tokenizer
 
-Parts = tuple[UnifiedForCausalLM | PeftModel, ImageTokenizer, TextTokenizer]
+BASE_FILE = "made_from.json"
+Parts = tuple[UnifiedForCausalLM, ImageTokenizer, TextTokenizer]
 
 
 def build_parts(config: TrainConfig) -> Parts:
-    """Model (with a fresh adapter if the run trains one), image tokenizer and text tokenizer.
-
-    An adapter for a pretrained language model needs that model with its image tables to be loaded into:
-    ``<output_dir>/base`` keeps it as a pipeline.
-    """
+    """Model, image tokenizer and text tokenizer."""
     source = config.model
     if source.pipeline:
         folder = Path(source.pipeline)
@@ -38,13 +38,25 @@ def build_parts(config: TrainConfig) -> Parts:
         model = _new_model(config, image_tokenizer, text_tokenizer)
     if source.gradient_checkpointing:
         model.gradient_checkpointing_enable()
+    return model, image_tokenizer, text_tokenizer
+
+
+def adapt(
+    config: TrainConfig, model: UnifiedForCausalLM, image_tokenizer: ImageTokenizer, text_tokenizer: TextTokenizer
+) -> UnifiedForCausalLM | PeftModel:
+    """The model with a fresh adapter if the run trains one.
+
+    An adapter is loaded into its base: where that is no pipeline yet, ``<output_dir>/base`` keeps it as one.
+
+    Raises:
+        ValueError: if the base that is kept already was made from something else.
+    """
     if config.lora is None:
-        return model, image_tokenizer, text_tokenizer
-    base = Path(config.output_dir) / "base"
-    if source.backbone and PartialState().is_main_process and not base.is_dir():
-        UnifiedPipeline(model, image_tokenizer, text_tokenizer).save_pretrained(base)
+        return model
+    if not config.model.pipeline and PartialState().is_main_process:
+        _keep_base(config, UnifiedPipeline(model, image_tokenizer, text_tokenizer))
     s = config.lora
-    adapted = attach_lora(
+    return attach_lora(
         model,
         s.rank,
         s.alpha,
@@ -54,20 +66,46 @@ def build_parts(config: TrainConfig) -> Parts:
         use_rslora=s.use_rslora,
         use_dora=s.use_dora,
     )
-    return adapted, image_tokenizer, text_tokenizer
+
+
+def _keep_base(config: TrainConfig, pipeline: UnifiedPipeline) -> None:
+    """Write ``<output_dir>/base`` beside and rename it, or compare with what is there."""
+    source = {name: value for name, value in asdict(config.model).items() if name != "gradient_checkpointing"}
+    origin = {**source, "image_tokenizer": pipeline.image_tokenizer.fingerprint, "seed": config.seed}
+    folder = Path(config.output_dir) / "base"
+    if folder.is_dir():
+        record = folder / BASE_FILE
+        refuse_other("output_dir", folder, json.loads(record.read_text()) if record.is_file() else {}, origin)
+        return
+    partial = folder.with_name(".partial-base")
+    shutil.rmtree(partial, ignore_errors=True)
+    pipeline.save_pretrained(partial)
+    (partial / BASE_FILE).write_text(json.dumps(origin, indent=2))
+    partial.rename(folder)
+
+
+def refuse_other(field: str, folder: Path, made_from: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raises ValueError if what an earlier run left in ``folder`` was made from something else, naming the differences."""
+    different = [
+        f"{name}: {made_from.get(name)!r} then, {value!r} now"
+        for name, value in wanted.items()
+        if made_from.get(name) != value
+    ]
+    if different:
+        raise ValueError(
+            f"{field}: {str(folder)!r} was made from other settings ({'; '.join(different)}); set them back, remove the folder, or "
+            "choose another output_dir."
+        )
 
 
 def _new_model(
     config: TrainConfig, image_tokenizer: ImageTokenizer, text_tokenizer: TextTokenizer
 ) -> UnifiedForCausalLM:
-    stride = image_tokenizer.downsample
-    side = config.data.image_size // stride
     shared: dict[str, Any] = {
         "codebook_size": image_tokenizer.codebook_size,
         "boi_token_id": text_tokenizer.boi_token_id,
         "eoi_token_id": text_tokenizer.eoi_token_id,
         "image_tokenizer_fingerprint": image_tokenizer.fingerprint,
-        "image_grids": [[side, side]],
         **config.model.options,
     }
     if config.model.backbone:

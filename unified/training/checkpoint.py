@@ -8,17 +8,31 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from unified.settings import dump_settings
 
 _STATE_FILE = "trainer_state.json"
 _SETTINGS_FILE = "settings.yaml"
+_TRAINABLE_FILE = "trainable.safetensors"
 # Settings that change nothing of what is learned.
-_FREE = ("output_dir", "resume", "allow_changes", "keep_checkpoints", "checkpoint_every", "track_with", "processes")
+_FREE = (
+    "output_dir", "resume", "allow_changes", "keep_checkpoints", "checkpoint_every", "track_with", "project", "processes"
+)  # fmt: skip
 
 
-def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, slots: int, keep: int, settings: object) -> None:
+def save_checkpoint(
+    accelerator: Accelerator,
+    folder: Path,
+    step: int,
+    slots: int,
+    keep: int,
+    settings: object,
+    inputs: dict[str, Any],
+) -> None:
     """Write model, optimizer, EMA and random state after ``step`` steps; keep the last ``keep`` checkpoints.
 
     The files are written beside and renamed into place. The stage, the learning rate and the position in the data are
@@ -31,6 +45,7 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, slots: in
         slots: backbone slots processed so far (the cost axis of the logs).
         keep: how many checkpoints to keep.
         settings: the run's dataclass of settings, kept beside so that a resumed run can be compared with them.
+        inputs: what else it has to agree on, for JSON (see :func:`unified.training.inputs.describe_inputs`).
 
     Raises:
         OSError: if the disk is full; earlier checkpoints stay as they are.
@@ -40,7 +55,7 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, slots: in
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         (partial / _SETTINGS_FILE).write_text(_comparable(settings))
-        (partial / _STATE_FILE).write_text(json.dumps({"step": step, "slots": slots}))
+        (partial / _STATE_FILE).write_text(json.dumps({"step": step, "slots": slots, "inputs": inputs}))
         partial.rename(final)
         for old in list_checkpoints(folder)[:-keep]:
             _discard(old)
@@ -81,6 +96,36 @@ def remove_stale(accelerator: Accelerator, folder: Path, step: int) -> None:
         for path in [*folder.glob(".partial-*"), *folder.glob(".old-*")]:
             shutil.rmtree(path)
     accelerator.wait_for_everyone()
+
+
+def leave_out_frozen(accelerator: Accelerator) -> None:
+    """Checkpoints without frozen weights, which a run brings along when it starts. Where weights are cut over processes,
+    Accelerate writes all of them.
+    """
+
+    def trainable(models: list[nn.Module]) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in accelerator.unwrap_model(models[0]).named_parameters() if p.requires_grad}
+
+    def save(models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
+        if weights:
+            weights.clear()
+            if accelerator.is_main_process:
+                save_file({name: p.detach() for name, p in trainable(models).items()}, Path(folder) / _TRAINABLE_FILE)
+
+    def load(models: list[nn.Module], folder: str) -> None:
+        if models:
+            kept, own = load_file(Path(folder) / _TRAINABLE_FILE), trainable(models)
+            if kept.keys() != own.keys():
+                raise ValueError(
+                    f"resume: {folder!r} has weights of {sorted(kept.keys() ^ own.keys())[:4]} more or less."
+                )
+            with torch.no_grad():
+                for name, parameter in own.items():
+                    parameter.copy_(kept[name])
+            models.clear()
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -135,11 +180,24 @@ def check_settings(path: Path, settings: object, allow_changes: bool) -> None:
     Raises:
         ValueError: with the difference, line by line.
     """
-    before, now = (path / _SETTINGS_FILE).read_text(), _comparable(settings)
+    _refuse_changes("settings", path, (path / _SETTINGS_FILE).read_text(), _comparable(settings), allow_changes)
+
+
+def check_inputs(path: Path, inputs: dict[str, Any], allow_changes: bool) -> None:
+    """Refuse to resume with other inputs than those of the checkpoint, unless ``allow_changes`` is set.
+
+    Raises:
+        ValueError: with the difference, line by line.
+    """
+    before, now = (_lines(each) for each in (_state_of(path).get("inputs", {}), inputs))
+    _refuse_changes("inputs", path, before, now, allow_changes)
+
+
+def _refuse_changes(what: str, path: Path, before: str, now: str, allow_changes: bool) -> None:
     changes = list(difflib.unified_diff(before.splitlines(), now.splitlines(), "checkpoint", "now", lineterm="", n=0))
     if changes and not allow_changes:
         raise ValueError(
-            f"resume: the settings differ from those of {str(path)!r}:\n"
+            f"resume: the {what} differ from those of {str(path)!r}:\n"
             + "\n".join(changes)
             + "\nSet them back, or allow_changes=true to go on with the new ones."
         )
@@ -149,3 +207,7 @@ def _comparable(settings: Any) -> str:
     """Settings as YAML without those that may change freely."""
     free = {f.name: getattr(type(settings)(), f.name) for f in fields(settings) if f.name in _FREE}
     return dump_settings(replace(settings, **free))
+
+
+def _lines(inputs: dict[str, Any]) -> str:
+    return "\n".join(f"{name}: {json.dumps(value)}" for name, value in inputs.items())

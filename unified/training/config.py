@@ -137,7 +137,10 @@ class TrainConfig:
     keep_checkpoints: int = 2
     resume: str | None = None  # a checkpoint folder, or `latest`
     allow_changes: bool = False  # resume although the settings are not those of the checkpoint
-    track_with: list[str] = field(default_factory=lambda: ["tensorboard"])
+    track_with: list[str] = field(
+        default_factory=lambda: ["tensorboard"]
+    )  # also wandb, trackio, mlflow, ...; [] for none
+    project: str = "unified"  # name under which trackers file the run
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraSettings | None = None

@@ -19,19 +19,22 @@ from unified.model import UnifiedForCausalLM
 from unified.pipeline import UnifiedPipeline
 from unified.settings import dump_settings
 from unified.training.batches import CaptionedBatches, loader
-from unified.training.build import build_parts, open_codes
+from unified.training.build import adapt, build_parts, open_codes
 from unified.training.checkpoint import (
+    check_inputs,
     check_settings,
+    leave_out_frozen,
     load_checkpoint,
     remove_stale,
     save_checkpoint,
     start_checkpoint,
 )
 from unified.training.config import TrainConfig
+from unified.training.inputs import check_grids, check_lengths, code_grids, describe_inputs, learn_grids
 from unified.training.optimizer import build_optimizers
 from unified.training.sharding import check_sharding, configure_deepspeed
 from unified.training.step import check_skipped, train_step
-from unified.training.tracking import LossMeter, RunLog
+from unified.training.tracking import LossMeter, RunLog, check_trackers, start_trackers
 from unified.training.validation import caption_loss, image_loss
 
 Measure = Callable[[UnifiedPipeline], dict[str, float]]
@@ -47,6 +50,7 @@ def train(config: TrainConfig, measure: Measure | None = None) -> Path:
     adapter was trained. Returns that last folder.
     """
     output = Path(config.output_dir)
+    check_trackers(config.track_with)
     accelerator = Accelerator(
         # As a plugin, because `accelerate launch` sets the number for DeepSpeed (to "auto"), and its environment would win.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.gradient_accumulation_steps),
@@ -64,12 +68,11 @@ def train(config: TrainConfig, measure: Measure | None = None) -> Path:
         check_settings(checkpoint, config, config.allow_changes)
     set_seed(config.seed)
     output.mkdir(parents=True, exist_ok=True)
-    if accelerator.is_main_process:
-        (output / "config.yaml").write_text(dump_settings(config))
-    accelerator.init_trackers("tensorboard")
 
-    model, image_tokenizer, text_tokenizer = build_parts(config)
-    layout_config = base_of(model).config
+    base, image_tokenizer, text_tokenizer = build_parts(config)
+    if isinstance(image_tokenizer, nn.Module):
+        image_tokenizer.to(accelerator.device)
+    layout_config = base.config
     layout = layout_config.layout
     train_rows, validation_rows = open_codes(accelerator, config, image_tokenizer)
     accumulation = config.gradient_accumulation_steps
@@ -80,6 +83,18 @@ def train(config: TrainConfig, measure: Measure | None = None) -> Path:
     )  # fmt: skip
 
     schedule = config.patch_schedule()
+    rows = {"train": train_rows, "validation": validation_rows}
+    grids = code_grids(train_rows)
+    check_grids(grids, schedule.patch_sizes)
+    for part in (part for part in rows.values() if part is not None):
+        check_lengths(part, text_tokenizer, layout_config)
+    learn_grids(layout_config, grids, fixed=config.lora is not None and config.model.pipeline is not None)
+    model: UnifiedForCausalLM | PeftModel = adapt(config, base, image_tokenizer, text_tokenizer)
+    inputs = describe_inputs(rows, accelerator.num_processes, model)
+    if checkpoint:
+        check_inputs(checkpoint, inputs, config.allow_changes)
+    if config.lora is not None:
+        leave_out_frozen(accelerator)
     check_sharding(accelerator, config)
     configure_deepspeed(accelerator, config)
     model, *optimizers = accelerator.prepare(model, *build_optimizers(model, config.optimizer))
@@ -88,6 +103,9 @@ def train(config: TrainConfig, measure: Measure | None = None) -> Path:
         accelerator.register_for_checkpointing(ema)
     step, slots = load_checkpoint(accelerator, checkpoint) if checkpoint else (0, 0)
     remove_stale(accelerator, output / "checkpoints", step)
+    if accelerator.is_main_process:
+        (output / "config.yaml").write_text(dump_settings(config))
+    start_trackers(accelerator, config, step)
     log = RunLog(accelerator, output, resumed_at=step)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     processes = accelerator.num_processes
@@ -163,7 +181,7 @@ def train(config: TrainConfig, measure: Measure | None = None) -> Path:
             log.write(step, **measure(_pipeline(current(), image_tokenizer, text_tokenizer)))
             model.train()
         if config.checkpoint_every and (step % config.checkpoint_every == 0 or last):
-            save_checkpoint(accelerator, output / "checkpoints", step, slots, config.keep_checkpoints, config)
+            save_checkpoint(accelerator, output / "checkpoints", step, slots, config.keep_checkpoints, config, inputs)
     bar.close()
     # Gathers what is cut over processes, so all of them take part.
     state = accelerator.get_state_dict(model) if ema is None else None

@@ -1,19 +1,52 @@
 """What a run leaves behind to look at: a JSONL log, trackers, sample grids."""
 
+import importlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from PIL.Image import Image
+from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid, save_image
 
 from unified.pipeline import UnifiedPipeline
 from unified.training.checkpoint import write_whole
-from unified.training.config import SampleConfig
+from unified.training.config import SampleConfig, TrainConfig
 
 LOG_FILE = "log.jsonl"
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raises ValueError for a tracker that Accelerate does not know or whose package is missing."""
+    known, installed = sorted(map(str, LOGGER_TYPE_TO_CLASS)), list(map(str, get_available_trackers()))
+    for name in names:
+        if name not in known:
+            raise ValueError(f"track_with: {name!r} is unknown; use some of {known}, or [] for none.")
+        if name not in installed:
+            raise ValueError(
+                f"track_with: {name!r} is not installed; `pip install {name}`, or leave it out of the list."
+            )
+
+
+def start_trackers(accelerator: Accelerator, config: TrainConfig, step: int) -> None:
+    """Open the trackers for a run that goes on after ``step``; TensorBoard forgets what an earlier part wrote beyond it."""
+    purge = {"tensorboard": {"purge_step": step + 1}} if step else {}
+    accelerator.init_trackers(config.project, dict(_flat(asdict(config))), purge)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, int | float | str]]:
+    """Nested settings as ``data.train``, ...; trackers take numbers and strings."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value if isinstance(value, int | float | str) else str(value)
 
 
 class RunLog:
@@ -46,9 +79,17 @@ class RunLog:
         folder = self.path.parent / "samples"
         folder.mkdir(exist_ok=True)
         save_image(grid, folder / f"step-{step:08d}.png")
+        self._track(to_pil_image(grid), step)
+
+    def _track(self, picture: Image, step: int) -> None:
+        """Hand a picture to those trackers that take pictures."""
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard":
-                tracker.writer.add_image("samples", grid, step)
+                tracker.writer.add_image("samples", np.asarray(picture), step, dataformats="HWC")
+            elif tracker.name in ("wandb", "swanlab"):
+                tracker.log_images({"samples": [picture]}, step=step)
+            elif tracker.name == "trackio":
+                tracker.log({"samples": importlib.import_module("trackio").Image(picture)}, step=step)
 
 
 def sum_over_processes(accelerator: Accelerator, values: Sequence[float]) -> list[float]:
