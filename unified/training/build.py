@@ -11,6 +11,7 @@ from unified.codes import encode_source, is_codes_cache, load_codes
 from unified.config import UnifiedConfig
 from unified.lora import attach_lora
 from unified.model import UnifiedForCausalLM
+from unified.model_card import run_card
 from unified.pipeline import UnifiedPipeline
 from unified.training.config import DataConfig, TrainConfig
 from unified_tokenizers import AutoImageTokenizer, ImageTokenizer, TextTokenizer, load_text_tokenizer
@@ -42,7 +43,8 @@ def build_parts(config: TrainConfig) -> Parts:
         return model, image_tokenizer, text_tokenizer
     base = Path(config.output_dir) / "base"
     if source.backbone and PartialState().is_main_process and not base.is_dir():
-        UnifiedPipeline(model, image_tokenizer, text_tokenizer).save_pretrained(base)
+        card = run_card(config, "base", image_tokenizer.fingerprint)
+        UnifiedPipeline(model, image_tokenizer, text_tokenizer).save_pretrained(base, card=card)
     s = config.lora
     adapted = attach_lora(
         model,
