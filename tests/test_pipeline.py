@@ -61,10 +61,11 @@ def test_callback_counts_the_codes(pipeline):
 
 
 def test_folder_round_trip(pipeline, tmp_path):
-    pipeline.save_pretrained(tmp_path)
+    pipeline.save_pretrained(tmp_path, card="---\nlicense: mit\n---\n# Grün\n")
     assert json.loads((tmp_path / "pipeline.json").read_text())["_class_name"] == "UnifiedPipeline"
     suffixes = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
-    assert suffixes == {".json", ".safetensors", ".model"}
+    assert suffixes == {".json", ".safetensors", ".model", ".md"}
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == "---\nlicense: mit\n---\n# Grün\n"
     loaded = UnifiedPipeline.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
     assert torch.equal(

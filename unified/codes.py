@@ -10,7 +10,7 @@ import datasets
 from accelerate import PartialState
 
 from unified.crops import Views
-from unified.data import SkipReport, load_source
+from unified.data import SkipReport, load_source, terms_of
 from unified.encoding import encode_blocks, read_blocks
 from unified_tokenizers.base import ImageTokenizer
 
@@ -39,7 +39,8 @@ def encode_source(
     """Encode the pictures of a source and write an Arrow data set of codes, grids and captions.
 
     The folder appears only when it is complete. Until then ``<out>.partial`` collects blocks of rows; a run that was killed
-    goes on from there. Rows that cannot be used are skipped and reported per split.
+    goes on from there. Rows that cannot be used are skipped and reported per split. Licence and attribution of the source
+    (see :func:`unified.data.terms_of`) are kept beside the codes.
 
     Args:
         tokenizer: any image tokenizer.
@@ -86,18 +87,19 @@ def encode_source(
     if process is not None:
         process.wait_for_everyone()
     for split in splits:
+        rows = load_source(source, split, streaming)
         encode_blocks(
-            tokenizer, load_source(source, split, streaming), partial / "blocks" / split, views, image_column,
-            caption_column, batch_size, block_rows, index, count, split,
+            tokenizer, rows, partial / "blocks" / split, views, image_column, caption_column, batch_size, block_rows, index,
+            count, split,
         )  # fmt: skip
     if process is not None:
         process.wait_for_everyone()
     if index == 0:
-        _finish(out, partial, splits, settings)
+        _finish(out, partial, splits, settings | terms_of(source, rows.info))
     if process is not None:
         process.wait_for_everyone()
-    rows = json.loads((out / CACHE_FILE).read_text())["rows"]
-    return {split: SkipReport(**rows[split]) for split in splits}
+    reports = json.loads((out / CACHE_FILE).read_text())["rows"]
+    return {split: SkipReport(**reports[split]) for split in splits}
 
 
 def _begin(partial: Path, settings: dict[str, Any]) -> None:

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from huggingface_hub import RepoCard
 from PIL import Image, UnidentifiedImageError
+from yaml import YAMLError
 
 from unified_tokenizers.images import as_rgb
 
@@ -79,6 +81,27 @@ def load_source(
     if not path.exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
         raise ValueError(f"source: {source!r} does not exist; give a data folder, a file or a Hub name.")
     return _pick_split(datasets.load_dataset(source, streaming=streaming), source, split)
+
+
+def terms_of(source: str, info: datasets.DatasetInfo | None = None) -> dict[str, Any]:
+    """``license`` and ``attribution`` of a source (data or a model), None where nothing states them.
+
+    They stand in the front matter of the ``README.md`` in a local folder or beside a local file; a licence may also stand
+    in the ``info`` of a data set. A name on the Hub is not looked up.
+
+    Raises:
+        ValueError: if the front matter cannot be read.
+    """
+    path = Path(source)
+    readme = (path if path.is_dir() else path.parent) / "README.md"
+    stated: dict[str, Any] = {}
+    if path.exists() and readme.is_file():
+        try:
+            stated = RepoCard.load(readme).data.to_dict()
+        except (YAMLError, ValueError) as error:
+            raise ValueError(f"source: the front matter of {str(readme)!r} is not YAML; correct it. {error}") from error
+    licence = stated.get("license") or (info and info.license) or "unknown"
+    return {"license": None if licence == "unknown" else licence, "attribution": stated.get("attribution")}
 
 
 def _pick_split(splits: Any, source: str, split: str) -> Any:

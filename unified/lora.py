@@ -67,13 +67,21 @@ def base_of(model: UnifiedForCausalLM | PeftModel) -> UnifiedForCausalLM:
     return cast(UnifiedForCausalLM, model.get_base_model()) if isinstance(model, PeftModel) else model
 
 
-def save_lora(model: PeftModel, save_directory: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
+def save_lora(
+    model: PeftModel,
+    save_directory: str | Path,
+    state_dict: dict[str, Tensor] | None = None,
+    card: str | None = None,
+) -> None:
     """Write the adapter (safetensors and JSON) and the layout that it belongs to.
 
-    ``state_dict`` replaces the model's own weights, for models whose weights are cut over processes.
+    ``state_dict`` replaces the model's own weights, for models whose weights are cut over processes; ``card`` is the text of
+    the ``README.md``, in place of peft's empty template.
     """
     model.save_pretrained(str(save_directory), state_dict=state_dict)  # type: ignore[arg-type]
     (Path(save_directory) / LAYOUT_FILE).write_text(json.dumps(layout_of(base_of(model)), indent=2))
+    if card is not None:
+        (Path(save_directory) / "README.md").write_text(card, encoding="utf-8")
 
 
 def check_layout(model: UnifiedForCausalLM | PeftModel, path: str | Path) -> None:

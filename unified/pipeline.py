@@ -112,10 +112,13 @@ class UnifiedPipeline(LoraMethods, TextMethods):
         image_tokenizer = AutoImageTokenizer.from_pretrained(folder / "image_tokenizer")
         return cls(model, image_tokenizer, load_text_tokenizer(folder / "text_tokenizer"))
 
-    def save_pretrained(self, save_directory: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
+    def save_pretrained(
+        self, save_directory: str | Path, state_dict: dict[str, Tensor] | None = None, card: str | None = None
+    ) -> None:
         """Write the base model and both tokenizers: safetensors, JSON and the sentencepiece model; no pickle.
 
-        ``state_dict`` replaces the model's own weights, for models whose weights are cut over processes.
+        ``state_dict`` replaces the model's own weights, for models whose weights are cut over processes; ``card`` is the
+        text of a ``README.md`` beside them.
 
         Raises:
             ValueError: if adapters are loaded; save those with ``unified.lora.save_lora`` and unload them first.
@@ -132,6 +135,8 @@ class UnifiedPipeline(LoraMethods, TextMethods):
             "image_tokenizer_fingerprint": self.image_tokenizer.fingerprint,
         }
         (folder / PIPELINE_FILE).write_text(json.dumps(description, indent=2))
+        if card is not None:
+            (folder / "README.md").write_text(card, encoding="utf-8")
 
     def to(self, *args: Any, **kwargs: Any) -> "UnifiedPipeline":
         """Move the model and the image tokenizer to a device; a dtype goes to the model only."""

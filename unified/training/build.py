@@ -14,6 +14,7 @@ from unified.codes import encode_source, is_codes_cache, load_codes
 from unified.config import UnifiedConfig
 from unified.lora import attach_lora
 from unified.model import UnifiedForCausalLM
+from unified.model_card import run_card
 from unified.pipeline import UnifiedPipeline
 from unified.training.config import DataConfig, TrainConfig
 from unified_tokenizers import AutoImageTokenizer, ImageTokenizer, TextTokenizer, load_text_tokenizer
@@ -79,7 +80,7 @@ def _keep_base(config: TrainConfig, pipeline: UnifiedPipeline) -> None:
         return
     partial = folder.with_name(".partial-base")
     shutil.rmtree(partial, ignore_errors=True)
-    pipeline.save_pretrained(partial)
+    pipeline.save_pretrained(partial, card=run_card(config, "base", pipeline.image_tokenizer.fingerprint))
     (partial / BASE_FILE).write_text(json.dumps(origin, indent=2))
     partial.rename(folder)
 

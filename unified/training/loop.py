@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from unified.lora import base_of, save_lora
 from unified.model import UnifiedForCausalLM
+from unified.model_card import run_card
 from unified.pipeline import UnifiedPipeline
 from unified.settings import dump_settings
 from unified.training.batches import CaptionedBatches, loader
@@ -36,6 +37,7 @@ from unified.training.sharding import check_sharding, configure_deepspeed
 from unified.training.step import check_skipped, train_step
 from unified.training.tracking import LossMeter, RunLog, check_trackers, start_trackers
 from unified.training.validation import caption_loss, image_loss
+from unified_tokenizers import ImageTokenizer, TextTokenizer
 
 Measure = Callable[[UnifiedPipeline], dict[str, float]]
 
@@ -75,6 +77,9 @@ def train(config: TrainConfig, measure: Measure | None = None) -> Path:
     layout_config = base.config
     layout = layout_config.layout
     train_rows, validation_rows = open_codes(accelerator, config, image_tokenizer)
+    run_card(
+        config, "pipeline", image_tokenizer.fingerprint
+    )  # what it cannot say, it should not say after the training
     accumulation = config.gradient_accumulation_steps
     batches = CaptionedBatches(
         train_rows, text_tokenizer, layout, config.batch_size, config.steps * accumulation, config.seed,
@@ -185,7 +190,7 @@ def train(config: TrainConfig, measure: Measure | None = None) -> Path:
     bar.close()
     # Gathers what is cut over processes, so all of them take part.
     state = accelerator.get_state_dict(model) if ema is None else None
-    folder = _save(accelerator, current(), state, image_tokenizer, text_tokenizer, output)
+    folder = _save(accelerator, current(), state, image_tokenizer, text_tokenizer, config)
     accelerator.end_training()
     return folder
 
@@ -208,16 +213,18 @@ def _save(
     accelerator: Accelerator,
     model: UnifiedForCausalLM | PeftModel,
     state_dict: dict[str, torch.Tensor] | None,
-    image_tokenizer: object,
-    text_tokenizer: object,
-    output: Path,
+    image_tokenizer: ImageTokenizer,
+    text_tokenizer: TextTokenizer,
+    config: TrainConfig,
 ) -> Path:
-    folder = output / ("lora" if isinstance(model, PeftModel) else "pipeline")
+    part = "lora" if isinstance(model, PeftModel) else "pipeline"
+    folder = Path(config.output_dir) / part
     if accelerator.is_main_process:
+        card = run_card(config, part, image_tokenizer.fingerprint)
         if isinstance(model, PeftModel):
-            save_lora(model, folder, state_dict)
+            save_lora(model, folder, state_dict, card)
         else:
-            _pipeline(model, image_tokenizer, text_tokenizer).save_pretrained(folder, state_dict)
+            _pipeline(model, image_tokenizer, text_tokenizer).save_pretrained(folder, state_dict, card)
         accelerator.print(f"saved {folder}")
     accelerator.wait_for_everyone()
     return folder
