@@ -21,7 +21,7 @@ from unified.decoding.batcher import Batcher, Request
 from unified.inpainting import unfinished_pictures
 from unified.lora import base_of
 from unified.pipeline import UnifiedPipeline, UnifiedPipelineOutput
-from unified.prompting import known_grid, plan_drawing
+from unified.prompting import check_whole, known_grid, plan_drawing
 from unified.sequence import ImageSegment
 from unified_tokenizers.images import to_pil
 
@@ -99,8 +99,7 @@ class Engine:
 
     def __init__(self, pipe: UnifiedPipeline, slots: int = 8, waiting: int = 8, prompt_tokens: int = 128):
         for name, value, least in (("slots", slots, 2), ("waiting", waiting, 1), ("prompt_tokens", prompt_tokens, 1)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}: {value!r} must be a whole number of at least {least}.")
+            check_whole(name, value, least)
         self.pipe, self.slots, self.limit = pipe, slots, waiting
         self.adapters: list[str] = list(pipe.model.peft_config) if isinstance(pipe.model, PeftModel) else []
         self._adapter: str | None = None
