@@ -1,6 +1,5 @@
 """The web page as people use it: in a headless browser, against what the pipeline gives without a page."""
 
-import base64
 import io
 import socket
 import threading
@@ -25,7 +24,8 @@ class Page:
 
     def __init__(self, tab, engine, expected, folder):
         self.tab, self.engine, self.expected, self.folder = tab, engine, expected, folder
-        tab.set_default_timeout(20_000)
+        self._seen = {}
+        tab.set_default_timeout(WAIT)
 
     def picture(self, place):
         """The picture in an element as RGB bytes, None without one."""
@@ -33,8 +33,10 @@ class Page:
         source = image.get_attribute("src") if image.count() else None
         if source is None:
             return None
-        body = base64.b64decode(source.split(",")[1]) if source[:5] == "data:" else self.tab.request.get(source).body()
-        return Image.open(io.BytesIO(body)).convert("RGB").tobytes()
+        if source not in self._seen:
+            body = self.tab.request.get(source).body()
+            self._seen[source] = Image.open(io.BytesIO(body)).convert("RGB").tobytes()
+        return self._seen[source]
 
     def wait_for(self, place, wanted, seconds=60):
         """Wait for a picture; returns the different ones that were there on the way."""
