@@ -60,8 +60,7 @@ def image_tokenizer() -> VQModel:
     return VQModel(VQConfig(channels=8, encoder_blocks=1, decoder_blocks=1, codebook_size=20, code_dim=4)).eval()
 
 
-@pytest.fixture
-def pipeline(text_tokenizer, image_tokenizer) -> UnifiedPipeline:
+def tiny_pipeline(text_tokenizer, image_tokenizer) -> UnifiedPipeline:
     model = tiny_model(
         text={"vocab_size": text_tokenizer.vocab_size},
         boi_token_id=text_tokenizer.boi_token_id,
@@ -71,6 +70,11 @@ def pipeline(text_tokenizer, image_tokenizer) -> UnifiedPipeline:
     pipe = UnifiedPipeline(model, image_tokenizer, text_tokenizer)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture
+def pipeline(text_tokenizer, image_tokenizer) -> UnifiedPipeline:
+    return tiny_pipeline(text_tokenizer, image_tokenizer)
 
 
 @pytest.fixture(scope="session")

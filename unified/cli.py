@@ -62,6 +62,9 @@ def build_parser() -> argparse.ArgumentParser:
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     serve.add_argument("--port", type=int, default=7860, help="default: %(default)s")
     serve.add_argument("--queue", type=int, default=8, help="requests that may wait (default: %(default)s)")
+    serve.add_argument(
+        "--slots", type=int, default=8, help="rows drawn together; a guided picture takes two (default: %(default)s)"
+    )
     return parser
 
 
@@ -150,4 +153,5 @@ def _caption(args: argparse.Namespace) -> None:
 def _serve(args: argparse.Namespace) -> None:
     from unified.demo import serve  # gradio is an extra
 
-    serve(_load(args), args.loras, args.host, args.port, args.queue)
+    pipe = UnifiedPipeline.from_pretrained(args.pipeline)
+    serve(pipe, args.loras, args.lora, args.host, args.port, args.slots, args.queue)

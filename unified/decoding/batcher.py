@@ -123,10 +123,15 @@ class Batcher:
         self._nowhere = decoder.positions(torch.zeros(slots, 1, 2, device=device))
 
     def submit(self, request: Request) -> None:
-        """Queue a request.
+        """Queue a request. Raises ValueError as :meth:`check`."""
+        self.check(request)
+        self.waiting.append(request)
+
+    def check(self, request: Request) -> None:
+        """Refuse what cannot be run; may be asked from any thread.
 
         Raises:
-            ValueError: if it cannot fit, or guidance lacks its negative row.
+            ValueError: if a request cannot fit, or guidance lacks its negative row.
         """
         guided = request.rows == 2
         if guided and request.negative is None:
@@ -140,7 +145,18 @@ class Batcher:
             )
         if request.rows > self.slots:
             raise ValueError(f"slots: {self.slots} cannot hold a guided request, which takes 2.")
-        self.waiting.append(request)
+
+    def partial(self, request: Request) -> list[int]:
+        """Codes so far of the picture that a request draws; none before it has begun."""
+        return next((list(row.codes) for row in self.rows if row.request is request), [])
+
+    def cancel(self, request: Request) -> None:
+        """Forget a request, waiting or running; its rows are free for the next one."""
+        if request in self.waiting:
+            self.waiting.remove(request)
+        for row in [row for row in self.rows if row.request is request]:
+            self.rows.remove(row)
+            self.free += row.slots
 
     @property
     def busy(self) -> bool:
