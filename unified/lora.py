@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from peft import LoraConfig, LoraModel, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor
 
+from unified.lora_active import adapter_state, apply_weights, check_not_fused, switch, unfuse_lora
 from unified.model import UnifiedForCausalLM
 
 LAYOUT_FILE = "unified_layout.json"
@@ -100,23 +100,31 @@ def check_layout(model: UnifiedForCausalLM | PeftModel, path: str | Path) -> Non
 def load_lora(
     model: UnifiedForCausalLM | PeftModel, path: str | Path, adapter_name: str, trainable: bool = False
 ) -> PeftModel:
-    """Add an adapter from a folder under a name and make it the active one.
+    """Add an adapter from a folder under a name and make it the active one; disabled adapters are enabled.
 
     Raises:
-        ValueError: if the adapter belongs to another model, or the name is taken.
+        ValueError: if the adapter belongs to another model, the name is taken, or adapters are fused.
     """
     check_layout(model, path)
-    if not isinstance(model, PeftModel):
-        return PeftModel.from_pretrained(model, str(path), adapter_name=adapter_name, is_trainable=trainable)
-    if adapter_name in model.peft_config:
-        raise ValueError(f"adapter_name: {adapter_name!r} is loaded already; choose another name or unload it first.")
-    model.load_adapter(str(path), adapter_name, is_trainable=trainable)
-    model.set_adapter(adapter_name)
+    if isinstance(model, PeftModel):
+        check_not_fused(model, "load_lora")
+        if adapter_name in model.peft_config:
+            raise ValueError(
+                f"adapter_name: {adapter_name!r} is loaded already; choose another name or delete it first."
+            )
+        switch(model, True)
+        apply_weights(model, {next(iter(model.peft_config)): 1.0})  # peft adds an adapter beside a single one only
+        model.load_adapter(str(path), adapter_name, is_trainable=trainable)
+    else:
+        model = PeftModel.from_pretrained(model, str(path), adapter_name=adapter_name, is_trainable=trainable)
+    apply_weights(model, {adapter_name: 1.0}, trainable)
     return model
 
 
 def unload_lora(model: PeftModel) -> UnifiedForCausalLM:
     """Remove all adapters; every weight of the returned base model is what it was before the first one."""
+    if adapter_state(model).unfused is not None:
+        unfuse_lora(model)
     base = base_of(model)
     # peft leaves the active adapter's copies of the image tables in place of the originals.
     originals = {n: m.original_module for n, m in base.named_modules() if isinstance(m, ModulesToSaveWrapper)}
@@ -124,31 +132,3 @@ def unload_lora(model: PeftModel) -> UnifiedForCausalLM:
     for name, module in originals.items():
         unloaded.set_submodule(name, module)
     return unloaded
-
-
-def set_adapters(model: PeftModel, names: Sequence[str], weights: Sequence[float]) -> None:
-    """Activate adapters together, each scaled by its weight (1 is as trained).
-
-    Raises:
-        ValueError: if a name is unknown or the lengths differ.
-    """
-    unknown = [name for name in names if name not in model.peft_config]
-    if unknown:
-        raise ValueError(f"adapter_names: {unknown} are not loaded; loaded are {sorted(model.peft_config)}.")
-    if len(names) != len(weights) or not names:
-        raise ValueError(f"weights: {len(weights)} weights for {len(names)} adapters; give one weight per adapter.")
-    cast(LoraModel, model.base_model).set_adapter(list(names))
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            for name, weight in zip(names, weights, strict=True):
-                if name in module.scaling:
-                    module.set_scale(name, weight)  # type: ignore[operator]
-
-
-def merge_lora(model: PeftModel) -> UnifiedForCausalLM:
-    """Add the active adapters to the weights for good; the returned model is a plain one, which can be saved.
-
-    Raises:
-        ValueError: if the sum is not finite.
-    """
-    return cast(UnifiedForCausalLM, model.merge_and_unload(safe_merge=True))

@@ -19,6 +19,7 @@ from unified.decoding import Sampling, make_decoder
 from unified.decoding.backbone import Decoder
 from unified.inpainting import as_images, codes_to_keep, share_to_keep, unfinished_pictures
 from unified.lora import base_of
+from unified.lora_active import adapter_state, plain_state
 from unified.model import UnifiedForCausalLM
 from unified.pipeline_lora import LoraMethods
 from unified.pipeline_text import TextMethods
@@ -109,18 +110,24 @@ class UnifiedPipeline(LoraMethods, TextMethods):
         return cls(model, image_tokenizer, load_text_tokenizer(folder / "text_tokenizer"))
 
     def save_pretrained(self, save_directory: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Write the base model and both tokenizers: safetensors, JSON and the sentencepiece model; no pickle.
+        """Write the model and both tokenizers: safetensors, JSON and the sentencepiece model; no pickle.
 
+        Fused adapters are part of the weights that are written.
         ``state_dict`` replaces the model's own weights, for models whose weights are cut over processes.
 
         Raises:
-            ValueError: if adapters are loaded; save those with ``unified.lora.save_lora`` and unload them first.
+            ValueError: if adapters are loaded and not fused: those are saved with ``unified.lora.save_lora``.
         """
-        if isinstance(self.model, PeftModel):
-            raise ValueError("save_pretrained: adapters are loaded; call unload_lora_weights() first.")
+        model = self.model
+        if isinstance(model, PeftModel):
+            if adapter_state(model).unfused is None:
+                raise ValueError(
+                    "save_pretrained: adapters are loaded; call unload_lora_weights() for the base, fuse_lora() for the sum."
+                )
+            model, state_dict = base_of(model), plain_state(model)
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        self.model.save_pretrained(folder / "model", state_dict=state_dict)
+        model.save_pretrained(folder / "model", state_dict=state_dict)
         self.image_tokenizer.save_pretrained(folder / "image_tokenizer")
         self.text_tokenizer.save_pretrained(folder / "text_tokenizer")
         description = {
