@@ -14,6 +14,7 @@ from unified.model import UnifiedForCausalLM
 
 LAYOUT_FILE = "unified_layout.json"
 ATTENTION_AND_MLP = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_SHAPES = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 IMAGE_TABLES = ("image_embed", "image_head")
 
 
@@ -23,7 +24,7 @@ def attach_lora(
     alpha: int | None = None,
     dropout: float = 0.0,
     target_modules: Sequence[str] = ATTENTION_AND_MLP,
-    train_image_tables: bool = False,
+    train_image_tables: bool | None = None,
     **options: Any,
 ) -> PeftModel:
     """Wrap a model for LoRA training (arXiv 2106.09685); only the adapter stays trainable.
@@ -34,10 +35,12 @@ def attach_lora(
         alpha: scale of the update is ``alpha / rank``; the default is ``rank``.
         dropout: dropout on the adapter's input.
         target_modules: names of the linear layers that get an update.
-        train_image_tables: train and save full copies of both image tables with the adapter. Needed when they are new,
-            as after ``from_backbone``: an adapter alone cannot teach a model codes that it has never seen.
+        train_image_tables: train and save full copies of both image tables with the adapter; None: exactly if they are
+            new, as after ``from_backbone``, because an adapter alone cannot teach a model codes that it has never seen.
         options: further fields of ``peft.LoraConfig`` (``use_rslora``, ``use_dora``, ...).
     """
+    if train_image_tables is None:
+        train_image_tables = model.config.new_image_tables
     config = LoraConfig(
         r=rank,
         lora_alpha=rank if alpha is None else alpha,
@@ -50,15 +53,22 @@ def attach_lora(
 
 
 def layout_of(model: UnifiedForCausalLM) -> dict[str, Any]:
-    """What an adapter has to agree on with the model that it is loaded into."""
-    text = model.config.text_config
+    """What an adapter has to agree on with the model that it is loaded into, as far as it is known."""
+    config, text = model.config, model.config.text_config
+    optional = {name: getattr(text, name, None) for name in _SHAPES}
+    optional["text_tokenizer_fingerprint"] = config.text_tokenizer_fingerprint
     return {
         "model_type": text.model_type,
         "hidden_size": text.hidden_size,
         "num_hidden_layers": text.num_hidden_layers,
         "text_vocab_size": text.vocab_size,
-        "codebook_size": model.config.codebook_size,
-        "image_tokenizer_fingerprint": model.config.image_tokenizer_fingerprint,
+        "codebook_size": config.codebook_size,
+        "image_tokenizer_fingerprint": config.image_tokenizer_fingerprint,
+        "boi_token_id": config.boi_token_id,
+        "eoi_token_id": config.eoi_token_id,
+        "positions": config.positions,
+        "coarse_positions": config.coarse_positions,
+        **{name: value for name, value in optional.items() if value is not None},
     }
 
 
@@ -70,26 +80,30 @@ def base_of(model: UnifiedForCausalLM | PeftModel) -> UnifiedForCausalLM:
 def save_lora(model: PeftModel, save_directory: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
     """Write the adapter (safetensors and JSON) and the layout that it belongs to.
 
+    Adapters that are not called ``default`` go to subfolders of their names.
     ``state_dict`` replaces the model's own weights, for models whose weights are cut over processes.
     """
-    model.save_pretrained(str(save_directory), state_dict=state_dict)  # type: ignore[arg-type]
-    (Path(save_directory) / LAYOUT_FILE).write_text(json.dumps(layout_of(base_of(model)), indent=2))
+    # Nothing but the adapter: whether tables were resized would be looked up on the Hub.
+    model.save_pretrained(str(save_directory), state_dict=state_dict, save_embedding_layers=False)  # type: ignore[arg-type]
+    for name in model.peft_config:
+        folder = Path(save_directory) / ("" if name == "default" else name)
+        (folder / LAYOUT_FILE).write_text(json.dumps(layout_of(base_of(model)), indent=2))
 
 
 def check_layout(model: UnifiedForCausalLM | PeftModel, path: str | Path) -> None:
-    """Refuse an adapter made for another model or image tokenizer.
+    """Refuse an adapter made for another model or tokenizer; fields that older folders do not have are not compared.
 
     Raises:
         ValueError: naming every field that differs, or the file that is missing.
     """
-    file = Path(path) / LAYOUT_FILE
-    if not file.is_file():
-        raise ValueError(f"lora: {str(path)!r} holds no {LAYOUT_FILE}; give a folder written by save_lora.")
-    wanted, actual = json.loads(file.read_text()), layout_of(base_of(model))
+    for name in (LAYOUT_FILE, "adapter_config.json", "adapter_model.safetensors"):
+        if not (Path(path) / name).is_file():
+            raise ValueError(f"lora: {str(path)!r} holds no {name}; give a folder written by save_lora.")
+    wanted, actual = json.loads((Path(path) / LAYOUT_FILE).read_text()), layout_of(base_of(model))
     different = [
-        f"{name}: adapter {wanted.get(name)!r}, model {actual[name]!r}"
-        for name in actual
-        if wanted.get(name) != actual[name]
+        f"{name}: adapter {wanted[name]!r}, model {value!r}"
+        for name, value in actual.items()
+        if name in wanted and wanted[name] != value
     ]
     if different:
         raise ValueError(

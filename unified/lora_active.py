@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -206,3 +207,22 @@ def plain_state(model: PeftModel) -> dict[str, Tensor]:
     for name, wrapper in tables.items():
         state |= {f"{name}.{key}": value for key, value in active_table(wrapper).state_dict().items()}
     return state
+
+
+def save_fused(model: PeftModel, folder: Path) -> None:
+    """Write a fused model as one without adapters.
+
+    Raises:
+        ValueError: if nothing is fused.
+    """
+    if adapter_state(model).unfused is None:
+        raise ValueError(
+            "save_pretrained: adapters are loaded; call unload_lora_weights() for the base, fuse_lora() for the sum, "
+            "or save an adapter alone with unified.lora.save_lora."
+        )
+    base = cast(UnifiedForCausalLM, model.get_base_model())
+    base.save_pretrained(folder, state_dict=plain_state(model))
+    if isinstance(base.image_head, ModulesToSaveWrapper) and base.image_head.active_adapters:
+        config = copy.deepcopy(base.config)
+        config.new_image_tables = False  # the adapter's are written, which are trained
+        config.save_pretrained(folder)

@@ -32,6 +32,9 @@ def build_parts(config: TrainConfig) -> Parts:
         image_tokenizer = AutoImageTokenizer.from_pretrained(folder / "image_tokenizer")
         text_tokenizer = load_text_tokenizer(folder / "text_tokenizer")
         model = UnifiedForCausalLM.from_pretrained(folder / "model", **source.options)
+        model.name_or_path = source.pipeline  # what the adapter names as its base
+        if model.config.text_tokenizer_fingerprint is None:
+            model.config.text_tokenizer_fingerprint = text_tokenizer.fingerprint
     else:
         image_tokenizer = AutoImageTokenizer.from_pretrained(str(source.image_tokenizer))
         text_tokenizer = load_text_tokenizer(str(source.text_tokenizer or source.backbone), source.boi, source.eoi)
@@ -39,10 +42,13 @@ def build_parts(config: TrainConfig) -> Parts:
     if source.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     if config.lora is None:
+        model.config.new_image_tables = False  # they are about to be trained
         return model, image_tokenizer, text_tokenizer
     base = Path(config.output_dir) / "base"
-    if source.backbone and PartialState().is_main_process and not base.is_dir():
-        UnifiedPipeline(model, image_tokenizer, text_tokenizer).save_pretrained(base)
+    if source.backbone:
+        model.name_or_path = str(base)
+        if PartialState().is_main_process and not base.is_dir():
+            UnifiedPipeline(model, image_tokenizer, text_tokenizer).save_pretrained(base)
     s = config.lora
     adapted = attach_lora(
         model,
@@ -67,6 +73,7 @@ def _new_model(
         "boi_token_id": text_tokenizer.boi_token_id,
         "eoi_token_id": text_tokenizer.eoi_token_id,
         "image_tokenizer_fingerprint": image_tokenizer.fingerprint,
+        "text_tokenizer_fingerprint": text_tokenizer.fingerprint,
         "image_grids": [[side, side]],
         **config.model.options,
     }
