@@ -343,6 +343,8 @@ def test_fast_decoding_follows_adapters(pipeline, tmp_path):
     pipeline.disable_fast_decoding()
     pipeline.fuse_lora()
     assert torch.equal(draw(), fast)
-    pipeline.save_pretrained(tmp_path / "fused")
-    with pytest.raises(ValueError, match="fuse_lora: no adapter is loaded"):
-        pipeline.fuse_lora()
+    pipeline.enable_fast_decoding()
+    assert torch.equal(draw(), fast)
+    pipeline.unfuse_lora()
+    pipeline.disable_lora()
+    assert torch.equal(draw(), base)

@@ -198,10 +198,13 @@ def test_adapter_on_a_language_model_loads_into_the_kept_base(
     config_file, parts, tmp_path, transformers_backbone, on_a_backbone
 ):
     """A pretrained backbone gets image tables and an adapter; base and adapter make the trained model again."""
-    options = [f"output_dir={tmp_path}/run", *on_a_backbone, "lora.rank=4", "lora.train_image_tables=true",
+    options = [f"output_dir={tmp_path}/run", *on_a_backbone, "lora.rank=4",
                "optimizer.ema_decay=null", "checkpoint_every=null"]  # fmt: skip
     folder = train(load_config(config_file, options))
     pipe = UnifiedPipeline.from_pretrained(tmp_path / "run" / "base")
+    assert pipe.model.config.new_image_tables  # the base's own are as they were made
+    base_named = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert base_named == str(tmp_path / "run" / "base")
     plain = AutoModelForCausalLM.from_pretrained(transformers_backbone).eval()
     ids = torch.tensor([[1, 5, 6, 7]])
     assert torch.equal(pipe.model(ids).logits, plain(ids).logits)
@@ -210,5 +213,8 @@ def test_adapter_on_a_language_model_loads_into_the_kept_base(
     batches = CaptionedBatches(rows, pipe.text_tokenizer, base_of(pipe.model).config.layout, 4, 0)
     log = read_log(tmp_path / "run")
     assert image_loss(pipe.model, batches, torch.device("cpu")) < log[0]["image_loss"] - 0.2
+    pipe.fuse_lora()
+    pipe.save_pretrained(tmp_path / "fused")
+    assert not UnifiedPipeline.from_pretrained(tmp_path / "fused").model.config.new_image_tables
     pipe.unload_lora_weights()
     assert torch.equal(pipe.model(ids).logits, plain(ids).logits)

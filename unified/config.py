@@ -33,6 +33,9 @@ class UnifiedConfig(PreTrainedConfig):
         codebook_size: number of image codes K.
         boi_token_id, eoi_token_id: text ids that open and close an image span.
         image_tokenizer_fingerprint: the image tokenizer whose codes the model was trained on.
+        text_tokenizer_fingerprint: the text tokenizer of its text ids; a pipeline sets it where it is None.
+        new_image_tables: whether the image tables are untrained, as ``from_backbone`` makes them: an adapter has to bring
+            its own then. Training them clears it.
         image_grids: code grids ``[h, w]`` that the model was trained on.
         positions: ``1d`` (running index) or ``2d`` (row and column) inside image spans; ``llamagen`` as LlamaGen has it
             (see :class:`unified.rope.GridRotary`).
@@ -55,6 +58,8 @@ class UnifiedConfig(PreTrainedConfig):
     boi_token_id: int = 0
     eoi_token_id: int = 0
     image_tokenizer_fingerprint: str | None = None
+    text_tokenizer_fingerprint: str | None = None
+    new_image_tables: bool = False
     image_grids: list[list[int]] | None = None
     positions: str = "2d"
     coarse_positions: str = "center"

@@ -101,7 +101,7 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
             codebook_size=codebook_size,
             boi_token_id=boi_token_id,
             eoi_token_id=eoi_token_id,
-            **config,
+            **{"new_image_tables": True, **config},
         )
         model = cls(unified)
         model.to(dtype=backbone.dtype)  # type: ignore[call-arg]

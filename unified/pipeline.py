@@ -20,6 +20,7 @@ from unified.decoding.backbone import Decoder
 from unified.decoding.state import weights_state
 from unified.inpainting import as_images, codes_to_keep, share_to_keep, unfinished_pictures
 from unified.lora import base_of
+from unified.lora_active import save_fused
 from unified.model import UnifiedForCausalLM
 from unified.pipeline_lora import LoraMethods
 from unified.pipeline_text import TextMethods
@@ -28,6 +29,7 @@ from unified.prompting import (
     Drawing,
     as_prompts,
     check_call,
+    check_parts,
     check_whole,
     known_grid,
     one_per_picture,
@@ -63,20 +65,7 @@ class UnifiedPipeline(LoraMethods, TextMethods):
     """
 
     def __init__(self, model: UnifiedForCausalLM, image_tokenizer: ImageTokenizer, text_tokenizer: TextTokenizer):
-        expected = model.config.image_tokenizer_fingerprint
-        if expected is not None and image_tokenizer.fingerprint != expected:
-            raise ValueError(
-                f"image_tokenizer: fingerprint {image_tokenizer.fingerprint} is not the one that the model was trained "
-                f"with ({expected}); its codes would mean other pictures."
-            )
-        if image_tokenizer.codebook_size != model.config.codebook_size:
-            raise ValueError(
-                f"image_tokenizer: {image_tokenizer.codebook_size} codes, the model has {model.config.codebook_size}."
-            )
-        if text_tokenizer.vocab_size > model.config.layout.text_vocab_size:
-            raise ValueError(
-                f"text_tokenizer: {text_tokenizer.vocab_size} ids, the model has {model.config.layout.text_vocab_size}."
-            )
+        check_parts(model.config, image_tokenizer, text_tokenizer)
         self.model: UnifiedForCausalLM | PeftModel = model.eval()
         self.image_tokenizer = image_tokenizer
         self.text_tokenizer = text_tokenizer
@@ -109,25 +98,26 @@ class UnifiedPipeline(LoraMethods, TextMethods):
                 f"pipeline: {str(folder)!r} has no {PIPELINE_FILE}; give a folder written by save_pretrained."
             )
         model = UnifiedForCausalLM.from_pretrained(folder / "model", dtype=torch_dtype)
+        model.name_or_path = str(pretrained_model_name_or_path)  # what an adapter names as its base
         image_tokenizer = AutoImageTokenizer.from_pretrained(folder / "image_tokenizer")
         return cls(model, image_tokenizer, load_text_tokenizer(folder / "text_tokenizer"))
 
     def save_pretrained(
         self, save_directory: str | Path, state_dict: dict[str, Tensor] | None = None, card: str | None = None
     ) -> None:
-        """Write the base model and both tokenizers: safetensors, JSON and the sentencepiece model; no pickle.
+        """Write the model and both tokenizers: safetensors, JSON and the sentencepiece model; no pickle.
 
-        ``state_dict`` replaces the model's own weights, for models whose weights are cut over processes; ``card`` is the
-        text of a ``README.md`` beside them.
+        Fused adapters are part of the weights that are written. ``state_dict`` replaces the model's own weights, for models
+        whose weights are cut over processes; ``card`` is the text of a ``README.md`` beside them.
 
         Raises:
-            ValueError: if adapters are loaded; save those with ``unified.lora.save_lora`` and unload them first.
+            ValueError: if adapters are loaded and not fused: those are saved with ``unified.lora.save_lora``.
         """
-        if isinstance(self.model, PeftModel):
-            raise ValueError("save_pretrained: adapters are loaded; call unload_lora_weights() first.")
         folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.model.save_pretrained(folder / "model", state_dict=state_dict)
+        if isinstance(self.model, PeftModel):
+            save_fused(self.model, folder / "model")
+        else:
+            self.model.save_pretrained(folder / "model", state_dict=state_dict)
         self.image_tokenizer.save_pretrained(folder / "image_tokenizer")
         self.text_tokenizer.save_pretrained(folder / "text_tokenizer")
         description = {

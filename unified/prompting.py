@@ -12,7 +12,37 @@ from unified.decoding import Prompt, Sampling, iterate_codes
 from unified.decoding.backbone import Decoder
 from unified.decoding.speculative import MODES, speculate_codes
 from unified.npp import Grid
-from unified_tokenizers import TextTokenizer
+from unified_tokenizers import ImageTokenizer, TextTokenizer
+
+
+def check_parts(config: UnifiedConfig, image_tokenizer: ImageTokenizer, text_tokenizer: TextTokenizer) -> None:
+    """Refuse tokenizers that a model was not trained with; what its config does not know of the text one is set there.
+
+    Raises:
+        ValueError: naming the tokenizer.
+    """
+    expected = config.image_tokenizer_fingerprint
+    if expected is not None and image_tokenizer.fingerprint != expected:
+        raise ValueError(
+            f"image_tokenizer: fingerprint {image_tokenizer.fingerprint} is not the one that the model was trained "
+            f"with ({expected}); its codes would mean other pictures."
+        )
+    if image_tokenizer.codebook_size != config.codebook_size:
+        raise ValueError(
+            f"image_tokenizer: {image_tokenizer.codebook_size} codes, the model has {config.codebook_size}."
+        )
+    if text_tokenizer.vocab_size > config.layout.text_vocab_size:
+        raise ValueError(
+            f"text_tokenizer: {text_tokenizer.vocab_size} ids, the model has {config.layout.text_vocab_size}."
+        )
+    expected, actual = config.text_tokenizer_fingerprint, text_tokenizer.fingerprint
+    if expected not in (None, actual):
+        raise ValueError(
+            f"text_tokenizer: fingerprint {actual} is not the one that the model was trained with ({expected}); its ids "
+            "would mean other words."
+        )
+    config.text_tokenizer_fingerprint = actual
+
 
 DECODING = ("plain", *MODES)
 GUIDANCE_SCALE = 3.0  # of pictures, unless told otherwise

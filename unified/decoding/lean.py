@@ -21,6 +21,7 @@ from unified.decoding.backbone import BackboneDecoder, Decoder
 from unified.decoding.cache import KeyValueCache
 from unified.decoding.linear import Dense, Int8
 from unified.head import ImageHead
+from unified.lora_active import active_table
 from unified.model import UnifiedForCausalLM
 
 FAMILIES = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
@@ -81,7 +82,7 @@ def _unsupported(model: UnifiedForCausalLM) -> str | None:
         getattr(mlp, f"{n}_proj") for n in ("gate", "up", "down")
     ]
     for part in (*parts, model.image_head, model.get_output_embeddings()):
-        inner = part.get_base_layer() if isinstance(part, BaseTunerLayer) else _active(part)
+        inner = part.get_base_layer() if isinstance(part, BaseTunerLayer) else active_table(part)
         if type(inner) not in (nn.Linear, ImageHead):
             return f"it holds a {type(inner).__name__}"
     return None
@@ -245,26 +246,14 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) ->
     return attended.reshape(batch, heads, width, dim).transpose(1, 2)
 
 
-def _active(module: nn.Module) -> nn.Module:
-    """The module that answers for ``module``: an adapter's own copy where it brings one."""
-    if not isinstance(module, ModulesToSaveWrapper):
-        return module
-    if module.disable_adapters or not module.active_adapters:
-        return module.original_module
-    return module.modules_to_save[module.active_adapters[0]]
-
-
 def _weights(module: Any) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of a linear layer or an embedding as it computes now, adapters included."""
     if isinstance(module, BaseTunerLayer) and not isinstance(module, ModulesToSaveWrapper):
-        module = copy.deepcopy(module)
-        if module.disable_adapters:
-            if module.merged:
-                module.unmerge()
-        elif not module.merged:
-            module.merge()
+        if bool(module.merged) == bool(module.disable_adapters):
+            module = copy.deepcopy(module)
+            (module.unmerge if module.merged else module.merge)()
         module = module.get_base_layer()
-    module = _active(module)
+    module = active_table(module)
     return module.weight, getattr(module, "bias", None)
 
 

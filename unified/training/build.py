@@ -33,6 +33,9 @@ def build_parts(config: TrainConfig) -> Parts:
         image_tokenizer = AutoImageTokenizer.from_pretrained(folder / "image_tokenizer")
         text_tokenizer = load_text_tokenizer(folder / "text_tokenizer")
         model = UnifiedForCausalLM.from_pretrained(folder / "model", **source.options)
+        model.name_or_path = source.pipeline  # what the adapter names as its base
+        if model.config.text_tokenizer_fingerprint is None:
+            model.config.text_tokenizer_fingerprint = text_tokenizer.fingerprint
     else:
         image_tokenizer = AutoImageTokenizer.from_pretrained(str(source.image_tokenizer))
         text_tokenizer = load_text_tokenizer(str(source.text_tokenizer or source.backbone), source.boi, source.eoi)
@@ -53,9 +56,12 @@ def adapt(
         ValueError: if the base that is kept already was made from something else.
     """
     if config.lora is None:
+        model.config.new_image_tables = False  # they are about to be trained
         return model
-    if not config.model.pipeline and PartialState().is_main_process:
-        _keep_base(config, UnifiedPipeline(model, image_tokenizer, text_tokenizer))
+    if not config.model.pipeline:
+        model.name_or_path = str(Path(config.output_dir) / "base")
+        if PartialState().is_main_process:
+            _keep_base(config, UnifiedPipeline(model, image_tokenizer, text_tokenizer))
     s = config.lora
     return attach_lora(
         model,
@@ -107,6 +113,7 @@ def _new_model(
         "boi_token_id": text_tokenizer.boi_token_id,
         "eoi_token_id": text_tokenizer.eoi_token_id,
         "image_tokenizer_fingerprint": image_tokenizer.fingerprint,
+        "text_tokenizer_fingerprint": text_tokenizer.fingerprint,
         **config.model.options,
     }
     if config.model.backbone:

@@ -61,7 +61,9 @@ class LoraSettings:
     alpha: int | None = None
     dropout: float = 0.0
     target_modules: list[str] = field(default_factory=lambda: list(ATTENTION_AND_MLP))
-    train_image_tables: bool = False
+    train_image_tables: bool | None = (
+        None  # copies of the image tables in the adapter; null: if the base's are untrained
+    )
     use_rslora: bool = False
     use_dora: bool = False
 
