@@ -12,8 +12,6 @@ from unified.decoding import Sampling
 def says(pipeline, monkeypatch):
     """Makes the model all but certain of one token for every text slot in turn; the last one stays."""
 
-    pipeline.enable_fast_decoding()  # keeps the decoder that is scripted
-
     def script(*tokens: int) -> None:
         left = list(tokens)
 

@@ -59,6 +59,9 @@ def test_bad_pictures_and_messages_are_named(pipeline, photo):
         pipeline.inpaint("red apple", photo, None)
     with pytest.raises(ValueError, match="image: 2 given for 3 pictures of 1 prompts"):
         pipeline.inpaint("red apple", [photo, photo], [photo, photo], num_images_per_prompt=3)
+    for name in ("height", "width", "known"):
+        with pytest.raises(ValueError, match=f"{name}: an edit takes it from the picture; leave it out"):
+            pipeline.variation("red apple", photo, **{name: 16})
     for options in ({"keep": 0.5}, {"image": photo}, {"image": photo, "mask_image": photo, "keep": 0.5}):
         with pytest.raises(ValueError, match="image: goes with mask_image to inpaint, or with keep for a variation"):
             next(iter(pipeline.stream("red apple", **options)))

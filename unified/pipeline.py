@@ -351,6 +351,8 @@ class UnifiedPipeline(LoraMethods, TextMethods):
 
     def _edited(self, prompt: Any, image: Any, masks: Any, keep: Any, options: dict[str, Any]) -> dict[str, Any]:
         """Options of a call that draws pictures anew: what masks cover, or all but a share ``keep``."""
+        for name in {"height", "width", "known"} & set(options):
+            raise ValueError(f"{name}: an edit takes it from the picture; leave it out.")
         images, prompts, per_prompt = as_images(image), as_prompts(prompt), options.get("num_images_per_prompt", 1)
         check_sizes(images, base_of(self.model).config, self.image_tokenizer.downsample)
         check_whole("num_images_per_prompt", per_prompt)
