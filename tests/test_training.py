@@ -176,14 +176,22 @@ def test_muon_takes_the_decoders_matrices_only():
 
 
 def test_pictures_are_encoded_on_the_way(config_file, parts, picture_source, tmp_path):
-    train(
-        load_config(
-            config_file, [f"output_dir={tmp_path}", f"data.train={picture_source}", "steps=3", "validate_every=3"]
-        )
-    )
+    options = [
+        f"output_dir={tmp_path}",
+        f"data.train={picture_source}",
+        "steps=3",
+        "validate_every=3",
+        "checkpoint_every=null",
+    ]
+    train(load_config(config_file, options))
     ours, direct = (load_codes(folder, "train", None)["codes"] for folder in (tmp_path / "codes", parts / "codes"))
     assert [row.tolist() for row in ours] == [row.tolist() for row in direct]
     assert (tmp_path / "codes-validation" / "codes.json").is_file()
+    changes = ["data.image_size=32", "data.caption_column=text"]
+    with pytest.raises(
+        ValueError, match=r"codes' was made from other settings \(image_size: 16 then, 32 now; columns: "
+    ):
+        train(load_config(config_file, [*options, *changes]))
 
 
 def test_codes_of_another_tokenizer_are_refused(config_file, parts, tmp_path):

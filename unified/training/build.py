@@ -10,7 +10,7 @@ import datasets
 from accelerate import Accelerator, PartialState
 from peft import PeftModel
 
-from unified.codes import encode_source, is_codes_cache, load_codes
+from unified.codes import CACHE_FILE, encode_source, is_codes_cache, load_codes
 from unified.config import UnifiedConfig
 from unified.lora import attach_lora
 from unified.model import UnifiedForCausalLM
@@ -158,18 +158,22 @@ def _as_cache(
 ) -> str | Path:
     if is_codes_cache(source):
         return source
-    if accelerator.is_main_process and not is_codes_cache(out):
-        reports = encode_source(
-            tokenizer,
-            source,
-            out,
-            (split,),
-            data.image_size,
-            data.image_column,
-            data.caption_column,
-            streaming=data.streaming,
-        )
-        for name, report in reports.items():
-            accelerator.print(f"{source} ({name}): {report.summary()}")
-    accelerator.wait_for_everyone()
+    if is_codes_cache(out):
+        columns = [data.image_column, data.caption_column]
+        wanted = {"source": source, "image_size": data.image_size, "columns": columns}
+        refuse_other("data", out, json.loads((out / CACHE_FILE).read_text()), wanted)
+        return out
+    reports = encode_source(
+        tokenizer,
+        source,
+        out,
+        (split,),
+        data.image_size,
+        data.image_column,
+        data.caption_column,
+        streaming=data.streaming,
+        process=PartialState(),
+    )
+    for name, report in reports.items():
+        accelerator.print(f"{source} ({name}): {report.summary()}")
     return out
