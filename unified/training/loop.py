@@ -77,9 +77,7 @@ def train(config: TrainConfig, measure: Measure | None = None) -> Path:
     layout_config = base.config
     layout = layout_config.layout
     train_rows, validation_rows = open_codes(accelerator, config, image_tokenizer)
-    run_card(
-        config, "pipeline", image_tokenizer.fingerprint
-    )  # what it cannot say, it should not say after the training
+    run_card(config, "pipeline", image_tokenizer.fingerprint)  # fails here rather than after the training
     accumulation = config.gradient_accumulation_steps
     batches = CaptionedBatches(
         train_rows, text_tokenizer, layout, config.batch_size, config.steps * accumulation, config.seed,
