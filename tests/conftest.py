@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 from unified import UnifiedConfig, UnifiedForCausalLM, UnifiedPipeline
@@ -60,8 +60,7 @@ def image_tokenizer() -> VQModel:
     return VQModel(VQConfig(channels=8, encoder_blocks=1, decoder_blocks=1, codebook_size=20, code_dim=4)).eval()
 
 
-@pytest.fixture
-def pipeline(text_tokenizer, image_tokenizer) -> UnifiedPipeline:
+def tiny_pipeline(text_tokenizer, image_tokenizer) -> UnifiedPipeline:
     model = tiny_model(
         text={"vocab_size": text_tokenizer.vocab_size},
         boi_token_id=text_tokenizer.boi_token_id,
@@ -71,6 +70,11 @@ def pipeline(text_tokenizer, image_tokenizer) -> UnifiedPipeline:
     pipe = UnifiedPipeline(model, image_tokenizer, text_tokenizer)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture
+def pipeline(text_tokenizer, image_tokenizer) -> UnifiedPipeline:
+    return tiny_pipeline(text_tokenizer, image_tokenizer)
 
 
 @pytest.fixture(scope="session")
@@ -88,6 +92,11 @@ def picture_source(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("data") / "pictures"
     datasets.DatasetDict(train=rows(12), validation=rows(6)).save_to_disk(path)
     return str(path)
+
+
+@pytest.fixture
+def photo() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
 
 
 def generators(*seeds: int) -> list[torch.Generator]:
@@ -124,6 +133,23 @@ schedule: {{patch_sizes: [4, 2, 1], shares: [0.25, 0.25, 0.5]}}
 optimizer: {{learning_rate: 0.01, ema_decay: 0.9}}
 """)
     return path
+
+
+@pytest.fixture(scope="session")
+def transformers_backbone(tmp_path_factory, word_tokenizer):
+    """A folder with a tiny random language model and its tokenizer, as transformers saves them."""
+    folder = tmp_path_factory.mktemp("backbone")
+    torch.manual_seed(0)
+    LlamaForCausalLM(tiny_config(text={"vocab_size": len(word_tokenizer)}).text_config).save_pretrained(folder)
+    word_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def on_a_backbone(transformers_backbone) -> list[str]:
+    """Overrides of ``config_file`` that put image tables on that language model."""
+    return [f"model.backbone={transformers_backbone}", "model.architecture=null", "model.text_tokenizer=null",
+            "model.boi=<r1>", "model.eoi=<r2>"]  # fmt: skip
 
 
 @pytest.fixture(scope="session")

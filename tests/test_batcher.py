@@ -116,8 +116,8 @@ def test_guided_pictures_inside_text():
     model = tiny_model(text={"tie_word_embeddings": False})
     decoder = make_decoder(model)
     sampling = Sampling(guidance_scale=2.0)
-    make = model.text_logits
-    model.text_logits = lambda hidden: make(hidden).index_fill(-1, torch.tensor([3]), 1e4)
+    make = decoder.text_logits
+    decoder.text_logits = lambda hidden: make(hidden).index_fill(-1, torch.tensor([3]), 1e4)
     request = Request(Prompt((1, 5, 6)), (2, 4), *generators(4), image_sampling=sampling, negative=Prompt((1, 3)),
                       max_new_tokens=1)  # fmt: skip
     ((segment,),) = Batcher(decoder, slots=2, length=40).run([request])

@@ -4,9 +4,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import generators
 from PIL import Image
 
+from unified import UnifiedPipeline
 from unified.cli import main
 
 
@@ -21,7 +23,7 @@ def test_generate(pipeline, folder, tmp_path, capsys):
     assert main([*arguments, "--seed", "4", "--num-images-per-prompt", "2", "--decoding", "jacobi"]) == 0
     names = ["000-red-apple.png", "001-red-apple.png", "002-blue-car.png", "003-blue-car.png"]
     assert capsys.readouterr().out.split() == [str(tmp_path / "out" / name) for name in names]
-    expected = pipeline("blue car", generator=generators(6)).images[0]
+    expected = pipeline("blue car", generator=torch.Generator().manual_seed(6)).images[0]
     assert Image.open(tmp_path / "out" / names[2]).tobytes() == expected.tobytes()
 
 
@@ -62,6 +64,38 @@ def test_mistakes_are_one_line(folder, tmp_path, capsys, arguments, message):
     code = main(["generate", "--pipeline", folder, "--out", str(tmp_path / "out"), *arguments])
     lines = capsys.readouterr().err.strip().splitlines()
     assert code == 2 and message in lines[-1] and lines[-1].startswith("unified generate: ")
+
+
+def test_machine_options(pipeline, folder, tmp_path, capsys, monkeypatch):
+    """Device, dtype and threads reach torch, and what cannot be used is refused."""
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    arguments = ["generate", "--pipeline", folder, "--prompt", "red apple", "--out", str(tmp_path / "out"),
+                 "--num-images-per-prompt", "8"]  # fmt: skip
+    assert main([*arguments, "--dtype", "bfloat16", "--device", "cpu", "--threads", "3"]) == 0
+    half = UnifiedPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16)
+    half.set_progress_bar_config(disable=True)
+    expected, whole = (
+        [p("red apple", generator=generators(i)).images[0].tobytes() for i in range(8)] for p in (half, pipeline)
+    )
+    assert expected != whole and threads == [3]
+    assert [Image.open(path).tobytes() for path in sorted((tmp_path / "out").iterdir())] == expected
+    assert main([*arguments, "--threads", "0"]) == 2
+    assert "threads: 0 must be a whole number of at least 1" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main([*arguments, "--device", "tpu9"])
+    assert "argument --device: 'tpu9' cannot be used: " in capsys.readouterr().err
+
+
+def test_files_that_are_no_pictures(folder, tmp_path, capsys, monkeypatch):
+    (tmp_path / "text.png").write_text("no picture")
+    Image.new("RGB", (16, 16)).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    for path, message in ((tmp_path, "Is a directory"), (tmp_path / "text.png", "cannot identify image file"),
+                          (tmp_path / "large.png", "decompression bomb")):  # fmt: skip
+        assert main(["caption", "--pipeline", folder, str(path)]) == 2
+        error = capsys.readouterr().err.strip()
+        assert error.startswith("unified caption: ") and message in error and "\n" not in error
 
 
 def test_a_missing_picture_is_named(folder, capsys):

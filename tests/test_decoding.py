@@ -4,12 +4,12 @@ import pytest
 import torch
 from conftest import generators, tiny_model
 
-from unified.decoding import Sampling, generate_codes
+from unified.decoding import Sampling, generate_codes, make_decoder
 from unified.decoding.sampler import draw, filter_logits, guide, gumbel_noise
 
 
-def naive_codes(model, prompt, negative, grid, sampling, generator):
-    """Full forward over the whole sequence for every code, one row at a time, no cache."""
+def naive_codes(model, prompt, negative, grid, sampling, generator, known=None):
+    """Full forward over the whole sequence for every code, one row at a time, no cache; ``known (h*w,)`` is forced."""
     steps, codes = grid[0] * grid[1], []
     for step in range(steps):
         sides = []
@@ -19,7 +19,8 @@ def naive_codes(model, prompt, negative, grid, sampling, generator):
             sides.append(output.image_logits[:, len(ids) - 1 + step])
         logits = guide(*sides, sampling.guidance_scale) if sampling.guidance_scale > 1 else sides[0]
         noise = gumbel_noise([generator], 20, logits.device)
-        codes.append(int((filter_logits(logits, sampling) + noise).argmax()))
+        drawn = int((filter_logits(logits, sampling) + noise).argmax())
+        codes.append(drawn if known is None or known[step] < 0 else int(known[step]))
     return codes
 
 
@@ -34,6 +35,35 @@ def test_cached_equals_full_forward(positions, sampling):
     for row in range(2):
         expected = naive_codes(model, prompts[row], negatives[row], grid, sampling, *generators(row))
         assert cached[row].flatten().tolist() == expected
+
+
+@pytest.mark.parametrize("shape", ["random", "first", "last", "all"])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(guidance_scale=2.0, top_k=7)])
+@torch.no_grad()
+def test_runs_of_known_codes_take_one_pass(shape, sampling):
+    model, grid = tiny_model(positions="2d"), (4, 4)
+    prompts, negatives = [[1, 5, 6, 7, 3], [1, 8, 3]], [[1, 3], [1, 9, 9, 3]]
+    generator = generators(5)[0]
+    known = torch.randint(20, (2, 16), generator=generator)
+    if shape == "random":
+        drawn = torch.rand(16, generator=generator) < 0.4
+        known[:, drawn] = -1
+        known[0, 3], known[1, 3] = -1, 6  # known in one row alone
+    elif shape != "all":
+        known[:, {"first": slice(9, None), "last": slice(7)}[shape]] = -1
+    decoder = make_decoder(model)
+    run, widths, seen = decoder._forward, [], []
+    decoder._forward = lambda embeds, *rest: widths.append(embeds.shape[1]) or run(embeds, *rest)
+    codes = generate_codes(decoder, prompts, negatives, grid, sampling, generators(0, 1),
+                           lambda i, c: seen.append((i, c.shape[1])), known=known.reshape(2, 4, 4))  # fmt: skip
+    for row in range(2):
+        expected = naive_codes(model, prompts[row], negatives[row], grid, sampling, *generators(row), known[row])
+        assert codes[row].flatten().tolist() == expected
+    assert seen == [(i, i + 1) for i in range(16)]
+    free = (known < 0).any(dim=0)
+    free[0] = True  # the first code starts a pass in any case
+    runs = (free.nonzero().flatten().diff(append=torch.tensor([16]))).tolist()
+    assert widths[1:] == runs[:-1]  # after the prompt; what follows the last code drawn needs no pass
 
 
 def test_a_row_does_not_depend_on_its_batch():
@@ -79,9 +109,28 @@ def test_bad_sampling_is_named(field, value):
         Sampling(**{field: value})
 
 
-def test_nan_logits_are_refused():
-    with pytest.raises(ValueError, match="logits: NaN"):
-        draw(torch.tensor([[float("nan"), 0.0]]), torch.zeros(1, 2))
+@pytest.mark.parametrize("row", [[float("nan"), 0.0], [float("inf"), 0.0], [-float("inf"), -float("inf")]])
+def test_logits_that_are_not_finite_are_refused(row):
+    with pytest.raises(ValueError, match="logits: NaN or infinite"):
+        draw(torch.tensor([[0.0, 1.0], row]), torch.zeros(2, 2))
+    assert draw(torch.tensor([[0.0, -float("inf")]]), torch.zeros(1, 2)).tolist() == [0]  # a filtered code is fine
+
+
+def test_guidance_is_computed_in_float32_and_keeps_the_dtype():
+    one, other = torch.tensor([[1.0, 3.0]]), torch.tensor([[0.3, 2.0]])
+    scale = torch.tensor([[2.7]])
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        a, b = one.to(dtype), other.to(dtype)
+        expected = (b.double() + 2.7 * (a.double() - b.double())).to(dtype)
+        assert torch.equal(guide(a, b, scale), expected) and torch.equal(guide(a, b, 2.7), expected)
+
+
+def test_noise_of_values_near_one_is_finite_and_exact():
+    uniform = torch.rand(4096, generator=generators(0)[0], dtype=torch.float64)
+    expected = -(-uniform.log()).log()
+    torch.testing.assert_close(
+        gumbel_noise(generators(0), 4096, uniform.device)[0].double(), expected, rtol=1e-6, atol=1e-6
+    )
 
 
 def test_guidance_needs_negative_rows():

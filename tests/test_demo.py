@@ -1,16 +1,14 @@
-"""The web page: its checks, and the page itself in a headless browser where gradio, playwright and chromium are there."""
-
-import base64
-import io
-import shutil
-import time
+"""The web page's checks: limits, masks, uploads, adapters by name, what the command line hands to it."""
 
 import pytest
-from conftest import generators
+from browsing import need_gradio
 from PIL import Image
 from test_lora import noisy_adapter
 
-from unified.demo import build_demo, checked, choose_adapter, painted
+from unified import demo
+from unified.cli import main
+from unified.demo import build_demo, checked, load_adapters, opened, painted
+from unified.serving import Engine
 
 
 @pytest.mark.parametrize(
@@ -39,90 +37,75 @@ def test_painted_layers_become_a_mask():
         painted(None, (16, 16))
 
 
-def test_adapters_switch(pipeline, tmp_path):
-    draw = lambda: pipeline("red apple", generator=generators(0)).codes.tolist()  # noqa: E731
-    base = draw()
-    for name, seed in (("a", 1), ("b", 2)):
-        pipeline.model = noisy_adapter(pipeline.model, tmp_path / name, seed, train_image_tables=name == "b")
-    for name in "ab":
-        pipeline.load_lora_weights(tmp_path / name, name)
-    results = []
-    for name in ("a", "b", "none", "a"):
-        choose_adapter(pipeline, ["a", "b"], name)
-        results.append(draw())
-    assert results[2] == base and results[0] == results[3] and len({str(r) for r in results}) == 3
-    with pytest.raises(ValueError, match="lora: 'c' is not offered"):
-        choose_adapter(pipeline, ["a", "b"], "c")
+def test_wide_pictures_are_cropped_not_squeezed():
+    """The middle of a picture three times as wide as high, and the mask at the same place."""
+    image = Image.new("RGB", (96, 32), "red")
+    image.paste("blue", (32, 0, 64, 32))
+    layer = Image.new("RGBA", (96, 32))
+    layer.paste((0, 0, 0, 255), (48, 0, 96, 32))
+    picture, mask = painted({"background": image, "layers": [layer]}, (32, 32))
+    assert set(picture.get_flattened_data()) == {(0, 0, 255)} and mask.getbbox() == (16, 0, 32, 32)
 
 
-def test_bad_pages_are_refused(pipeline, tmp_path):
-    pytest.importorskip("gradio", reason="the page needs gradio: pip install '.[demo]'")
-    with pytest.raises(ValueError, match="queue: 0 must be at least 1"):
-        build_demo(pipeline, waiting=0)
-    with pytest.raises(ValueError, match="must be different names"):
-        build_demo(pipeline, [tmp_path / "x" / "a", tmp_path / "y" / "a"])
+def test_transparent_uploads_are_laid_on_white(tmp_path):
+    image = Image.new("RGBA", (32, 32), (0, 0, 0, 0))
+    image.save(tmp_path / "nothing.png")
+    assert set(opened(tmp_path / "nothing.png").get_flattened_data()) == {(255, 255, 255)}
+    picture, _ = painted({"background": image, "layers": [Image.new("RGBA", (32, 32), "red")]}, (16, 16))
+    assert set(picture.get_flattened_data()) == {(255, 255, 255)}
+
+
+def test_huge_pictures_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
+    Image.new("1", (5000, 4000)).save(tmp_path / "huge.png")
+    assert (tmp_path / "huge.png").stat().st_size < 10_000
+    monkeypatch.setattr(Image.Image, "convert", lambda *given: pytest.fail("decoded"))
+    with pytest.raises(ValueError, match="image: 5000x4000 pixels, at most 16 million are allowed here"):
+        opened(tmp_path / "huge.png")
+    with Image.open(tmp_path / "huge.png") as image, pytest.raises(ValueError, match="at most 16 million"):
+        painted({"background": image, "layers": [image]}, (16, 16))
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(ValueError, match="image: cannot be read"):
+        opened(tmp_path / "text.png")
+
+
+def test_bad_adapters_are_refused(pipeline, tmp_path):
+    for folders in (["x/a", "y/a"], ["none"], ["v1.2"]):
+        with pytest.raises(ValueError, match="must be different names without dots"):
+            load_adapters(pipeline, [tmp_path / folder for folder in folders])
     with pytest.raises(ValueError, match=r"holds no unified_layout.json"):
-        build_demo(pipeline, [tmp_path / "a"])
+        load_adapters(pipeline, [tmp_path / "a"])
 
 
-@pytest.fixture
-def browser():
-    pytest.importorskip("gradio", reason="the page needs gradio: pip install '.[demo]'")
-    playwright = pytest.importorskip("playwright.sync_api", reason="the browser test needs playwright")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("the browser test needs chromium on the path")
-    with playwright.sync_playwright() as running:
-        opened = running.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield opened
-        opened.close()
+def test_command_line_offers_adapters_by_name(pipeline, tmp_path, monkeypatch):
+    """--lora is listed under its folder's name and chosen, --loras are listed; slots and queue reach the engine."""
+    need_gradio()
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    for name, seed in (("outline", 1), ("sketch", 2)):
+        pipeline.model = noisy_adapter(pipeline.model, tmp_path / name, seed)
+    pages, engines, make = [], [], build_demo
+    monkeypatch.setattr(demo, "build_demo", lambda engine, *given: engines.append(engine) or make(engine, *given))
+    monkeypatch.setattr(demo, "launch", lambda page, **options: pages.append((page, options)))
+    arguments = ["serve", "--pipeline", str(tmp_path / "pipeline"), "--lora", f"{tmp_path}/outline/", "--slots", "3"]
+    assert main([*arguments, "--loras", str(tmp_path / "sketch"), "--queue", "5", "--port", "1234"]) == 0
+    ((page, options),) = pages
+    (lora,) = (block for block in page.blocks.values() if block.elem_id == "lora")
+    assert [name for name, _ in lora.choices] == ["none", "outline", "sketch"] and lora.value == "outline"
+    assert (engines[0].slots, engines[0].limit, options["server_port"]) == (3, 5, 1234)
+    assert not engines[0]._thread.is_alive()
 
 
-def test_page_in_a_browser(pipeline, tmp_path, browser, monkeypatch):
-    """Prompt and seed in, previews and the picture out; another adapter; a mistake is a message."""
-    pipeline.model = noisy_adapter(pipeline.model, tmp_path / "outline", 1)
-    options = {"guidance_scale": 1.5, "temperature": 0.85}
-    expected = pipeline("red apple", generator=generators(7), **options).images[0]
-    page = build_demo(pipeline, [tmp_path / "outline"], waiting=2)
-    assert page._queue.max_size == 2
-    finish = pipeline._output
-    # As slow as a larger model, so that previews can be seen.
-    monkeypatch.setattr(pipeline, "_output", lambda *given: (time.sleep(0.5), finish(*given))[1])
-    _, address, _ = page.launch(prevent_thread_lock=True, quiet=True, server_name="127.0.0.1")
+def test_the_decoder_is_kept_until_the_adapter_changes(pipeline, tmp_path):
+    """Requests for the adapter that is active already do not prepare its weights again."""
+    pipeline.model = noisy_adapter(pipeline.model, tmp_path / "a", 1)
+    load_adapters(pipeline, [tmp_path / "a"])
+    engine = Engine(pipeline)
     try:
-        tab = browser.new_page()
-        tab.goto(address)
-        shown: list[bytes] = []
 
-        def picture() -> Image.Image:
-            """The picture on the page, as its own bytes."""
-            source = tab.locator("#pictures img").first.get_attribute("src")
-            body = (
-                tab.request.get(source).body() if source.startswith("http") else base64.b64decode(source.split(",")[1])
-            )
-            shown.append(body)
-            return Image.open(io.BytesIO(body)).convert("RGB")
+        def decoder(adapter):
+            return engine.alone(lambda: [pipeline._decoder()], adapter).result(30)
 
-        def draw(wanted: Image.Image) -> None:
-            tab.locator("#draw").click()
-            for _ in range(150):
-                tab.wait_for_timeout(100)
-                if tab.locator("#pictures img").count() and picture().tobytes() == wanted.tobytes():
-                    return
-            raise AssertionError("the picture did not appear")
-
-        tab.get_by_label("Prompt", exact=True).fill("red apple")
-        tab.get_by_label("Seed").fill("7")
-        draw(expected)
-        assert len(set(shown)) > 1  # previews came before it
-        tab.get_by_label("LoRA").click()
-        tab.get_by_role("option", name="outline").click()
-        pipeline.enable_lora()
-        adapted = pipeline("red apple", generator=generators(7), **options).images[0]
-        assert adapted.tobytes() != expected.tobytes()
-        draw(adapted)
-        tab.get_by_label("Prompt", exact=True).fill("   ")
-        tab.locator("#draw").click()
-        tab.get_by_text("is not a caption").first.wait_for(timeout=10000)
+        first, again, base = decoder("a"), decoder("a"), decoder(None)
+        assert first is again and base is not first and engine._batcher.decoder is base
     finally:
-        page.close()
+        engine.close()

@@ -47,6 +47,16 @@ def test_decode_of_codes_is_what_training_sees(changes):
     torch.testing.assert_close(tokenizer.decode(codes), decoded.clamp(-1, 1), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("changes", [{}, FSQ, LFQ])
+def test_codebook_vectors_are_what_the_decoder_gets(changes):
+    tokenizer = small(**changes)
+    codes = torch.randint(tokenizer.codebook_size, (2, 4, 4), generator=torch.Generator().manual_seed(0))
+    vectors = tokenizer.codebook_vectors()
+    assert len(vectors) == len(vectors.unique(dim=0)) == tokenizer.codebook_size
+    expected = tokenizer.decoder(vectors[codes].permute(0, 3, 1, 2)).clamp(-1, 1)
+    torch.testing.assert_close(tokenizer.decode(codes), expected, rtol=0, atol=1e-6)
+
+
 def test_codes_are_the_nearest_in_angle():
     tokenizer = small()
     images = torch.rand(1, 3, 16, 16) * 2 - 1

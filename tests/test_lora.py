@@ -1,11 +1,15 @@
 """Adapters: what they train, how they reload, that the base stays what it was."""
 
+import json
+
 import pytest
 import torch
-from conftest import generators, tiny_model
+from conftest import CAPTIONS, generators, tiny_model
 
-from unified.lora import attach_lora, check_layout, load_lora, save_lora, unload_lora
+from unified import UnifiedPipeline
+from unified.lora import attach_lora, base_of, check_layout, load_lora, save_lora, unload_lora
 from unified.sequence import ImageSegment, TextSegment, build_sequence, collate
+from unified_tokenizers import train_sentencepiece
 
 PROMPTS = ["red apple", "blue car"]
 
@@ -83,6 +87,69 @@ def test_adapter_of_another_model_is_refused(tmp_path):
         check_layout(tiny_model(codebook_size=30), tmp_path)
     with pytest.raises(ValueError, match=r"image_tokenizer_fingerprint: adapter None, model 'abc'"):
         check_layout(tiny_model(image_tokenizer_fingerprint="abc"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "other", "message"),
+    [
+        ("positions", {"positions": "1d"}, "positions: adapter '2d', model '1d'"),
+        ("coarse_positions", {"coarse_positions": "unit"}, "coarse_positions: adapter 'center', model 'unit'"),
+        ("boi_token_id", {"boi_token_id": 5}, "boi_token_id: adapter 3, model 5"),
+        ("eoi_token_id", {"eoi_token_id": 5}, "eoi_token_id: adapter 4, model 5"),
+        ("intermediate_size", {"text": {"intermediate_size": 96}}, "intermediate_size: adapter 64, model 96"),
+        ("num_attention_heads", {"text": {"num_attention_heads": 8, "head_dim": 8, "num_key_value_heads": 4}},
+         "num_attention_heads: adapter 4, model 8"),
+        ("text_tokenizer_fingerprint", {"text_tokenizer_fingerprint": "b"},
+         "text_tokenizer_fingerprint: adapter 'a', model 'b'"),
+    ],
+)  # fmt: skip
+def test_layout_names_what_differs(field, other, message, tmp_path):
+    noisy_adapter(tiny_model(text_tokenizer_fingerprint="a"), tmp_path, 0)
+    changed = tiny_model(**{"text_tokenizer_fingerprint": "a", **other})
+    with pytest.raises(ValueError, match=rf"made for another model \({message}\); load"):
+        check_layout(changed, tmp_path)
+    layout = json.loads((tmp_path / "unified_layout.json").read_text())
+    del layout[field]  # as in folders from before the field was recorded
+    (tmp_path / "unified_layout.json").write_text(json.dumps(layout))
+    check_layout(changed, tmp_path)
+
+
+def test_text_tokenizer_of_equal_size_is_refused(pipeline, tmp_path):
+    captions = [caption.upper() for caption in CAPTIONS]
+    size = pipeline.text_tokenizer.vocab_size
+    other = train_sentencepiece(captions, tmp_path / "text", vocab_size=size)
+    assert pipeline.model.config.text_tokenizer_fingerprint == pipeline.text_tokenizer.fingerprint
+    with pytest.raises(ValueError, match=f"text_tokenizer: fingerprint {other.fingerprint} is not the one"):
+        UnifiedPipeline(pipeline.model, pipeline.image_tokenizer, other)
+    noisy_adapter(pipeline.model, tmp_path / "a", 0)
+    pipeline.model.config.text_tokenizer_fingerprint = other.fingerprint
+    with pytest.raises(ValueError, match="text_tokenizer_fingerprint: adapter"):
+        pipeline.load_lora_weights(tmp_path / "a")
+
+
+def test_adapter_says_its_base(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path / "p")
+    loaded = UnifiedPipeline.from_pretrained(tmp_path / "p")
+    noisy_adapter(loaded.model, tmp_path / "a", 0)
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "p")
+
+
+def test_adapters_of_other_names_reload_from_their_folders(tmp_path):
+    noisy_adapter(tiny_model(), tmp_path / "a", 0)
+    model = load_lora(tiny_model(), tmp_path / "a", "style", trainable=True)
+    save_lora(model, tmp_path / "b")
+    with pytest.raises(ValueError, match=r"holds no unified_layout.json"):
+        load_lora(tiny_model(), tmp_path / "b", "x")
+    again = load_lora(tiny_model(), tmp_path / "b" / "style", "x")
+    ids = torch.tensor([[1, 5, 6, 7]])
+    assert torch.equal(base_of(again)(ids).logits, base_of(model)(ids).logits)
+
+
+@pytest.mark.parametrize(("new", "asked", "trained"), [(True, None, True), (False, None, False), (True, False, False)])
+def test_new_tables_are_trained_unless_told_otherwise(new, asked, trained):
+    adapted = attach_lora(tiny_model(new_image_tables=new), rank=4, train_image_tables=asked)
+    assert any("image_head" in name for name, weight in adapted.named_parameters() if weight.requires_grad) == trained
 
 
 def test_bad_names_are_refused(pipeline, tmp_path):

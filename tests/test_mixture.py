@@ -182,10 +182,14 @@ def text_file(tmp_path):
 
 def test_a_run_on_mixed_sources_keeps_its_text(config_file, parts, interleaved, image_tokenizer, text_file, tmp_path):
     """The same steps on pictures alone leave the texts unlearned. Mixed sources are resumed bit for bit."""
-    train_file, picture, words = config_file, f"{{path: {parts}/codes", f"{{path: {text_file}, kind: text, split: train"
-    shared = ["steps=40", "validate_every=40", "checkpoint_every=20", "optimizer.ema_decay=null", "data.train=''",
+    train_file, picture, words = (
+        config_file,
+        f"{{path: {parts}/codes",
+        f"{{path: {text_file}, kind: text, max_length: 99",
+    )
+    shared = ["steps=40", "validate_every=40", "checkpoint_every=20", "optimizer.ema_decay=null", "data.train=null",
               "schedule.patch_sizes=[2,1]", "schedule.shares=[0.5,0.5]"]  # fmt: skip
-    rows = f"{{path: {interleaved[0]}, kind: interleaved}}"
+    rows = f"{{path: {interleaved[0]}, kind: interleaved, max_length: 99}}"
     alone = f"data.sources=[{picture}, validation_split: validation}}]"
     mixed = f"data.sources=[{picture}, weight: 2}},{words}, weight: 2, validation_split: train}},{rows}]"
     texts = {}
@@ -195,11 +199,14 @@ def test_a_run_on_mixed_sources_keeps_its_text(config_file, parts, interleaved, 
         source = text_source(
             "t", datasets.Dataset.from_dict({"text": TEXTS}), 1, pipe.text_tokenizer, pipe.model.config.layout
         )
-        texts[name] = mean_loss(pipe.model, source.once(pipe.model.config.layout, 4), torch.device("cpu"), "text_loss")
+        layout = pipe.model.config.layout
+        texts[name] = mean_loss(pipe.model, source.once(layout, 4), layout, torch.device("cpu"), "text_loss")
     assert texts["mixed"] < texts["alone"] - 1
     log = read_log(tmp_path / "mixed")
     assert log[-1]["text_validation_loss"] == pytest.approx(texts["mixed"], rel=1e-3)
     assert "image_validation_loss" in read_log(tmp_path / "alone")[-1]
+    card = (tmp_path / "mixed" / "pipeline" / "README.md").read_text()
+    assert f"Texts: `{text_file}`" in card and f"Texts with pictures: `{interleaved[0]}`, 4 for training" in card
     assert load_codes(tmp_path / "mixed" / "codes-2", "train", image_tokenizer.fingerprint, "interleaved").num_rows == 4
     weights = (tmp_path / "mixed" / "pipeline" / "model" / "model.safetensors").read_bytes()
     (tmp_path / "mixed" / "checkpoints" / "step-00000040").rename(tmp_path / "later")
@@ -222,7 +229,7 @@ def test_a_run_on_mixed_sources_keeps_its_text(config_file, parts, interleaved, 
 )
 def test_bad_sources_are_named(config_file, sources, message):
     with pytest.raises(ValueError, match=message):
-        load_config(config_file, ["output_dir=x", "data.train=''", f"data.sources={sources}"])
+        load_config(config_file, ["output_dir=x", "data.train=null", f"data.sources={sources}"])
 
 
 def test_train_and_sources_together_are_refused(config_file):
@@ -233,14 +240,18 @@ def test_train_and_sources_together_are_refused(config_file):
 def test_empty_sources_missing_columns_and_small_weights_are_named(config_file, text_file, tmp_path):
     datasets.Dataset.from_dict({"text": [" "]}).to_parquet(tmp_path / "blank.parquet")
     for source, message in (
-        (f"{{path: {text_file}, kind: text, text_column: body}}", "text_column 'body' is not a column of"),
-        (f"{{path: {tmp_path}/blank.parquet, kind: text}}", "has no row to train on"),
+        (f"{{path: {text_file}, kind: text}}", "max_length 512 of .* is beyond the 128 positions of the backbone"),
         (
-            f"{{path: {text_file}, kind: text, weight: 1e-9}},{{path: {text_file}, kind: text}}",
+            f"{{path: {text_file}, kind: text, max_length: 99, text_column: body}}",
+            "text_column 'body' is not a column of",
+        ),
+        (f"{{path: {tmp_path}/blank.parquet, kind: text, max_length: 99}}", "has no row to train on"),
+        (
+            f"{{path: {text_file}, kind: text, max_length: 99, weight: 1e-9}},{{path: {text_file}, kind: text, max_length: 99}}",
             "weight 1e-09 is below 1/1000",
         ),
     ):
-        options = [f"output_dir={tmp_path}/run", "data.train=''", f"data.sources=[{source}]", "validate_every=null"]
+        options = [f"output_dir={tmp_path}/run", "data.train=null", f"data.sources=[{source}]", "validate_every=null"]
         with pytest.raises(ValueError, match=message):
             train(load_config(config_file, options))
 
@@ -248,5 +259,5 @@ def test_empty_sources_missing_columns_and_small_weights_are_named(config_file, 
 def test_codes_of_an_earlier_source_are_not_taken_for_another(config_file, picture_source, image_tokenizer, tmp_path):
     encode_source(image_tokenizer, picture_source, tmp_path / "codes", ("train",), image_size=16)
     options = [f"output_dir={tmp_path}", "data.train=./elsewhere", "validate_every=null"]
-    with pytest.raises(ValueError, match=r"was made with source .*, not './elsewhere'; remove it"):
+    with pytest.raises(ValueError, match=r"was made from other settings \(source: .* then, './elsewhere' now"):
         train(load_config(config_file, options))

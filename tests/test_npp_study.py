@@ -29,7 +29,9 @@ def test_formula_agrees_with_counted_matrix_products(p):
     slots = text + image
     attention = 6 * 2 * 64 * slots**2  # what the formula leaves out: the half above the diagonal, per layer
     head = 6 * 64 * 50  # one slot is scored over text
-    assert counter.get_total_flops() == pytest.approx(training_flops(config, text, image) + attention + head, rel=1e-3)
+    in_place = 2 * image * 64 * 512  # the counter does not see the product that adds to the image head's gradient
+    expected = training_flops(config, text, image) + attention + head - in_place
+    assert counter.get_total_flops() == pytest.approx(expected, rel=1e-3)
 
 
 def test_schedule_cost_weighs_its_stages():

@@ -33,8 +33,11 @@ def test_output_types_agree(pipeline):
         kind: pipeline("red apple", generator=generators(0), output_type=kind) for kind in ("pil", "np", "pt", "codes")
     }
     picture = pipeline.image_tokenizer.decode(outputs["codes"].images)
-    assert torch.equal(outputs["pt"].images, picture)
-    assert np.array_equal(outputs["np"].images[0], np.asarray(outputs["pil"].images[0]))
+    # As in diffusers: floats in [0, 1], channels first in torch and last in numpy.
+    assert torch.equal(outputs["pt"].images, picture / 2 + 0.5)
+    assert outputs["np"].images.dtype == np.float32 and outputs["np"].images.shape == (1, 16, 16, 3)
+    assert np.array_equal(outputs["np"].images, outputs["pt"].images.movedim(1, -1).numpy())
+    assert np.array_equal((outputs["np"].images[0] * 255).round(), np.asarray(outputs["pil"].images[0]))
     assert outputs["pil"].images[0].size == (16, 16)
     torch.testing.assert_close(to_tensor(outputs["pil"].images), picture, rtol=0, atol=1 / 255 + 1e-6)
 
@@ -58,10 +61,11 @@ def test_callback_counts_the_codes(pipeline):
 
 
 def test_folder_round_trip(pipeline, tmp_path):
-    pipeline.save_pretrained(tmp_path)
+    pipeline.save_pretrained(tmp_path, card="---\nlicense: mit\n---\n# Grün\n")
     assert json.loads((tmp_path / "pipeline.json").read_text())["_class_name"] == "UnifiedPipeline"
     suffixes = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
-    assert suffixes == {".json", ".safetensors", ".model"}
+    assert suffixes == {".json", ".safetensors", ".model", ".md"}
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == "---\nlicense: mit\n---\n# Grün\n"
     loaded = UnifiedPipeline.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
     assert torch.equal(

@@ -1,4 +1,4 @@
-"""Drawing on the way, with known codes, in parts; words from pictures; conversations; what the pipeline refuses."""
+"""Drawing on the way, with known codes, in parts; words from pictures; conversations."""
 
 import numpy as np
 import pytest
@@ -13,12 +13,6 @@ from unified.prompting import per_image
 from unified_tokenizers.images import to_tensor
 
 PROMPTS = ["red apple", "a cat and a dog"]
-
-
-@pytest.fixture
-def photo():
-    rng = np.random.default_rng(0)
-    return Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
 
 
 def seeded(seed):
@@ -42,6 +36,28 @@ def test_seeds_of_a_single_generator_do_not_depend_on_their_number(count):
     seeds = [g.initial_seed() for g in per_image(seeded(1), 2, count)]
     reference = [g.initial_seed() for g in per_image(seeded(1), 3, 17)]
     assert seeds == [reference[17 * i + j] for i in range(2) for j in range(count)]
+    assert len(set(reference)) == 3 * 17
+
+
+@pytest.mark.parametrize("decoding", ["plain", "sjd"])
+def test_a_generator_means_what_a_list_of_it_means(pipeline, photo, decoding):
+    alone, listed = (pipeline("red apple", generator=g, decoding=decoding).codes for g in (seeded(7), [seeded(7)]))
+    assert torch.equal(alone, listed)
+    two = pipeline(PROMPTS, generator=seeded(7), decoding=decoding).codes
+    assert torch.equal(two[:1], listed) and not torch.equal(two[1], two[0])
+    hot = {"temperature": 5.0, "max_new_tokens": 8}
+    assert pipeline.caption(photo, generator=seeded(7), **hot) == pipeline.caption(photo, generator=[seeded(7)], **hot)
+
+
+def test_a_generator_moves_on(pipeline, photo):
+    """The next call with the same generator gives something else."""
+    generator = seeded(7)
+    codes = [pipeline("red apple", generator=generator).codes for _ in range(2)]
+    assert not torch.equal(*codes)
+    texts = [pipeline.caption(photo, temperature=5.0, max_new_tokens=8, generator=generator)[0] for _ in range(3)]
+    assert len(set(texts)) == 3
+    with pytest.raises(ValueError, match="generator: one and the same is given for several pictures"):
+        pipeline(PROMPTS, generator=[generator, generator])
 
 
 def test_counterfactual_edit_changes_little(pipeline):
@@ -67,7 +83,7 @@ def test_stream_shows_what_is_drawn(pipeline):
         drawn = preview.codes >= 0
         assert torch.equal(preview.codes[drawn], final.codes[drawn])
         grey = (~drawn).repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None].expand_as(preview.images)
-        assert (preview.images[grey] == 0).all()
+        assert (preview.images[grey] == 0.5).all()
     counts = [int((p.codes >= 0).sum()) for p in pipeline.stream("red apple", preview_every=6, generator=generators(0))]
     assert counts == [6, 12, 16]
 
@@ -84,6 +100,59 @@ def test_interrupt_keeps_what_there_is(pipeline):
     assert torch.equal(output.codes.flatten(1)[:, :6], final.flatten(1)[:, :6])
     assert (output.codes.flatten(1)[:, 6:] == -1).all()
     assert not pipeline(PROMPTS, generator=generators(0, 1)).interrupted
+
+
+@pytest.mark.parametrize("decoding", ["plain", "jacobi"])
+def test_a_callback_may_keep_and_change_what_it_gets(pipeline, decoding):
+    final = pipeline(PROMPTS, generator=generators(0, 1), decoding=decoding).codes
+    seen, before = [], []
+
+    def callback(pipe, index, codes):
+        before.append(codes.clone())
+        seen.append(codes)
+        if len(seen) > 1:
+            assert torch.equal(seen[-2], before[-2])  # decoding did not write to it
+            seen[-2].fill_(0)
+
+    output = pipeline(PROMPTS, generator=generators(0, 1), decoding=decoding, callback_on_step_end=callback)
+    assert torch.equal(output.codes, final)
+    output.codes.fill_(0)
+
+
+def test_interrupt_at_the_end_leaves_nothing_out(pipeline):
+    def stop(pipe, index, codes):
+        if index == 15:
+            pipe.interrupt()
+
+    output = pipeline("red apple", generator=generators(0), callback_on_step_end=stop)
+    assert not output.interrupted and output.codes.min() >= 0
+
+
+def test_known_codes_are_shown_from_the_start(pipeline, photo):
+    """Of a picture whose second row and last two cells are known, previews hide what is missing alone."""
+    mask = Image.new("L", (16, 16), 255)
+    mask.paste(0, (0, 4, 16, 8))
+    mask.paste(0, (8, 12, 16, 16))
+    before = pipeline.image_tokenizer.encode(to_tensor([photo]))[0]
+    options = {"image": photo, "mask_image": mask, "generator": seeded(0), "output_type": "pt"}
+    first, *_, last = pipeline.stream("red apple", preview_every=2, **options)
+    known = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0], [0, 0, 1, 1]]).bool()  # two cells are drawn
+    assert torch.equal(first.codes[0] >= 0, known)
+    assert torch.equal(first.codes[0][known][2:], before[known][2:]) and torch.equal(
+        first.codes[0, 0, :2], last.codes[0, 0, :2]
+    )
+    # What is missing stands for the code before it while the rest is decoded.
+    filled = first.codes[0].clone()
+    filled[0, 2:], filled[2:, :] = filled[0, 1], filled[1, 3]
+    filled[3, 2:] = before[3, 2:]
+    pixels = known.repeat_interleave(4, 0).repeat_interleave(4, 1)
+    decoded = pipeline.image_tokenizer.decode(filled[None])[0] / 2 + 0.5
+    assert torch.equal(first.images[0][:, pixels], decoded[:, pixels])
+    assert len(first.images[0][:, ~pixels].unique()) == 1
+
+    options = {"callback_on_step_end": lambda pipe, index, codes: pipe.interrupt(), "generator": seeded(0)}
+    output = pipeline.inpaint("red apple", photo, mask, **options)
+    assert output.interrupted and torch.equal(output.codes[0, 1], before[1]) and output.codes[0, 0, 1] == -1
 
 
 @pytest.mark.parametrize("decoding", ["jacobi", "sjd", "gsd"])
@@ -144,6 +213,46 @@ def test_variation_keeps_its_share(pipeline, photo):
     assert torch.equal(new, pipeline("red apple", generator=generators(0)).codes)
 
 
+def test_every_variation_keeps_cells_of_its_own(pipeline, photo):
+    before = pipeline.image_tokenizer.encode(to_tensor([photo])).flatten()
+
+    def kept(generator, **options):
+        """The cells that are the same in all pictures of a generator's state, whatever the caption."""
+        drawn = [
+            pipeline.variation(text, photo, keep=0.5, generator=generator(), temperature=9.0, **options).codes.flatten(
+                1
+            )
+            for text in ("red apple", "blue car", "yellow sun", "the small dog")
+        ]
+        return [tuple(row.nonzero().flatten().tolist()) for row in (torch.stack(drawn) == before).all(dim=0)]
+
+    two = kept(lambda: generators(1, 2), num_images_per_prompt=2)
+    assert all(len(cells) >= 8 for cells in two) and two[0] != two[1]
+    assert kept(lambda: generators(2)) == two[1:]
+    assert kept(lambda: seeded(1)) == two[:1]
+
+
+@pytest.mark.parametrize("options", [{"keep": 0.5}, {"mask_image": True}])
+def test_edits_stream(pipeline, photo, options):
+    if "mask_image" in options:
+        options = {"mask_image": Image.new("L", (16, 16), 255)}
+        final = pipeline.inpaint("red apple", photo, generator=seeded(3), **options)
+    else:
+        final = pipeline.variation("red apple", photo, generator=seeded(3), **options)
+    *previews, last = pipeline.stream("red apple", image=photo, generator=seeded(3), **options)
+    assert torch.equal(last.codes, final.codes) and len(previews) == 3
+
+
+def test_edits_of_several_pictures(pipeline, photo):
+    """One picture for all, one per prompt, or one per picture drawn."""
+    photos = [photo, photo.rotate(90), photo.rotate(180), photo.rotate(270)]
+    keeping = Image.new("L", (16, 16))
+    codes = pipeline.image_tokenizer.encode(to_tensor(photos))
+    for used, expected in ((1, [0, 0, 0, 0]), (2, [0, 0, 1, 1]), (4, [0, 1, 2, 3])):
+        drawn = pipeline.inpaint(PROMPTS, photos[:used], [keeping] * used, num_images_per_prompt=2).codes
+        assert torch.equal(drawn, codes[expected])
+
+
 def test_outpainting_keeps_the_middle(pipeline, photo):
     small = photo.crop((0, 0, 8, 8))
     canvas, mask = outpainting_canvas(small, 16, 16, top=4, left=8)
@@ -190,11 +299,12 @@ def test_caption_is_the_models_own_continuation(pipeline, photo):
 
 
 def test_chat_answers_in_both(pipeline, photo, monkeypatch):
-    hot, make = Sampling(temperature=50.0), pipeline.model.text_logits
+    decoder = pipeline._decoder()
+    hot, make = Sampling(temperature=50.0), decoder.text_logits
     often = torch.zeros(pipeline.text_tokenizer.vocab_size).index_fill(
         0, torch.tensor([pipeline.model.config.boi_token_id]), 200
     )
-    monkeypatch.setattr(pipeline.model, "text_logits", lambda hidden: make(hidden) + often)
+    monkeypatch.setattr(decoder, "text_logits", lambda hidden: make(hidden) + often)
     conversations = [["red apple", photo, "blue car"], [photo], ["yellow sun"]]
     replies = pipeline.chat(
         conversations, 30, 2, text_sampling=hot, image_sampling=Sampling(2.0), generator=generators(0, 1, 2)
@@ -225,77 +335,16 @@ def test_fast_decoding_follows_adapters(pipeline, tmp_path):
     fast = draw()
     pipeline.disable_fast_decoding()
     assert torch.equal(draw(), fast) and not torch.equal(fast, base)
+    with pytest.raises(ValueError, match="compile, int8: "):
+        pipeline.enable_fast_decoding(compile=True, int8=True)
+    assert torch.equal(draw(), fast)  # a refusal changes nothing
     pipeline.enable_fast_decoding(int8=True)
     assert draw().shape == base.shape
     pipeline.disable_fast_decoding()
     pipeline.fuse_lora()
     assert torch.equal(draw(), fast)
-    pipeline.save_pretrained(tmp_path / "fused")
-    with pytest.raises(ValueError, match="fuse_lora: no adapter is loaded"):
-        pipeline.fuse_lora()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"prompt": 3}, "prompt: 3 is not a caption"),
-        ({"prompt": ["red apple", 3]}, "prompt: 3 is not a caption"),
-        ({"prompt": "red apple", "negative_prompt": 3}, "negative_prompt: 3 is not a string"),
-        ({"prompt": "red apple", "temperature": "hot"}, "temperature: 'hot' is not a finite number"),
-        ({"prompt": "red apple", "guidance_scale": float("nan")}, "guidance_scale: nan is not a finite number"),
-        ({"prompt": "red apple", "guidance_schedule": "up"}, "guidance_schedule: 'up' is unknown"),
-        ({"prompt": "red apple", "guidance_schedule": lambda share: share}, "guidance_schedule: falls to 0.0"),
-        ({"prompt": "red apple", "height": 16.0}, "height: 16.0 is not a whole number"),
-        ({"prompt": "red apple", "num_images_per_prompt": 1.5}, "num_images_per_prompt: 1.5"),
-        ({"prompt": "red apple", "generator": 7}, "generator: 7 is not a torch.Generator"),
-        ({"prompt": "red apple", "generator": [7]}, r"generator: \[7\] is not a torch.Generator"),
-        ({"prompt": "red apple", "decoding": "fast"}, "decoding: 'fast' is unknown"),
-        ({"prompt": "red apple", "known": torch.zeros(1, 2, 2).long()}, r"known: shape \(1, 2, 2\), need \(1, 4, 4\)"),
-        ({"prompt": "red apple", "known": torch.zeros(3, 4, 4).long()}, r"known: shape \(3, 4, 4\), need"),
-        ({"prompt": "red apple", "known": torch.full((1, 4, 4), 20)}, r"known: values 20..20 leave the codebook"),
-    ],
-)
-def test_bad_arguments_are_named(pipeline, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        pipeline(**arguments)
-    with pytest.raises(ValueError, match=message):
-        next(iter(pipeline.stream(**arguments)))
-
-
-def test_bad_pictures_and_messages_are_named(pipeline, photo):
-    with pytest.raises(ValueError, match="mask_image: 8x8 pixels, the picture has 16x16"):
-        pipeline.inpaint("red apple", photo, photo.resize((8, 8)))
-    with pytest.raises(ValueError, match="mask_image: 2 masks for 1 pictures"):
-        pipeline.inpaint("red apple", photo, [photo, photo])
-    with pytest.raises(ValueError, match=r"image: 32x32 is not a size that the model was trained on \(16x16\)"):
-        pipeline.variation("red apple", photo.resize((32, 32)))
-    with pytest.raises(ValueError, match=r"keep: 1.5 is not a share"):
-        pipeline.variation("red apple", photo, keep=1.5)
-    with pytest.raises(ValueError, match=r"image: 'photo.png' is not a PIL picture"):
-        pipeline.caption("photo.png")
-    with pytest.raises(ValueError, match=r"messages: \[\] is not a conversation"):
-        pipeline.chat([])
-    with pytest.raises(ValueError, match="messages: 3 is neither a text nor a PIL picture"):
-        pipeline.chat(["red apple", 3])
-    with pytest.raises(ValueError, match="max_new_tokens: 0 must be a whole number of at least 1"):
-        pipeline.chat(["red apple"], max_new_tokens=0)
-    with pytest.raises(ValueError, match=r"messages: .* tokens and up to 518 new ones, the model has room for 128"):
-        pipeline.chat(["red apple"], max_new_tokens=500)
-    with pytest.raises(ValueError, match=r"preview_every: 0.5"):
-        next(iter(pipeline.stream("red apple", preview_every=0.5)))
-
-
-def test_broken_weights_are_named(pipeline):
-    with torch.no_grad():
-        pipeline.model.image_head.weight[3] = float("nan")
-    for decoding in ("plain", "sjd"):
-        with pytest.raises(ValueError, match="logits: NaN"):
-            pipeline("red apple", decoding=decoding)
-
-
-def test_adapter_of_another_model_is_refused(pipeline, tmp_path):
-    from conftest import tiny_model
-
-    noisy_adapter(tiny_model(), tmp_path, 0)
-    with pytest.raises(ValueError, match="was made for another model"):
-        pipeline.load_lora_weights(tmp_path)
+    pipeline.enable_fast_decoding()
+    assert torch.equal(draw(), fast)
+    pipeline.unfuse_lora()
+    pipeline.disable_lora()
+    assert torch.equal(draw(), base)

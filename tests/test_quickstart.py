@@ -56,6 +56,19 @@ def test_changed_config_runs_again(steps):
     assert steps() == "abc"
 
 
+def test_what_a_changed_training_left_is_removed(steps, tmp_path, monkeypatch):
+    """Training refuses a folder with checkpoints, or codes, of another run."""
+    monkeypatch.setattr(quickstart, "STEPS", {name: steps.command(name) for name in ("model", "lora")})
+    steps()
+    out = tmp_path / quickstart.OUT
+    left = [out / "model" / "checkpoints" / "step-00000001", out / "lora_run" / "codes"]
+    for folder in left:
+        folder.mkdir(parents=True)
+    assert steps() == "" and all(folder.is_dir() for folder in left)
+    steps.config.write_text("steps: 2")
+    assert steps() == "modellora" and not any(folder.exists() for folder in left)
+
+
 def test_failed_step_stops_and_is_continued(steps, monkeypatch):
     monkeypatch.setitem(quickstart.STEPS, "b", [sys.executable, "-c", "raise SystemExit(3)"])
     with pytest.raises(SystemExit, match="exit code 3; run again to continue"):

@@ -6,8 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import generators
-from PIL import Image
 
 from unified.codes import load_codes
 from unified_tokenizers import AutoImageTokenizer, load_text_tokenizer
@@ -71,31 +69,11 @@ def test_encode_recipe(made):
     assert len(load_codes(made / "codes", "train", fingerprint)) == 12
 
 
-def test_generate_recipe(pipeline, tmp_path):
-    pipeline.save_pretrained(tmp_path / "pipeline")
-    command = [
-        "recipes/generate.py",
-        "--pipeline",
-        tmp_path / "pipeline",
-        "--prompt",
-        "red apple",
-        "blue car",
-        "--seed",
-        4,
-    ]
-    done = run(*command, "--num-images-per-prompt", 2, "--out", tmp_path / "pictures")
-    names = ["000-red-apple.png", "001-red-apple.png", "002-blue-car.png", "003-blue-car.png"]
-    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == names
-    assert done.stdout.split() == [str(tmp_path / "pictures" / name) for name in names]
-    expected = pipeline("blue car", generator=generators(6)).images[0]
-    assert Image.open(tmp_path / "pictures" / names[2]).tobytes() == expected.tobytes()
-
-
 @pytest.mark.parametrize(
     ("command", "message"),
     [
         (["recipes/train.py", "--config", "recipes/configs/quickstart.yaml", "optimizer.lr=1"], "lr"),
-        (["recipes/generate.py", "--pipeline", "./nowhere", "--prompt", "x", "--out", "y"], "has no pipeline.json"),
+        (["recipes/train_text_tokenizer.py", "--source", "./nowhere", "--out", "y"], "source: './nowhere'"),
     ],
 )
 def test_bad_commands_say_why(command, message):

@@ -1,32 +1,47 @@
 """Training that survives: kills, full disks, changed settings, gradients that explode."""
 
+import contextlib
 import errno
+import json
 import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import LAUNCH, ROOT
-from safetensors.torch import load_file
+from accelerate.utils import DistributedType
+from conftest import LAUNCH, ROOT, tiny_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from unified.training.checkpoint import list_checkpoints
+from unified.codes import encode_source
+from unified.crops import Views
+from unified.sequence import ImageSegment, TextSegment, build_sequence, collate
+from unified.training import loop
+from unified.training.checkpoint import list_checkpoints, save_checkpoint
 from unified.training.config import load_config
 from unified.training.loop import train
-from unified.training.tracking import read_log
+from unified.training.step import train_step
+from unified.training.tracking import LossMeter, read_log
 
 
 def without_time(log):
     return [{name: value for name, value in record.items() if name != "images_per_second"} for record in log]
 
 
+def weights_of(output):
+    adapter = output / "lora" / "adapter_model.safetensors"
+    return adapter if adapter.is_file() else output / "pipeline" / "model" / "model.safetensors"
+
+
 def assert_same_run(ours, theirs):
     """Same log and same weights, bitwise."""
     assert without_time(read_log(ours)) == without_time(read_log(theirs))
-    a, b = (load_file(folder / "pipeline" / "model" / "model.safetensors") for folder in (ours, theirs))
+    a, b = (load_file(weights_of(folder)) for folder in (ours, theirs))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
@@ -36,6 +51,29 @@ def test_resumed_run_equals_uninterrupted(finished, config_file, tmp_path):
     shutil.rmtree(tmp_path / "checkpoints" / "step-00000012")
     train(load_config(config_file, [f"output_dir={tmp_path}", "resume=latest"]))
     assert_same_run(tmp_path, finished)
+
+
+LORA = ["model.architecture=null", "optimizer.ema_decay=null", "lora.rank=4", "lora.dropout=0.3"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["model.architecture.attention_dropout=0.3"], ["optimizer.name=muon"], LORA],
+    ids=["dropout", "muon", "lora"],
+)
+def test_resumed_run_of_every_kind_equals_uninterrupted(options, finished, config_file, tmp_path):
+    """Dropout draws from the global random stream, so that one has to continue too."""
+    if options is LORA:
+        options = [*options, f"model.pipeline={finished}/pipeline"]
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    train(load_config(config_file, [f"output_dir={whole}", *options]))
+    shutil.copytree(whole, resumed, ignore=shutil.ignore_patterns("step-00000012", "pipeline", "lora"))
+    train(load_config(config_file, [f"output_dir={resumed}", "resume=latest", *options]))
+    assert_same_run(resumed, whole)
+    kept = resumed / "checkpoints" / "step-00000012" / "trainable.safetensors"
+    if "lora.rank=4" in options:  # the adapter, without the weights that it leaves alone
+        assert kept.is_file() and all("lora_" in name for name in load_file(kept))
+        assert not kept.with_name("model.safetensors").exists()
 
 
 def test_killed_run_continues(finished, config_file, tmp_path):
@@ -69,6 +107,93 @@ def test_killed_run_continues(finished, config_file, tmp_path):
     assert_same_run(tmp_path, finished)
 
 
+KILLED_AFTER = """
+import os, shutil, signal, sys
+from pathlib import Path
+from accelerate import Accelerator
+from unified.training.config import load_config
+from unified.training.loop import train
+
+point, config, output = sys.argv[1:]
+save_state = Accelerator.save_state
+
+def killed(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def saved_half(self, folder, **kwargs):
+    save_state(self, folder, **kwargs)
+    if "step-00000010" in folder:
+        os.unlink(Path(folder) / "model.safetensors")
+        killed()
+
+def removed_half(folder):  # the first one, when the checkpoint of step 12 pushes out that of step 5
+    os.unlink(Path(folder) / "model.safetensors")
+    killed()
+
+if point == "save":
+    Accelerator.save_state = saved_half
+else:
+    shutil.rmtree = removed_half
+train(load_config(config, [f"output_dir={output}"]))
+"""
+
+
+@pytest.mark.parametrize(("point", "kept"), [("save", [5]), ("remove", [10, 12])])
+def test_kill_while_checkpoints_are_written(finished, config_file, tmp_path, point, kept):
+    """kill -9 with files half written or half removed: what counts as a checkpoint is whole; the rest is swept."""
+    command = [sys.executable, "-c", KILLED_AFTER, point, str(config_file), str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True)
+    assert done.returncode == -signal.SIGKILL
+    folder = tmp_path / "checkpoints"
+    whole = [f"step-{step:08d}" for step in kept]
+    assert [path.name for path in list_checkpoints(folder)] == whole and len(list(folder.iterdir())) == len(kept) + 1
+    train(load_config(config_file, [f"output_dir={tmp_path}", "resume=latest"]))
+    assert_same_run(tmp_path, finished)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000010", "step-00000012"]
+
+
+def test_used_folder_is_refused_without_resume(config_file, tmp_path):
+    train(load_config(config_file, [f"output_dir={tmp_path}/used"]))
+    with pytest.raises(ValueError, match=r"output_dir: .* up to step-00000012; resume=latest goes on with it, another"):
+        train(load_config(config_file, [f"output_dir={tmp_path}/used"]))
+    shutil.copytree(tmp_path / "used" / "checkpoints" / "step-00000010", tmp_path / "other")
+    with pytest.raises(ValueError, match=r"resume: .*other' is none of the checkpoints in"):
+        train(load_config(config_file, [f"output_dir={tmp_path}/used", f"resume={tmp_path}/other"]))
+    train(load_config(config_file, [f"output_dir={tmp_path}/new", f"resume={tmp_path}/other"]))
+
+
+def test_going_back_discards_what_came_later(finished, config_file, tmp_path):
+    """Resumed at step 5 with 10 and 12 present, stopped after step 7: `latest` is not one of the old ones."""
+    folder = tmp_path / "checkpoints"
+    every = [f"output_dir={tmp_path}", "checkpoint_every=1", "keep_checkpoints=12"]
+    train(load_config(config_file, every))
+    (folder / ".partial-step-00000013").mkdir()
+    (folder / ".old-step-00000001").mkdir()
+    stop = KeyError("stop")
+
+    def stopped(accelerator, target, step, *rest):
+        if step == 8:
+            raise stop
+        save_checkpoint(accelerator, target, step, *rest)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyError):
+        patch.setattr(loop, "save_checkpoint", stopped)
+        train(load_config(config_file, [*every, f"resume={folder}/step-00000005"]))
+    assert sorted(path.name for path in folder.iterdir()) == [f"step-{step:08d}" for step in range(1, 8)]
+    assert [record["step"] for record in read_log(tmp_path)][-1] == 8
+    train(load_config(config_file, [*every, "resume=latest"]))
+    assert_same_run(tmp_path, finished)
+
+
+def test_torn_log_line_is_dropped(finished, config_file, tmp_path):
+    train(load_config(config_file, [f"output_dir={tmp_path}"]))
+    shutil.rmtree(tmp_path / "checkpoints" / "step-00000012")
+    log = tmp_path / "log.jsonl"
+    log.write_text(log.read_text()[:-9])
+    train(load_config(config_file, [f"output_dir={tmp_path}", "resume=latest"]))
+    assert_same_run(tmp_path, finished)
+
+
 def test_full_disk_leaves_the_last_checkpoint(finished, config_file, tmp_path, monkeypatch):
     save_state = Accelerator.save_state
 
@@ -96,27 +221,105 @@ def test_changed_settings_are_shown_and_refused(config_file, tmp_path):
     train(load_config(config_file, [*changed, "allow_changes=true"]))
 
 
+def test_changed_inputs_are_shown_and_refused(config_file, finished, parts, image_tokenizer, picture_source, tmp_path):
+    """Other rows, another number of processes, another base below an adapter; the settings are the same every time."""
+    codes, pipeline = tmp_path / "codes", tmp_path / "pipeline"
+    shutil.copytree(parts / "codes", codes)
+    shutil.copytree(finished / "pipeline", pipeline)
+    options = [f"output_dir={tmp_path}/run", f"data.train={codes}", f"model.pipeline={pipeline}", *LORA]
+    train(load_config(config_file, options))
+    state = tmp_path / "run" / "checkpoints" / "step-00000012" / "trainer_state.json"
+    whole = json.loads(state.read_text())
+    rows, frozen = whole["inputs"]["train"], whole["inputs"]["frozen_weights"]
+    train(load_config(config_file, [*options, "resume=latest"]))
+
+    state.write_text(json.dumps({**whole, "inputs": {**whole["inputs"], "num_processes": 2}}))
+    with pytest.raises(ValueError, match=r"the inputs differ(.|\n)*\n-num_processes: 2\n\+num_processes: 1\n"):
+        train(load_config(config_file, [*options, "resume=latest"]))
+    state.write_text(json.dumps(whole))
+    shutil.rmtree(codes)
+    encode_source(image_tokenizer, picture_source, codes, image_size=16, views=Views(((16, 16),), flips=True))
+    weights = pipeline / "model" / "model.safetensors"
+    changed = {name: value * 1.001 if "norm" in name else value for name, value in load_file(weights).items()}
+    save_file(changed, weights, {"format": "pt"})
+    with pytest.raises(ValueError, match="the inputs differ") as error:
+        train(load_config(config_file, [*options, "resume=latest"]))
+    assert f"-train: {json.dumps(rows)}\n" in str(error.value) and "+train: [24, " in str(error.value)
+    assert f"-frozen_weights: {json.dumps(frozen)}\n" in str(error.value)
+    train(load_config(config_file, [*options, "resume=latest", "allow_changes=true"]))
+
+
 @pytest.mark.parametrize(("value", "limit"), [(float("nan"), None), (1e6, 1e3)])
 def test_bad_gradients_stop_the_run_and_keep_the_batch(config_file, tmp_path, monkeypatch, value, limit):
     clip = Accelerator.clip_grad_norm_
-    calls = []
+    calls, rates = [], []
 
     def poisoned(self, parameters, *args, **kwargs):
         parameters = list(parameters)
         calls.append(1)
+        rates.append(self._optimizers[0].param_groups[0]["lr"])
         if len(calls) == 3:
             parameters[0].grad[0, 0] = value
         return clip(self, parameters, *args, **kwargs)
 
     monkeypatch.setattr(Accelerator, "clip_grad_norm_", poisoned)
     limits = [] if limit is None else [f"optimizer.gradient_limit={limit}"]
+    small = ["batch_size=2", "gradient_accumulation_steps=2"]
     with pytest.raises(
-        FloatingPointError, match=r"gradients: their norm is (nan|1000000.0) at step 2; the batch is kept"
+        FloatingPointError, match=rf"gradients: their norm is ({value}) at step 2; the batches are kept"
     ):
-        train(load_config(config_file, [f"output_dir={tmp_path}", *limits]))
-    batch = load_file(tmp_path / "failed-step-00000002-process-0.safetensors")
-    assert batch["input_ids"].shape[0] == 4 and set(batch) == {"input_ids", "labels", "attention_mask", "image_grids"}
+        train(load_config(config_file, [f"output_dir={tmp_path}", *small, *limits]))
+    with safe_open(tmp_path / "failed-step-00000002-process-0.safetensors", "pt") as kept:
+        names = {f"{i}.{name}" for i in (0, 1) for name in ("input_ids", "labels", "attention_mask", "image_grids")}
+        assert set(kept.keys()) == names and not torch.equal(kept.get_tensor("0.labels"), kept.get_tensor("1.labels"))
+        assert kept.metadata() == {"step": "2", "patch_size": "4", "learning_rate": str(rates[-1])}
     assert [r["step"] for r in read_log(tmp_path)] == [1, 2]  # nothing of the bad step was learned or logged
+
+
+def test_fp16_that_finds_no_scale_stops(config_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(Accelerator, "optimizer_step_was_skipped", property(lambda self: True))
+    with pytest.raises(
+        FloatingPointError, match="not finite in 20 steps in a row, all skipped; use mixed_precision=bf16"
+    ):
+        train(load_config(config_file, [f"output_dir={tmp_path}", "steps=40"]))
+    assert [r["step"] for r in read_log(tmp_path) if "lr" in r][-1] == 19
+
+
+class DeepSpeedLike:
+    """An accelerator that steps inside of backward, as DeepSpeed does."""
+
+    distributed_type, num_processes, process_index, mixed_precision = DistributedType.DEEPSPEED, 1, 0, "no"
+    sync_gradients, device = True, torch.device("cpu")
+
+    def __init__(self, optimizer):
+        self.optimizer, self.rates = optimizer, []
+
+    def accumulate(self, model):
+        return contextlib.nullcontext()
+
+    def backward(self, loss):
+        self.rates.append(self.optimizer.param_groups[0]["lr"])
+
+    def clip_grad_norm_(self, parameters, limit):
+        return None
+
+
+def test_deepspeed_steps_with_this_steps_rate_and_never_from_a_bad_loss(config_file, tmp_path):
+    model = tiny_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    accelerator = DeepSpeedLike(optimizer)
+    config = load_config(config_file, [f"output_dir={tmp_path}"])
+    picture = ImageSegment(torch.zeros(4, 4, dtype=torch.long))
+    batch = collate([build_sequence([TextSegment([5, 6]), picture], model.config.layout)], model.config.layout)
+    rest = (0, config, LossMeter(accelerator))
+    for rate in (0.5, 0.25):
+        train_step(accelerator, model, model.config, [optimizer], [batch], 1, rate, *rest)
+    assert accelerator.rates == [0.5, 0.25]
+    with torch.no_grad():
+        model.image_head.weight.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match=r"loss: not finite on 1 process\(es\), nan on this one, at step 0"):
+        train_step(accelerator, model, model.config, [optimizer], [batch], 1, 0.1, *rest)
+    assert accelerator.rates == [0.5, 0.25]
 
 
 def test_resume_without_checkpoint_is_an_error(config_file, tmp_path):

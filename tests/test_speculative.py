@@ -30,6 +30,14 @@ def test_jacobi_draws_the_picture_of_plain_decoding(window, sampling):
     assert torch.equal(fast.reshape(2, 4, 4), plain)
 
 
+@pytest.mark.parametrize("mode", ["jacobi", "sjd", "gsd"])
+def test_half_precision_with_guidance(mode):
+    decoder = make_decoder(tiny_model().bfloat16())
+    sampling = Sampling(guidance_scale=2.0)
+    codes = last(speculate_codes(decoder, PROMPTS, NEGATIVES, (4, 4), sampling, generators(0, 1), mode=mode, window=3))
+    assert int(codes.min()) >= 0 and len(codes.unique()) > 4
+
+
 def test_jacobi_saves_passes_where_the_context_hardly_matters():
     """A model whose logits do not depend on the codes confirms every draft: the first code, then windows of 5."""
     model = tiny_model()
@@ -97,6 +105,20 @@ def test_groups_of_one_are_sjd():
     exact = last(speculate_codes(*options, generators(0, 1), mode="sjd"))
     assert torch.equal(last(speculate_codes(*options, generators(0, 1), mode="gsd", group_size=1)), exact)
     assert not torch.equal(last(speculate_codes(*options, generators(0, 1), mode="gsd", group_size=20)), exact)
+
+
+def test_groups_are_the_nearest_codes_whatever_the_parts_and_are_made_once(monkeypatch):
+    embedding = torch.randn(50, 8, generator=generators(0)[0])
+    distance = (embedding[:, None].double() - embedding.double()).square().sum(-1)
+    expected = distance.argsort(dim=1)[:, :5]
+    for rows in (7, 25, 1024):
+        assert torch.equal(speculative._groups(embedding, 5, rows), expected)
+    decoder, made = make_decoder(tiny_model()), []
+    make = speculative._groups
+    monkeypatch.setattr(speculative, "_groups", lambda *given: made.append(given[1]) or make(*given))
+    for size in (3, 3, 4, 3):
+        last(speculate_codes(decoder, PROMPTS, None, (2, 2), Sampling(), generators(0, 1), mode="gsd", group_size=size))
+    assert made == [3, 4]
 
 
 @pytest.mark.parametrize("mode", ["jacobi", "sjd", "gsd"])

@@ -58,7 +58,10 @@ def test_style_from_ten_pictures(pipeline, folder, tmp_path, captions):
 def test_prior_preservation_is_a_second_source(pipeline, folder, parts, tmp_path):
     """Crops and flips are for what the run encodes; codes are taken as they are."""
     sources = f"[{{path: {folder}, caption: in stripes}},{{path: {parts}/codes, weight: 0.5}}]"
-    assert run(pipeline, tmp_path, f"data.sources={sources}", "steps=2", "data.crops=null").name == "lora"
+    assert (
+        run(pipeline, tmp_path, "data.train=null", f"data.sources={sources}", "steps=2", "data.crops=null").name
+        == "lora"
+    )
     assert len(load_codes(tmp_path / "run" / "codes-0", "train", None)) == 10 * 2
     assert not (tmp_path / "run" / "codes-1").exists()
 

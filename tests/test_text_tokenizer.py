@@ -26,8 +26,22 @@ def test_interface(kind, text_tokenizer, word_tokenizer, tmp_path):
 def test_picture_frame_cannot_be_typed(text_tokenizer, word_tokenizer):
     assert text_tokenizer.boi_token_id not in text_tokenizer.encode("red <boi> apple <eoi>")
     wrapped = TransformersTokenizer(word_tokenizer, "<r1>", "<r2>")
-    with pytest.raises(ValueError, match="'red <r1> apple' spells a token that frames pictures"):
-        wrapped.encode("red <r1> apple")
+    assert wrapped.boi_token_id in word_tokenizer.encode("red <r1> apple", add_special_tokens=False)
+    red, apple, unknown = *wrapped.encode("red apple"), word_tokenizer.unk_token_id
+    assert wrapped.encode("red <r1> apple") == [red, unknown, unknown, apple]
+    assert wrapped.encode("<r2><r1>") == [unknown] * 3  # "<", "r2><", "r1>"
+    # A single character cannot be cut.
+    with pytest.raises(ValueError, match="'a dog' spells a token that frames pictures"):
+        TransformersTokenizer(word_tokenizer, "a", "<r2>").encode("a dog")
+
+
+def test_fingerprint_tells_vocabularies_apart(text_tokenizer, word_tokenizer, tmp_path):
+    other = train_sentencepiece([caption.upper() for caption in CAPTIONS], tmp_path, vocab_size=320)
+    wrapped = TransformersTokenizer(word_tokenizer, "<r1>", "<r2>")
+    assert len({text_tokenizer.fingerprint, other.fingerprint, wrapped.fingerprint}) == 3
+    for tokenizer in (other, wrapped):
+        tokenizer.save_pretrained(tmp_path / "copy" / tokenizer.fingerprint)
+        assert load_text_tokenizer(tmp_path / "copy" / tokenizer.fingerprint).fingerprint == tokenizer.fingerprint
 
 
 def test_bytes_fall_back(text_tokenizer):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import generators, tiny_config, tiny_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from unified import UnifiedPipeline
 from unified.codes import load_codes
@@ -21,16 +21,6 @@ from unified.training.loop import train
 from unified.training.optimizer import build_optimizers
 from unified.training.tracking import read_log
 from unified.training.validation import image_loss
-
-
-@pytest.fixture(scope="session")
-def transformers_backbone(tmp_path_factory, word_tokenizer):
-    """A folder with a tiny random language model and its tokenizer, as transformers saves them."""
-    folder = tmp_path_factory.mktemp("backbone")
-    torch.manual_seed(0)
-    LlamaForCausalLM(tiny_config(text={"vocab_size": len(word_tokenizer)}).text_config).save_pretrained(folder)
-    word_tokenizer.save_pretrained(folder)
-    return folder
 
 
 class TestBatches:
@@ -270,14 +260,22 @@ def test_muon_takes_the_decoders_matrices_only():
 
 
 def test_pictures_are_encoded_on_the_way(config_file, parts, picture_source, tmp_path):
-    train(
-        load_config(
-            config_file, [f"output_dir={tmp_path}", f"data.train={picture_source}", "steps=3", "validate_every=3"]
-        )
-    )
+    options = [
+        f"output_dir={tmp_path}",
+        f"data.train={picture_source}",
+        "steps=3",
+        "validate_every=3",
+        "checkpoint_every=null",
+    ]
+    train(load_config(config_file, options))
     ours, direct = (load_codes(folder, "train", None)["codes"] for folder in (tmp_path / "codes", parts / "codes"))
     assert [row.tolist() for row in ours] == [row.tolist() for row in direct]
     assert (tmp_path / "codes-validation" / "codes.json").is_file()
+    changes = ["data.image_size=32", "data.caption_column=text"]
+    with pytest.raises(
+        ValueError, match=r"codes' was made from other settings \(image_size: 16 then, 32 now; columns: "
+    ):
+        train(load_config(config_file, [*options, *changes]))
 
 
 def test_codes_of_another_tokenizer_are_refused(config_file, parts, tmp_path):
@@ -288,13 +286,17 @@ def test_codes_of_another_tokenizer_are_refused(config_file, parts, tmp_path):
         train(load_config(config_file, [f"output_dir={tmp_path}/run", f"data.train={tmp_path}/codes"]))
 
 
-def test_adapter_on_a_language_model_loads_into_the_kept_base(config_file, parts, tmp_path, transformers_backbone):
+def test_adapter_on_a_language_model_loads_into_the_kept_base(
+    config_file, parts, tmp_path, transformers_backbone, on_a_backbone
+):
     """A pretrained backbone gets image tables and an adapter; base and adapter make the trained model again."""
-    options = [f"output_dir={tmp_path}/run", f"model.backbone={transformers_backbone}", "model.architecture=null",
-               "model.text_tokenizer=null", "model.boi=<r1>", "model.eoi=<r2>", "lora.rank=4", "lora.train_image_tables=true",
+    options = [f"output_dir={tmp_path}/run", *on_a_backbone, "lora.rank=4",
                "optimizer.ema_decay=null", "checkpoint_every=null"]  # fmt: skip
     folder = train(load_config(config_file, options))
     pipe = UnifiedPipeline.from_pretrained(tmp_path / "run" / "base")
+    assert pipe.model.config.new_image_tables  # the base's own are as they were made
+    base_named = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert base_named == str(tmp_path / "run" / "base")
     plain = AutoModelForCausalLM.from_pretrained(transformers_backbone).eval()
     ids = torch.tensor([[1, 5, 6, 7]])
     assert torch.equal(pipe.model(ids).logits, plain(ids).logits)
@@ -303,5 +305,8 @@ def test_adapter_on_a_language_model_loads_into_the_kept_base(config_file, parts
     batches = CaptionedBatches(rows, pipe.text_tokenizer, base_of(pipe.model).config.layout, 4, 0)
     log = read_log(tmp_path / "run")
     assert image_loss(pipe.model, batches, torch.device("cpu")) < log[0]["image_loss"] - 0.2
+    pipe.fuse_lora()
+    pipe.save_pretrained(tmp_path / "fused")
+    assert not UnifiedPipeline.from_pretrained(tmp_path / "fused").model.config.new_image_tables
     pipe.unload_lora_weights()
     assert torch.equal(pipe.model(ids).logits, plain(ids).logits)

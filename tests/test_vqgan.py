@@ -174,6 +174,9 @@ def test_codes_and_pictures_equal_the_reference(published, wrapper, tmp_path):
     assert codes.shape == (2, 4, 6) and len(codes.unique()) > 5
     assert torch.equal(codes, reference_encode(state, kind, pictures()))
     torch.testing.assert_close(tokenizer.decode(codes), reference_decode(state, kind, codes), rtol=0, atol=1e-5)
+    vectors = state["quantize.embedding.weight"]
+    vectors = F.normalize(vectors, dim=-1) if kind == "llamagen" else vectors
+    torch.testing.assert_close(tokenizer.codebook_vectors(), vectors)
 
 
 def test_folder_round_trip(published, tmp_path):
@@ -300,6 +303,7 @@ def test_parity_with_emu3_of_transformers(whole, tmp_path):
         codes = ours.encode(pictures())
         assert torch.equal(codes, expected) and codes.shape == (2, 8, 12)
         torch.testing.assert_close(ours.decode(codes), theirs.decode(expected).clamp(-1, 1), rtol=0, atol=1e-5)
+    assert torch.equal(ours.codebook_vectors(), theirs.quantize.embedding.weight)
     ours.save_pretrained(tmp_path / "alone")
     assert AutoImageTokenizer.from_pretrained(tmp_path / "alone").fingerprint == ours.fingerprint
     with pytest.raises(ValueError, match="size 15x16 does not divide by the tokenizer's stride 2"):

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from unified.pipeline import UnifiedPipeline
+from unified.prompting import DECODING, GUIDANCE_SCALE, check_whole
+from unified_tokenizers.images import as_rgb
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -17,8 +19,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
     try:
         args.run(args)
-    except (ValueError, FileNotFoundError, UnidentifiedImageError) as error:
-        print(f"unified {args.command}: {error}", file=sys.stderr)
+    except (ValueError, OSError, Image.DecompressionBombError) as error:
+        print(f"unified {args.command}: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2
     return 0
 
@@ -33,6 +35,10 @@ def build_parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         added.add_argument("--pipeline", required=True, help="pipeline folder or Hub name")
         added.add_argument("--lora", help="folder of a LoRA adapter")
+        added.add_argument("--device", type=_device, default="cpu", help="such as cuda (default: %(default)s)")
+        added.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"],
+                           help="of the language model (default: %(default)s)")  # fmt: skip
+        added.add_argument("--threads", type=int, help="CPU threads (default: as torch chooses)")
         return added
 
     generate = command("generate", _generate, "Draw pictures for prompts.")
@@ -56,7 +62,18 @@ def build_parser() -> argparse.ArgumentParser:
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     serve.add_argument("--port", type=int, default=7860, help="default: %(default)s")
     serve.add_argument("--queue", type=int, default=8, help="requests that may wait (default: %(default)s)")
+    serve.add_argument(
+        "--slots", type=int, default=8, help="rows drawn together; a guided picture takes two (default: %(default)s)"
+    )
     return parser
+
+
+def _device(name: str) -> torch.device:
+    """A device that is there; argparse reports the error."""
+    try:
+        return torch.zeros((), device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{name!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def _sampling_options(parser: argparse.ArgumentParser) -> None:
@@ -72,17 +89,20 @@ def _drawing_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-images-per-prompt", type=int, default=1)
     parser.add_argument("--negative-prompt", help="what to steer away from (default: the empty caption)")
     parser.add_argument(
-        "--guidance-scale", type=float, default=3.0, help="1 switches guidance off (default: %(default)s)"
+        "--guidance-scale", type=float, default=GUIDANCE_SCALE, help="1 switches guidance off (default: %(default)s)"
     )
     parser.add_argument("--guidance-schedule", default="constant", choices=["constant", "linear", "cosine"])
-    parser.add_argument("--decoding", default="plain", choices=["plain", "jacobi", "sjd", "gsd"])
+    parser.add_argument("--decoding", default="plain", choices=DECODING)
     parser.add_argument("--int8", action="store_true", help="8-bit weights: faster on a CPU, not exact")
     parser.add_argument("--compile", action="store_true", help="torch.compile; pays for many pictures")
     _sampling_options(parser)
 
 
 def _load(args: argparse.Namespace) -> UnifiedPipeline:
-    pipe = UnifiedPipeline.from_pretrained(args.pipeline)
+    if args.threads is not None:
+        check_whole("threads", args.threads)
+        torch.set_num_threads(args.threads)
+    pipe = UnifiedPipeline.from_pretrained(args.pipeline, torch_dtype=getattr(torch, args.dtype)).to(args.device)
     if args.lora:
         pipe.load_lora_weights(args.lora)
     if getattr(args, "int8", False) or getattr(args, "compile", False):
@@ -116,7 +136,7 @@ def _generate(args: argparse.Namespace) -> None:
 
 def _inpaint(args: argparse.Namespace) -> None:
     with Image.open(args.image) as image, Image.open(args.mask) as mask:
-        output = _load(args).inpaint(image=image.convert("RGB"), mask_image=mask.convert("L"), **_drawing(args))
+        output = _load(args).inpaint(image=as_rgb(image), mask_image=mask.convert("L"), **_drawing(args))
     _save(output.images, args)
 
 
@@ -124,7 +144,7 @@ def _caption(args: argparse.Namespace) -> None:
     images = []
     for path in args.images:
         with Image.open(path) as image:
-            images.append(image.convert("RGB"))
+            images.append(as_rgb(image))
     options = {name: getattr(args, name) for name in ("prompt", "max_new_tokens", "temperature", "top_k", "top_p")}
     for text in _load(args).caption(images, generator=_seeds(args.seed, len(images)), **options):
         print(" ".join(text.split()))
@@ -133,4 +153,5 @@ def _caption(args: argparse.Namespace) -> None:
 def _serve(args: argparse.Namespace) -> None:
     from unified.demo import serve  # gradio is an extra
 
-    serve(_load(args), args.loras, args.host, args.port, args.queue)
+    pipe = UnifiedPipeline.from_pretrained(args.pipeline)
+    serve(pipe, args.loras, args.lora, args.host, args.port, args.slots, args.queue)

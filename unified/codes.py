@@ -11,7 +11,7 @@ import datasets
 from accelerate import PartialState
 
 from unified.crops import Size, Views
-from unified.data import SkipReport, load_source, undecoded_rows, with_caption
+from unified.data import SkipReport, load_source, terms_of, undecoded_rows, with_caption
 from unified.encoding import MakeRecords, Rows, captioned_records, encode_blocks, read_blocks
 from unified_tokenizers.base import ImageTokenizer
 
@@ -42,7 +42,8 @@ def encode_source(
     """Encode the pictures of a source and write an Arrow data set of codes, grids and captions.
 
     The folder appears only when it is complete. Until then ``<out>.partial`` collects blocks of rows; a run that was killed
-    goes on from there. Rows that cannot be used are skipped and reported per split.
+    goes on from there. Rows that cannot be used are skipped and reported per split. Licence and attribution of the source
+    (see :func:`unified.data.terms_of`) are kept beside the codes.
 
     Args:
         tokenizer: any image tokenizer.
@@ -135,11 +136,11 @@ def write_cache(
     if process is not None:
         process.wait_for_everyone()
     if index == 0:
-        _finish(out, partial, splits, settings)
+        _finish(out, partial, splits, settings | terms_of(settings["source"], opened[splits[-1]][0].info))
     if process is not None:
         process.wait_for_everyone()
-    rows_by_split = json.loads((out / CACHE_FILE).read_text())["rows"]
-    return {split: SkipReport(**rows_by_split[split]) for split in splits}
+    reports = json.loads((out / CACHE_FILE).read_text())["rows"]
+    return {split: SkipReport(**reports[split]) for split in splits}
 
 
 def _begin(partial: Path, settings: dict[str, Any]) -> None:

@@ -9,7 +9,10 @@ from transformers.configuration_utils import SubConfigSpec
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """The one id space: text ids are ``[0, text_vocab_size)``, image code c is ``text_vocab_size + c``."""
+    """The one id space: text ids are ``[0, text_vocab_size)``, image code c is ``text_vocab_size + c``.
+
+    ``eos_token_id`` ends a text that is learned; any of ``eos_token_ids``, where a backbone has several, ends a written one.
+    """
 
     text_vocab_size: int
     codebook_size: int
@@ -18,6 +21,7 @@ class TokenLayout:
     bos_token_id: int | None = None
     eos_token_id: int | None = None
     pad_token_id: int = 0
+    eos_token_ids: tuple[int, ...] = ()
 
 
 class UnifiedConfig(PreTrainedConfig):
@@ -29,6 +33,9 @@ class UnifiedConfig(PreTrainedConfig):
         codebook_size: number of image codes K.
         boi_token_id, eoi_token_id: text ids that open and close an image span.
         image_tokenizer_fingerprint: the image tokenizer whose codes the model was trained on.
+        text_tokenizer_fingerprint: the text tokenizer of its text ids; a pipeline sets it where it is None.
+        new_image_tables: whether the image tables are untrained, as ``from_backbone`` makes them: an adapter has to bring
+            its own then. Training them clears it.
         image_grids: code grids ``[h, w]`` that the model was trained on.
         positions: ``1d`` (running index) or ``2d`` (row and column) inside image spans; ``llamagen`` as LlamaGen has it
             (see :class:`unified.rope.GridRotary`).
@@ -51,6 +58,8 @@ class UnifiedConfig(PreTrainedConfig):
     boi_token_id: int = 0
     eoi_token_id: int = 0
     image_tokenizer_fingerprint: str | None = None
+    text_tokenizer_fingerprint: str | None = None
+    new_image_tables: bool = False
     image_grids: list[list[int]] | None = None
     positions: str = "2d"
     coarse_positions: str = "center"
@@ -83,10 +92,12 @@ class UnifiedConfig(PreTrainedConfig):
     def layout(self) -> TokenLayout:
         """The id space shared by text and image tokens."""
         text = self.text_config
-        eos = text.eos_token_id[0] if isinstance(text.eos_token_id, list) else text.eos_token_id
+        given = text.eos_token_id if isinstance(text.eos_token_id, list) else [text.eos_token_id]
+        ends = tuple(end for end in given if end is not None)
+        eos = ends[0] if ends else None
         pad = text.pad_token_id if text.pad_token_id is not None else (eos or 0)
         return TokenLayout(
-            text.vocab_size, self.codebook_size, self.boi_token_id, self.eoi_token_id, text.bos_token_id, eos, pad
+            text.vocab_size, self.codebook_size, self.boi_token_id, self.eoi_token_id, text.bos_token_id, eos, pad, ends
         )
 
 

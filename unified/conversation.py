@@ -11,6 +11,7 @@ from unified.decoding import Prompt, Sampling
 from unified.decoding.backbone import Decoder
 from unified.decoding.batcher import Batcher, Request
 from unified.npp import Grid
+from unified.prompting import check_whole
 from unified.sequence import ImageSegment, Segment, TextSegment, build_sequence
 from unified_tokenizers import ImageTokenizer, TextTokenizer
 from unified_tokenizers.images import to_pil, to_tensor
@@ -54,9 +55,8 @@ def continue_conversations(
     Raises:
         ValueError: if a limit is not a whole number, or a conversation does not fit the model's context.
     """
-    for name, value, least in (("max_new_tokens", max_new_tokens, 1), ("max_images", max_images, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}: {value!r} must be a whole number of at least {least}.")
+    check_whole("max_new_tokens", max_new_tokens)
+    check_whole("max_images", max_images, least=0)
     config = decoder.model.config
     start = [] if config.layout.bos_token_id is None else [config.layout.bos_token_id]
     negative = Prompt((*start, config.boi_token_id))
@@ -75,19 +75,22 @@ def continue_conversations(
             "shorten the conversation or lower max_new_tokens or max_images."
         )
     slots = min(batch_size, len(requests)) * requests[0].rows
-    return Batcher(decoder, slots, longest + new).run(requests)
+    replies = Batcher(decoder, slots, longest + new).run(requests)
+    for generator in generators:  # texts are drawn from copies; the next call shall say something else
+        torch.rand((), generator=generator, device=generator.device)
+    return replies
 
 
 def as_messages(
     segments: Sequence[Segment], image_tokenizer: ImageTokenizer, text_tokenizer: TextTokenizer
 ) -> list[Message]:
-    """Segments as texts and pictures."""
+    """Segments as texts and pictures; a text without visible characters is no message."""
     messages: list[Message] = []
     for segment in segments:
         if isinstance(segment, ImageSegment):
             messages += to_pil(image_tokenizer.decode(segment.codes[None]))
-        else:
-            messages.append(text_tokenizer.decode(segment.ids))
+        elif text := text_tokenizer.decode(segment.ids).strip():
+            messages.append(text)
     return messages
 
 

@@ -8,7 +8,11 @@ from typing import Any
 
 import datasets
 import fsspec
+from huggingface_hub import RepoCard
 from PIL import Image, UnidentifiedImageError
+from yaml import YAMLError
+
+from unified_tokenizers.images import as_rgb
 
 _BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tar": "webdataset"}
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -144,6 +148,27 @@ def _picture_folder(folder: Path, split: str) -> datasets.Dataset | None:
     return datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
 
 
+def terms_of(source: str, info: datasets.DatasetInfo | None = None) -> dict[str, Any]:
+    """``license`` and ``attribution`` of a source (data or a model), None where nothing states them.
+
+    They stand in the front matter of the ``README.md`` in a local folder or beside a local file; a licence may also stand
+    in the ``info`` of a data set. A name on the Hub is not looked up.
+
+    Raises:
+        ValueError: if the front matter cannot be read.
+    """
+    path = Path(source)
+    readme = (path if path.is_dir() else path.parent) / "README.md"
+    stated: dict[str, Any] = {}
+    if path.exists() and readme.is_file():
+        try:
+            stated = RepoCard.load(readme).data.to_dict()
+        except (YAMLError, ValueError) as error:
+            raise ValueError(f"source: the front matter of {str(readme)!r} is not YAML; correct it. {error}") from error
+    licence = stated.get("license") or (info and info.license) or "unknown"
+    return {"license": None if licence == "unknown" else licence, "attribution": stated.get("attribution")}
+
+
 def _pick_split(splits: Any, source: str, split: str) -> Any:
     if split not in splits:
         raise ValueError(f"split: {split!r} is not in {source!r}; it has {sorted(splits)}.")
@@ -209,11 +234,7 @@ def open_rgb(value: dict[str, Any]) -> Image.Image:
     """Decode the undecoded form of a `datasets` image (``bytes`` or ``path``) fully; transparency is laid on white."""
     image = Image.open(value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"]))
     image.load()
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, "white")
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
+    return as_rgb(image)
 
 
 def fit_square(image: Image.Image, size: int) -> Image.Image:

@@ -1,43 +1,68 @@
 """A web page for a pipeline: prompt in, the picture out as it is drawn; edits of a mask; captions. Needs gradio."""
 
+import random
 from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from unified.lora import check_layout
+from unified.crops import fit
+from unified.decoding import Sampling
+from unified.lora import base_of, check_layout
 from unified.pipeline import UnifiedPipeline
+from unified.serving import Engine, Job
+from unified_tokenizers.images import as_rgb
 
 PROMPT_LIMIT = 300  # characters
 IMAGES_LIMIT = 4
 UPLOAD_LIMIT = "8mb"
+PIXEL_LIMIT = 16_000_000
+NO_ADAPTER = "none"
+DECODING = [("one code at a time", "plain"), ("several codes at a time, same picture", "jacobi"),
+            ("several codes at a time, same distribution", "sjd"), ("fastest, approximate", "gsd")]  # fmt: skip
+CSS = """
+.gradio-container {max-width: 1120px !important; margin: auto;}
+#pictures img, #edited img {image-rendering: pixelated;}
+#status p, #edit-status p {opacity: .75; font-size: .9em;}
+"""
 
 
-def build_demo(pipe: UnifiedPipeline, loras: Sequence[str | Path] = (), waiting: int = 8) -> Any:
-    """The page as a ``gradio.Blocks``; requests run one at a time, at most ``waiting`` more wait, others are turned away.
+def build_demo(engine: Engine, chosen: str = NO_ADAPTER) -> Any:
+    """The page as a ``gradio.Blocks`` over a running engine.
+
+    Pictures that are drawn one code at a time share the engine's batch; everything else runs in it alone.
 
     Args:
-        pipe: what answers. Adapters are loaded into it by their folder's name.
-        loras: adapter folders to choose from.
-        waiting: length of the queue.
+        engine: what answers; the page offers its adapters.
+        chosen: the adapter that is chosen at first.
 
     Raises:
-        ValueError: if gradio is not installed, the queue is shorter than 1, an adapter belongs to another model, or two
-            adapters have one name.
+        ValueError: if gradio is not installed.
     """
     try:
         import gradio
     except ModuleNotFoundError as error:
         raise ValueError("serve: gradio is not installed; pip install 'unified-npp[demo]'.") from error
-    if waiting < 1:
-        raise ValueError(f"queue: {waiting} must be at least 1.")
-    adapters = _load_adapters(pipe, loras)
+    pipe = engine.pipe
     pipe.set_progress_bar_config(disable=True)
+    height, width = pipe.default_size
 
-    def answer(error: ValueError) -> Exception:
+    def answers(job: Job) -> Iterator[Any]:
+        """What a job shows; it is stopped when nobody looks any more."""
+        try:
+            yield from job.previews()
+        finally:
+            job.cancel()
+
+    def told(error: ValueError) -> Exception:
         return gradio.Error(str(error), duration=None, print_exception=False)
+
+    def adapter_of(lora: str) -> str | None:
+        return None if lora == NO_ADAPTER else lora
 
     def draw(
         prompt: str,
@@ -48,68 +73,174 @@ def build_demo(pipe: UnifiedPipeline, loras: Sequence[str | Path] = (), waiting:
         temperature: float,
         decoding: str,
         lora: str,
-    ) -> Iterator[list[Image.Image]]:
+    ) -> Iterator[Any]:
         try:
             options = checked(prompt, negative, seed, count)
-            choose_adapter(pipe, adapters, lora)
-            for output in pipe.stream(**options, guidance_scale=guidance, temperature=temperature, decoding=decoding):
-                yield output.images  # type: ignore[misc]
+            sampling = Sampling(guidance, temperature)
+            if decoding == "plain":
+                job = engine.submit(sampling=sampling, adapter=adapter_of(lora), **options)
+            else:
+                options |= {"guidance_scale": guidance, "temperature": temperature, "decoding": decoding}
+                job = engine.alone(lambda: pipe.stream(**options), adapter_of(lora))
+            yield gradio.skip(), waiting_text(job)
+            captions = [f"seed {int(seed) + i}" for i in range(int(count))]
+            for output in answers(job):
+                about = f"guidance {guidance:g}, temperature {temperature:g}, LoRA {lora}"
+                yield list(zip(output.images, captions, strict=True)), drawn_text(output.codes, about)
+        except CancelledError:
+            yield gradio.skip(), "Stopped."
         except ValueError as error:
-            raise answer(error) from error
+            raise told(error) from error
 
     def edit(
         prompt: str, layers: dict[str, Any] | None, seed: float, guidance: float, temperature: float, lora: str
-    ) -> Any:
+    ) -> Iterator[Any]:
         try:
             options = checked(prompt, "", seed, 1)
-            choose_adapter(pipe, adapters, lora)
-            image, mask = painted(layers, pipe.default_size)
-            return pipe.inpaint(
-                image=image, mask_image=mask, guidance_scale=guidance, temperature=temperature, **options
-            ).images[0]
+            image, mask = painted(layers, (height, width))
+            options |= {"image": image, "mask_image": mask, "guidance_scale": guidance, "temperature": temperature}
+            job = engine.alone(lambda: pipe.stream(**options), adapter_of(lora))
+            yield gradio.skip(), waiting_text(job)
+            for output in answers(job):
+                yield (
+                    output.images[0],
+                    drawn_text(output.codes, f"seed {int(seed)}, guidance {guidance:g}, LoRA {lora}"),
+                )
+        except CancelledError:
+            yield gradio.skip(), "Stopped."
         except ValueError as error:
-            raise answer(error) from error
+            raise told(error) from error
 
-    def describe(image: Image.Image | None, seed: float, temperature: float, lora: str) -> str:
+    def describe(file: str | None, seed: float, temperature: float, lora: str) -> str:
         try:
-            if image is None:
-                raise ValueError("image: none given; upload a picture.")
-            choose_adapter(pipe, adapters, lora)
-            height, width = pipe.default_size
-            generator = torch.Generator().manual_seed(int(seed))
-            return pipe.caption(image.resize((width, height)), temperature=temperature, generator=generator)[0]
-        except ValueError as error:
-            raise answer(error) from error
-
-    with gradio.Blocks(title="unified") as page:
-        gradio.Markdown("# unified\nPictures from text, edits, and text from pictures.")
-        with gradio.Row():
-            seed = gradio.Number(0, label="Seed", precision=0, elem_id="seed")
-            guidance = gradio.Slider(1, 10, 1.5, step=0.1, label="Guidance", elem_id="guidance")
-            temperature = gradio.Slider(0.1, 2, 0.85, step=0.05, label="Temperature", elem_id="temperature")
-            lora = gradio.Dropdown(["none", *adapters], value="none", label="LoRA", elem_id="lora")
-        prompt = gradio.Textbox(label="Prompt", placeholder="red apple", max_length=PROMPT_LIMIT, elem_id="prompt")
-        with gradio.Tab("Draw"):
-            with gradio.Row():
-                negative = gradio.Textbox(label="Negative prompt", max_length=PROMPT_LIMIT)
-                count = gradio.Slider(1, IMAGES_LIMIT, 1, step=1, label="Pictures")
-                decoding = gradio.Dropdown(["plain", "jacobi", "sjd", "gsd"], value="plain", label="Decoding")
-            button = gradio.Button("Draw", variant="primary", elem_id="draw")
-            gallery = gradio.Gallery(label="Pictures", elem_id="pictures", format="png", columns=IMAGES_LIMIT)
-            inputs = [prompt, negative, seed, count, guidance, temperature, decoding, lora]
-            gradio.on([button.click, prompt.submit], draw, inputs, gallery, concurrency_limit=1, concurrency_id="model")
-        with gradio.Tab("Edit"):
-            canvas = gradio.ImageEditor(type="pil", label="Upload a picture and paint over what is to be redrawn")
-            edited = gradio.Image(label="Result", format="png")
-            gradio.Button("Redraw").click(
-                edit, [prompt, canvas, seed, guidance, temperature, lora], edited, concurrency_id="model"
+            image = fit(opened(file), (height, width))
+            (generator,) = checked("-", "", seed, 1)["generator"]
+            job = engine.alone(
+                lambda: pipe.caption(image, temperature=temperature, generator=generator), adapter_of(lora)
             )
-        with gradio.Tab("Describe"):
-            upload = gradio.Image(type="pil", label="Picture")
-            text = gradio.Textbox(label="Caption")
-            gradio.Button("Describe").click(describe, [upload, seed, temperature, lora], text, concurrency_id="model")
-    page.queue(max_size=waiting, default_concurrency_limit=1)
-    return page
+            return job.result()
+        except ValueError as error:
+            raise told(error) from error
+
+    with gradio.Blocks(title="unified", analytics_enabled=False, delete_cache=(600, 3600)) as page:
+        gradio.Markdown(
+            "# unified\nOne language model that draws pictures from text, redraws parts of them, and describes them. "
+            f"This one has {parameters(pipe)} and draws {width} × {height} pixels."
+        )
+        with gradio.Row():
+            with gradio.Column(scale=2, min_width=280):
+                with gradio.Group():
+                    seed = gradio.Number(
+                        0, label="Seed", info="The same seed draws the same picture.", precision=0, elem_id="seed"
+                    )
+                    fresh = gradio.Button("New seed", size="sm")
+                guidance = gradio.Slider(
+                    1,
+                    10,
+                    1.5,
+                    step=0.1,
+                    label="Guidance",
+                    info="How closely to follow the prompt; 1 is off.",
+                    elem_id="guidance",
+                )
+                temperature = gradio.Slider(
+                    0.1,
+                    2,
+                    0.85,
+                    step=0.05,
+                    label="Temperature",
+                    info="Lower is safer, higher more varied.",
+                    elem_id="temperature",
+                )
+                lora = gradio.Dropdown(
+                    [NO_ADAPTER, *engine.adapters], value=chosen, label="LoRA", info="A style learned on top of the model.",
+                    elem_id="lora", visible=bool(engine.adapters),
+                )  # fmt: skip
+            with gradio.Column(scale=5), gradio.Tabs():
+                with gradio.Tab("Draw"):
+                    prompt = gradio.Textbox(label="Prompt", placeholder="red apple", elem_id="prompt", autofocus=True)
+                    with gradio.Row():
+                        button = gradio.Button("Draw", variant="primary", elem_id="draw", scale=3)
+                        stop = gradio.Button("Stop", elem_id="stop", scale=1)
+                    gallery = gradio.Gallery(
+                        label="Pictures", elem_id="pictures", format="png", columns=IMAGES_LIMIT, height=420,
+                        object_fit="contain", preview=True, buttons=["download", "fullscreen"],
+                    )  # fmt: skip
+                    status = gradio.Markdown(elem_id="status")
+                    with gradio.Accordion("More options", open=False):
+                        negative = gradio.Textbox(label="Negative prompt", info="What to steer away from.")
+                        count = gradio.Slider(
+                            1,
+                            IMAGES_LIMIT,
+                            1,
+                            step=1,
+                            label="Pictures",
+                            info="Each has the next seed.",
+                            elem_id="count",
+                        )
+                        decoding = gradio.Dropdown(DECODING, value="plain", label="Decoding")
+                with gradio.Tab("Edit"):
+                    gradio.Markdown(
+                        "Upload a picture, paint over what is to be redrawn, and say what the whole picture shows."
+                    )
+                    change = gradio.Textbox(label="Prompt", placeholder="green apple", elem_id="change")
+                    redraw = gradio.Button("Redraw", variant="primary", elem_id="redraw")
+                    with gradio.Row():
+                        canvas = gradio.ImageEditor(
+                            type="pil", label="Picture", sources=["upload", "clipboard"],
+                            layers=False, transforms=[], height=420, elem_id="canvas",
+                        )  # fmt: skip
+                        edited = gradio.Image(
+                            label="Result", format="png", interactive=False, height=420, elem_id="edited",
+                            buttons=["download", "fullscreen"],
+                        )  # fmt: skip
+                    edit_status = gradio.Markdown(elem_id="edit-status")
+                with gradio.Tab("Describe"):
+                    upload = gradio.Image(
+                        type="filepath", image_mode=None, label="Picture", sources=["upload", "clipboard"], elem_id="upload",
+                        height=400,
+                    )  # fmt: skip
+                    ask = gradio.Button("Describe", variant="primary", elem_id="describe")
+                    text = gradio.Textbox(label="Description", elem_id="description")
+        fresh.click(lambda: random.randrange(2**31), outputs=seed, show_progress="hidden", api_visibility="private")
+        shown: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden"}
+        drawing = gradio.on(
+            [button.click, prompt.submit], draw,
+            [prompt, negative, seed, count, guidance, temperature, decoding, lora], [gallery, status], **shown,
+        )  # fmt: skip
+        stop.click(None, cancels=[drawing])
+        gradio.on(
+            [redraw.click, change.submit], edit, [change, canvas, seed, guidance, temperature, lora],
+            [edited, edit_status], **shown,
+        )  # fmt: skip
+        ask.click(describe, [upload, seed, temperature, lora], text, concurrency_limit=None)
+    return page.queue(max_size=None)
+
+
+def launch(page: Any, threads: int = 40, **options: Any) -> Any:
+    """Start the page's server with its limits and looks; nothing is fetched from elsewhere or reported."""
+    import gradio
+
+    theme = gradio.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    return page.launch(max_file_size=UPLOAD_LIMIT, max_threads=threads, show_error=True, share=False, ssr_mode=False,
+                       footer_links=[], theme=theme, css=CSS, **options)  # fmt: skip
+
+
+def parameters(pipe: UnifiedPipeline) -> str:
+    """Size of the language model in words."""
+    count = base_of(pipe.model).num_parameters()
+    return f"{count / 1e6:.1f} million parameters" if count < 1e9 else f"{count / 1e9:.1f} billion parameters"
+
+
+def waiting_text(job: Job) -> str:
+    """What to tell somebody whose job has been queued."""
+    return f"Waiting: {job.ahead} before you." if job.ahead else "Drawing ..."
+
+
+def drawn_text(codes: torch.Tensor, about: str) -> str:
+    """How far pictures ``(N, h, w)`` are, and how they were made."""
+    share = float((codes >= 0).float().mean())
+    return f"Done: {about}." if share == 1 else f"Drawing ... {share:.0%}"
 
 
 def checked(prompt: str, negative: str, seed: float, count: float) -> dict[str, Any]:
@@ -131,39 +262,59 @@ def checked(prompt: str, negative: str, seed: float, count: float) -> dict[str, 
     }  # fmt: skip
 
 
-def painted(layers: dict[str, Any] | None, size: tuple[int, int]) -> tuple[Image.Image, Image.Image]:
-    """Picture and mask of an image editor's value, resized to ``size`` (height, width).
+def check_pixels(image: Image.Image) -> Image.Image:
+    """Refuse a picture above :data:`PIXEL_LIMIT`, before it is decoded: a small file may hold a huge one."""
+    if image.width * image.height > PIXEL_LIMIT:
+        raise ValueError(
+            f"image: {image.width}x{image.height} pixels, at most {PIXEL_LIMIT // 10**6} million are allowed here; "
+            "make it smaller."
+        )
+    return image
+
+
+def opened(file: str | Path | None) -> Image.Image:
+    """An uploaded picture in RGB, upright, on white.
 
     Raises:
-        ValueError: if nothing was uploaded or painted.
+        ValueError: if there is none, it is no picture, or it has too many pixels.
+    """
+    if file is None:
+        raise ValueError("image: none given; upload a picture.")
+    try:
+        with Image.open(file) as image:
+            return as_rgb(ImageOps.exif_transpose(check_pixels(image)))
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
+        raise ValueError(f"image: cannot be read ({error}); upload a PNG, JPEG or WebP file.") from error
+
+
+def painted(layers: dict[str, Any] | None, size: tuple[int, int]) -> tuple[Image.Image, Image.Image]:
+    """Picture and mask of an image editor's value, scaled and cropped to ``size`` (height, width).
+
+    Raises:
+        ValueError: if nothing was uploaded or painted, or the picture has too many pixels.
     """
     if not layers or layers.get("background") is None:
         raise ValueError("image: none given; upload a picture.")
-    height, width = size
-    background = layers["background"]
+    background = check_pixels(layers["background"])
     mask = Image.new("L", background.size)
     for layer in layers["layers"]:
         mask.paste(255, (0, 0), layer.convert("RGBA").getchannel("A").point(lambda a: 255 if a > 0 else 0))
     if mask.getbbox() is None:
         raise ValueError("mask: nothing is painted; paint over what is to be redrawn.")
-    return background.convert("RGB").resize((width, height)), mask.resize((width, height), Image.Resampling.NEAREST)
+    return fit(as_rgb(background), size), fit(mask, size).point(lambda a: 255 if a > 64 else 0)
 
 
-def choose_adapter(pipe: UnifiedPipeline, adapters: Sequence[str], name: str) -> None:
-    """Make one adapter count, or none. Raises ValueError for a name that is not offered."""
-    if name not in ("none", *adapters):
-        raise ValueError(f"lora: {name!r} is not offered; choose one of {['none', *adapters]}.")
-    if name != "none":
-        pipe.enable_lora()
-        pipe.set_adapters(name)
-    elif adapters:
-        pipe.disable_lora()
+def load_adapters(pipe: UnifiedPipeline, folders: Sequence[str | Path]) -> list[str]:
+    """Load adapters under their folders' names; returns these.
 
-
-def _load_adapters(pipe: UnifiedPipeline, folders: Sequence[str | Path]) -> list[str]:
-    names = [Path(folder).name for folder in folders]
-    if len(set(names)) < len(names) or "none" in names:
-        raise ValueError(f"loras: {names} must be different names, none of them 'none'; rename a folder.")
+    Raises:
+        ValueError: if an adapter belongs to another model, or a name cannot be one of the choices.
+    """
+    names = [Path(folder).resolve().name for folder in folders]
+    if len(set(names)) < len(names) or NO_ADAPTER in names or any("." in name for name in names):
+        raise ValueError(
+            f"loras: {names} must be different names without dots, none of them {NO_ADAPTER!r}; rename a folder."
+        )
     for folder in folders:
         check_layout(pipe.model, folder)
     for folder, name in zip(folders, names, strict=True):
@@ -171,7 +322,19 @@ def _load_adapters(pipe: UnifiedPipeline, folders: Sequence[str | Path]) -> list
     return names
 
 
-def serve(pipe: UnifiedPipeline, loras: Sequence[str | Path], host: str, port: int, waiting: int) -> None:
-    """Run the page until interrupted."""
-    page = build_demo(pipe, loras, waiting)
-    page.launch(server_name=host, server_port=port, max_file_size=UPLOAD_LIMIT, show_error=True)
+def serve(
+    pipe: UnifiedPipeline,
+    loras: Sequence[str | Path],
+    chosen: str | Path | None,
+    host: str,
+    port: int,
+    slots: int,
+    waiting: int,
+) -> None:
+    """Run the page until interrupted; ``chosen`` is an adapter beside ``loras`` that counts at first."""
+    names = load_adapters(pipe, [*([] if chosen is None else [chosen]), *loras])
+    # gradio decodes uploads before the page sees them; Pillow refuses above twice this number.
+    Image.MAX_IMAGE_PIXELS = PIXEL_LIMIT // 2
+    with closing(Engine(pipe, slots, waiting)) as engine:
+        page = build_demo(engine, NO_ADAPTER if chosen is None else names[0])
+        launch(page, threads=40 + slots + waiting, server_name=host, server_port=port)

@@ -8,23 +8,23 @@ from PIL import Image
 from torch import Tensor
 
 from unified_tokenizers import ImageTokenizer
-from unified_tokenizers.images import to_tensor
+from unified_tokenizers.images import as_rgb, to_tensor
 
 
-def as_images(images: Image.Image | Sequence[Image.Image]) -> list[Image.Image]:
-    """One picture or several as a list. Raises ValueError for anything else."""
+def as_images(images: Image.Image | Sequence[Image.Image], name: str = "image") -> list[Image.Image]:
+    """One picture or several as a list. Raises ValueError for anything else, which it calls ``name``."""
     pictures = [images] if isinstance(images, Image.Image) else images
     if not isinstance(pictures, Sequence) or not pictures or not all(isinstance(p, Image.Image) for p in pictures):
-        raise ValueError(f"image: {images!r} is not a PIL picture; give one, or a list of them.")
+        raise ValueError(f"{name}: {images!r} is not a PIL picture; give one, or a list of them.")
     return list(pictures)
 
 
 def codes_to_keep(
     tokenizer: ImageTokenizer,
     image: Image.Image | Sequence[Image.Image],
-    mask_image: Image.Image | Sequence[Image.Image],
+    mask_image: Image.Image | Sequence[Image.Image] | None,
 ) -> Tensor:
-    """Codes of pictures, -1 in every cell that a mask touches.
+    """Codes of pictures, -1 in every cell that a mask touches; without masks all of them.
 
     Args:
         tokenizer: the pipeline's image tokenizer.
@@ -37,7 +37,11 @@ def codes_to_keep(
     Raises:
         ValueError: if a mask has another size or there are more or fewer masks than pictures.
     """
-    pictures, masks = as_images(image), as_images(mask_image)
+    pictures = as_images(image)
+    codes = tokenizer.encode(to_tensor(pictures))
+    if mask_image is None:
+        return codes
+    masks = as_images(mask_image, "mask_image")
     if len(masks) != len(pictures):
         raise ValueError(f"mask_image: {len(masks)} masks for {len(pictures)} pictures; give one mask per picture.")
     for picture, mask in zip(pictures, masks, strict=True):
@@ -45,22 +49,24 @@ def codes_to_keep(
             raise ValueError(
                 f"mask_image: {mask.width}x{mask.height} pixels, the picture has {picture.width}x{picture.height}; resize it."
             )
-    codes = tokenizer.encode(to_tensor(pictures))
     stride = tokenizer.downsample
     redraw = torch.from_numpy(np.stack([np.asarray(mask.convert("L")) for mask in masks]) > 127)
     touched = redraw.unfold(1, stride, stride).unfold(2, stride, stride).any(dim=-1).any(dim=-1)
     return codes.masked_fill(touched.to(codes.device), -1)
 
 
-def share_to_keep(
-    tokenizer: ImageTokenizer, image: Image.Image | Sequence[Image.Image], keep: float, seed: int = 0
-) -> Tensor:
-    """Codes of pictures, all but a random share ``keep`` of the cells set to -1; ``(N, h, w)``."""
+def share_to_keep(codes: Tensor, keep: float, generators: Sequence[torch.Generator]) -> Tensor:
+    """Codes ``(N, h, w)``, all but a random share ``keep`` of each picture's cells set to -1; its generator stays.
+
+    Raises:
+        ValueError: if ``keep`` is no share.
+    """
     if isinstance(keep, bool) or not isinstance(keep, int | float) or not 0 <= keep <= 1:
         raise ValueError(f"keep: {keep!r} is not a share in [0, 1].")
-    codes = tokenizer.encode(to_tensor(as_images(image)))
     flat = codes.flatten(1).clone()
-    for row in flat:
+    for row, generator in zip(flat, generators, strict=True):
+        # The second number: decoding seeds its own choices with the first.
+        seed = int(torch.randint(2**63 - 1, (2,), generator=generator.clone_state(), device=generator.device)[1])
         order = torch.randperm(len(row), generator=torch.Generator().manual_seed(seed))
         row[order[round(keep * len(row)) :].to(row.device)] = -1
     return flat.reshape(codes.shape)
@@ -79,7 +85,7 @@ def outpainting_canvas(
             f"image: {image.width}x{image.height} pixels at top {top}, left {left} leave the canvas of {width}x{height}."
         )
     # The border repeats the picture's edge, so that codes near it are those of a picture that goes on.
-    pixels = np.asarray(image.convert("RGB"))
+    pixels = np.asarray(as_rgb(image))
     around = ((top, height - top - image.height), (left, width - left - image.width), (0, 0))
     canvas = Image.fromarray(np.pad(pixels, around, mode="edge"))
     mask = Image.new("L", (width, height), 255)
@@ -92,10 +98,10 @@ def unfinished_pictures(tokenizer: ImageTokenizer, codes: Tensor) -> Tensor:
     missing = codes < 0
     if not bool(missing.any()):
         return tokenizer.decode(codes)
-    # The decoder looks across cells: what is missing repeats the last code, which harms its neighbours least.
-    flat, drawn = codes.flatten(1), (~missing).flatten(1).sum(dim=1)
-    last = flat.gather(1, (drawn - 1).clamp_min(0)[:, None]).clamp_min(0)
-    pictures = tokenizer.decode(torch.where(flat < 0, last, flat).reshape(codes.shape))
+    # The decoder looks across cells: what is missing repeats the code before it, which harms its neighbours least.
+    flat = codes.flatten(1)
+    last = torch.arange(flat.shape[1], device=flat.device).where(flat >= 0, 0).cummax(dim=1).values
+    pictures = tokenizer.decode(flat.gather(1, last).clamp_min(0).reshape(codes.shape))
     stride = tokenizer.downsample
     hidden = missing.repeat_interleave(stride, dim=1).repeat_interleave(stride, dim=2)
     return pictures.masked_fill(hidden[:, None].to(pictures.device), 0.0)

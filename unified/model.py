@@ -12,6 +12,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from unified.conditioning import build_condition
 from unified.config import UnifiedConfig
 from unified.head import ImageHead, patch_losses
+from unified.image_init import initialize_image_tables
 from unified.npp import group_embeddings, group_targets
 from unified.rope import GridRotary
 from unified.sequence import IGNORE
@@ -76,11 +77,12 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
         eoi_token_id: int,
         dtype: torch.dtype | None = None,
         attn_implementation: str | None = None,
+        image_init: str = "text",
+        head_init: str = "normal",
+        codebook: Tensor | None = None,
         **config: Any,
     ) -> "UnifiedForCausalLM":
         """Attach image tables to a pretrained decoder; its text logits stay what they were.
-
-        The image embedding starts with the mean and the per-dimension spread of the backbone's text embedding.
 
         Args:
             pretrained_model_name_or_path: folder or Hub name of any ``AutoModelForCausalLM``.
@@ -88,6 +90,7 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
             boi_token_id, eoi_token_id: ids of the backbone's vocabulary (unused or reserved ones) that frame an image.
             dtype: weights' dtype, as in ``from_pretrained``.
             attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``, as in ``from_pretrained``.
+            image_init, head_init, codebook: how the tables start, see :func:`unified.image_init.initialize_image_tables`.
             config: further fields of :class:`UnifiedConfig`.
         """
         backbone: Any = AutoModelForCausalLM.from_pretrained(
@@ -98,18 +101,14 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
             codebook_size=codebook_size,
             boi_token_id=boi_token_id,
             eoi_token_id=eoi_token_id,
-            **config,
+            **{"new_image_tables": True, **config},
         )
         model = cls(unified)
         model.to(dtype=backbone.dtype)  # type: ignore[call-arg]
         model.backbone.load_state_dict(_with_wrapped_rotary(backbone.state_dict()))
         model.backbone.generation_config = backbone.generation_config
         model.generation_config = backbone.generation_config
-        with torch.no_grad():
-            # Through the module, because some backbones (Gemma 3) scale what they look up.
-            text = backbone.get_input_embeddings()(torch.arange(backbone.config.vocab_size)).float()
-            noise = torch.randn(model.image_embed.weight.shape)
-            model.image_embed.weight.copy_(text.mean(dim=0) + noise * text.std(dim=0))
+        initialize_image_tables(model, image_init, head_init, codebook)
         return model
 
     def get_input_embeddings(self) -> nn.Module:

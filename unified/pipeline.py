@@ -14,16 +14,30 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from unified.conversation import as_messages, as_segments, check_sizes, continue_conversations
+from unified.conversation import check_sizes
 from unified.decoding import Sampling, make_decoder
 from unified.decoding.backbone import Decoder
+from unified.decoding.state import weights_state
 from unified.inpainting import as_images, codes_to_keep, share_to_keep, unfinished_pictures
 from unified.lora import base_of
+from unified.lora_active import save_fused
 from unified.model import UnifiedForCausalLM
 from unified.pipeline_lora import LoraMethods
-from unified.prompting import known_grid, per_image, plan_drawing
+from unified.pipeline_text import TextMethods
+from unified.prompting import (
+    GUIDANCE_SCALE,
+    Drawing,
+    as_prompts,
+    check_call,
+    check_parts,
+    check_whole,
+    known_grid,
+    one_per_picture,
+    per_image,
+    plan_drawing,
+)
 from unified_tokenizers import AutoImageTokenizer, ImageTokenizer, TextTokenizer, load_text_tokenizer
-from unified_tokenizers.images import to_pil, to_uint8
+from unified_tokenizers.images import to_pil
 
 PIPELINE_FILE = "pipeline.json"
 OUTPUT_TYPES = ("pil", "np", "pt", "codes")
@@ -38,7 +52,7 @@ class UnifiedPipelineOutput:
     interrupted: bool = False
 
 
-class UnifiedPipeline(LoraMethods):
+class UnifiedPipeline(LoraMethods, TextMethods):
     """A unified model with its image and text tokenizer.
 
     Args:
@@ -51,27 +65,15 @@ class UnifiedPipeline(LoraMethods):
     """
 
     def __init__(self, model: UnifiedForCausalLM, image_tokenizer: ImageTokenizer, text_tokenizer: TextTokenizer):
-        expected = model.config.image_tokenizer_fingerprint
-        if expected is not None and image_tokenizer.fingerprint != expected:
-            raise ValueError(
-                f"image_tokenizer: fingerprint {image_tokenizer.fingerprint} is not the one that the model was trained "
-                f"with ({expected}); its codes would mean other pictures."
-            )
-        if image_tokenizer.codebook_size != model.config.codebook_size:
-            raise ValueError(
-                f"image_tokenizer: {image_tokenizer.codebook_size} codes, the model has {model.config.codebook_size}."
-            )
-        if text_tokenizer.vocab_size > model.config.layout.text_vocab_size:
-            raise ValueError(
-                f"text_tokenizer: {text_tokenizer.vocab_size} ids, the model has {model.config.layout.text_vocab_size}."
-            )
+        check_parts(model.config, image_tokenizer, text_tokenizer)
         self.model: UnifiedForCausalLM | PeftModel = model.eval()
         self.image_tokenizer = image_tokenizer
         self.text_tokenizer = text_tokenizer
         self._progress_bar: dict[str, Any] = {}
         self._interrupted = False
-        self._fast: dict[str, bool] | None = None  # options of a decoder that is kept between calls
-        self._kept: Decoder | None = None
+        self._fast: dict[str, bool] = {}  # options of the decoder
+        self._kept: Decoder | None = None  # kept between calls
+        self._kept_state: Any = None  # weights and adapters that it was made of
 
     @classmethod
     def from_pretrained(
@@ -96,22 +98,26 @@ class UnifiedPipeline(LoraMethods):
                 f"pipeline: {str(folder)!r} has no {PIPELINE_FILE}; give a folder written by save_pretrained."
             )
         model = UnifiedForCausalLM.from_pretrained(folder / "model", dtype=torch_dtype)
+        model.name_or_path = str(pretrained_model_name_or_path)  # what an adapter names as its base
         image_tokenizer = AutoImageTokenizer.from_pretrained(folder / "image_tokenizer")
         return cls(model, image_tokenizer, load_text_tokenizer(folder / "text_tokenizer"))
 
-    def save_pretrained(self, save_directory: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Write the base model and both tokenizers: safetensors, JSON and the sentencepiece model; no pickle.
+    def save_pretrained(
+        self, save_directory: str | Path, state_dict: dict[str, Tensor] | None = None, card: str | None = None
+    ) -> None:
+        """Write the model and both tokenizers: safetensors, JSON and the sentencepiece model; no pickle.
 
-        ``state_dict`` replaces the model's own weights, for models whose weights are cut over processes.
+        Fused adapters are part of the weights that are written. ``state_dict`` replaces the model's own weights, for models
+        whose weights are cut over processes; ``card`` is the text of a ``README.md`` beside them.
 
         Raises:
-            ValueError: if adapters are loaded; save those with ``unified.lora.save_lora`` and unload them first.
+            ValueError: if adapters are loaded and not fused: those are saved with ``unified.lora.save_lora``.
         """
-        if isinstance(self.model, PeftModel):
-            raise ValueError("save_pretrained: adapters are loaded; call unload_lora_weights() first.")
         folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.model.save_pretrained(folder / "model", state_dict=state_dict)
+        if isinstance(self.model, PeftModel):
+            save_fused(self.model, folder / "model")
+        else:
+            self.model.save_pretrained(folder / "model", state_dict=state_dict)
         self.image_tokenizer.save_pretrained(folder / "image_tokenizer")
         self.text_tokenizer.save_pretrained(folder / "text_tokenizer")
         description = {
@@ -119,6 +125,8 @@ class UnifiedPipeline(LoraMethods):
             "image_tokenizer_fingerprint": self.image_tokenizer.fingerprint,
         }
         (folder / PIPELINE_FILE).write_text(json.dumps(description, indent=2))
+        if card is not None:
+            (folder / "README.md").write_text(card, encoding="utf-8")
 
     def to(self, *args: Any, **kwargs: Any) -> "UnifiedPipeline":
         """Move the model and the image tokenizer to a device; a dtype goes to the model only."""
@@ -144,7 +152,7 @@ class UnifiedPipeline(LoraMethods):
         prompt: str | Sequence[str],
         height: int | None = None,
         width: int | None = None,
-        guidance_scale: float = 3.0,
+        guidance_scale: float = GUIDANCE_SCALE,
         negative_prompt: str | Sequence[str] | None = None,
         num_images_per_prompt: int = 1,
         temperature: float = 1.0,
@@ -166,9 +174,9 @@ class UnifiedPipeline(LoraMethods):
             negative_prompt: what to steer away from; one for all, or one per prompt. Default: the empty caption.
             num_images_per_prompt: pictures per caption; those of one caption are adjacent in the output.
             temperature, top_k, top_p: see :class:`unified.decoding.Sampling`.
-            generator: one ``torch.Generator`` per picture, or one that seeds them all; fixes the result, whatever else is
-                in the batch. The same generator with another caption changes only what has to change.
-            output_type: ``pil``, ``np`` (N, H, W, 3 uint8), ``pt`` (N, 3, H, W in [-1, 1]) or ``codes``.
+            generator: one ``torch.Generator`` per picture, or one that draws the first and seeds the others; fixes the
+                result, whatever else is in the batch. The same one with another caption changes only what has to change.
+            output_type: ``pil``; float32 in [0, 1] as ``np`` (N, H, W, 3) or ``pt`` (N, 3, H, W); or ``codes``.
             callback_on_step_end: called as ``f(pipeline, index, codes (N, index + 1))`` after every code, with
                 speculative decoding after every pass; -1 stands for codes that a picture does not have yet.
             guidance_schedule: see :class:`unified.decoding.Sampling`.
@@ -186,31 +194,44 @@ class UnifiedPipeline(LoraMethods):
         return output
 
     def stream(
-        self, prompt: str | Sequence[str], preview_every: int | None = None, **options: Any
+        self,
+        prompt: str | Sequence[str],
+        preview_every: int | None = None,
+        image: Image.Image | Sequence[Image.Image] | None = None,
+        mask_image: Image.Image | Sequence[Image.Image] | None = None,
+        keep: float | None = None,
+        **options: Any,
     ) -> Iterator[UnifiedPipelineOutput]:
         """Draw pictures for prompts and show them on the way.
 
         Args:
             prompt: one caption or several.
             preview_every: codes between two previews; default one row of the grid.
+            image, mask_image: as in :meth:`inpaint`.
+            image, keep: as in :meth:`variation`.
             options: all other arguments of :meth:`__call__`.
 
         Yields:
-            Outputs whose pictures are grey, and whose codes are -1, where nothing has been drawn; the last one is complete.
+            Outputs whose pictures are grey, and whose codes are -1, where nothing is drawn or known; the last one is complete.
 
         Raises:
             ValueError: as :meth:`__call__`, when the first preview is asked for.
         """
+        if image is not None or mask_image is not None or keep is not None:
+            if image is None or (mask_image is None) == (keep is None):
+                raise ValueError(
+                    "image: goes with mask_image to inpaint, or with keep for a variation; give two of them."
+                )
+            options = self._edited(prompt, image, mask_image, keep, options)
         bound = inspect.signature(self.__call__).bind(prompt, **options)
         bound.apply_defaults()
         given = bound.arguments
         names = ("guidance_scale", "temperature", "top_k", "top_p", "guidance_schedule")
         sampling = Sampling(*(given.pop(name) for name in names))
         given["on_step"] = given.pop("callback_on_step_end")
-        every = 0 if preview_every is None else preview_every  # 0 stands for one row
-        if isinstance(every, bool) or not isinstance(every, int) or every < 0:
-            raise ValueError(f"preview_every: {preview_every!r} must be a whole number of codes, at least 1.")
-        yield from self._draw(sampling=sampling, preview_every=every, **given)
+        if preview_every is not None:
+            check_whole("preview_every", preview_every)
+        yield from self._draw(sampling=sampling, preview_every=preview_every or 0, **given)  # 0 stands for one row
 
     def _draw(
         self,
@@ -230,6 +251,7 @@ class UnifiedPipeline(LoraMethods):
         """Previews, unless ``preview_every`` is None, and the finished pictures."""
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type: {output_type!r} is unknown; use one of {OUTPUT_TYPES}.")
+        check_call(callback=on_step, known=known)
         config = base_of(self.model).config
         grid = known_grid(config, self.image_tokenizer.downsample, height, width)
         drawing = plan_drawing(config, self.text_tokenizer, grid, prompt, negative_prompt, num_images_per_prompt,
@@ -242,53 +264,56 @@ class UnifiedPipeline(LoraMethods):
                 drawn = int((codes >= 0).sum())
                 bar.update(drawn - bar.n)
                 if on_step is not None:
-                    on_step(self, codes.shape[1] - 1, codes)
+                    on_step(self, codes.shape[1] - 1, codes.clone())  # decoding goes on writing to its own
                 if self._interrupted:
                     break
                 if every is not None and shown + every <= drawn // count < steps:
                     shown = drawn // count
-                    yield self._output(codes, grid, output_type)
-        yield self._output(codes, grid, output_type)
+                    yield self._output(codes, drawing, output_type)
+        yield self._output(codes, drawing, output_type)
 
-    def _output(self, codes: Tensor, grid: tuple[int, int], output_type: str) -> UnifiedPipelineOutput:
-        missing = grid[0] * grid[1] - codes.shape[1]
-        codes = torch.nn.functional.pad(codes, (0, missing), value=-1).reshape(-1, *grid)
+    def _output(self, codes: Tensor, drawing: Drawing, output_type: str) -> UnifiedPipelineOutput:
+        missing = drawing.grid[0] * drawing.grid[1] - codes.shape[1]
+        codes = torch.nn.functional.pad(codes, (0, missing), value=-1).reshape(-1, *drawing.grid)
+        known = codes if drawing.known is None else drawing.known.to(codes.device)
+        codes = torch.where(codes < 0, known, codes)
+        interrupted = self._interrupted and bool((codes < 0).any())
         if output_type == "codes":
-            return UnifiedPipelineOutput(codes, codes, self._interrupted)
+            return UnifiedPipelineOutput(codes, codes, interrupted)
         pictures: Any = unfinished_pictures(self.image_tokenizer, codes)
+        pictures = to_pil(pictures) if output_type == "pil" else (pictures.float() / 2 + 0.5).clamp(0, 1)
         if output_type == "np":
-            pictures = to_uint8(pictures).permute(0, 2, 3, 1).cpu().numpy()
-        elif output_type == "pil":
-            pictures = to_pil(pictures)
-        return UnifiedPipelineOutput(pictures, codes, self._interrupted)
+            pictures = pictures.permute(0, 2, 3, 1).cpu().numpy()
+        return UnifiedPipelineOutput(pictures, codes, interrupted)
 
     def interrupt(self) -> None:
         """Stop drawing after the current code, from a callback or another thread; what is missing stays grey."""
         self._interrupted = True
 
     def enable_fast_decoding(self, compile: bool = False, int8: bool = False) -> None:
-        """Keep a prepared decoder between calls, compiled with ``torch.compile`` or with 8-bit weights (not exact).
+        """Prepare the decoder now, compiled with ``torch.compile`` or with 8-bit weights (not exact).
 
-        It holds the weights and adapters of now: call again after changing weights by hand. Loading, switching and
-        unloading adapters and :meth:`to` renew it by themselves.
+        A decoder is a copy of the weights, kept between calls and renewed when weights or adapters change (but not when
+        weights are written through ``.data``, which leaves no trace).
 
         Raises:
             ValueError: if the backbone or the device does not allow it.
         """
-        self._fast = {"compile": compile, "int8": int8}
-        self._kept = None
-        self._kept = self._decoder()
+        options, model = {"compile": compile, "int8": int8}, base_of(self.model)
+        self._kept = make_decoder(model, **options)  # may fail, and then nothing has changed
+        self._kept_state, self._fast = weights_state(model), options
 
     def disable_fast_decoding(self) -> None:
-        """Prepare a decoder in every call again."""
-        self._fast = self._kept = None
+        """Free the decoder that is kept; the next call prepares an exact one that is not compiled."""
+        self._fast = {}
+        self._kept = None
 
     def _decoder(self) -> Decoder:
         model = base_of(self.model)
-        if self._fast is None:
-            return make_decoder(model)
-        if self._kept is None or self._kept.model is not model:
-            self._kept = make_decoder(model, **self._fast)
+        state = weights_state(model)
+        if self._kept is None or self._kept.model is not model or self._kept_state != state:
+            self._kept = None  # its memory first
+            self._kept, self._kept_state = make_decoder(model, **self._fast), state
         return self._kept
 
     def inpaint(
@@ -305,91 +330,36 @@ class UnifiedPipeline(LoraMethods):
 
         Args:
             prompt: what the whole picture shows.
-            image: one picture, or one per prompt, of a size that the model was trained on.
+            image: one picture, one per prompt or one per picture drawn, of a size that the model was trained on.
             mask_image: as many masks of the same size.
             options: as in :meth:`__call__`.
 
         Raises:
             ValueError: if sizes differ or are unknown to the model, and as :meth:`__call__`.
         """
-        return self(
-            prompt, **self._sized(image), known=codes_to_keep(self.image_tokenizer, image, mask_image), **options
-        )
+        masks = as_images(mask_image, "mask_image")
+        return self(prompt, **self._edited(prompt, image, masks, None, options))
 
     def variation(
         self, prompt: str | Sequence[str], image: Image.Image | Sequence[Image.Image], keep: float = 0.5, **options: Any
     ) -> UnifiedPipelineOutput:
-        """Draw a picture anew but for a share ``keep`` of its codes, spread at random; arguments as in :meth:`inpaint`."""
-        return self(prompt, **self._sized(image), known=share_to_keep(self.image_tokenizer, image, keep), **options)
+        """Draw a picture anew but for a share ``keep`` of its codes; arguments as in :meth:`inpaint`.
 
-    def _sized(self, image: Any) -> dict[str, Any]:
-        images = as_images(image)
+        Which codes stay depends on the picture's generator.
+        """
+        return self(prompt, **self._edited(prompt, image, None, keep, options))
+
+    def _edited(self, prompt: Any, image: Any, masks: Any, keep: Any, options: dict[str, Any]) -> dict[str, Any]:
+        """Options of a call that draws pictures anew: what masks cover, or all but a share ``keep``."""
+        for name in {"height", "width", "known"} & set(options):
+            raise ValueError(f"{name}: an edit takes it from the picture; leave it out.")
+        images, prompts, per_prompt = as_images(image), as_prompts(prompt), options.get("num_images_per_prompt", 1)
         check_sizes(images, base_of(self.model).config, self.image_tokenizer.downsample)
-        return {"height": images[0].height, "width": images[0].width}
-
-    def caption(
-        self,
-        images: Image.Image | Sequence[Image.Image],
-        prompt: str | None = None,
-        max_new_tokens: int = 32,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
-    ) -> list[str]:
-        """Texts for pictures: ``<bos> <boi> codes <eoi> prompt`` and what the model writes until ``<eos>``.
-
-        Args:
-            images: one picture or several, of sizes that the model was trained on.
-            prompt: how the text begins; it is not part of the result.
-            max_new_tokens: tokens after which a text is cut off.
-            temperature, top_k, top_p: see :class:`unified.decoding.Sampling`; ``top_k=1`` takes the likeliest token.
-            generator: one per picture, or one that seeds them all.
-
-        Raises:
-            ValueError: for pictures of a size the model does not know, or a context that is too long.
-        """
-        conversations = [[image] if prompt is None else [image, prompt] for image in as_images(images)]
-        replies = self.chat(
-            conversations, max_new_tokens, 0, Sampling(1.0, temperature, top_k, top_p), generator=generator
-        )
-        return [" ".join(message for message in reply if isinstance(message, str)) for reply in replies]
-
-    def chat(
-        self,
-        messages: Sequence[Any],
-        max_new_tokens: int = 64,
-        max_images: int = 1,
-        text_sampling: Sampling | None = None,
-        image_sampling: Sampling | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
-    ) -> list[Any]:
-        """Continue conversations of texts and pictures with texts and pictures.
-
-        Args:
-            messages: texts and PIL pictures in turn, or a list of such conversations.
-            max_new_tokens, max_images: how much a reply may hold at most.
-            text_sampling, image_sampling: how text and codes are drawn; guidance applies to pictures.
-            height, width: size of the pictures that it draws.
-            generator: one per conversation, or one that seeds them all.
-
-        Returns:
-            The reply as a list of texts and pictures, or one reply per conversation.
-
-        Raises:
-            ValueError: for anything but texts and pictures, or a conversation that does not fit the model's context.
-        """
-        several = isinstance(messages, Sequence) and bool(messages) and not isinstance(messages[0], str | Image.Image)
-        conversations = list(messages) if several else [messages]
-        config, stride = base_of(self.model).config, self.image_tokenizer.downsample
-        read = [as_segments(each, self.image_tokenizer, self.text_tokenizer) for each in conversations]
-        check_sizes([m for each in conversations for m in each if isinstance(m, Image.Image)], config, stride)
-        replies = continue_conversations(
-            self._decoder(), read, known_grid(config, stride, height, width), self.text_tokenizer,
-            per_image(generator, len(read)), text_sampling or Sampling(), image_sampling or Sampling(), max_new_tokens,
-            max_images,
-        )  # fmt: skip
-        shown = [as_messages(reply, self.image_tokenizer, self.text_tokenizer) for reply in replies]
-        return shown if several else shown[0]
+        check_whole("num_images_per_prompt", per_prompt)
+        generators = per_image(options.get("generator"), len(prompts), per_prompt)
+        known = codes_to_keep(self.image_tokenizer, images, masks)
+        known = one_per_picture(known, "image", len(prompts), per_prompt)
+        if masks is None:
+            known = share_to_keep(known, keep, generators)
+        size = {"height": images[0].height, "width": images[0].width}
+        return {**options, **size, "known": known, "generator": generators}

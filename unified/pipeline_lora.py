@@ -2,17 +2,17 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
 
-from peft import LoraModel, PeftModel
+from peft import PeftModel
 
 from unified.decoding.backbone import Decoder
-from unified.lora import load_lora, merge_lora, set_adapters, unload_lora
+from unified.lora import load_lora, unload_lora
+from unified.lora_active import adapter_state, delete_adapters, fuse_lora, set_adapters, switch, unfuse_lora
 from unified.model import UnifiedForCausalLM
 
 
 class LoraMethods:
-    """Load, switch, weigh, fuse and unload adapters of a pipeline's model."""
+    """Load, switch, weigh, fuse and unload adapters of a pipeline's model; the names are those of diffusers."""
 
     model: UnifiedForCausalLM | PeftModel
     _kept: Decoder | None  # holds weights, so it goes when they change
@@ -26,35 +26,53 @@ class LoraMethods:
         """Activate one adapter or several together, with weights. Raises ValueError for unknown names."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         weights = [adapter_weights] * len(names) if isinstance(adapter_weights, int | float) else list(adapter_weights)
-        if not isinstance(self.model, PeftModel):
-            raise ValueError("adapter_names: no adapter is loaded; call load_lora_weights first.")
-        set_adapters(self.model, names, weights)
+        set_adapters(self._adapted("adapter_names"), names, weights)
         self._kept = None
 
+    def get_active_adapters(self) -> list[str]:
+        """Names of the active adapters; empty if none is loaded."""
+        return list(adapter_state(self.model).weights) if isinstance(self.model, PeftModel) else []
+
+    def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
+        """Forget adapters; the others stay as they are. Raises ValueError for unknown names."""
+        model = self._adapted("adapter_names")
+        names = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
+        if names == set(model.peft_config):
+            self.unload_lora_weights()
+        else:
+            delete_adapters(model, sorted(names))
+            self._kept = None
+
     def unload_lora_weights(self) -> None:
-        """Drop all adapters; the base model is as it was before."""
+        """Drop all adapters, fused or not; the base model is as it was before, bit for bit."""
         if isinstance(self.model, PeftModel):
             self.model = unload_lora(self.model)
             self._kept = None
 
     def disable_lora(self) -> None:
-        """Draw with the base model until :meth:`enable_lora`; the adapters stay loaded."""
-        self._switch(False)
+        """Draw with the base model until :meth:`enable_lora`, :meth:`set_adapters` or the next load."""
+        switch(self._adapted("lora"), False)
+        self._kept = None
 
     def enable_lora(self) -> None:
         """Let the active adapters count again."""
-        self._switch(True)
-
-    def _switch(self, enabled: bool) -> None:
-        if not isinstance(self.model, PeftModel):
-            raise ValueError("lora: no adapter is loaded; call load_lora_weights first.")
-        tuner = cast(LoraModel, self.model.base_model)
-        (tuner.enable_adapter_layers if enabled else tuner.disable_adapter_layers)()
+        switch(self._adapted("lora"), True)
         self._kept = None
 
-    def fuse_lora(self) -> None:
-        """Add the active adapters to the weights for good, so that the pipeline can be saved; not needed for speed."""
-        if not isinstance(self.model, PeftModel):
-            raise ValueError("fuse_lora: no adapter is loaded; call load_lora_weights first.")
-        self.model = merge_lora(self.model)
+    def fuse_lora(self, lora_scale: float = 1.0) -> None:
+        """Add the active adapters to the weights, their weights times ``lora_scale``; not needed for speed.
+
+        ``save_pretrained`` then writes a plain model. Raises ValueError if adapters are disabled or fused already.
+        """
+        fuse_lora(self._adapted("fuse_lora"), lora_scale)
         self._kept = None
+
+    def unfuse_lora(self) -> None:
+        """Take the fused adapters out of the weights again, bit for bit. Raises ValueError if nothing is fused."""
+        unfuse_lora(self._adapted("unfuse_lora"))
+        self._kept = None
+
+    def _adapted(self, what: str) -> PeftModel:
+        if not isinstance(self.model, PeftModel):
+            raise ValueError(f"{what}: no adapter is loaded; call load_lora_weights first.")
+        return self.model

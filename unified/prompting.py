@@ -12,7 +12,40 @@ from unified.decoding import Prompt, Sampling, iterate_codes
 from unified.decoding.backbone import Decoder
 from unified.decoding.speculative import MODES, speculate_codes
 from unified.npp import Grid
-from unified_tokenizers import TextTokenizer
+from unified_tokenizers import ImageTokenizer, TextTokenizer
+
+
+def check_parts(config: UnifiedConfig, image_tokenizer: ImageTokenizer, text_tokenizer: TextTokenizer) -> None:
+    """Refuse tokenizers that a model was not trained with; what its config does not know of the text one is set there.
+
+    Raises:
+        ValueError: naming the tokenizer.
+    """
+    expected = config.image_tokenizer_fingerprint
+    if expected is not None and image_tokenizer.fingerprint != expected:
+        raise ValueError(
+            f"image_tokenizer: fingerprint {image_tokenizer.fingerprint} is not the one that the model was trained "
+            f"with ({expected}); its codes would mean other pictures."
+        )
+    if image_tokenizer.codebook_size != config.codebook_size:
+        raise ValueError(
+            f"image_tokenizer: {image_tokenizer.codebook_size} codes, the model has {config.codebook_size}."
+        )
+    if text_tokenizer.vocab_size > config.layout.text_vocab_size:
+        raise ValueError(
+            f"text_tokenizer: {text_tokenizer.vocab_size} ids, the model has {config.layout.text_vocab_size}."
+        )
+    expected, actual = config.text_tokenizer_fingerprint, text_tokenizer.fingerprint
+    if expected not in (None, actual):
+        raise ValueError(
+            f"text_tokenizer: fingerprint {actual} is not the one that the model was trained with ({expected}); its ids "
+            "would mean other words."
+        )
+    config.text_tokenizer_fingerprint = actual
+
+
+DECODING = ("plain", *MODES)
+GUIDANCE_SCALE = 3.0  # of pictures, unless told otherwise
 
 
 def as_prompts(prompt: Any) -> list[str]:
@@ -60,13 +93,15 @@ def known_grid(config: UnifiedConfig, stride: int, height: int | None, width: in
     return grid
 
 
-def drawing_prompt(text: str, tokenizer: TextTokenizer, config: UnifiedConfig, grid: Grid) -> Prompt:
-    """``<bos> text <boi>``. Raises ValueError if the picture has no room behind it."""
+def drawing_prompt(
+    text: str, tokenizer: TextTokenizer, config: UnifiedConfig, grid: Grid, name: str = "prompt"
+) -> Prompt:
+    """``<bos> text <boi>``. Raises ValueError, which calls the text ``name``, if the picture has no room behind it."""
     ids = tokenizer.encode(text.strip()) if text.strip() else []
     limit = config.text_config.max_position_embeddings - grid[0] * grid[1] - 2
     if len(ids) > limit:
         raise ValueError(
-            f"prompt: {len(ids)} tokens, the model has room for {limit} beside the picture; shorten {text!r}."
+            f"{name}: {len(ids)} tokens, the model has room for {limit} beside the picture; shorten {text!r}."
         )
     start = [] if config.layout.bos_token_id is None else [config.layout.bos_token_id]
     return Prompt((*start, *ids, config.boi_token_id))
@@ -77,27 +112,65 @@ def per_image(
 ) -> list[torch.Generator]:
     """One generator per picture.
 
-    A list is taken as it is, and picture i depends on its generator alone. A single generator, or the global state for
-    None, gives every prompt a seed in turn, and picture j of a prompt depends on that seed and j: more prompts behind it
-    or more pictures of each change nothing.
+    A list is taken as it is, and picture i depends on its generator alone. A single generator draws the first picture,
+    so that it means the same as a list of one. All others are seeded by its state, or by the global one for None: every
+    prompt has a seed in turn, and picture j of a prompt depends on that seed and j; more prompts behind it or more
+    pictures of each change nothing.
 
     Raises:
-        ValueError: if a list has another length or holds something else.
+        ValueError: if a list has another length, or holds something else or one generator twice.
     """
     count = prompts * images_per_prompt
     if generator is None or isinstance(generator, torch.Generator):
+        state = None if generator is None else generator.clone_state()
         device = torch.device("cpu") if generator is None else generator.device
-        seeds = torch.randint(2**63 - 1, (prompts,), generator=generator, device=device).tolist()
+        seeds = torch.randint(2**63 - 1, (prompts,), generator=state, device=device).tolist()
         result = []
         for seed in seeds:
             more = torch.randint(2**63 - 1, (images_per_prompt - 1,), generator=torch.Generator().manual_seed(seed))
             result += [torch.Generator().manual_seed(each) for each in (seed, *more.tolist())]
-        return result
+        return result if generator is None else [generator, *result[1:]]
     if not isinstance(generator, Sequence) or not all(isinstance(each, torch.Generator) for each in generator):
         raise ValueError(f"generator: {generator!r} is not a torch.Generator or a list of them.")
     if len(generator) != count:
         raise ValueError(f"generator: {len(generator)} given for {count} pictures; give one, or one per picture.")
+    if len({id(each) for each in generator}) < count:
+        raise ValueError("generator: one and the same is given for several pictures; they would depend on one another.")
     return list(generator)
+
+
+def check_whole(name: str, value: Any, least: int = 1) -> None:
+    """Refuse anything but a whole number of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}: {value!r} must be a whole number of at least {least}.")
+
+
+def check_call(callback: Any = None, known: Any = None, text_sampling: Any = None, image_sampling: Any = None) -> None:
+    """Refuse arguments of a pipeline's methods that are of another type. Raises ValueError naming the argument."""
+    if callback is not None and not callable(callback):
+        raise ValueError(f"callback_on_step_end: {callback!r} is not a function.")
+    if known is not None:
+        number = isinstance(known, Tensor) and not known.is_floating_point() and not known.is_complex()
+        if not number or known.dtype == torch.bool:
+            kind = known.dtype if isinstance(known, Tensor) else type(known).__name__
+            raise ValueError(f"known: {kind} is not a tensor of integer codes; give int64, -1 where the model draws.")
+    for name, sampling in (("text_sampling", text_sampling), ("image_sampling", image_sampling)):
+        if sampling is not None and not isinstance(sampling, Sampling):
+            raise ValueError(f"{name}: {sampling!r} is not a unified.decoding.Sampling.")
+
+
+def one_per_picture(codes: Tensor, name: str, prompts: int, images_per_prompt: int) -> Tensor:
+    """Grids ``(n, h, w)`` that are given once for all, per prompt or per picture, as one per picture.
+
+    Raises:
+        ValueError: if there is another number of them.
+    """
+    count = prompts * images_per_prompt
+    if len(codes) not in (1, prompts, count):
+        raise ValueError(
+            f"{name}: {len(codes)} given for {count} pictures of {prompts} prompts; give one, or one each."
+        )
+    return codes.repeat_interleave(count // len(codes), dim=0)
 
 
 @dataclass
@@ -137,20 +210,16 @@ def plan_drawing(
     """
     prompts = as_prompts(prompt)
     negatives = as_negatives(negative_prompt, len(prompts))
-    if isinstance(images_per_prompt, bool) or not isinstance(images_per_prompt, int) or images_per_prompt < 1:
-        raise ValueError(f"num_images_per_prompt: {images_per_prompt!r} must be a whole number of at least 1.")
-    if mode not in ("plain", *MODES):
-        raise ValueError(f"decoding: {mode!r} is unknown; use one of {('plain', *MODES)}.")
-    count = len(prompts) * images_per_prompt
+    check_whole("num_images_per_prompt", images_per_prompt)
+    if mode not in DECODING:
+        raise ValueError(f"decoding: {mode!r} is unknown; use one of {DECODING}.")
     if known is not None:
-        if known.ndim != 3 or len(known) not in (1, len(prompts), count):
-            raise ValueError(
-                f"known: shape {tuple(known.shape)}, need {(count, *grid)}, or one grid for all or for each prompt."
-            )
-        known = known.repeat_interleave(count // len(known), dim=0)
+        if tuple(known.shape[1:]) != tuple(grid):
+            raise ValueError(f"known: shape {tuple(known.shape)}, need (N, {grid[0]}, {grid[1]}) for this size.")
+        known = one_per_picture(known, "known", len(prompts), images_per_prompt).long()
     rows, opposite = (
-        [drawing_prompt(text, tokenizer, config, grid) for text in texts for _ in range(images_per_prompt)]
-        for texts in (prompts, negatives)
+        [drawing_prompt(text, tokenizer, config, grid, name) for text in texts for _ in range(images_per_prompt)]
+        for name, texts in (("prompt", prompts), ("negative_prompt", negatives))
     )
     generators = per_image(generator, len(prompts), images_per_prompt)
     return Drawing(rows, opposite, grid, sampling, generators, known, mode)

@@ -37,6 +37,9 @@ class ImageTokenizer(Protocol):
     def decode(self, codes: Tensor) -> Tensor:
         """Codes ``(B, h, w)`` to pictures ``(B, 3, h * downsample, w * downsample)`` in [-1, 1]."""
 
+    def codebook_vectors(self) -> Tensor | None:
+        """Vectors ``(K, d)`` of the codes as the decoder gets them; None for a tokenizer without."""
+
     def save_pretrained(self, save_directory: str | Path) -> Any:
         """Write the configuration and the safetensors weights to a folder."""
 

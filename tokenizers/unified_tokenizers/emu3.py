@@ -47,6 +47,10 @@ class Emu3Tokenizer(nn.Module):
         check_codes(codes, self.codebook_size)
         return self.model.decode(codes.to(self.model.device)).clamp(-1, 1)
 
+    def codebook_vectors(self) -> Tensor:
+        """Vectors ``(K, d)`` of the codes as the decoder gets them."""
+        return self.model.quantize.embedding.weight.detach()
+
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write the configuration and the safetensors weights to a folder."""
         self.model.save_pretrained(save_directory)

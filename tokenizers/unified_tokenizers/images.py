@@ -8,8 +8,16 @@ from PIL import Image
 from torch import Tensor
 
 
+def as_rgb(image: Image.Image) -> Image.Image:
+    """The picture in RGB; transparency is laid on white."""
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    rgba = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+
+
 def to_tensor(images: Sequence[Image.Image]) -> Tensor:
-    """Stack RGB pictures of one size into ``(B, 3, H, W)`` float32 in [-1, 1].
+    """Stack pictures of one size into ``(B, 3, H, W)`` float32 in [-1, 1]; see :func:`as_rgb`.
 
     Raises:
         ValueError: if the list is empty or the sizes differ.
@@ -19,7 +27,7 @@ def to_tensor(images: Sequence[Image.Image]) -> Tensor:
         raise ValueError(
             f"images: need one or more pictures of one size, got sizes {sorted(sizes)}; resize them first."
         )
-    arrays = np.stack([np.asarray(image.convert("RGB")) for image in images])
+    arrays = np.stack([np.asarray(as_rgb(image)) for image in images])
     return torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 

@@ -1,7 +1,9 @@
 """Text tokenizers behind one interface: a sentencepiece model, or the tokenizer of a transformers backbone."""
 
+import hashlib
 import io
 import json
+import re
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -25,6 +27,10 @@ class TextTokenizer(Protocol):
     boi_token_id: int
     eoi_token_id: int
 
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the vocabulary: what every id stands for."""
+
     def encode(self, text: str) -> list[int]:
         """Ids of ``text`` without any special token."""
 
@@ -33,6 +39,10 @@ class TextTokenizer(Protocol):
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write the tokenizer to a folder that :func:`load_text_tokenizer` reads."""
+
+
+def _fingerprint(vocabulary: Sequence[str]) -> str:
+    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
 
 
 class SentencePieceTokenizer:
@@ -52,6 +62,11 @@ class SentencePieceTokenizer:
             raise ValueError(
                 f"model_file: {str(model_file)!r} has no {BOI} and {EOI} symbols; train it with train_sentencepiece."
             )
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the pieces in the order of their ids."""
+        return _fingerprint([self.processor.id_to_piece(i) for i in range(self.vocab_size)])
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text``; control symbols cannot be typed."""
@@ -83,6 +98,9 @@ class TransformersTokenizer:
         if boi == eoi:
             raise ValueError(f"eoi: {eoi!r} opens a picture already; name another token.")
         self._frame = {"boi": boi, "eoi": eoi}
+        # The tokenizer may read a reserved token as one even so; behind its first character, it is cut in two.
+        cuts = (f"(?<={re.escape(token[0])})(?={re.escape(token[1:])})" for token in (boi, eoi))
+        self._cuts = re.compile("|".join(cuts))
         self.vocab_size: int = len(tokenizer)
         self.bos_token_id: int | None = tokenizer.bos_token_id
         self.eos_token_id: int | None = tokenizer.eos_token_id
@@ -92,13 +110,21 @@ class TransformersTokenizer:
         self.boi_token_id: int = vocabulary[boi]
         self.eoi_token_id: int = vocabulary[eoi]
 
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the tokens in the order of their ids."""
+        vocabulary = self.tokenizer.get_vocab()
+        return _fingerprint(sorted(vocabulary, key=vocabulary.__getitem__))
+
     def encode(self, text: str) -> list[int]:
         """Ids of ``text``; special tokens spelled out in it are plain text.
 
         Raises:
             ValueError: if the tokenizer still reads one of the two picture tokens in it.
         """
-        ids = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        ids: list[int] = []
+        for part in self._cuts.split(text):
+            ids += self.tokenizer.encode(part, add_special_tokens=False, split_special_tokens=True)
         if self.boi_token_id in ids or self.eoi_token_id in ids:
             raise ValueError(f"text: {text!r} spells a token that frames pictures ({', '.join(self._frame.values())}).")
         return ids

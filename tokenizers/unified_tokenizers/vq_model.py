@@ -127,6 +127,11 @@ class VQModel(PreTrainedModel):
             return self.quantizer.indices_to_codes(codes)
         return self.quantizer.get_output_from_indices(codes)
 
+    @torch.no_grad()
+    def codebook_vectors(self) -> Tensor:
+        """Vectors ``(K, d)`` of the codes as the decoder gets them; for ``fsq`` and ``lfq`` their levels."""
+        return self._lookup(torch.arange(self.codebook_size, device=self.device)[None])[0]
+
     @property
     def last_weight(self) -> Tensor:
         """Weight of the last convolution, where the adversarial weight is measured."""

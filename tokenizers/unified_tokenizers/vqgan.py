@@ -255,6 +255,10 @@ class VQGAN(PreTrainedModel):
         check_codes(codes, self.codebook_size)
         return self.decoder(self.post_quant_conv(self._vectors(codes.to(self.device)))).clamp(-1, 1)
 
+    def codebook_vectors(self) -> Tensor:
+        """Vectors ``(K, d)`` of the codes as the decoder gets them."""
+        return self.quantize.vectors.detach()
+
     @property
     def last_weight(self) -> Tensor:
         """Weight of the last convolution, where the adversarial weight is measured."""

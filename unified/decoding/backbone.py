@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from unified.decoding.cache import KeyValueCache
+from unified.decoding.sampler import Sampling, draw, filter_logits
 from unified.model import UnifiedForCausalLM
 
 
@@ -13,6 +14,7 @@ class Decoder(Protocol):
     """What the decoding loops need of a model."""
 
     model: UnifiedForCausalLM
+    groups: dict[int, Tensor]  # by size, the codes nearest to each code; kept for :mod:`unified.decoding.speculative`
 
     def positions(self, coordinates: Tensor) -> Tensor:
         """Rows and columns ``(B, T, 2)`` to whatever the forward pass takes, indexed ``[B, T]`` alike."""
@@ -27,8 +29,20 @@ class Decoder(Protocol):
     def image_logits(self, hidden: Tensor) -> Tensor:
         """``(..., D)`` to ``(..., K)``."""
 
+    def text_logits(self, hidden: Tensor) -> Tensor:
+        """``(..., D)`` to ``(..., V_text)``."""
+        return self.model.text_logits(hidden)
 
-class BackboneDecoder:
+    def embed(self, codes: Tensor) -> Tensor:
+        """Image codes ``(...)`` to ``(..., D)``."""
+        return self.model.image_embed(codes)
+
+    def draw(self, hidden: Tensor, sampling: Sampling, noise: Tensor) -> Tensor:
+        """One code for each final state ``(B, D)`` with the noise ``(B, K)`` of its place."""
+        return draw(filter_logits(self.image_logits(hidden), sampling), noise)
+
+
+class BackboneDecoder(Decoder):
     """A :class:`Decoder` for every backbone that a unified model can have.
 
     Raises:
@@ -37,6 +51,7 @@ class BackboneDecoder:
 
     def __init__(self, model: UnifiedForCausalLM):
         self.model = model
+        self.groups = {}
         config = model.backbone.base_model.config
         if config._attn_implementation not in ("sdpa", "eager"):
             raise ValueError(

@@ -6,7 +6,7 @@ row for its unconditional side.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -58,7 +58,8 @@ class _Row:
 
     def __init__(self, request: Request, slots: list[int], decoder: Decoder):
         self.request, self.slots, self.decoder = request, slots, decoder
-        seed = int(torch.randint(2**63 - 1, (), generator=request.generator.clone_state()))
+        generator = request.generator.clone_state()
+        seed = int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
         text_ids = decoder.model.config.layout.text_vocab_size
         self.text_noise = PositionNoise([torch.Generator().manual_seed(seed)], text_ids, decoder.model.device)
         self.image_noise: PositionNoise | None = None
@@ -67,16 +68,19 @@ class _Row:
         self.codes: list[int] = []
         self.written = self.pictures = 0
         self.position = [0.0, 0.0]  # next coordinate of the row and of its unconditional side
-        self.spans: Tensor | None = None  # (rows, h*w, 2) coordinates of the picture being drawn
+        self.places: Tensor | None = None  # (rows, h*w, ...) positions in the picture being drawn
+        self.scales: list[float] = []  # guidance of its codes
         self.next: int | None = None  # a token that has to follow
         self.finished = False
 
     def open_picture(self) -> None:
         self.codes = []
+        grid, sampling = self.request.grid, self.request.image_sampling
+        self.scales = sampling.scales(grid[0] * grid[1])
         size = self.decoder.model.config.codebook_size
         self.image_noise = PositionNoise([self.request.generator], size, self.decoder.model.device)
-        start = torch.tensor(self.position[: len(self.slots)])
-        self.spans = span_coordinates(self.decoder.model, start, self.request.grid)
+        start = torch.tensor(self.position[: len(self.slots)], device=self.decoder.model.device)
+        self.places = self.decoder.positions(span_coordinates(self.decoder.model, start, grid))
 
     def close_picture(self) -> None:
         config = self.decoder.model.config
@@ -85,7 +89,7 @@ class _Row:
             self.request.grid, 1, config.positions, config.coarse_positions, config.normalized_range
         )
         self.position[0] += advance
-        self.spans = None
+        self.places = None
         self.pictures += 1
         self.next = config.eoi_token_id
         self.finished = self.written >= self.request.max_new_tokens
@@ -116,12 +120,18 @@ class Batcher:
         dtype, device = decoder.model.dtype, decoder.model.device
         self._bias = torch.full((slots, 1, 1, length), float("-inf"), dtype=dtype, device=device)
         self._hidden = torch.zeros(slots, decoder.model.backbone.config.hidden_size, dtype=dtype, device=device)
+        self._nowhere = decoder.positions(torch.zeros(slots, 1, 2, device=device))
 
     def submit(self, request: Request) -> None:
-        """Queue a request.
+        """Queue a request. Raises ValueError as :meth:`check`."""
+        self.check(request)
+        self.waiting.append(request)
+
+    def check(self, request: Request) -> None:
+        """Refuse what cannot be run; may be asked from any thread.
 
         Raises:
-            ValueError: if it cannot fit, or guidance lacks its negative row.
+            ValueError: if a request cannot fit, or guidance lacks its negative row.
         """
         guided = request.rows == 2
         if guided and request.negative is None:
@@ -135,7 +145,18 @@ class Batcher:
             )
         if request.rows > self.slots:
             raise ValueError(f"slots: {self.slots} cannot hold a guided request, which takes 2.")
-        self.waiting.append(request)
+
+    def partial(self, request: Request) -> list[int]:
+        """Codes so far of the picture that a request draws; none before it has begun."""
+        return next((list(row.codes) for row in self.rows if row.request is request), [])
+
+    def cancel(self, request: Request) -> None:
+        """Forget a request, waiting or running; its rows are free for the next one."""
+        if request in self.waiting:
+            self.waiting.remove(request)
+        for row in [row for row in self.rows if row.request is request]:
+            self.rows.remove(row)
+            self.free += row.slots
 
     @property
     def busy(self) -> bool:
@@ -156,7 +177,7 @@ class Batcher:
         """Admit what fits, give every row one token; returns the requests that this finished."""
         self._admit()
         for kind in (True, False):
-            rows = [row for row in self.rows if (row.spans is not None) is kind and row.next is None]
+            rows = [row for row in self.rows if (row.places is not None) is kind and row.next is None]
             if rows:
                 (self._draw_codes if kind else self._draw_text)(rows)
         done = [row for row in self.rows if row.finished]
@@ -207,70 +228,81 @@ class Batcher:
             row.position[side] = float(state.position[i])
 
     def _draw_codes(self, rows: list[_Row]) -> None:
-        states = []
-        for row in rows:
-            state, sampling = self._hidden[row.slots], row.request.image_sampling
+        for sampling, alike in _grouped(rows, lambda row: row.request.image_sampling):
+            hidden = self._hidden[[row.slots[0] for row in alike]]
             if sampling.guided:
-                scale = sampling.scales(row.request.grid[0] * row.request.grid[1])[len(row.codes)]
-                state = guide(state[:1], state[1:], scale)
-            states.append(state)
-        for own, row in zip(self.decoder.image_logits(torch.cat(states)), rows, strict=True):
-            assert row.image_noise is not None  # set when the picture opened
-            noise = row.image_noise.at(len(row.codes))[:, 0]
-            row.codes.append(int(draw(filter_logits(own[None], row.request.image_sampling), noise)))
-            if len(row.codes) == row.request.grid[0] * row.request.grid[1]:
-                row.close_picture()
+                scale = torch.tensor([row.scales[len(row.codes)] for row in alike], device=hidden.device)
+                hidden = guide(hidden, self._hidden[[row.slots[1] for row in alike]], scale[:, None])
+            noise = []
+            for row in alike:
+                assert row.image_noise is not None  # set when the picture opened
+                noise.append(row.image_noise.at(len(row.codes))[:, 0])
+            drawn = self.decoder.draw(hidden, sampling, torch.cat(noise))
+            for row, code in zip(alike, drawn.tolist(), strict=True):
+                row.codes.append(code)
+                if len(row.codes) == len(row.scales):
+                    row.close_picture()
 
     def _draw_text(self, rows: list[_Row]) -> None:
         layout = self.decoder.model.config.layout
-        logits = self.decoder.model.text_logits(self._hidden[[row.slots[0] for row in rows]]).float()
-        for own, row in zip(logits, rows, strict=True):
-            request = row.request
-            hidden = {layout.eoi_token_id, layout.bos_token_id, layout.pad_token_id} - {layout.eos_token_id, None}
-            if row.pictures >= request.max_images:
-                hidden.add(layout.boi_token_id)
-            own[list(hidden)] = float("-inf")
-            if request.text_ids is not None:
-                own[request.text_ids :] = float("-inf")
-            token = int(draw(filter_logits(own[None], request.text_sampling), row.text_noise.at(row.written)[:, 0]))
-            row.written += 1
-            if token == layout.eos_token_id:
-                row.finished = True
-                continue
-            row.next = token
-            if token != layout.boi_token_id:
-                row.text.append(token)
-                row.finished = row.written >= request.max_new_tokens
+        never = {layout.eoi_token_id, layout.bos_token_id, layout.pad_token_id} - {*layout.eos_token_ids, None}
+        for sampling, alike in _grouped(rows, lambda row: row.request.text_sampling):
+            logits = self.decoder.text_logits(self._hidden[[row.slots[0] for row in alike]]).float()
+            logits[:, list(never)] = float("-inf")
+            for own, row in zip(logits, alike, strict=True):
+                if row.pictures >= row.request.max_images:
+                    own[layout.boi_token_id] = float("-inf")
+                if row.request.text_ids is not None:
+                    own[row.request.text_ids :] = float("-inf")
+            noise = torch.cat([row.text_noise.at(row.written)[:, 0] for row in alike])
+            for row, token in zip(alike, draw(filter_logits(logits, sampling), noise).tolist(), strict=True):
+                row.written += 1
+                if token in layout.eos_token_ids:
+                    row.finished = True
+                    continue
+                row.next = token
+                if token != layout.boi_token_id:
+                    row.text.append(token)
+                    row.finished = row.written >= row.request.max_new_tokens
 
     def _advance(self) -> None:
         """Run the token that every row has just got and write it to the next column."""
         model, device = self.decoder.model, self._hidden.device
-        coordinates = torch.zeros(self.slots, 1, 2)
-        text, codes = torch.zeros(self.slots, dtype=torch.int64), torch.full((self.slots,), -1)
+        writing = [(row, row.next) for row in self.rows if row.next is not None]
+        drawing = [row for row in self.rows if row.next is None]
+        text, coordinates = torch.zeros(self.slots, dtype=torch.int64), torch.zeros(self.slots, 1, 2)
         opening = []
-        for row in self.rows:
-            if row.next is None:
-                assert row.spans is not None
-                for side, slot in enumerate(row.slots):
-                    codes[slot] = row.codes[-1]
-                    coordinates[slot] = row.spans[side, len(row.codes) - 1]
-                continue
-            text[row.slots[0]] = row.next
+        for row, token in writing:
+            text[row.slots[0]] = token
             coordinates[row.slots[0]] = row.position[0]
             row.position[0] += 1
-            if row.next == model.config.boi_token_id:
+            if token == model.config.boi_token_id:
                 row.close_text()
                 opening.append(row)
             row.next = None
         embeds = model.get_input_embeddings()(text.to(device))
-        drawn = (codes >= 0).nonzero().squeeze(1).to(device)
-        embeds[drawn] = model.image_embed(codes.to(device)[drawn]).to(embeds.dtype)
+        positions = self.decoder.positions(coordinates.to(device)) if writing else self._nowhere.clone()
+        if drawing:
+            slots, codes, places = [], [], []
+            for row in drawing:
+                assert row.places is not None
+                slots += row.slots
+                codes += row.codes[-1:] * len(row.slots)
+                places.append(row.places[:, len(row.codes) - 1])
+            embeds[slots] = self.decoder.embed(torch.tensor(codes, device=device)).to(embeds.dtype)
+            positions[slots] = torch.cat(places)[:, None]
         self._bias[..., self._column] = 0.0
         self._cache.column, self._cache.end = self._column, self.length
-        self._hidden = self.decoder(
-            embeds[:, None], self.decoder.positions(coordinates.to(device)), self._cache, self._bias
-        )[:, -1]
+        self._hidden = self.decoder(embeds[:, None], positions, self._cache, self._bias)[:, -1]
         self._column = (self._column + 1) % self.length
         self._place([(row, 1, row.request.negative) for row in opening if len(row.slots) == 2 and row.request.negative])
         for row in opening:
             row.open_picture()
+
+
+def _grouped(rows: list[_Row], sampling: Callable[[_Row], Sampling]) -> Iterable[tuple[Sampling, list[_Row]]]:
+    """Rows that are drawn alike, to be drawn together."""
+    groups: dict[Sampling, list[_Row]] = {}
+    for row in rows:
+        groups.setdefault(sampling(row), []).append(row)
+    return groups.items()

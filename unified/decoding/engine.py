@@ -7,8 +7,8 @@ from torch import Tensor
 
 from unified.decoding.backbone import Decoder
 from unified.decoding.lean import make_decoder
-from unified.decoding.prefill import Prefilled, Prompt, prefill
-from unified.decoding.sampler import PositionNoise, Sampling, draw, filter_logits, guide
+from unified.decoding.prefill import Prefilled, Prompt, causal_bias, prefill
+from unified.decoding.sampler import PositionNoise, Sampling, guide
 from unified.model import UnifiedForCausalLM
 from unified.npp import Grid
 from unified.rope import span_offsets
@@ -85,28 +85,38 @@ def continue_span(
     generators: Sequence[torch.Generator],
     known: Tensor | None = None,
 ) -> Iterator[Tensor]:
-    """The loop itself: codes at ``coordinates (B, n, 2)`` after what ``state`` has read, ``known (B, n)`` forced."""
+    """The loop itself: codes at ``coordinates (B, n, 2)`` after what ``state`` has read, ``known (B, n)`` forced.
+
+    Codes that are known in every row follow in the forward pass of the code before them.
+    """
     steps, count, device = coordinates.shape[1], len(generators), coordinates.device
     cache, hidden, scales = state.cache, state.hidden, sampling.scales(steps)
     positions = decoder.positions(coordinates)
     noise = PositionNoise(generators, decoder.model.config.codebook_size, device)
-    codes = torch.empty(count, steps, dtype=torch.int64, device=device)
-    for step in range(steps):
-        if sampling.guided:
-            conditional, unconditional = hidden.chunk(2)
-            hidden = guide(conditional, unconditional, scales[step])
-        logits = decoder.image_logits(hidden)
-        drawn = draw(filter_logits(logits, sampling), noise.at(step)[:, 0])
-        if known is not None:
-            drawn = torch.where(known[:, step] < 0, drawn, known[:, step])
-        codes[:, step] = drawn
-        yield codes[:, : step + 1]
-        if step + 1 < steps:
-            embeds = decoder.model.image_embed(drawn)[:, None]
+    codes = torch.full((count, steps), -1, device=device) if known is None else known.clone()
+    fixed = (codes >= 0).all(dim=0).tolist()
+    step = 0
+    while True:
+        if not fixed[step]:
             if sampling.guided:
-                embeds = embeds.repeat(2, 1, 1)
-            bias = None if state.bias is None else state.bias[..., : cache.column + 1]
-            hidden = decoder(embeds, positions[:, step : step + 1], cache, bias)[:, -1]
+                conditional, unconditional = hidden.chunk(2)
+                hidden = guide(conditional, unconditional, scales[step])
+            drawn = decoder.draw(hidden, sampling, noise.at(step)[:, 0])
+            codes[:, step] = torch.where(codes[:, step] < 0, drawn, codes[:, step])
+        first, step = step, step + 1
+        yield codes[:, :step]
+        while step < steps and fixed[step]:
+            step += 1
+            yield codes[:, :step]
+        if step == steps:
+            return
+        embeds = decoder.embed(codes[:, first:step])
+        if sampling.guided:
+            embeds = embeds.repeat(2, 1, 1)
+        bias = causal_bias(state, step - first) if step - first > 1 else state.bias
+        if bias is not None:
+            bias = bias[..., : cache.column + step - first]
+        hidden = decoder(embeds, positions[:, first:step], cache, bias)[:, -1]
 
 
 def paired_prompts(

@@ -8,6 +8,7 @@ multiplication with a table made for the whole picture.
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from unified.decoding.backbone import BackboneDecoder, Decoder
 from unified.decoding.cache import KeyValueCache
 from unified.decoding.linear import Dense, Int8
 from unified.head import ImageHead
+from unified.lora_active import active_table
 from unified.model import UnifiedForCausalLM
 
 FAMILIES = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
@@ -45,7 +47,8 @@ def make_decoder(model: UnifiedForCausalLM, compile: bool = False, int8: bool = 
     Args:
         model: the model, inside an adapter's wrapper or not.
         compile: compile the step with ``torch.compile``; pays after some hundred steps.
-        int8: weights in 8 bits, one scale per output channel. Not exact; about twice as fast on a CPU.
+        int8: weights in 8 bits, one scale per output channel, inputs one per row, so that a picture
+            does not depend on its batch. Not exact; about twice as fast on a CPU.
 
     Raises:
         ValueError: if ``compile`` or ``int8`` is asked of a backbone outside :data:`FAMILIES`, or both at once.
@@ -78,18 +81,19 @@ def _unsupported(model: UnifiedForCausalLM) -> str | None:
     parts = [getattr(attention, f"{n}_proj") for n in "qkvo"] + [
         getattr(mlp, f"{n}_proj") for n in ("gate", "up", "down")
     ]
-    for part in (*parts, model.image_head):
-        inner = part.get_base_layer() if isinstance(part, BaseTunerLayer) else _active(part)
+    for part in (*parts, model.image_head, model.get_output_embeddings()):
+        inner = part.get_base_layer() if isinstance(part, BaseTunerLayer) else active_table(part)
         if type(inner) not in (nn.Linear, ImageHead):
             return f"it holds a {type(inner).__name__}"
     return None
 
 
-class LeanDecoder:
+class LeanDecoder(Decoder):
     """A :class:`Decoder` over fused copies of a model's weights; build it with :func:`make_decoder`."""
 
     def __init__(self, model: UnifiedForCausalLM, compile: bool, int8: bool):
         self.model = model
+        self.groups: dict[int, Tensor] = {}
         decoder = model.backbone.base_model
         config = decoder.config
         self._rotary = decoder.rotary_emb
@@ -97,10 +101,11 @@ class LeanDecoder:
         self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
         self._activation = decoder.layers[0].mlp.act_fn
         self._norm, self._epsilon = decoder.norm.weight.detach(), config.rms_norm_eps
-        kind = Int8 if int8 else Dense
+        self._kind: type[Dense] | type[Int8] = Int8 if int8 else Dense
         with torch.no_grad():
-            self._layers = [self._fuse(layer, kind) for layer in decoder.layers]
-            self._head = kind(*_weights(model.image_head))
+            self._layers = [self._fuse(layer, self._kind) for layer in decoder.layers]
+            self._head = self._kind(*_weights(model.image_head))
+            self._table = _weights(model.image_embed)[0].detach()
         self._compiled = torch.compile(self._step, dynamic=True) if compile else None
 
     def _fuse(self, layer: Any, kind: type[Dense] | type[Int8]) -> _Layer:
@@ -133,19 +138,20 @@ class LeanDecoder:
         return weight, None if bias is None else bias.reshape(-1, self._head_dim)[:, order].flatten()
 
     def positions(self, coordinates: Tensor) -> Tensor:
-        """Rotations as cosine and sine ``(B, T, 1, head_dim / 2, 2)``."""
+        """Rotations ``(B, T, 1, head_dim / 2)``, complex; for a compiler as cosine and sine in a last dimension of 2."""
         self._rotary.coordinates = coordinates
         try:
             cos, sin = self._rotary(coordinates, coordinates[..., 0])  # in float32, whatever the weights are in
         finally:
             self._rotary.coordinates = None
         half = self._head_dim // 2
-        return torch.stack([cos[..., :half], sin[..., :half]], dim=-1)[:, :, None]
+        pairs = torch.stack([cos[..., :half], sin[..., :half]], dim=-1)[:, :, None]
+        return torch.view_as_complex(pairs) if self._compiled is None else pairs
 
     def __call__(self, embeds: Tensor, positions: Tensor, cache: KeyValueCache, bias: Tensor | None) -> Tensor:
         """See :class:`Decoder`."""
         cache.open(embeds.shape[1])
-        if self._compiled is not None and embeds.shape[1] == 1 and cache.keys:
+        if self._compiled is not None and cache.keys:
             hidden = self._compiled(embeds, positions, bias, cache.keys, cache.values, cache.column, cache.end)
         else:
             hidden = self._forward(embeds, positions, bias, cache.update)
@@ -155,6 +161,20 @@ class LeanDecoder:
     def image_logits(self, hidden: Tensor) -> Tensor:
         """See :class:`Decoder`."""
         return self._head(hidden)
+
+    def text_logits(self, hidden: Tensor) -> Tensor:
+        """See :class:`Decoder`."""
+        return self._text_head(hidden)
+
+    @cached_property
+    def _text_head(self) -> Dense | Int8:
+        """The text head, often the largest matrix, copied once text is written."""
+        with torch.no_grad():
+            return self._kind(*_weights(self.model.get_output_embeddings()))
+
+    def embed(self, codes: Tensor) -> Tensor:
+        """See :class:`Decoder`."""
+        return F.embedding(codes, self._table)
 
     def _step(
         self,
@@ -166,11 +186,12 @@ class LeanDecoder:
         column: int,
         end: int,
     ) -> Tensor:
-        """One slot per row; the cache is spelled out in tensors and numbers, which a compiler can follow."""
+        """A pass whose cache is spelled out in tensors and numbers, which a compiler can follow."""
+        stop = column + embeds.shape[1]
 
         def update(key: Tensor, value: Tensor, index: int) -> tuple[Tensor, Tensor]:
-            keys[index][:, :, column : column + 1] = key
-            values[index][:, :, column : column + 1] = value
+            keys[index][:, :, column:stop] = key
+            values[index][:, :, column:stop] = value
             return keys[index][:, :, :end], values[index][:, :, :end]
 
         return self._forward(embeds, rotation, bias, update)
@@ -200,13 +221,13 @@ class LeanDecoder:
 
 
 def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn the pairs of ``(B, T, heads, head_dim)`` by ``(B, T, 1, head_dim / 2, 2)``."""
+    """Turn the pairs of ``(B, T, heads, head_dim)`` by what :meth:`LeanDecoder.positions` gives."""
     pairs = x.float().unflatten(-1, (-1, 2))
-    if torch.compiler.is_compiling():  # the compiler fuses real numbers and has nothing for complex ones
+    if rotation.is_complex():
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * rotation)
+    else:  # the compiler fuses real numbers and has nothing for complex ones
         (a, b), (cos, sin) = pairs.unbind(-1), rotation.unbind(-1)
         turned = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
-    else:
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotation))
     return turned.flatten(-2).to(x.dtype)
 
 
@@ -225,27 +246,15 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) ->
     return attended.reshape(batch, heads, width, dim).transpose(1, 2)
 
 
-def _active(module: nn.Module) -> nn.Module:
-    """The module that answers for ``module``: an adapter's own copy where it brings one."""
-    if not isinstance(module, ModulesToSaveWrapper):
-        return module
-    if module.disable_adapters or not module.active_adapters:
-        return module.original_module
-    return module.modules_to_save[module.active_adapters[0]]
-
-
 def _weights(module: Any) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of a linear layer as it computes now, adapters included."""
+    """Weight and bias of a linear layer or an embedding as it computes now, adapters included."""
     if isinstance(module, BaseTunerLayer) and not isinstance(module, ModulesToSaveWrapper):
-        module = copy.deepcopy(module)
-        if module.disable_adapters:
-            if module.merged:
-                module.unmerge()
-        elif not module.merged:
-            module.merge()
+        if bool(module.merged) == bool(module.disable_adapters):
+            module = copy.deepcopy(module)
+            (module.unmerge if module.merged else module.merge)()
         module = module.get_base_layer()
-    module = _active(module)
-    return module.weight, module.bias
+    module = active_table(module)
+    return module.weight, getattr(module, "bias", None)
 
 
 def _joined(*parts: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:

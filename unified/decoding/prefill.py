@@ -84,6 +84,14 @@ def read(decoder: Decoder, embeds: Tensor, coordinates: Tensor, real: Tensor, ro
     return Prefilled(cache.expanded(rows, length + room), hidden[rows, -1], coordinates[rows, -1, 0] + 1, bias)
 
 
+def causal_bias(state: Prefilled, width: int) -> Tensor:
+    """``(B or 1, 1, width, end)`` for the next ``width`` slots: each sees the columns up to its own, but no padding."""
+    start, end, device = state.cache.column, state.cache.column + width, state.hidden.device
+    shown = torch.arange(end, device=device) <= torch.arange(start, end, device=device)[:, None]
+    bias = as_bias(shown[None, None], state.hidden.dtype)
+    return bias if state.bias is None else bias + state.bias[..., :end]
+
+
 def as_bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
     """0 where a column is visible, -inf where not."""
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))

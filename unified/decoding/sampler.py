@@ -29,15 +29,14 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name in ("guidance_scale", "temperature", "top_k", "top_p"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise ValueError(f"{name}: {value!r} is not a finite number.")
+            _check_number(name, getattr(self, name))
         if self.guidance_scale < 1:
             raise ValueError(f"guidance_scale: {self.guidance_scale} must be at least 1; 1 switches guidance off.")
         if self.temperature <= 0:
             raise ValueError(f"temperature: {self.temperature} must be above 0; use top_k=1 for the most likely code.")
         if self.top_k < 0 or int(self.top_k) != self.top_k:
             raise ValueError(f"top_k: {self.top_k} must be a whole number, 0 to keep all codes.")
+        object.__setattr__(self, "top_k", int(self.top_k))
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: {self.top_p} must lie in (0, 1]; 1 keeps all codes.")
         if not callable(self.guidance_schedule) and self.guidance_schedule not in _SCHEDULES:
@@ -49,12 +48,14 @@ class Sampling:
         """Guidance scale of each of ``steps`` codes.
 
         Raises:
-            ValueError: if a schedule of one's own falls below 1.
+            ValueError: if a schedule of one's own falls below 1, or gives anything but finite numbers.
         """
         shares = [step / max(steps - 1, 1) for step in range(steps)]
         if callable(self.guidance_schedule):
-            scales = [float(self.guidance_schedule(share)) for share in shares]
-            if not min(scales) >= 1:
+            scales = [self.guidance_schedule(share) for share in shares]
+            for scale in scales:
+                _check_number("guidance_schedule", scale)
+            if min(scales) < 1:
                 raise ValueError(f"guidance_schedule: falls to {min(scales)}; a scale must be at least 1.")
             return scales
         rise = _SCHEDULES[self.guidance_schedule]
@@ -73,19 +74,28 @@ _SCHEDULES: dict[str, Callable[[float], float]] = {
 }
 
 
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name}: {value!r} is not a finite number.")
+
+
 def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
     """Classifier-free guidance (arXiv 2207.12598) on logits ``(B, K)``, or on the final hidden states ``(B, D)``.
 
     The image head is linear and has no bias, so both give the same logits; the second way runs it once, not twice.
+    Computed in float32, returned in the dtype of ``conditional``.
     """
-    return unconditional + scale * (conditional - unconditional)
+    base = unconditional.float()
+    return (base + scale * (conditional.float() - base)).to(conditional.dtype)
 
 
 def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
     """Apply temperature, then top-k, then top-p to ``(..., K)``; removed codes become -inf, NaN stays NaN."""
-    logits = logits.float() / sampling.temperature
+    logits = logits.float()
+    if sampling.temperature != 1:
+        logits = logits / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
-        threshold = logits.topk(sampling.top_k, dim=-1).values[..., -1:]
+        threshold = logits.topk(sampling.top_k, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
         logits = logits.masked_fill(logits < threshold, float("-inf"))
     if sampling.top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True)
@@ -99,7 +109,7 @@ def draw(logits: Tensor, noise: Tensor) -> Tensor:
     """Gumbel-max: draw from the softmax of filtered logits ``(..., K)`` with standard Gumbel noise of the same shape.
 
     Raises:
-        ValueError: if the logits hold NaN.
+        ValueError: if the logits hold NaN or +inf, or a row has no finite one.
     """
     highest, codes = (logits + noise).max(dim=-1)
     check_finite(highest)
@@ -107,9 +117,11 @@ def draw(logits: Tensor, noise: Tensor) -> Tensor:
 
 
 def check_finite(highest: Tensor) -> None:
-    """Refuse NaN among the largest values of logits; a maximum is NaN if any of its values is."""
-    if bool(torch.isnan(highest).any()):
-        raise ValueError("logits: NaN; the model's weights or activations overflow, load it in float32 or bfloat16.")
+    """Refuse largest values of logits that are not finite; a maximum is NaN if any of its values is."""
+    if not bool(torch.isfinite(highest).all()):
+        raise ValueError(
+            "logits: NaN or infinite; the model's weights or activations overflow, load it in float32 or bfloat16."
+        )
 
 
 def gumbel_noise(generators: Sequence[torch.Generator], size: int, device: torch.device) -> Tensor:
@@ -119,7 +131,8 @@ def gumbel_noise(generators: Sequence[torch.Generator], size: int, device: torch
     """
     rows = [torch.rand(size, generator=g, device=g.device, dtype=torch.float64) for g in generators]
     uniform = torch.stack([row.to(device) for row in rows]).clamp_min_(torch.finfo(torch.float64).tiny)
-    return uniform.log_().neg_().log_().neg_().float()
+    # The first logarithm needs float64 near 1; its result has the range of float32, where the second costs half.
+    return uniform.log_().float().neg_().log_().neg_()
 
 
 class PositionNoise:

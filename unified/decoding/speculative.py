@@ -23,7 +23,7 @@ from torch import Tensor
 
 from unified.decoding.backbone import Decoder
 from unified.decoding.engine import check_known, paired_prompts, span_coordinates
-from unified.decoding.prefill import Prefilled, Prompt, as_bias, prefill
+from unified.decoding.prefill import Prefilled, Prompt, causal_bias, prefill
 from unified.decoding.sampler import PositionNoise, Sampling, draw, filter_logits, guide, gumbel_noise
 from unified.npp import Grid
 
@@ -66,7 +66,11 @@ def speculate_codes(
     steps, count = grid[0] * grid[1], len(prompts)
     rows = paired_prompts(decoder.model, prompts, negative_prompts, sampling, generators)
     forced = torch.full((count, steps), -1) if known is None else check_known(known, count, grid, decoder.model)
-    groups = _groups(decoder.model.image_embed.weight, group_size) if mode == "gsd" else None
+    groups = None
+    if mode == "gsd":
+        if group_size not in decoder.groups:
+            decoder.groups[group_size] = _groups(decoder.model.image_embed.weight.detach(), group_size)
+        groups = decoder.groups[group_size]
     codes = torch.full((count, steps), -1, dtype=torch.int64, device=decoder.model.device)
     furthest = 0
     for index in range(count):
@@ -85,12 +89,6 @@ def _one_picture(
     cache, steps, sides, start = state.cache, len(known), len(state.hidden), state.cache.column
     positions = decoder.positions(span_coordinates(decoder.model, state.position, grid))
     scales = torch.tensor(sampling.scales(steps), device=known.device)
-    # Row i: the columns that the slot of code i sees.
-    shown = (
-        torch.arange(start + steps, device=known.device) <= start + torch.arange(steps, device=known.device)[:, None]
-    )
-    bias = as_bias(shown[None, None], state.hidden.dtype)
-    bias = bias if state.bias is None else bias + state.bias
     codes, done = torch.empty(steps, dtype=torch.int64, device=known.device), 0
     hidden = state.hidden[:, None]
     while True:
@@ -106,8 +104,8 @@ def _one_picture(
         inputs = torch.cat([codes[done - 1 : done], judge.drafts[: steps - done - 1]])
         first, last = done - 1, done - 1 + len(inputs)
         cache.rewind(start + first)
-        embeds = decoder.model.image_embed(inputs).expand(sides, -1, -1)
-        hidden = decoder(embeds, positions[:, first:last], cache, bias[:, :, first:last, : start + last])
+        embeds = decoder.embed(inputs).expand(sides, -1, -1)
+        hidden = decoder(embeds, positions[:, first:last], cache, causal_bias(state, last - first))
 
 
 class _Judge:
@@ -177,7 +175,12 @@ def _leading(good: Tensor) -> int:
     return int(good.long().cumprod(dim=0).sum())
 
 
-def _groups(embedding: Tensor, size: int) -> Tensor:
-    """``(K, size)``: every code and those nearest to it in an embedding ``(K, D)``."""
-    distance = torch.cdist(embedding.float(), embedding.float()).fill_diagonal_(-1.0)
-    return distance.topk(min(size, len(embedding)), largest=False).indices
+def _groups(embedding: Tensor, size: int, rows: int = 1024) -> Tensor:
+    """``(K, size)``: every code and those nearest to it in an embedding ``(K, D)``; ``rows`` codes at a time."""
+    embedding = embedding.float()
+    nearest = []
+    for start in range(0, len(embedding), rows):
+        distance = torch.cdist(embedding[start : start + rows], embedding)
+        distance.diagonal(start).fill_(-1.0)  # a code leads its group
+        nearest.append(distance.topk(min(size, len(embedding)), largest=False).indices)
+    return torch.cat(nearest)

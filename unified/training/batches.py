@@ -191,5 +191,6 @@ def add_code_noise(sequence: TokenSequence, layout: TokenLayout, limit: float, r
 
 
 def loader(batches: Batches, start: int = 0, num_workers: int = 0) -> DataLoader:
-    """Iterate over batches from index ``start`` on."""
-    return DataLoader(batches, batch_size=None, sampler=range(start, len(batches)), num_workers=num_workers)
+    """Iterate over batches from index ``start`` on. The global random stream, which dropout draws from, is left alone."""
+    indices, generator = range(start, len(batches)), torch.Generator()
+    return DataLoader(batches, batch_size=None, sampler=indices, num_workers=num_workers, generator=generator)

@@ -1,6 +1,7 @@
 """From a configuration to the parts of a run: tokenizers, model, data."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -16,19 +17,17 @@ from unified.crops import Views
 from unified.data import SkipReport
 from unified.lora import attach_lora
 from unified.model import UnifiedForCausalLM
+from unified.model_card import run_card
 from unified.pipeline import UnifiedPipeline
 from unified.training.config import DataConfig, TrainConfig
 from unified_tokenizers import AutoImageTokenizer, ImageTokenizer, TextTokenizer, load_text_tokenizer
 
-Parts = tuple[UnifiedForCausalLM | PeftModel, ImageTokenizer, TextTokenizer]
+BASE_FILE = "made_from.json"
+Parts = tuple[UnifiedForCausalLM, ImageTokenizer, TextTokenizer]
 
 
 def build_parts(config: TrainConfig) -> Parts:
-    """Model (with a fresh adapter if the run trains one), image tokenizer and text tokenizer.
-
-    An adapter for a pretrained language model needs that model with its image tables to be loaded into:
-    ``<output_dir>/base`` keeps it as a pipeline.
-    """
+    """Model, image tokenizer and text tokenizer."""
     source = config.model
     if source.pipeline:
         folder = Path(source.pipeline)
@@ -37,19 +36,37 @@ def build_parts(config: TrainConfig) -> Parts:
         image_tokenizer = AutoImageTokenizer.from_pretrained(folder / "image_tokenizer")
         text_tokenizer = load_text_tokenizer(folder / "text_tokenizer")
         model = UnifiedForCausalLM.from_pretrained(folder / "model", **source.options)
+        model.name_or_path = source.pipeline  # what the adapter names as its base
+        if model.config.text_tokenizer_fingerprint is None:
+            model.config.text_tokenizer_fingerprint = text_tokenizer.fingerprint
     else:
         image_tokenizer = AutoImageTokenizer.from_pretrained(str(source.image_tokenizer))
         text_tokenizer = load_text_tokenizer(str(source.text_tokenizer or source.backbone), source.boi, source.eoi)
         model = _new_model(config, image_tokenizer, text_tokenizer)
     if source.gradient_checkpointing:
         model.gradient_checkpointing_enable()
+    return model, image_tokenizer, text_tokenizer
+
+
+def adapt(
+    config: TrainConfig, model: UnifiedForCausalLM, image_tokenizer: ImageTokenizer, text_tokenizer: TextTokenizer
+) -> UnifiedForCausalLM | PeftModel:
+    """The model with a fresh adapter if the run trains one.
+
+    An adapter is loaded into its base: where that is no pipeline yet, ``<output_dir>/base`` keeps it as one.
+
+    Raises:
+        ValueError: if the base that is kept already was made from something else.
+    """
     if config.lora is None:
-        return model, image_tokenizer, text_tokenizer
-    base = Path(config.output_dir) / "base"
-    if source.backbone and PartialState().is_main_process and not base.is_dir():
-        UnifiedPipeline(model, image_tokenizer, text_tokenizer).save_pretrained(base)
+        model.config.new_image_tables = False  # they are about to be trained
+        return model
+    if not config.model.pipeline:
+        model.name_or_path = str(Path(config.output_dir) / "base")
+        if PartialState().is_main_process:
+            _keep_base(config, UnifiedPipeline(model, image_tokenizer, text_tokenizer))
     s = config.lora
-    adapted = attach_lora(
+    return attach_lora(
         model,
         s.rank,
         s.alpha,
@@ -59,23 +76,53 @@ def build_parts(config: TrainConfig) -> Parts:
         use_rslora=s.use_rslora,
         use_dora=s.use_dora,
     )
-    return adapted, image_tokenizer, text_tokenizer
+
+
+def _keep_base(config: TrainConfig, pipeline: UnifiedPipeline) -> None:
+    """Write ``<output_dir>/base`` beside and rename it, or compare with what is there."""
+    source = {name: value for name, value in asdict(config.model).items() if name != "gradient_checkpointing"}
+    origin = {**source, "image_tokenizer": pipeline.image_tokenizer.fingerprint, "seed": config.seed}
+    folder = Path(config.output_dir) / "base"
+    if folder.is_dir():
+        record = folder / BASE_FILE
+        refuse_other("output_dir", folder, json.loads(record.read_text()) if record.is_file() else {}, origin)
+        return
+    partial = folder.with_name(".partial-base")
+    shutil.rmtree(partial, ignore_errors=True)
+    pipeline.save_pretrained(partial, card=run_card(config, "base", pipeline.image_tokenizer.fingerprint))
+    (partial / BASE_FILE).write_text(json.dumps(origin, indent=2))
+    partial.rename(folder)
+
+
+def refuse_other(field: str, folder: Path, made_from: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raises ValueError if what an earlier run left in ``folder`` was made from something else, naming the differences."""
+    different = [
+        f"{name}: {made_from.get(name)!r} then, {value!r} now"
+        for name, value in wanted.items()
+        if made_from.get(name) != value
+    ]
+    if different:
+        raise ValueError(
+            f"{field}: {str(folder)!r} was made from other settings ({'; '.join(different)}); set them back, remove the folder, or "
+            "choose another output_dir."
+        )
 
 
 def _new_model(
     config: TrainConfig, image_tokenizer: ImageTokenizer, text_tokenizer: TextTokenizer
 ) -> UnifiedForCausalLM:
-    stride = image_tokenizer.downsample
-    side = config.data.image_size // stride
     shared: dict[str, Any] = {
         "codebook_size": image_tokenizer.codebook_size,
         "boi_token_id": text_tokenizer.boi_token_id,
         "eoi_token_id": text_tokenizer.eoi_token_id,
         "image_tokenizer_fingerprint": image_tokenizer.fingerprint,
-        "image_grids": [[side, side]],
+        "text_tokenizer_fingerprint": text_tokenizer.fingerprint,
         **config.model.options,
     }
     if config.model.backbone:
+        shared |= {"image_init": config.model.image_init, "head_init": config.model.head_init}
+        if config.model.image_init == "codebook":
+            shared["codebook"] = image_tokenizer.codebook_vectors()
         return UnifiedForCausalLM.from_backbone(config.model.backbone, **shared)
     architecture = {
         **(config.model.architecture or {}),
@@ -92,6 +139,8 @@ def open_codes(
 ) -> tuple[datasets.Dataset, datasets.Dataset | None]:
     """Training and validation rows as codes; a source of pictures is encoded once into ``<output_dir>/codes``."""
     data = config.data
+    if data.train is None:
+        raise ValueError("data.train: missing; name the pictures or their codes.")
     output = Path(config.output_dir)
     train_path = as_cache(accelerator, data, data.train, data.train_split, tokenizer, output / "codes")
     train = load_codes(train_path, data.train_split, tokenizer.fingerprint)
@@ -138,28 +187,20 @@ def as_cache(
             storage_options=data.storage_options or None,
         )  # fmt: skip
 
-    expected = {"source": source, "views": {**asdict(views), "sizes": [list(s) for s in size]}, "caption": data.caption}
-    return encode_once(accelerator, out, expected, encode)
+    wanted = {
+        "source": source, "image_size": data.image_size, "columns": [data.image_column, data.caption_column],
+        "views": {**asdict(views), "sizes": [list(s) for s in size]}, "caption": data.caption,
+    }  # fmt: skip
+    return encode_once(accelerator, out, wanted, encode)
 
 
 def encode_once(
-    accelerator: Accelerator, out: Path, expected: dict[str, Any], encode: Callable[[], dict[str, SkipReport]]
+    accelerator: Accelerator, out: Path, wanted: dict[str, Any], encode: Callable[[], dict[str, SkipReport]]
 ) -> Path:
-    """Encode into ``out`` unless an earlier run did.
-
-    Raises:
-        ValueError: if what the earlier run encoded differs from ``expected``.
-    """
+    """Encode into ``out`` unless an earlier run did. Raises ValueError if that one's codes are not what is ``wanted``."""
     if is_codes_cache(out):
-        description = json.loads((out / CACHE_FILE).read_text())
-        for name, value in expected.items():
-            if description.get(name) != value:
-                raise ValueError(
-                    f"codes: {str(out)!r} was made with {name} {description.get(name)!r}, not {value!r}; remove it to "
-                    "encode anew."
-                )
-    else:
-        for split, report in encode().items():
-            accelerator.print(f"{expected['source']} ({split}): {report.summary()}")
-    accelerator.wait_for_everyone()
+        refuse_other("data", out, json.loads((out / CACHE_FILE).read_text()), wanted)
+        return out
+    for split, report in encode().items():
+        accelerator.print(f"{wanted['source']} ({split}): {report.summary()}")
     return out

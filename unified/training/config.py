@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from unified.image_init import EMBED_KINDS, HEAD_KINDS
 from unified.lora import ATTENTION_AND_MLP
 from unified.npp import PatchSchedule
 from unified.settings import load_settings
@@ -41,7 +42,7 @@ class DataConfig:
     place ``sources`` lists several sources (fields of ``SourceConfig``) that are mixed by weight.
     """
 
-    train: str = ""
+    train: str | None = None
     sources: list[SourceConfig] = field(default_factory=list)
     validation: str | None = None  # default: the validation split of `train`
     train_split: str = "train"
@@ -75,6 +76,8 @@ class ModelConfig:
     text_tokenizer: str | None = None
     boi: str | None = None  # tokens that frame a picture, for a pretrained text tokenizer
     eoi: str | None = None
+    image_init: str = "text"  # image tables on a backbone: like its text, normal, or codebook (similar codes alike)
+    head_init: str = "normal"  # likewise normal, text, zero (a loss of ln K) or tied-like (rows of the image embedding)
     options: dict[str, Any] = field(default_factory=dict)  # fields of UnifiedConfig: positions, loss weights, ...
     gradient_checkpointing: bool = False
 
@@ -87,7 +90,9 @@ class LoraSettings:
     alpha: int | None = None
     dropout: float = 0.0
     target_modules: list[str] = field(default_factory=lambda: list(ATTENTION_AND_MLP))
-    train_image_tables: bool = False
+    train_image_tables: bool | None = (
+        None  # copies of the image tables in the adapter; null: if the base's are untrained
+    )
     use_rslora: bool = False
     use_dora: bool = False
 
@@ -163,7 +168,10 @@ class TrainConfig:
     keep_checkpoints: int = 2
     resume: str | None = None  # a checkpoint folder, or `latest`
     allow_changes: bool = False  # resume although the settings are not those of the checkpoint
-    track_with: list[str] = field(default_factory=lambda: ["tensorboard"])
+    track_with: list[str] = field(
+        default_factory=lambda: ["tensorboard"]
+    )  # also wandb, trackio, mlflow, ...; [] for none
+    project: str = "unified"  # name under which trackers file the run
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraSettings | None = None
@@ -200,10 +208,16 @@ def _check(config: TrainConfig) -> None:
         for name in ("image_tokenizer", "text_tokenizer"):
             if not getattr(config.model, name) and not (name == "text_tokenizer" and config.model.backbone):
                 raise ValueError(f"model.{name}: missing; a new model needs the folder of its tokenizer.")
+    for name, kinds in (("image_init", EMBED_KINDS), ("head_init", HEAD_KINDS)):
+        kind, default = getattr(config.model, name), getattr(ModelConfig, name)
+        if kind not in kinds:
+            raise ValueError(f"model.{name}: {kind!r} is unknown; use one of {kinds}.")
+        if kind != default and not config.model.backbone:
+            raise ValueError(f"model.{name}: {kind!r} is for image tables on a model.backbone; leave it out.")
     _check_data(config.data, config.validate_every)
     if config.optimizer.name not in ("adamw", "muon"):
         raise ValueError(f"optimizer.name: {config.optimizer.name!r} is unknown; use adamw or muon.")
-    for name in ("steps", "batch_size", "gradient_accumulation_steps", "log_every"):
+    for name in ("steps", "batch_size", "gradient_accumulation_steps", "log_every", "keep_checkpoints"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name}: {getattr(config, name)} must be at least 1.")
     if config.checkpoint_every and config.checkpoint_every % config.log_every:

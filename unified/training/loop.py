@@ -8,7 +8,7 @@ from typing import cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, send_to_device, set_seed
+from accelerate.utils import GradientAccumulationPlugin, set_seed
 from peft import PeftModel
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -16,21 +16,28 @@ from tqdm import tqdm
 
 from unified.lora import base_of, save_lora
 from unified.model import UnifiedForCausalLM
+from unified.model_card import run_card
 from unified.pipeline import UnifiedPipeline
 from unified.settings import dump_settings
 from unified.training.batches import loader
-from unified.training.build import build_parts
+from unified.training.build import adapt, build_parts
 from unified.training.checkpoint import (
+    check_inputs,
     check_settings,
-    find_checkpoint,
+    leave_out_frozen,
     load_checkpoint,
+    remove_stale,
     save_checkpoint,
+    start_checkpoint,
 )
 from unified.training.config import TrainConfig
+from unified.training.inputs import check_grids, describe_inputs, learn_grids
 from unified.training.optimizer import build_optimizers
+from unified.training.sharding import check_sharding, configure_deepspeed
 from unified.training.sources import open_data
-from unified.training.step import train_step
-from unified.training.tracking import LossMeter, RunLog
+from unified.training.step import check_skipped, train_step
+from unified.training.tracking import LossMeter, RunLog, check_trackers, start_trackers
+from unified_tokenizers import ImageTokenizer, TextTokenizer
 
 Measure = Callable[[UnifiedPipeline], dict[str, float]]
 
@@ -45,8 +52,10 @@ def train(config: TrainConfig, measure: Measure | None = None) -> Path:
     adapter was trained. Returns that last folder.
     """
     output = Path(config.output_dir)
+    check_trackers(config.track_with)
     accelerator = Accelerator(
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        # As a plugin, because `accelerate launch` sets the number for DeepSpeed (to "auto"), and its environment would win.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.gradient_accumulation_steps),
         mixed_precision=config.mixed_precision,
         log_with=config.track_with or None,
         project_dir=output,
@@ -56,28 +65,40 @@ def train(config: TrainConfig, measure: Measure | None = None) -> Path:
             f"processes: {config.processes} wanted, {accelerator.num_processes} started. `accelerate launch --cpu` starts "
             "one whatever it is told; on CPUs use `torchrun --nproc_per_node N`, with ACCELERATE_USE_CPU=true set."
         )
-    checkpoint = find_checkpoint(config.resume, output / "checkpoints") if config.resume else None
+    checkpoint = start_checkpoint(config.resume, output / "checkpoints")
     if checkpoint:
         check_settings(checkpoint, config, config.allow_changes)
     set_seed(config.seed)
     output.mkdir(parents=True, exist_ok=True)
-    if accelerator.is_main_process:
-        (output / "config.yaml").write_text(dump_settings(config))
-    accelerator.init_trackers("tensorboard")
 
-    model, image_tokenizer, text_tokenizer = build_parts(config)
-    layout_config = base_of(model).config
-    layout = layout_config.layout
-    data = open_data(accelerator, config, image_tokenizer, text_tokenizer, layout)
+    base, image_tokenizer, text_tokenizer = build_parts(config)
+    if isinstance(image_tokenizer, nn.Module):
+        image_tokenizer.to(accelerator.device)
+    layout_config = base.config
+    data = open_data(accelerator, config, image_tokenizer, text_tokenizer, layout_config)
+    run_card(config, "pipeline", image_tokenizer.fingerprint)  # fails here rather than after the training
     accumulation = config.gradient_accumulation_steps
 
     schedule = config.patch_schedule()
+    check_grids(data.grids, schedule.patch_sizes)
+    learn_grids(layout_config, data.grids, fixed=config.lora is not None and config.model.pipeline is not None)
+    model: UnifiedForCausalLM | PeftModel = adapt(config, base, image_tokenizer, text_tokenizer)
+    inputs = describe_inputs(data.rows, accelerator.num_processes, model)
+    if checkpoint:
+        check_inputs(checkpoint, inputs, config.allow_changes)
+    if config.lora is not None:
+        leave_out_frozen(accelerator)
     check_sharding(accelerator, config)
+    configure_deepspeed(accelerator, config)
     model, *optimizers = accelerator.prepare(model, *build_optimizers(model, config.optimizer))
     ema = _average_of(accelerator.unwrap_model(model), config.optimizer.ema_decay)
     if ema is not None:
         accelerator.register_for_checkpointing(ema)
     step, slots = load_checkpoint(accelerator, checkpoint) if checkpoint else (0, 0)
+    remove_stale(accelerator, output / "checkpoints", step)
+    if accelerator.is_main_process:
+        (output / "config.yaml").write_text(dump_settings(config))
+    start_trackers(accelerator, config, step)
     log = RunLog(accelerator, output, resumed_at=step)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     processes = accelerator.num_processes
@@ -94,17 +115,20 @@ def train(config: TrainConfig, measure: Measure | None = None) -> Path:
 
     model.train()
     losses: dict[str, float] = {}
-    meter, since, images = LossMeter(accelerator), time.monotonic(), 0
+    meter, since, images, skipped = LossMeter(accelerator), time.monotonic(), 0, 0
     bar = tqdm(total=config.steps, initial=step, unit="step", disable=not accelerator.is_local_main_process)
     stream = iter(loader(data.batches, step * accumulation, config.data.num_workers))
     while step < config.steps:
         stage, patch_size = schedule.stage(step, config.steps), schedule.patch_size(step, config.steps)
         rate = config.optimizer.learning_rate * schedule.lr_multiplier(step, config.steps)
-        parts = [send_to_device(part, accelerator.device) for part in islice(stream, accumulation)]
+        parts = list(islice(stream, accumulation))
         images += sum(len(part["image_grids"]) for part in parts) * processes
         slots += train_step(
             accelerator, model, layout_config, optimizers, parts, patch_size, rate, step, config, meter
         )  # fmt: skip
+
+        skipped = skipped + 1 if accelerator.optimizer_step_was_skipped else 0
+        check_skipped(skipped)
 
         step += 1
         bar.update()
@@ -140,22 +164,13 @@ def train(config: TrainConfig, measure: Measure | None = None) -> Path:
             log.write(step, **measure(_pipeline(current(), image_tokenizer, text_tokenizer)))
             model.train()
         if config.checkpoint_every and (step % config.checkpoint_every == 0 or last):
-            save_checkpoint(accelerator, output / "checkpoints", step, slots, config.keep_checkpoints, config)
+            save_checkpoint(accelerator, output / "checkpoints", step, slots, config.keep_checkpoints, config, inputs)
     bar.close()
     # Gathers what is cut over processes, so all of them take part.
     state = accelerator.get_state_dict(model) if ema is None else None
-    folder = _save(accelerator, current(), state, image_tokenizer, text_tokenizer, output)
+    folder = _save(accelerator, current(), state, image_tokenizer, text_tokenizer, config)
     accelerator.end_training()
     return folder
-
-
-def check_sharding(accelerator: Accelerator, config: TrainConfig) -> None:
-    """Refuse options that need whole weights where they are cut over processes. Raises ValueError naming the option."""
-    kind = accelerator.distributed_type
-    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        for name, used in (("ema_decay", config.optimizer.ema_decay), ("name=muon", config.optimizer.name == "muon")):
-            if used:
-                raise ValueError(f"optimizer.{name}: not available with {kind.value}; leave it out or train with DDP.")
 
 
 def _average_of(model: nn.Module, decay: float | None) -> AveragedModel | None:
@@ -176,16 +191,18 @@ def _save(
     accelerator: Accelerator,
     model: UnifiedForCausalLM | PeftModel,
     state_dict: dict[str, torch.Tensor] | None,
-    image_tokenizer: object,
-    text_tokenizer: object,
-    output: Path,
+    image_tokenizer: ImageTokenizer,
+    text_tokenizer: TextTokenizer,
+    config: TrainConfig,
 ) -> Path:
-    folder = output / ("lora" if isinstance(model, PeftModel) else "pipeline")
+    part = "lora" if isinstance(model, PeftModel) else "pipeline"
+    folder = Path(config.output_dir) / part
     if accelerator.is_main_process:
+        card = run_card(config, part, image_tokenizer.fingerprint)
         if isinstance(model, PeftModel):
-            save_lora(model, folder, state_dict)
+            save_lora(model, folder, state_dict, card)
         else:
-            _pipeline(model, image_tokenizer, text_tokenizer).save_pretrained(folder, state_dict)
+            _pipeline(model, image_tokenizer, text_tokenizer).save_pretrained(folder, state_dict, card)
         accelerator.print(f"saved {folder}")
     accelerator.wait_for_everyone()
     return folder

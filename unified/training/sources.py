@@ -11,12 +11,14 @@ from accelerate import Accelerator, PartialState
 from torch import nn
 
 from unified.codes import is_codes_cache, load_codes
-from unified.config import TokenLayout
+from unified.config import TokenLayout, UnifiedConfig
 from unified.data import load_source
 from unified.interleaved import encode_interleaved, interleaved_sequence
+from unified.npp import Grid
 from unified.training.batches import Batches, CaptionedBatches
 from unified.training.build import as_cache, encode_once, open_codes
 from unified.training.config import DataConfig, SourceConfig, TrainConfig
+from unified.training.inputs import check_lengths, code_grids
 from unified.training.mixture import MixedBatches, Source, image_source, text_source
 from unified.training.validation import caption_loss, image_loss, mean_loss
 from unified_tokenizers import ImageTokenizer, TextTokenizer
@@ -27,10 +29,20 @@ _LOSSES = {"image": "image_loss", "text": "text_loss", "interleaved": "loss"}
 
 @dataclass
 class TrainingData:
-    """Batches of this process, losses to measure on the way by name, and a few words for the log."""
+    """What a run learns from.
+
+    Attributes:
+        batches: batches of this process.
+        checks: losses to measure on the way, by name.
+        rows: all rows that are read, by what they are for.
+        grids: code grids of the pictures that are learned, each once.
+        summary: a few words for the log.
+    """
 
     batches: Batches
     checks: dict[str, Check]
+    rows: dict[str, datasets.Dataset]
+    grids: list[Grid]
     summary: str
 
 
@@ -39,17 +51,21 @@ def open_data(
     config: TrainConfig,
     image_tokenizer: ImageTokenizer,
     text_tokenizer: TextTokenizer,
-    layout: TokenLayout,
+    model_config: UnifiedConfig,
 ) -> TrainingData:
     """Open ``data.train`` or ``data.sources``; pictures are encoded once, into ``<output_dir>/codes...``.
 
     Raises:
-        ValueError: if a source, a split or a column is missing, a source is empty, or codes are of another tokenizer.
+        ValueError: if a source, a split or a column is missing, a source is empty, codes are of another tokenizer, or a row
+            is longer than the backbone can read.
     """
     if config.data.sources:
-        return _mixture(accelerator, config, image_tokenizer, text_tokenizer, layout)
-    data = config.data
+        return _mixture(accelerator, config, image_tokenizer, text_tokenizer, model_config)
+    data, layout = config.data, model_config.layout
     rows, validation = open_codes(accelerator, config, image_tokenizer)
+    opened = {"train": rows} if validation is None else {"train": rows, "validation": validation}
+    for part in opened.values():
+        check_lengths(part, text_tokenizer, model_config)
     batches = CaptionedBatches(
         rows, text_tokenizer, layout, config.batch_size, config.steps * config.gradient_accumulation_steps, config.seed,
         data.caption_dropout, data.code_noise, data.train_on_captions, data.captioning,
@@ -65,7 +81,7 @@ def open_data(
         checks["train_subset_loss"] = lambda model, device: image_loss(model, known, device)
         if data.captioning:
             checks["caption_loss"] = lambda model, device: caption_loss(model, held_out, device)
-    return TrainingData(batches, checks, f"{len(rows)} pictures")
+    return TrainingData(batches, checks, opened, code_grids(rows), f"{len(rows)} pictures")
 
 
 def _mixture(
@@ -73,15 +89,29 @@ def _mixture(
     config: TrainConfig,
     image_tokenizer: ImageTokenizer,
     text_tokenizer: TextTokenizer,
-    layout: TokenLayout,
+    model_config: UnifiedConfig,
 ) -> TrainingData:
-    sources, checks = [], dict[str, Check]()
+    layout, limit = model_config.layout, getattr(model_config.text_config, "max_position_embeddings", None)
+    sources: list[Source] = []
+    checks: dict[str, Check] = {}
+    rows: dict[str, datasets.Dataset] = {}
+    grids: set[Grid] = set()
     for number, source in enumerate(config.data.sources):
+        if source.kind != "image" and limit is not None and source.max_length > limit:
+            raise ValueError(
+                f"data.sources: max_length {source.max_length} of {source.path!r} is beyond the {limit} positions of the "
+                "backbone; lower it, or raise max_position_embeddings."
+            )
         out = Path(config.output_dir) / f"codes-{number}"
         open_split = partial(_open, accelerator, config.data, source, image_tokenizer, text_tokenizer, layout)
         sources.append(open_split(source.split, out, learned=True))
+        rows[f"sources.{number}"] = sources[-1].rows
+        if source.kind == "image":
+            check_lengths(sources[-1].rows, text_tokenizer, model_config)
+        grids.update(_grids(sources[-1].rows, source.kind))
         if config.validate_every and source.validation_split:
             held_out = open_split(source.validation_split, out.with_name(out.name + "-validation"), learned=False)
+            rows[f"sources.{number}.validation"] = held_out.rows
             name = f"{source.kind}_validation_loss"
             if name in checks:
                 name += f"_{number}"
@@ -91,13 +121,23 @@ def _mixture(
         accelerator.process_index, accelerator.num_processes, config.data.pack,
     )  # fmt: skip
     shares = zip(sources, batches.shares, strict=True)
-    return TrainingData(batches, checks, ", ".join(f"{n / 10:g} % {s.name} ({len(s.rows)} rows)" for s, n in shares))
+    summary = ", ".join(f"{n / 10:g} % {s.name} ({len(s.rows)} rows)" for s, n in shares)
+    return TrainingData(batches, checks, rows, sorted(grids), summary)
+
+
+def _grids(rows: datasets.Dataset, kind: str) -> list[Grid]:
+    if kind == "image":
+        return code_grids(rows)
+    if kind == "text":
+        return []
+    sizes = rows.select_columns(["heights", "widths"])
+    return [(h, w) for row in sizes for h, w in zip(row["heights"], row["widths"], strict=True)]
 
 
 def _measure(
     source: Source, layout: TokenLayout, rows: int, name: str, model: nn.Module, device: torch.device
 ) -> float:
-    return mean_loss(model, source.once(layout, rows), device, name)
+    return mean_loss(model, source.once(layout, rows), layout, device, name)
 
 
 def _open(
@@ -166,7 +206,7 @@ def _interleaved(
         path = encode_once(
             accelerator,
             out,
-            {"source": source.path, "sizes": [list(size)]},
+            {"source": source.path, "sizes": [list(size)], "columns": [source.segments_column]},
             lambda: encode_interleaved(
                 tokenizer,
                 source.path,

@@ -1,19 +1,30 @@
 """One optimizer step over micro-batches and processes."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType, send_to_device
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from unified.config import UnifiedConfig
+from unified.config import TokenLayout, UnifiedConfig
 from unified.npp import slot_counts
 from unified.sequence import IGNORE
-from unified.training.checkpoint import save_failed_batch
 from unified.training.config import TrainConfig
-from unified.training.tracking import LossMeter
+from unified.training.tracking import LossMeter, sum_over_processes
+
+MAX_SKIPPED = 20
+
+
+def learned_slots(batch: dict[str, Tensor], patch_size: int, layout: TokenLayout) -> tuple[int, float]:
+    """Slots of a batch that are learned: those whose target is text, and those whose target is a patch."""
+    labels = batch["labels"][:, 1:]  # nothing predicts the first token
+    images = int((labels >= layout.text_vocab_size).sum())
+    return int((labels != IGNORE).sum()) - images, images / patch_size**2
 
 
 def learned_weight(batch: dict[str, Tensor], patch_size: int, config: UnifiedConfig) -> float:
@@ -21,11 +32,9 @@ def learned_weight(batch: dict[str, Tensor], patch_size: int, config: UnifiedCon
 
     ``loss * learned_weight`` is a plain sum over slots, so means of parts can be put together exactly.
     """
-    labels = batch["labels"][:, 1:]  # nothing predicts the first token
-    images = int((labels >= config.layout.text_vocab_size).sum())
-    texts = int((labels != IGNORE).sum()) - images
-    slots = images if config.loss_normalization == "token" else images / patch_size**2
-    return config.text_loss_weight * texts + config.image_loss_weight * slots
+    texts, images = learned_slots(batch, patch_size, config.layout)
+    per_patch = patch_size**2 if config.loss_normalization == "token" else 1
+    return config.text_loss_weight * texts + config.image_loss_weight * images * per_patch
 
 
 def count_slots(batch: dict[str, Tensor], patch_size: int) -> int:
@@ -53,42 +62,72 @@ def train_step(
 
     Raises:
         FloatingPointError: if gradients are not finite or too large; the weights are still those of before the step.
+            DeepSpeed updates them before its norm can be read: there, they are so if it was the loss that was not finite.
     """
+    for optimizer in optimizers:  # first of all, because DeepSpeed steps inside of backward
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
     weights = [learned_weight(batch, patch_size, layout) for batch in batches]
     slots = sum(count_slots(batch, patch_size) for batch in batches)
-    counts = torch.tensor([sum(weights), slots], dtype=torch.float64)
-    total, all_slots = accelerator.reduce(counts.to(accelerator.device), "sum").tolist()
+    total, all_slots = sum_over_processes(accelerator, [sum(weights), slots])
     parts = len(batches) * accelerator.num_processes  # Accelerate and DDP divide by this
-    for batch, weight in zip(batches, weights, strict=True):
-        with accelerator.accumulate(model):
-            output = model(**batch, patch_size=patch_size)
-            accelerator.backward(output.loss * (weight / total * parts))
-            if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(model.parameters(), config.optimizer.gradient_clip)
-                check_gradients(accelerator, norm, batch, step, config)
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate
-                optimizer.step()
-                optimizer.zero_grad()
-        meter.add(image_loss=output.image_loss, text_loss=output.text_loss)
+    failed = Path(config.output_dir) / f"failed-step-{step:08d}-process-{accelerator.process_index}.safetensors"
+    with kept_on_failure(batches, failed, step=step, patch_size=patch_size, learning_rate=learning_rate):
+        for batch, weight in zip(batches, weights, strict=True):
+            with accelerator.accumulate(model):
+                output = model(**send_to_device(batch, accelerator.device), patch_size=patch_size)
+                if accelerator.distributed_type == DistributedType.DEEPSPEED:
+                    check_loss(accelerator, output.loss)
+                accelerator.backward(output.loss * (weight / total * parts))
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(model.parameters(), config.optimizer.gradient_clip)
+                    check_gradients(accelerator, norm, config.optimizer.gradient_limit)
+                for optimizer in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad()
+            texts, images = learned_slots(batch, patch_size, layout.layout)
+            meter.add(image_loss=(output.image_loss, images), text_loss=(output.text_loss, texts))
     return int(all_slots)
 
 
-def check_gradients(
-    accelerator: Accelerator, norm: Tensor | float | None, batch: dict[str, Tensor], step: int, config: TrainConfig
-) -> None:
-    """Stop before the weights are spoilt, and keep the (last) batch.
+@contextmanager
+def kept_on_failure(batches: Sequence[dict[str, Tensor]], path: Path, **numbers: float) -> Iterator[None]:
+    """Keep what failed: all micro-batches, tensors of the i-th as ``i.name``, with ``numbers`` in the metadata."""
+    try:
+        yield
+    except FloatingPointError as error:
+        tensors = {f"{i}.{name}": t.contiguous() for i, batch in enumerate(batches) for name, t in batch.items()}
+        save_file(tensors, path, {name: str(number) for name, number in numbers.items()})
+        raise FloatingPointError(
+            f"{error} at step {numbers['step']}; the batches are kept in {str(path)!r}. Lower optimizer.learning_rate, or "
+            "look for what is special about them."
+        ) from error
+
+
+def check_loss(accelerator: Accelerator, loss: Tensor) -> None:
+    """Stop on all processes. Raises FloatingPointError if the loss of any of them is not finite."""
+    (bad,) = sum_over_processes(accelerator, [float(not loss.isfinite())])
+    if bad:
+        raise FloatingPointError(f"loss: not finite on {bad:.0f} process(es), {loss.item()} on this one,")
+
+
+def check_gradients(accelerator: Accelerator, norm: Tensor | float | None, limit: float | None) -> None:
+    """Stop before the weights are spoilt.
 
     Raises:
-        FloatingPointError: if the gradients' norm is not finite or beyond ``optimizer.gradient_limit``.
+        FloatingPointError: if the gradients' norm is not finite or beyond ``limit``.
     """
     if accelerator.mixed_precision == "fp16" or norm is None:
-        return  # the loss scaler skips steps with infinite gradients by itself; DeepSpeed clips out of sight
-    value, limit = float(norm), config.optimizer.gradient_limit
+        return  # the loss scaler skips steps with infinite gradients by itself
+    value = float(norm)
     if not math.isfinite(value) or (limit is not None and value > limit):
-        path = save_failed_batch(batch, Path(config.output_dir), step, accelerator.process_index)
+        raise FloatingPointError(f"gradients: their norm is {value}")
+
+
+def check_skipped(skipped: int) -> None:
+    """Raises FloatingPointError if the loss scaler of fp16 has skipped too many steps in a row: it found no scale."""
+    if skipped >= MAX_SKIPPED:
         raise FloatingPointError(
-            f"gradients: their norm is {value} at step {step}; the batch is kept in {str(path)!r}. Lower "
-            "optimizer.learning_rate, or look for what is special about the batch."
+            f"gradients: not finite in {skipped} steps in a row, all skipped; use mixed_precision=bf16 or resume with a lower "
+            "optimizer.learning_rate."
         )

@@ -1,17 +1,52 @@
 """What a run leaves behind to look at: a JSONL log, trackers, sample grids."""
 
+import importlib
 import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from PIL.Image import Image
+from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid, save_image
 
 from unified.pipeline import UnifiedPipeline
-from unified.training.config import SampleConfig
+from unified.training.checkpoint import write_whole
+from unified.training.config import SampleConfig, TrainConfig
 
 LOG_FILE = "log.jsonl"
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raises ValueError for a tracker that Accelerate does not know or whose package is missing."""
+    known, installed = sorted(map(str, LOGGER_TYPE_TO_CLASS)), list(map(str, get_available_trackers()))
+    for name in names:
+        if name not in known:
+            raise ValueError(f"track_with: {name!r} is unknown; use some of {known}, or [] for none.")
+        if name not in installed:
+            raise ValueError(
+                f"track_with: {name!r} is not installed; `pip install {name}`, or leave it out of the list."
+            )
+
+
+def start_trackers(accelerator: Accelerator, config: TrainConfig, step: int) -> None:
+    """Open the trackers for a run that goes on after ``step``; TensorBoard forgets what an earlier part wrote beyond it."""
+    purge = {"tensorboard": {"purge_step": step + 1}} if step else {}
+    accelerator.init_trackers(config.project, dict(_flat(asdict(config))), purge)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, int | float | str]]:
+    """Nested settings as ``data.train``, ...; trackers take numbers and strings."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value if isinstance(value, int | float | str) else str(value)
 
 
 class RunLog:
@@ -22,7 +57,7 @@ class RunLog:
         if accelerator.is_main_process:
             # A resumed run continues its log; lines past the checkpoint will be written again.
             kept = [line for line in read_log(output_dir) if line["step"] <= resumed_at] if resumed_at else []
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, step: int, **figures: Any) -> None:
         """Record figures after ``step`` steps."""
@@ -40,45 +75,57 @@ class RunLog:
         images = pipeline(
             config.prompts, guidance_scale=config.guidance_scale, generator=generators, output_type="pt"
         ).images
-        grid = make_grid(
-            torch.as_tensor(images),
-            nrow=min(8, len(config.prompts)),
-            padding=2,
-            pad_value=1,
-            normalize=True,
-            value_range=(-1, 1),
-        )
+        grid = make_grid(torch.as_tensor(images), nrow=min(8, len(config.prompts)), padding=2, pad_value=1)
         folder = self.path.parent / "samples"
         folder.mkdir(exist_ok=True)
         save_image(grid, folder / f"step-{step:08d}.png")
+        self._track(to_pil_image(grid), step)
+
+    def _track(self, picture: Image, step: int) -> None:
+        """Hand a picture to those trackers that take pictures."""
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard":
-                tracker.writer.add_image("samples", grid, step)
+                tracker.writer.add_image("samples", np.asarray(picture), step, dataformats="HWC")
+            elif tracker.name in ("wandb", "swanlab"):
+                tracker.log_images({"samples": [picture]}, step=step)
+            elif tracker.name == "trackio":
+                tracker.log({"samples": importlib.import_module("trackio").Image(picture)}, step=step)
+
+
+def sum_over_processes(accelerator: Accelerator, values: Sequence[float]) -> list[float]:
+    """Sums of numbers over all processes. One process leaves the device alone: not every device has float64."""
+    if accelerator.num_processes == 1:
+        return list(values)
+    return accelerator.reduce(torch.tensor(values, dtype=torch.float64, device=accelerator.device), "sum").tolist()
 
 
 class LossMeter:
-    """Means of named losses over the steps since the last reading, over all processes. A loss may be absent (None)."""
+    """Means of named losses since the last reading, over all batches and processes. A loss may be absent (None)."""
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
-        self._sums: dict[str, torch.Tensor] = {}
+        self._losses: dict[str, list[tuple[torch.Tensor, float]]] = {}
 
-    def add(self, **losses: torch.Tensor | None) -> None:
-        """Add one step's losses."""
-        for name, loss in losses.items():
-            if name not in self._sums:
-                self._sums[name] = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
+    def add(self, **losses: tuple[torch.Tensor | None, float]) -> None:
+        """Add a batch's mean losses, each with its weight: the number of slots that it is the mean of."""
+        for name, (loss, weight) in losses.items():
+            seen = self._losses.setdefault(name, [])
             if loss is not None:
-                self._sums[name] += torch.stack([loss.detach().double(), torch.ones_like(loss, dtype=torch.float64)])
+                seen.append((loss.detach(), weight))  # read later: that waits for the device
 
     def means(self) -> dict[str, float]:
         """Means by name, without those that never occurred; starts anew."""
-        found = {name: self.accelerator.reduce(sums, "sum").tolist() for name, sums in self._sums.items()}
-        self._sums.clear()
-        return {name: total / count for name, (total, count) in found.items() if count}
+        sums = [[sum(float(x) * w for x, w in seen), sum(w for _, w in seen)] for seen in self._losses.values()]
+        flat = sum_over_processes(self.accelerator, [number for pair in sums for number in pair])
+        found = dict(zip(self._losses, zip(flat[::2], flat[1::2], strict=True), strict=True))
+        self._losses.clear()
+        return {name: total / weight for name, (total, weight) in found.items() if weight}
 
 
 def read_log(output_dir: Path) -> list[dict[str, Any]]:
-    """All records of a run's log, oldest first; empty without a log."""
+    """All records of a run's log, oldest first; empty without a log. A last line without its end (the run was killed
+    while it wrote, or is writing) is left out.
+    """
     path = output_dir / LOG_FILE
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]

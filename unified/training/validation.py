@@ -6,30 +6,42 @@ import torch
 from accelerate.utils import send_to_device
 from torch import nn
 
+from unified.config import TokenLayout
 from unified.training.batches import CaptionedBatches
+from unified.training.step import learned_slots
 
 
 @torch.no_grad()
 def image_loss(model: nn.Module, batches: CaptionedBatches, device: torch.device) -> float:
-    """Mean image loss over all rows of ``batches`` in next-token mode, in nats a code."""
-    return mean_loss(model, batches.once(), device, "image_loss")
+    """Mean image loss over all codes of ``batches`` in next-token mode, in nats a code."""
+    return mean_loss(model, batches.once(), batches.layout, device, "image_loss")
 
 
 @torch.no_grad()
 def caption_loss(model: nn.Module, batches: CaptionedBatches, device: torch.device) -> float:
-    """Mean loss of the captions of all rows after their pictures, in nats a text token, averaged over rows."""
-    return mean_loss(model, batches.once(captioned=True), device, "text_loss")
+    """Mean loss over all tokens of the captions of ``batches`` after their pictures, in nats a text token."""
+    return mean_loss(model, batches.once(captioned=True), batches.layout, device, "text_loss")
 
 
 @torch.no_grad()
-def mean_loss(model: nn.Module, batches: Iterable[dict[str, torch.Tensor]], device: torch.device, name: str) -> float:
-    """Mean over rows of a loss of the model's output, in nats: ``image_loss``, ``text_loss``, or ``loss`` of both."""
+def mean_loss(
+    model: nn.Module,
+    batches: Iterable[dict[str, torch.Tensor]],
+    layout: TokenLayout,
+    device: torch.device,
+    name: str,
+) -> float:
+    """Mean of a loss of the model's output over all learned slots that it counts, in nats.
+
+    ``name`` is ``image_loss``, ``text_loss``, or ``loss`` for both together.
+    """
     training = model.training
     model.eval()
-    total, count = 0.0, 0
+    total, count = 0.0, 0.0
     for batch in batches:
-        rows = len(batch["input_ids"])
-        total += float(getattr(model(**send_to_device(batch, device)), name)) * rows
-        count += rows
+        texts, images = learned_slots(batch, 1, layout)
+        slots = {"image_loss": images, "text_loss": texts, "loss": texts + images}[name]
+        total += float(getattr(model(**send_to_device(batch, device)), name)) * slots
+        count += slots
     model.train(training)
     return total / count

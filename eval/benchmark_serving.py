@@ -1,0 +1,168 @@
+"""Serving side by side: the engine's running batch against one request at a time, for the same arrivals.
+
+    python eval/benchmark_serving.py --json serving.json [--pipeline DIR] [--loads 0.5 2 6]
+
+Requests arrive at random (Poisson, seeded); a load of 2 means that two arrive in the time in which one is drawn alone.
+Pictures are compared before any time is printed. Ratios are medians of paired rounds with their range, above 1 where
+the engine is better; absolute times are not reported: they belong to the machine.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unified import UnifiedConfig, UnifiedForCausalLM, UnifiedPipeline
+from unified.decoding import Sampling
+from unified.serving import Engine
+from unified_tokenizers import VQConfig, VQModel, train_sentencepiece
+
+CAPTIONS = ["red apple", "a green tree", "the small dog", "blue car", "a cat and a dog", "yellow sun over the sea"]
+SAMPLING = Sampling(guidance_scale=3.0)
+Draw = Callable[[int], Tensor]  # number of a request to its codes
+
+
+def random_pipeline(grid: int, width: int, layers: int) -> UnifiedPipeline:
+    """A pipeline with random weights: a Llama, small tokenizers."""
+    torch.manual_seed(0)
+    images = VQModel(VQConfig(channels=16, codebook_size=1024)).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        texts = train_sentencepiece(CAPTIONS, folder, vocab_size=320)
+    text = {
+        "model_type": "llama", "vocab_size": texts.vocab_size, "hidden_size": width, "intermediate_size": width * 8 // 3,
+        "num_hidden_layers": layers, "num_attention_heads": max(width // 64, 1), "pad_token_id": 0, "bos_token_id": 1,
+        "eos_token_id": 2, "max_position_embeddings": grid * grid + 64,
+    }  # fmt: skip
+    config = UnifiedConfig(text_config=text, codebook_size=1024, boi_token_id=texts.boi_token_id,
+                           eoi_token_id=texts.eoi_token_id, positions="2d", image_grids=[[grid, grid]])  # fmt: skip
+    return UnifiedPipeline(UnifiedForCausalLM(config).eval(), images, texts)
+
+
+def arrivals(count: int, load: float, service: float, seed: int) -> list[float]:
+    """Seconds at which requests come: a Poisson process with ``load`` of them in ``service`` seconds on average."""
+    gaps = np.random.default_rng(seed).exponential(service / load, count)
+    return (gaps.cumsum() - gaps[0]).tolist()
+
+
+def serve(draw: Draw, times: list[float], workers: int) -> list[float]:
+    """Seconds at which requests are answered that come at ``times``; ``workers`` of them may be under way."""
+    start = time.perf_counter()
+
+    def answer(number: int) -> float:
+        time.sleep(max(0.0, times[number] - (time.perf_counter() - start)))
+        draw(number)
+        return time.perf_counter() - start
+
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(answer, range(len(times))))
+
+
+def figures(times: list[float], answered: list[float]) -> dict[str, float]:
+    """Requests per second from the first arrival to the last answer, and quantiles of the time to an answer."""
+    latency = np.subtract(answered, times)
+    return {
+        "throughput": len(times) / (max(answered) - times[0]),
+        "p50": float(np.quantile(latency, 0.5)), "p95": float(np.quantile(latency, 0.95)),
+    }  # fmt: skip
+
+
+def better(alone: list[dict[str, float]], engine: list[dict[str, float]]) -> dict[str, Any]:
+    """How many times better the engine is: median and range of the rounds' ratios."""
+    result = {}
+    for name in ("throughput", "p50", "p95"):
+        pairs = [
+            (e[name], a[name]) if name == "throughput" else (a[name], e[name])
+            for a, e in zip(alone, engine, strict=True)
+        ]
+        ratios = [one / other for one, other in pairs]
+        result[name] = {"ratio": round(median(ratios), 3), "spread": [round(min(ratios), 3), round(max(ratios), 3)]}
+    return result
+
+
+def measure(pipe: UnifiedPipeline, loads: list[float], requests: int, slots: int, rounds: int) -> list[dict[str, Any]]:
+    """Both ways at every load.
+
+    Raises:
+        RuntimeError: if the engine draws other pictures than the pipeline alone.
+    """
+    pipe.set_progress_bar_config(disable=True)
+
+    def asked(number: int) -> dict[str, Any]:
+        return {"prompt": CAPTIONS[number % len(CAPTIONS)], "generator": torch.Generator().manual_seed(number)}
+
+    with closing(Engine(pipe, slots, waiting=requests)) as engine:
+
+        def together(number: int) -> Tensor:
+            return engine.submit(sampling=SAMPLING, **asked(number)).result().codes
+
+        def alone(number: int) -> Tensor:
+            return pipe(guidance_scale=SAMPLING.guidance_scale, **asked(number)).codes
+
+        with ThreadPoolExecutor(len(CAPTIONS)) as pool:
+            drawn = list(pool.map(together, range(len(CAPTIONS))))
+        seconds = []
+        for number, codes in enumerate(drawn):
+            start = time.perf_counter()
+            if not torch.equal(alone(number), codes):
+                raise RuntimeError(f"request {number}: the engine draws another picture; not timing this.")
+            seconds.append(time.perf_counter() - start)
+        service, result = median(seconds), []
+        for load in loads:
+            ways: dict[str, list[dict[str, float]]] = {"alone": [], "engine": []}
+            for seed in range(rounds):
+                times = arrivals(requests, load, service, seed)
+                ways["alone"].append(figures(times, serve(alone, times, 1)))
+                ways["engine"].append(figures(times, serve(together, times, requests)))
+            result.append({"load": load, **better(**ways)})
+    return result
+
+
+def main() -> None:
+    """Check, measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="file to write")
+    parser.add_argument("--pipeline", help="trained pipeline (default: a small one with random weights)")
+    parser.add_argument("--loads", type=float, nargs="+", default=[0.5, 2.0, 6.0], help="default: %(default)s")
+    parser.add_argument("--requests", type=int, default=24, help="in every round (default: %(default)s)")
+    parser.add_argument("--slots", type=int, default=16, help="rows of the engine's batch (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds, each with its arrivals (default: %(default)s)")
+    parser.add_argument("--grid", type=int, default=8, help="side of the code grid (default: %(default)s)")
+    parser.add_argument("--width", type=int, default=256, help="of the random model (default: %(default)s)")
+    parser.add_argument("--layers", type=int, default=4, help="of the random model (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads (default: %(default)s)")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    pipe = (
+        UnifiedPipeline.from_pretrained(args.pipeline)
+        if args.pipeline
+        else random_pipeline(args.grid, args.width, args.layers)
+    )
+    loads = measure(pipe, args.loads, args.requests, args.slots, args.rounds)
+    for row in loads:
+        print(
+            f"load {row['load']:g}:",
+            ", ".join(f"{name} {row[name]['ratio']:.2f}" for name in ("throughput", "p50", "p95")),
+        )
+    conditions = {
+        "torch": torch.__version__, "threads": args.threads, "requests": args.requests, "slots": args.slots,
+        "rounds": args.rounds, "guidance": SAMPLING.guidance_scale, "dtype": "float32",
+        "model": args.pipeline or f"Llama, width {args.width}, {args.layers} layers, random weights",
+        "codes": f"{args.grid}x{args.grid}", "vq_decoding": "included",
+        "ratios": "engine against one request at a time, same arrivals; above 1 where the engine is better",
+    }  # fmt: skip
+    if args.json:
+        args.json.write_text(json.dumps({"conditions": conditions, "loads": loads}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

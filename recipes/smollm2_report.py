@@ -1,0 +1,169 @@
+"""Prove what a LoRA run on a language model promises: it learned to draw, and with the adapter off it is what it was.
+
+    accelerate launch recipes/train.py --config recipes/configs/smollm2_lora.yaml
+    python recipes/smollm2_report.py --run runs/smollm2 --backbone data/smollm2
+
+Writes `report.json`, `loss.png` and `samples.png` into the run's folder, and ends with exit code 1 if a promise is broken.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from unified import UnifiedPipeline
+from unified.lora import base_of
+from unified.training.batches import CaptionedBatches
+from unified.training.build import open_codes
+from unified.training.config import TrainConfig, load_config
+from unified.training.tracking import read_log
+from unified.training.validation import image_loss
+from unified_eval.curves import plot_loss
+from unified_eval.selection import choose_evenly
+from unified_eval.sheets import captioned_grid, in_rows
+
+QUESTION = "The capital of France is"
+PARAGRAPH = (
+    "A language model reads a text word by word and guesses how it goes on. The better it knows the world that the text "
+    "speaks of, the less often it is surprised. Whoever teaches it something new, such as drawing, has to take care that "
+    "it does not forget how to read: a model that draws well and can no longer finish a sentence is of little use."
+)
+
+
+def code_entropy(train: datasets.Dataset, validation: datasets.Dataset, codebook_size: int) -> float:
+    """Cross-entropy of the validation codes under the training codes' frequencies plus one, in nats a code."""
+    seen, held_out = (np.concatenate([np.ravel(codes) for codes in rows["codes"]]) for rows in (train, validation))
+    counts = np.bincount(seen, minlength=codebook_size) + 1
+    return float(-np.log(counts / counts.sum())[held_out].mean())
+
+
+def seconds_of(log: list[dict[str, Any]], config: TrainConfig) -> float:
+    """Time of all logged steps, from their speed; without ``processes`` in the settings for one process."""
+    per_step = config.batch_size * config.gradient_accumulation_steps * (config.processes or 1)
+    speeds = [record["images_per_second"] for record in log if "images_per_second" in record]
+    return sum(config.log_every * per_step / speed for speed in speeds)
+
+
+def perplexity(logits: Tensor, ids: Tensor) -> float:
+    """Of ids ``(1, T)`` under logits ``(1, T, V)``."""
+    return F.cross_entropy(logits[0, :-1].float(), ids[0, 1:]).exp().item()
+
+
+def answer_ids(model: Any, tokenizer: Any, question: str) -> Tensor:
+    """The likeliest answer ``(T,)``, through the chat template if the tokenizer has one, else a continuation."""
+    if tokenizer.chat_template is None:
+        ids = tokenizer(question, return_tensors="pt").input_ids
+    else:
+        messages = [{"role": "user", "content": question}]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    options = {"max_new_tokens": 24, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    return model.generate(ids, **options)[0, ids.shape[1] :]
+
+
+@torch.no_grad()
+def text_figures(pipe: UnifiedPipeline, backbone: str) -> tuple[dict[str, Any], dict[str, bool]]:
+    """The plain backbone's text beside that of the pipeline with its adapter off and on; figures and promises."""
+    tokenizer = AutoTokenizer.from_pretrained(backbone)
+    plain: Any = AutoModelForCausalLM.from_pretrained(backbone, dtype=torch.float32).eval()
+    ids = tokenizer(PARAGRAPH, return_tensors="pt").input_ids
+
+    def speak(model: Any) -> tuple[Tensor, Tensor]:
+        return model(ids).logits, answer_ids(model, tokenizer, QUESTION)
+
+    spoken = {"backbone": speak(plain)}
+    pipe.disable_lora()
+    spoken["adapter_off"] = speak(base_of(pipe.model))
+    pipe.enable_lora()
+    spoken["adapter_on"] = speak(base_of(pipe.model))
+    figures = {
+        "question": QUESTION,
+        "perplexity": {name: perplexity(logits, ids) for name, (logits, _) in spoken.items()},
+        "answer": {name: tokenizer.decode(answer, skip_special_tokens=True) for name, (_, answer) in spoken.items()},
+    }
+    same = [torch.equal(*pair) for pair in zip(spoken["backbone"], spoken["adapter_off"], strict=True)]
+    return figures, dict(
+        zip(("adapter off: the backbone's text logits", "adapter off: the backbone's answer"), same, strict=True)
+    )
+
+
+def draw(pipe: UnifiedPipeline, captions: list[str], guidance_scale: float, temperature: float, out: Path) -> None:
+    """A sheet of one picture for each caption, with fixed seeds."""
+    pipe.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(i) for i in range(len(captions))]
+    images = pipe(captions, guidance_scale=guidance_scale, temperature=temperature, generator=generators).images
+    captioned_grid(in_rows(list(images), 8), in_rows(captions, 8)).save(out)
+
+
+def report(run: Path, backbone: str, guidance_scale: float = 1.5, temperature: float = 0.5) -> dict[str, Any]:
+    """Measure a finished run and write the report's files into it.
+
+    Args:
+        run: folder of a LoRA run with ``model.backbone``: ``config.yaml``, ``log.jsonl``, ``base/``, ``lora/``.
+        backbone: the language model that it started from, folder or Hub name.
+        guidance_scale, temperature: how the samples are drawn.
+
+    Returns:
+        Figures, and ``promises``: what has to hold and whether it does.
+
+    Raises:
+        ValueError: if the folder holds no such run.
+    """
+    config = load_config(run / "config.yaml", [f"output_dir={run}", "validate_every=1"])
+    pipe = UnifiedPipeline.from_pretrained(run / "base")
+    train, validation = open_codes(Accelerator(), config, pipe.image_tokenizer)
+    assert validation is not None  # because validate_every is set
+    layout, codebook_size = base_of(pipe.model).config.layout, pipe.image_tokenizer.codebook_size
+
+    def validation_loss() -> float:
+        batches = CaptionedBatches(validation, pipe.text_tokenizer, layout, config.batch_size, num_batches=0)
+        return image_loss(pipe.model, batches, torch.device("cpu"))
+
+    losses = {"untrained": validation_loss(), "code_frequencies": code_entropy(train, validation, codebook_size)}
+    pipe.load_lora_weights(run / "lora")
+    losses["adapter"] = validation_loss()
+    text, promises = text_figures(pipe, backbone)
+    log = read_log(run)
+    result = {
+        "validation_image_loss": losses,
+        "text": text,
+        "steps": log[-1]["step"],
+        "seconds": round(seconds_of(log, config), 1),
+        "promises": {
+            "the adapter predicts codes better than the untrained start": losses["adapter"] < losses["untrained"],
+            "the adapter predicts codes better than their frequencies": losses["adapter"] < losses["code_frequencies"],
+            **promises,
+        },
+    }
+    (run / "report.json").write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    plot_loss(log, run / "loss.png", f"LoRA on {Path(backbone).name}: loss against cost", codebook_size)
+    captions = sorted(set(train["caption"]))
+    draw(pipe, choose_evenly(captions, min(16, len(captions)), 0), guidance_scale, temperature, run / "samples.png")
+    return result
+
+
+def main() -> None:
+    """Parse the command line, report, and exit 1 naming every broken promise."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, help="output_dir of the run")
+    parser.add_argument("--backbone", required=True, help="model.backbone of the run")
+    parser.add_argument("--guidance-scale", type=float, default=1.5, help="for the samples (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.5, help="for the samples (default: %(default)s)")
+    args = parser.parse_args()
+    result = report(args.run, args.backbone, args.guidance_scale, args.temperature)
+    print(json.dumps(result, indent=2, ensure_ascii=False))
+    broken = [promise for promise, kept in result["promises"].items() if not kept]
+    if broken:
+        sys.exit(f"broken: {'; '.join(broken)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""What a model says: texts that can be handed back, and where they end."""
+
+import pytest
+import torch
+from conftest import generators
+from PIL import Image
+
+from unified.decoding import Sampling
+
+
+@pytest.fixture
+def says(pipeline, monkeypatch):
+    """Makes the model all but certain of one token for every text slot in turn; the last one stays."""
+
+    def script(*tokens: int) -> None:
+        left = list(tokens)
+
+        def logits(hidden: torch.Tensor) -> torch.Tensor:
+            row = torch.zeros(pipeline.text_tokenizer.vocab_size)
+            row[left.pop(0) if len(left) > 1 else left[0]] = 500.0
+            return row.expand(len(hidden), -1).clone()
+
+        monkeypatch.setattr(pipeline._decoder(), "text_logits", logits)
+
+    return script
+
+
+def test_replies_can_be_handed_back(pipeline, says):
+    """A word boundary alone has no text, so it is no message."""
+    tokenizer = pipeline.text_tokenizer
+    space = tokenizer.processor.piece_to_id("▁")
+    assert space != tokenizer.processor.unk_id() and tokenizer.decode([space]) == ""
+    word = tokenizer.encode("blue car")
+    says(space, tokenizer.boi_token_id, *word, tokenizer.eos_token_id)
+    reply = pipeline.chat(["red apple"], max_new_tokens=20, generator=generators(0))
+    assert [type(message) for message in reply] == [Image.Image, str] and reply[1] == "blue car"
+    says(space, tokenizer.eos_token_id)
+    assert pipeline.chat(["red apple", *reply], generator=generators(0)) == []
+    assert pipeline.caption(reply[0], top_k=1) == [""]
+
+
+@pytest.mark.parametrize("last", [0, 1])
+def test_any_eos_ends_a_text(pipeline, photo, says, last):
+    """A backbone may have several, as chat models do; here the second one is also the padding."""
+    tokenizer, text = pipeline.text_tokenizer, pipeline.model.config.text_config
+    text.eos_token_id = [tokenizer.eos_token_id, tokenizer.pad_token_id]
+    text.pad_token_id = tokenizer.pad_token_id
+    assert pipeline.model.config.layout.eos_token_id == tokenizer.eos_token_id
+    says(*tokenizer.encode("blue car"), text.eos_token_id[last], *tokenizer.encode("dog"))
+    assert pipeline.caption(photo, max_new_tokens=30) == ["blue car"]
+
+
+def test_sampling_reaches_the_text(pipeline):
+    likely = pipeline.chat(["red apple"], 6, 0, Sampling(top_k=1), generator=generators(0))
+    assert likely == pipeline.chat(["red apple"], 6, 0, Sampling(top_k=1), generator=generators(1))
+    hot = [pipeline.chat(["red apple"], 6, 0, Sampling(temperature=9.0), generator=generators(i)) for i in range(3)]
+    assert hot[0] != hot[1] or hot[1] != hot[2]
+
+
+def test_pictures_are_guided_as_in_a_call(pipeline, photo, says):
+    """After the same row, a conversation draws what a call draws by default."""
+    says(pipeline.text_tokenizer.boi_token_id)
+    drawn = pipeline.chat(["red apple"], max_new_tokens=1, generator=generators(5))
+    assert drawn[0].tobytes() == pipeline("red apple", generator=generators(5)).images[0].tobytes()
+    unguided = pipeline.chat(["red apple"], 1, image_sampling=Sampling(), generator=generators(5))
+    assert unguided[0].tobytes() != drawn[0].tobytes()

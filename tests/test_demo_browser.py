@@ -1,0 +1,220 @@
+"""The web page as people use it: in a headless browser, against what the pipeline gives without a page."""
+
+import io
+import socket
+import threading
+import time
+
+import pytest
+from browsing import chromium, need_gradio
+from conftest import generators, tiny_pipeline
+from PIL import Image
+from test_lora import noisy_adapter
+
+from unified.crops import fit
+from unified.demo import build_demo, launch, load_adapters
+from unified.serving import Engine
+
+OPTIONS = {"guidance_scale": 1.5, "temperature": 0.85}
+WAIT = 60_000  # ms, for a busy machine
+
+
+class Page:
+    """The open page, and what it should show."""
+
+    def __init__(self, tab, engine, expected, folder):
+        self.tab, self.engine, self.expected, self.folder = tab, engine, expected, folder
+        self._seen = {}
+        tab.set_default_timeout(WAIT)
+
+    def picture(self, place):
+        """The picture in an element as RGB bytes, None without one."""
+        image = self.tab.locator(f"{place} img").first
+        source = image.get_attribute("src") if image.count() else None
+        if source is None:
+            return None
+        if source not in self._seen:
+            body = self.tab.request.get(source).body()
+            self._seen[source] = Image.open(io.BytesIO(body)).convert("RGB").tobytes()
+        return self._seen[source]
+
+    def wait_for(self, place, wanted, seconds=60):
+        """Wait for a picture; returns the different ones that were there on the way."""
+        seen = []
+        for _ in range(seconds * 20):
+            if (now := self.picture(place)) is not None and now not in seen:
+                seen.append(now)
+            if now == wanted:
+                return seen
+            self.tab.wait_for_timeout(50)
+        raise AssertionError("the picture did not appear")
+
+    def set(self, **fields):
+        for name, value in fields.items():
+            self.tab.locator(f"#{name} input[type=number], #{name} textarea").first.fill(str(value))
+            self.tab.keyboard.press("Tab")
+
+    def choose_lora(self, name):
+        self.tab.locator("#lora input").click()
+        self.tab.get_by_role("option", name=name).click()
+
+    def open(self, name):
+        self.tab.get_by_role("tab", name=name).click()
+
+    def message(self, text):
+        """Wait for a message and close it."""
+        toast = self.tab.locator(".toast-body", has_text=text)
+        toast.first.wait_for()
+        toast.first.get_by_test_id("toast-close").click()
+        toast.first.wait_for(state="detached")
+
+
+@pytest.fixture(scope="module")
+def page(text_tokenizer, image_tokenizer, tmp_path_factory):
+    need_gradio()
+    folder = tmp_path_factory.mktemp("page")
+    pipe = tiny_pipeline(text_tokenizer, image_tokenizer)
+
+    def draw(seed, **options):
+        return pipe("red apple", generator=generators(seed), **OPTIONS | options).images[0].tobytes()
+
+    expected = {"7": draw(7), "8": draw(8), "guided": draw(7, guidance_scale=6.0)}
+    picture = Image.effect_mandelbrot((480, 320), (-2, -1, 1, 1), 50).convert("RGB")
+    picture.save(folder / "picture.png")
+    expected["caption"] = pipe.caption(fit(picture, (16, 16)), temperature=0.85, generator=generators(7)[0])[0]
+    pipe.model = noisy_adapter(pipe.model, folder / "outline", 1)
+    load_adapters(pipe, [folder / "outline"])
+    expected["outline"] = draw(7)
+    assert len(set(expected.values())) == 5
+
+    connected, connect = set(), socket.socket.connect
+    socket.socket.connect = lambda self, address: connected.add(address) or connect(self, address)
+    engine = Engine(pipe, slots=2, waiting=2)
+    blocks = build_demo(engine)
+    _, address, _ = launch(blocks, prevent_thread_lock=True, quiet=True, server_name="127.0.0.1")
+    try:
+        with chromium(folder / "profile") as browser:
+            requested = []
+            browser.on("request", lambda request: requested.append(request.url))
+            tab = browser.new_page()
+            tab.goto(address)
+            yield Page(tab, engine, expected, folder)
+            outside = [url for url in requested if not url.startswith((address, "data:", "blob:"))]
+            assert requested and not outside  # no fonts, no scripts, no statistics from elsewhere
+            assert {host for host, *_ in (a for a in connected if isinstance(a, tuple))} <= {"127.0.0.1", "::1"}
+    finally:
+        socket.socket.connect = connect
+        blocks.close()
+        engine.close()
+
+
+def test_a_prompt_becomes_previews_and_the_picture(page, monkeypatch):
+    step = page.engine._batcher.step
+    monkeypatch.setattr(page.engine._batcher, "step", lambda: (time.sleep(0.1), step())[1])  # as slow as a larger model
+    page.set(prompt="red apple", seed=7)
+    page.tab.locator("#draw").click()
+    previews = page.wait_for("#pictures", page.expected["7"])
+    assert len(previews) > 1 and page.expected["7"] == previews[-1]
+    page.tab.locator("#status", has_text="Done: guidance 1.5, temperature 0.85, LoRA none.").wait_for()
+    page.tab.locator("#pictures", has_text="seed 7").wait_for()
+
+
+def test_seed_guidance_and_adapter_decide(page):
+    for change, wanted in ((8, "8"), (7, "7")):
+        page.set(prompt="red apple", seed=change)
+        page.tab.locator("#draw").click()
+        page.wait_for("#pictures", page.expected[wanted])
+    page.set(guidance=6)
+    page.tab.locator("#draw").click()
+    page.wait_for("#pictures", page.expected["guided"])
+    page.set(guidance=1.5)
+    page.choose_lora("outline")
+    page.tab.locator("#draw").click()
+    page.wait_for("#pictures", page.expected["outline"])
+    page.choose_lora("none")
+
+
+def test_stop_frees_the_batch(page, monkeypatch):
+    gate, step = threading.Semaphore(6), page.engine._batcher.step
+    monkeypatch.setattr(page.engine._batcher, "step", lambda: (gate.acquire(), step())[1])
+    page.set(prompt="red apple", seed=8)
+    page.tab.locator("#draw").click()
+    page.tab.locator("#status", has_text="25%").wait_for()
+    page.tab.locator("#stop").click()
+    deadline = time.monotonic() + 60
+    while page.engine._running and time.monotonic() < deadline:
+        gate.release()
+        page.tab.wait_for_timeout(500)
+    assert not page.engine._running and page.picture("#pictures") != page.expected["8"]
+    gate.release(1000)
+
+
+def test_edit_redraws_what_is_painted(page, monkeypatch):
+    """A stripe is painted with the mouse; what is redrawn is what inpainting draws there."""
+    given, stream = [], page.engine.pipe.stream
+    monkeypatch.setattr(page.engine.pipe, "stream", lambda **options: given.append(options) or stream(**options))
+    page.open("Edit")
+    page.tab.locator("#canvas input[type=file]").set_input_files(page.folder / "picture.png")
+    page.tab.locator("#canvas").get_by_label("Brush Size").wait_for()  # the brush is taken up
+    box = page.tab.locator("#canvas canvas").first.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2 + 30
+    page.tab.mouse.move(x - 30, y)
+    page.tab.mouse.down()
+    page.tab.mouse.move(x + 30, y, steps=4)
+    page.tab.mouse.up()
+    page.set(change="blue car", seed=7)
+    page.tab.locator("#redraw").click()
+    page.tab.locator("#edit-status", has_text="Done: seed 7").wait_for()
+    (options,) = given
+    mask = options["mask_image"].getbbox()
+    assert mask[1] >= 4 and mask[3] > 8 and mask[2] - mask[0] < 16  # painted below the middle, not from side to side
+    wanted = page.engine.pipe.inpaint(
+        "blue car", options["image"], options["mask_image"], generator=generators(7), **OPTIONS
+    )
+    page.wait_for("#edited", wanted.images[0].tobytes())
+
+
+def test_oversized_uploads_are_clear_messages(page):
+    """Too many bytes are refused by the server, too many pixels in few bytes by the page."""
+    page.open("Describe")
+    (page.folder / "heavy.png").write_bytes(bytes(9 << 20))
+    page.tab.locator("#upload input[type=file]").set_input_files(page.folder / "heavy.png")
+    page.message("exceed the maximum allowed size of 8.0 Mb")
+    Image.new("1", (5000, 4000)).save(page.folder / "huge.png")
+    page.tab.locator("#upload input[type=file]").set_input_files(page.folder / "huge.png")
+    page.tab.locator("#upload img").wait_for()
+    page.tab.locator("#describe").click()
+    page.message("image: 5000x4000 pixels, at most 16 million are allowed here; make it smaller.")
+    page.tab.locator("#upload").get_by_label("Remove Image").click()
+
+
+def test_describe_writes_the_caption(page):
+    page.open("Describe")
+    page.tab.locator("#upload input[type=file]").set_input_files(page.folder / "picture.png")
+    page.tab.locator("#upload img").wait_for()
+    page.set(seed=7)
+    page.tab.locator("#describe").click()
+    text = page.tab.locator("#description textarea")
+    for _ in range(600):
+        if text.input_value():
+            break
+        page.tab.wait_for_timeout(100)
+    assert text.input_value().split() == page.expected["caption"].split()
+
+
+def test_mistakes_are_clear_messages(page):
+    page.open("Draw")
+    page.set(prompt="x" * 301, seed=7)
+    page.tab.locator("#draw").click()
+    page.message("prompt: 301 characters, at most 300 are allowed here; shorten it.")
+    page.set(prompt="red apple")
+    hold = threading.Event()
+    jobs = [page.engine.alone(lambda: [hold.wait(60)])]
+    while page.engine._waiting:
+        time.sleep(0.01)
+    jobs += [page.engine.alone(lambda: [1]) for _ in range(2)]
+    page.tab.locator("#draw").click()
+    page.message("queue: 2 requests are waiting, the limit is 2; try again later.")
+    hold.set()
+    for job in jobs:
+        job.result(60)

@@ -1,0 +1,85 @@
+"""What a run learns from fits the model and the schedule, or is refused before the first step."""
+
+import datasets
+import pytest
+import torch
+from conftest import tiny_config
+from safetensors.torch import load_file
+
+from unified import UnifiedPipeline
+from unified.codes import load_codes
+from unified.training.batches import CaptionedBatches
+from unified.training.config import load_config
+from unified.training.inputs import check_grids, check_lengths, code_grids, learn_grids
+from unified.training.loop import train
+from unified.training.tracking import read_log
+from unified.training.validation import image_loss
+
+
+def rows_of(*grids):
+    columns = {"height": [h for h, _ in grids], "width": [w for _, w in grids], "caption": ["red apple"] * len(grids)}
+    return datasets.Dataset.from_dict(columns).with_format("numpy")
+
+
+def test_grids_come_from_the_codes():
+    rows = rows_of((4, 8), (6, 6), (4, 8), (4, 4))
+    assert code_grids(rows) == [(4, 4), (4, 8), (6, 6)]
+    check_grids(code_grids(rows), (2, 1))
+    with pytest.raises(ValueError, match=r"schedule.patch_sizes: 4 does not divide the code grid 6x6 of the data"):
+        check_grids(code_grids(rows), (4, 2, 1))
+
+
+def test_a_model_learns_new_grids_and_an_adapters_base_does_not():
+    config = tiny_config(image_grids=[[6, 6]])
+    learn_grids(config, [(4, 4), (6, 6)], fixed=False)
+    assert config.image_grids == [[6, 6], [4, 4]]  # the first one stays the default
+    learn_grids(config, [(4, 4)], fixed=True)
+    with pytest.raises(ValueError, match=r"model.pipeline: it draws the code grids .* the data also has \[\[8, 8\]\]"):
+        learn_grids(config, [(8, 8)], fixed=True)
+
+
+def test_longest_row_has_to_fit(text_tokenizer):
+    """<bos> caption <boi> codes <eoi> <eos>, to the token."""
+    rows = rows_of((4, 4), (2, 4))
+    length = 4 + 16 + len(text_tokenizer.encode("red apple"))
+    check_lengths(rows, text_tokenizer, tiny_config(text={"max_position_embeddings": length}))
+    with pytest.raises(
+        ValueError, match=f"the backbone has {length - 1} positions, the longest row of the data needs {length}"
+    ):
+        check_lengths(rows, text_tokenizer, tiny_config(text={"max_position_embeddings": length - 1}))
+
+
+def test_unfit_data_is_refused_before_the_first_step(config_file, tmp_path):
+    for option, message in (
+        ("model.architecture.max_position_embeddings=20", "max_position_embeddings: the backbone has 20 positions"),
+        (
+            "schedule={patch_sizes: [8,1], shares: [0.5,0.5]}",
+            "schedule.patch_sizes: 8 does not divide the code grid 4x4",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(load_config(config_file, [f"output_dir={tmp_path}", option]))
+    assert not (tmp_path / "log.jsonl").exists()
+
+
+def test_adapter_on_a_new_model_loads_into_the_kept_base(config_file, parts, tmp_path):
+    """The base draws what the codes are, whatever data.image_size says, and is never taken for another model's."""
+    options = [f"output_dir={tmp_path}", "data.image_size=64", "lora.rank=4", "lora.train_image_tables=true",
+               "optimizer.ema_decay=null", "checkpoint_every=null"]  # fmt: skip
+    folder = train(load_config(config_file, options))
+    pipe = UnifiedPipeline.from_pretrained(tmp_path / "base")
+    assert pipe.default_size == (16, 16)
+    rows = load_codes(parts / "codes", "validation", None)
+    layout = pipe.model.config.layout
+    pipe.load_lora_weights(folder)
+    adapted = image_loss(pipe.model, CaptionedBatches(rows, pipe.text_tokenizer, layout, 4, 0), torch.device("cpu"))
+    assert adapted == pytest.approx(read_log(tmp_path)[-1]["validation_loss"], rel=1e-5)
+
+    before = load_file(tmp_path / "base" / "model" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"base' was made from other settings \(seed: 0 then, 1 now\)"):
+        train(load_config(config_file, [*options, "seed=1"]))
+    (tmp_path / "base").rename(tmp_path / ".partial-base")  # as a kill leaves it
+    (tmp_path / ".partial-base" / "model" / "model.safetensors").unlink()
+    train(load_config(config_file, [*options, "steps=3"]))
+    after = load_file(tmp_path / "base" / "model" / "model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before) and not (tmp_path / ".partial-base").exists()

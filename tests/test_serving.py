@@ -1,0 +1,203 @@
+"""The engine: callers share one batch, and each gets what the pipeline draws for it alone."""
+
+import threading
+from concurrent.futures import CancelledError
+from contextlib import closing
+
+import pytest
+import torch
+from conftest import generators
+from test_lora import noisy_adapter
+
+from unified.decoding import Sampling
+from unified.serving import Engine
+
+SAMPLING = Sampling(guidance_scale=2.0, temperature=0.9)
+WAIT = 30  # seconds, far more than anything here takes
+
+
+def alone(pipe, prompt, *seeds, sampling=SAMPLING, **options):
+    """Codes of the pipeline by itself."""
+    return pipe(prompt, guidance_scale=sampling.guidance_scale, temperature=sampling.temperature,
+                num_images_per_prompt=len(seeds), generator=generators(*seeds), output_type="codes", **options).codes  # fmt: skip
+
+
+class Gate:
+    """Lets an engine's batch go on step by step."""
+
+    def __init__(self, engine):
+        self.steps, self._step = threading.Semaphore(0), engine._batcher.step
+        engine._batcher.step = self
+
+    def __call__(self):
+        assert self.steps.acquire(timeout=WAIT)
+        return self._step()
+
+    def open(self, steps=10_000):
+        self.steps.release(steps)
+
+
+def test_callers_from_threads_get_what_they_get_alone(pipeline):
+    """Two threads with several jobs each, guided and not, more rows than the batch has; one job holds two pictures."""
+    wanted = [
+        ("red apple", (1,)),
+        ("blue car", (2, 3)),
+        ("yellow sun", (4,)),
+        ("a green tree", (5,)),
+        ("red apple", (6,)),
+    ]
+    plain = Sampling(temperature=0.9)
+    expected = [alone(pipeline, p, *s, sampling=plain if i % 2 else SAMPLING) for i, (p, s) in enumerate(wanted)]
+    results = {}
+    with closing(Engine(pipeline, slots=3)) as engine:
+
+        def call(first):
+            jobs = {}
+            for i in range(first, len(wanted), 2):
+                prompt, seeds = wanted[i]
+                options = {"num_images_per_prompt": len(seeds), "generator": generators(*seeds)}
+                jobs[i] = engine.submit(prompt, plain if i % 2 else SAMPLING, **options)
+            results.update({i: job.result(WAIT) for i, job in jobs.items()})
+
+        threads = [threading.Thread(target=call, args=(first,)) for first in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(WAIT)
+        assert sorted(engine._batcher.free) == [0, 1, 2]
+    for i, codes in enumerate(expected):
+        assert torch.equal(results[i].codes, codes)
+    picture = pipeline("yellow sun", guidance_scale=2.0, temperature=0.9, generator=generators(4)).images[0]
+    assert results[2].images[0].tobytes() == picture.tobytes()
+
+
+def test_a_late_request_joins_the_running_batch(pipeline):
+    expected = [alone(pipeline, "red apple", 1), alone(pipeline, "blue car", 2)]
+    with closing(Engine(pipeline, slots=4)) as engine:
+        gate = Gate(engine)
+        first = engine.submit("red apple", SAMPLING, generator=generators(1))
+        previews = first.previews()
+        gate.open(4)  # one row of the 4x4 grid
+        early = next(previews)
+        assert (early.codes >= 0).sum() == 4 and torch.equal(early.codes[0, 0], expected[0][0, 0])
+        assert set(early.images[0].crop((0, 4, 16, 16)).get_flattened_data()) == {(128, 128, 128)}
+        second = engine.submit("blue car", SAMPLING, generator=generators(2))
+        gate.open(8)
+        assert (next(previews).codes >= 0).sum() >= 8
+        assert (next(second.previews()).codes >= 0).sum() in (4, 8)  # while the first one is not done
+        gate.open()
+        assert torch.equal(second.result(WAIT).codes, expected[1])
+        assert torch.equal(first.result(WAIT).codes, expected[0])
+        assert torch.equal(list(previews)[-1].codes, expected[0])
+
+
+def test_cancelling_frees_the_slots(pipeline):
+    expected = alone(pipeline, "blue car", 2)
+    with closing(Engine(pipeline, slots=2)) as engine:
+        gate = Gate(engine)
+        running = engine.submit("red apple", SAMPLING, generator=generators(1))
+        gate.open(5)
+        assert (next(running.previews()).codes >= 0).sum() == 4
+        waiting = engine.submit("yellow sun", SAMPLING, generator=generators(3))
+        last = engine.submit("blue car", SAMPLING, generator=generators(2))
+        assert (waiting.ahead, last.ahead) == (0, 1)
+        running.cancel()
+        waiting.cancel()
+        gate.open()
+        for job in (running, waiting):
+            with pytest.raises(CancelledError):
+                job.result(WAIT)
+        assert torch.equal(last.result(WAIT).codes, expected)
+        assert sorted(engine._batcher.free) == [0, 1]
+        last.cancel()  # too late to matter
+        assert torch.equal(last.result(WAIT).codes, expected)
+
+
+def test_an_adapter_has_the_batch_for_itself(pipeline, tmp_path, monkeypatch):
+    """a, b, none, a: each job draws as alone with its adapter, jobs of one adapter share, switches happen only between."""
+    for name, seed in (("a", 1), ("b", 2)):
+        pipeline.model = noisy_adapter(pipeline.model, tmp_path / name, seed)
+    expected = {None: alone(pipeline, "red apple", 1)}
+    for name in "ab":
+        pipeline.load_lora_weights(tmp_path / name, name)
+        expected[name] = alone(pipeline, "red apple", 1)
+    assert not torch.equal(expected["a"], expected["b"]) and not torch.equal(expected["a"], expected[None])
+    with closing(Engine(pipeline, slots=8)) as engine:
+        assert engine.adapters == ["a", "b"]
+        switched, make = [], pipeline._decoder
+        monkeypatch.setattr(pipeline, "_decoder", lambda: switched.append(len(engine._running)) or make())
+        gate = Gate(engine)
+        order = ["a", "a", "b", None, None, "a"]
+        jobs = [engine.submit("red apple", SAMPLING, adapter=name, generator=generators(1)) for name in order]
+        gate.open()
+        for name, job in zip(order, jobs, strict=True):
+            assert torch.equal(job.result(WAIT).codes, expected[name])
+        assert switched == [0, 0, 0, 0]  # four changes, none while something was running
+        with pytest.raises(ValueError, match=r"adapter: 'c' is not loaded; loaded are \['a', 'b'\]"):
+            engine.submit("red apple", SAMPLING, adapter="c")
+
+
+def test_a_full_queue_is_refused(pipeline):
+    with closing(Engine(pipeline, slots=2, waiting=2)) as engine:
+        gate = Gate(engine)
+        running = engine.submit("red apple", SAMPLING)
+        gate.open(4)
+        next(running.previews())
+        jobs = [engine.submit("red apple", SAMPLING) for _ in range(2)]
+        with pytest.raises(ValueError, match="queue: 2 requests are waiting, the limit is 2; try again later"):
+            engine.submit("red apple", SAMPLING)
+        jobs[0].cancel()
+        jobs.append(engine.submit("red apple", SAMPLING))  # its place is free at once
+        gate.open()
+        jobs[2].result(WAIT)
+    with pytest.raises(ValueError, match="engine: it is closed"):
+        engine.submit("red apple", SAMPLING)
+
+
+def test_work_alone_runs_between_batches(pipeline):
+    expected = alone(pipeline, "red apple", 1)
+    with closing(Engine(pipeline)) as engine:
+        gate = Gate(engine)
+        before = engine.submit("red apple", SAMPLING, generator=generators(1))
+        work = engine.alone(lambda: [len(engine._running), threading.current_thread().name])
+        after = engine.submit("red apple", SAMPLING, generator=generators(1))
+        failing = engine.alone(lambda: iter([1 / 0]))
+        gate.open()
+        assert list(work.previews())[-1] == work.result(WAIT) == "unified-engine"
+        with pytest.raises(ZeroDivisionError):
+            failing.result(WAIT)
+        for job in (before, after):
+            assert torch.equal(job.result(WAIT).codes, expected)
+
+
+def test_a_failing_batch_tells_its_callers_and_the_next_one_works(pipeline, monkeypatch):
+    expected = alone(pipeline, "red apple", 1)
+    with closing(Engine(pipeline)) as engine:
+        logits = engine._batcher.decoder.image_logits
+        monkeypatch.setattr(engine._batcher.decoder, "image_logits", lambda hidden: logits(hidden) * float("nan"))
+        with pytest.raises(ValueError, match="logits: NaN"):
+            engine.submit("red apple", SAMPLING).result(WAIT)
+        monkeypatch.undo()
+        assert torch.equal(engine.submit("red apple", SAMPLING, generator=generators(1)).result(WAIT).codes, expected)
+
+
+def test_bad_requests_are_named(pipeline):
+    with pytest.raises(ValueError, match="slots: 1 must be a whole number of at least 2"):
+        Engine(pipeline, slots=1)
+    with closing(Engine(pipeline, prompt_tokens=4)) as engine:
+        with pytest.raises(ValueError, match="prompt: ' ' is not a caption"):
+            engine.submit(" ", SAMPLING)
+        with pytest.raises(ValueError, match=r"request: \d+ tokens and up to 18 new ones, a row holds 22"):
+            engine.submit("a cat and a dog and a green tree", SAMPLING)
+
+
+def test_closing_cancels(pipeline):
+    engine = Engine(pipeline, slots=2)
+    gate = Gate(engine)
+    jobs = [engine.submit("red apple", SAMPLING) for _ in range(2)]
+    gate.open(2)
+    threading.Timer(0.1, gate.open).start()
+    engine.close()
+    for job in jobs:
+        with pytest.raises(CancelledError):
+            job.result(WAIT)

@@ -1,0 +1,82 @@
+"""What a run learns from, checked before it starts and compared when it resumes."""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import datasets
+import numpy as np
+from torch import nn
+
+from unified.config import UnifiedConfig
+from unified.npp import Grid
+from unified_tokenizers import TextTokenizer
+
+
+def code_grids(rows: datasets.Dataset) -> list[Grid]:
+    """Sizes of the code grids in rows of a codes cache, each once and in order."""
+    sizes = rows.select_columns(["height", "width"])[:]
+    unique = np.unique(np.stack([sizes["height"], sizes["width"]], axis=1), axis=0)
+    return [(int(height), int(width)) for height, width in unique]
+
+
+def check_grids(grids: Iterable[Grid], patch_sizes: Iterable[int]) -> None:
+    """Raises ValueError if a patch size of the schedule does not divide a grid of the data."""
+    for height, width in grids:
+        for size in patch_sizes:
+            if height % size or width % size:
+                raise ValueError(
+                    f"schedule.patch_sizes: {size} does not divide the code grid {height}x{width} of the data; use divisors of "
+                    "its sides, or encode the pictures at another size."
+                )
+
+
+def check_lengths(rows: datasets.Dataset, tokenizer: TextTokenizer, config: UnifiedConfig) -> None:
+    """Raises ValueError if a caption and its picture need more positions than the backbone has."""
+    limit = getattr(config.text_config, "max_position_embeddings", None)
+    if limit is None:
+        return
+    columns = rows.select_columns(["height", "width", "caption"])[:]
+    longest = 0
+    for height, width, caption in zip(columns["height"], columns["width"], columns["caption"], strict=True):
+        picture = int(height) * int(width) + 4  # between <bos>, <boi>, <eoi>, <eos>
+        if picture + len(str(caption).encode()) >= limit:  # a token takes a byte or more: the others fit unseen
+            longest = max(longest, picture + len(tokenizer.encode(str(caption))))
+    if longest > limit:
+        raise ValueError(
+            f"max_position_embeddings: the backbone has {limit} positions, the longest row of the data needs {longest}; raise it "
+            "in model.architecture, shorten captions, or encode the pictures at a smaller size."
+        )
+
+
+def learn_grids(config: UnifiedConfig, grids: Iterable[Grid], fixed: bool) -> None:
+    """Add the data's grids to those that the model knows.
+
+    Raises:
+        ValueError: if the model is ``fixed``, as the base of an adapter is: it would refuse to draw them.
+    """
+    known = [list(grid) for grid in config.image_grids or []]
+    new = [list(grid) for grid in grids if list(grid) not in known]
+    if fixed and known and new:
+        raise ValueError(
+            f"model.pipeline: it draws the code grids {known}, the data also has {new}; encode the pictures at a size that it "
+            "knows, or train without lora."
+        )
+    config.image_grids = known + new
+
+
+def describe_inputs(
+    rows: Mapping[str, datasets.Dataset | None], num_processes: int, model: nn.Module
+) -> dict[str, Any]:
+    """What the position in the data and the meaning of a checkpoint depend on, besides the settings."""
+    described: dict[str, Any] = {"num_processes": num_processes}
+    described |= {name: [len(part), part._fingerprint] for name, part in rows.items() if part is not None}
+    frozen = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
+    if frozen:
+        digest = hashlib.sha256()
+        for name, parameter in frozen:  # a sample of every tensor: weights that were trained differ all over
+            values = parameter.detach().flatten()
+            digest.update(f"{name} {tuple(parameter.shape)}".encode())
+            digest.update(values[:: max(1, len(values) // 1024)].float().cpu().numpy().tobytes())
+        described["frozen_weights"] = digest.hexdigest()[:16]
+    return described

@@ -1,0 +1,29 @@
+"""Weights cut over processes: what DeepSpeed has to be told, and which options need whole weights."""
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+from unified.training.config import TrainConfig
+
+
+def configure_deepspeed(accelerator: Accelerator, config: TrainConfig) -> None:
+    """Fill in what DeepSpeed cannot see: it is prepared without a dataloader, and clips by itself."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        settings = accelerator.state.deepspeed_plugin.deepspeed_config
+        settings["train_micro_batch_size_per_gpu"] = config.batch_size
+        settings["gradient_accumulation_steps"] = config.gradient_accumulation_steps
+        settings["gradient_clipping"] = config.optimizer.gradient_clip
+
+
+def check_sharding(accelerator: Accelerator, config: TrainConfig) -> None:
+    """Refuse options that need whole weights where they are cut over processes. Raises ValueError naming the option."""
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        used = {
+            "optimizer.ema_decay": config.optimizer.ema_decay,
+            "optimizer.name=muon": config.optimizer.name == "muon",
+            "sample.every": config.sample.every,
+            "evaluation": config.evaluation,
+        }
+        for name in (name for name, value in used.items() if value):
+            raise ValueError(f"{name}: not available with {kind.value}; leave it out or train with DDP.")
