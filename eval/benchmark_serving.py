@@ -11,7 +11,7 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -100,7 +100,7 @@ def measure(pipe: UnifiedPipeline, loads: list[float], requests: int, slots: int
     def asked(number: int) -> dict[str, Any]:
         return {"prompt": CAPTIONS[number % len(CAPTIONS)], "generator": torch.Generator().manual_seed(number)}
 
-    with closing(Engine(pipe, slots, waiting=requests)) as engine:
+    with closing(Engine(pipe, slots, waiting=max(requests, len(CAPTIONS)))) as engine:
 
         def together(number: int) -> Tensor:
             return engine.submit(sampling=SAMPLING, **asked(number)).result().codes
@@ -127,20 +127,20 @@ def measure(pipe: UnifiedPipeline, loads: list[float], requests: int, slots: int
     return result
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Check, measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="file to write")
     parser.add_argument("--pipeline", help="trained pipeline (default: a small one with random weights)")
     parser.add_argument("--loads", type=float, nargs="+", default=[0.5, 2.0, 6.0], help="default: %(default)s")
-    parser.add_argument("--requests", type=int, default=24, help="in every round (default: %(default)s)")
+    parser.add_argument("--requests", type=int, default=16, help="in every round (default: %(default)s)")
     parser.add_argument("--slots", type=int, default=16, help="rows of the engine's batch (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds, each with its arrivals (default: %(default)s)")
     parser.add_argument("--grid", type=int, default=8, help="side of the code grid (default: %(default)s)")
     parser.add_argument("--width", type=int, default=256, help="of the random model (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=4, help="of the random model (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default: %(default)s)")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     pipe = (
         UnifiedPipeline.from_pretrained(args.pipeline)

@@ -102,7 +102,7 @@ def train_and_measure(run: Run) -> dict[str, Any]:
         **json.loads(cost_file.read_text()),
         "flops": training_flops(config, pipeline),
         **losses(config, pipeline),
-        **picture_quality(run, pipeline),
+        **(picture_quality(run, pipeline) if run.num_images else {}),
     }
     result_file.write_text(json.dumps(result, indent=2))
     return result
@@ -208,7 +208,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--split", default="train", help="split of --data whose captions are drawn (default: %(default)s)"
     )
     parser.add_argument("--clip", required=True, help="CLIP folder for R@1, as written by eval/train_clip.py")
-    parser.add_argument("--num-images", type=int, default=128, help="pictures drawn per run (default: %(default)s)")
+    parser.add_argument(
+        "--num-images", type=int, default=128, help="pictures drawn per run, 0 for losses alone (default: %(default)s)"
+    )
     parser.add_argument("--guidance-scale", type=float, default=1.5, help="when drawing (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=1.0, help="when drawing (default: %(default)s)")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=MAIN, metavar="NAME",

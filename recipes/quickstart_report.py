@@ -35,24 +35,64 @@ STYLE_PROMPTS = [
     "strawberry",
     "sailboat",
 ]
+EDITS = [  # captions that differ in one word
+    ("red apple", "green apple"),
+    ("oncoming automobile", "oncoming taxi"),
+    ("cloud with rain", "cloud with snow"),
+    ("cat face", "dog face"),
+    ("wine glass", "cocktail glass"),
+    ("deciduous tree", "evergreen tree"),
+    ("delivery truck", "pickup truck"),
+    ("crescent moon", "full moon"),
+]
 HEADLINE = ["tokenizer_psnr_db", "fd_efflite0", "clip_score", "r1_generated", "r1_reconstructions", "r1_real"]
+
+
+def draw(
+    pipe: UnifiedPipeline, prompts: list[str], sampling: dict[str, Any], seed: int = 0
+) -> tuple[list[Image.Image], torch.Tensor]:
+    """Pictures and codes; prompt i has the generator of ``seed + i``."""
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
+    output = pipe(prompts, generator=generators, **sampling)
+    return list(output.images), output.codes
+
+
+def draw_edits(
+    pipe: UnifiedPipeline, edits: list[tuple[str, str]], sampling: dict[str, Any], out: Path
+) -> dict[str, float]:
+    """Draw captions, then their edits with the same generators and with others; how many codes stay in either case."""
+    if not edits:
+        raise ValueError("edits: no pair of captions; the run has learned none of EDITS.")
+    captions, edited = (list(texts) for texts in zip(*edits, strict=True))
+    before, codes = draw(pipe, captions, sampling)
+    same, same_codes = draw(pipe, edited, sampling)
+    other, other_codes = draw(pipe, edited, sampling, seed=len(edits))
+    changed = codes != same_codes
+    shares = [f"{share:.0%} of the codes" for share in changed.flatten(1).float().mean(dim=1).tolist()]
+    titles = ["caption", "edited, same generator", "what the edit changed", "edited, another generator"]
+    maps = [cell_map(cells) for cells in changed]
+    captioned_grid([before, same, maps, other], [captions, edited, shares, edited], row_titles=titles).save(out)
+    return {
+        "edit_codes_kept": float((codes == same_codes).float().mean()),
+        "other_seed_codes_kept": float((codes == other_codes).float().mean()),
+    }
+
+
+def cell_map(cells: torch.Tensor, side: int = 8) -> Image.Image:
+    """Cells ``(h, w)`` as squares of ``side`` pixels, dark where True."""
+    grey = torch.where(cells, 40, 235).to("cpu", torch.uint8)
+    return Image.fromarray(grey.repeat_interleave(side, 0).repeat_interleave(side, 1).numpy())
 
 
 def draw_with_and_without(
     pipe: UnifiedPipeline, lora: Path, prompts: list[str], sampling: dict[str, Any], out: Path
 ) -> dict[str, Any]:
     """Draw the same prompts and seeds without, with, and again without the adapter; the first and last must agree."""
-
-    def draw() -> tuple[list[Image.Image], torch.Tensor]:
-        generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
-        output = pipe(prompts, generator=generators, **sampling)
-        return list(output.images), output.codes
-
-    plain, codes = draw()
+    plain, codes = draw(pipe, prompts, sampling)
     pipe.load_lora_weights(lora, adapter_name="outline")
-    styled, styled_codes = draw()
+    styled, styled_codes = draw(pipe, prompts, sampling)
     pipe.unload_lora_weights()
-    _, codes_after = draw()
+    _, codes_after = draw(pipe, prompts, sampling)
     if not torch.equal(codes, codes_after):
         raise RuntimeError("lora: the base model draws other codes after unloading the adapter.")
     captioned_grid([plain, styled], [prompts, prompts], row_titles=["base", "with adapter"]).save(out)
@@ -87,6 +127,8 @@ def main() -> None:
     evaluation = json.loads((run / "evaluation" / "metrics.json").read_text())
     sampling = {name: evaluation["run"][name] for name in ("guidance_scale", "temperature")}
     lora = draw_with_and_without(pipe, run / "lora", prompts, sampling, run / "lora.png")
+    one_word = [edit for edit in EDITS if known.issuperset(edit)]
+    edits = draw_edits(pipe, one_word, sampling, run / "edits.png")
 
     held_out = captioned_images(load_source(str(run / "data" / "openmoji"), "validation"), SkipReport())
     rows = [row for _, row in zip(range(12), held_out, strict=False)]
@@ -112,6 +154,7 @@ def main() -> None:
         **{name: figures[name] for name in HEADLINE},
         **{name: value for name, value in figures.items() if name not in HEADLINE},
         **lora,
+        **edits,
         "image_cost_relative_to_next_token": schedule.relative_cost(),
         "training_pictures_seen": config.steps * config.batch_size,
         "final_validation": {
@@ -128,6 +171,8 @@ def main() -> None:
         "Quickstart: a small language model that draws emoji",
         figures=[
             *(Figure(recipes[name]["label"], figures[name], recipe_line(recipes[name])) for name in HEADLINE),
+            Figure("Codes that stay when a word of the caption changes", edits["edit_codes_kept"],
+                   f"the same generator, {len(one_word)} pairs; with another {edits['other_seed_codes_kept']:.3f}"),
             Figure("Image slots processed, relative to next-token training", schedule.relative_cost(),
                    f"patch sizes {list(schedule.patch_sizes)} for {list(schedule.shares)} of the steps"),
             Figure("Wall time, seconds", metrics["seconds_total"], "sum of all steps on this machine"),
@@ -140,6 +185,8 @@ def main() -> None:
         },
         pictures=[
             Picture(run / "samples.png", "One generated picture for each of 64 training captions; none was selected."),
+            Picture(run / "edits.png",
+                    "One word of each caption changed, with the same generator and with another; dark: codes that changed."),
             Picture(run / "lora.png", "The same prompts and seeds without and with the LoRA adapter."),
             Picture(run / "reconstructions.png", "Held-out pictures and what the image tokenizer makes of them."),
             Picture(run / "loss.png", "Loss against cost. Validation is in next-token mode (p = 1) at every point."),

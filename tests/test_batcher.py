@@ -135,3 +135,30 @@ def test_bad_requests_are_named():
     guided.negative = Prompt((1, 3))
     with pytest.raises(ValueError, match="slots: 1 cannot hold a guided request"):
         batcher.submit(guided)
+
+
+def test_free_rows_cost_nothing():
+    """A request in a wide batch runs two rows; when an early one has left, the next one takes its place."""
+    decoder = make_decoder(tiny_model())
+    widths = []
+
+    class Watched(type(decoder)):
+        def __call__(self, embeds, *given):
+            widths.append(len(embeds))
+            return super().__call__(embeds, *given)
+
+    decoder.__class__ = Watched
+    batcher = Batcher(decoder, slots=8, length=25)
+    first, second, third = picture_requests(Sampling(guidance_scale=2.0))[:3]
+    batcher.run([first])
+    assert set(widths) == {2}
+    batcher.submit(second)
+    batcher.step()
+    widths.clear()
+    batcher.submit(third)
+    batcher.step()
+    assert widths[-1] == 4
+    batcher.cancel(second)
+    batcher.submit(first)
+    batcher.step()
+    assert widths[-1] == 4 and len(batcher.rows) == 2

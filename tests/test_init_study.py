@@ -41,6 +41,12 @@ def test_runs_once_and_keeps_figures_alone(config_file, on_a_backbone, tmp_path,
         assert sorted(file.name for file in folder.iterdir()) == ["config.yaml", "log.jsonl", "result.json"]
     assert len({r["validation_loss"]["2"] for r in runs}) == 4
 
+    interrupted = tmp_path / "text-zero" / "seed-0"
+    (interrupted / "result.json").unlink()
+    (interrupted / "checkpoints" / "step-00000002").mkdir(parents=True)
+    assert init_study.study(str(config_file), overrides, kinds, [0, 1], tmp_path) == table
+    assert not (interrupted / "checkpoints").exists()
+
     def forbidden(settings):
         raise AssertionError("trained again")
 

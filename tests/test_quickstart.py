@@ -1,11 +1,16 @@
-"""The quickstart's bookkeeping: what is done stays done, what changed runs again with all that follows."""
+"""The quickstart's bookkeeping: what is done stays done, what changed runs again with all that follows; its edits."""
 
 import json
 import sys
 
+import numpy as np
 import pytest
+import torch
+from conftest import generators
 
 import quickstart
+import quickstart_report
+from quickstart_report import EDITS, cell_map, draw_edits
 
 
 @pytest.fixture
@@ -89,3 +94,45 @@ def test_memory_counts_children():
         assert 0.2 < quickstart.tree_memory_gb(psutil.Process(process.pid)) < 0.4
         for child in psutil.Process(process.pid).children():
             child.kill()
+
+
+def test_edits_count_the_codes_that_stay(pipeline, tmp_path, monkeypatch):
+    lay_out, sheets = quickstart_report.captioned_grid, []
+    monkeypatch.setattr(
+        quickstart_report,
+        "captioned_grid",
+        lambda *given, **named: sheets.append((given, named)) or lay_out(*given, **named),
+    )
+    pairs, sampling = [("red apple", "blue apple"), ("a cat", "a dog")], {"guidance_scale": 1.0}
+    figures = draw_edits(pipeline, pairs, sampling, tmp_path / "edits.png")
+    drawn = {
+        (text, seed): pipeline(text, generator=generators(seed), **sampling)
+        for (before, after), seeds in zip(pairs, [(0, 2), (1, 3)], strict=True)
+        for text, seed in ((before, seeds[0]), (after, seeds[0]), (after, seeds[1]))
+    }
+    kept = lambda a, b: (drawn[a].codes == drawn[b].codes).float().mean().item()  # noqa: E731
+    same = [kept(("red apple", 0), ("blue apple", 0)), kept(("a cat", 1), ("a dog", 1))]
+    other = [kept(("red apple", 0), ("blue apple", 2)), kept(("a cat", 1), ("a dog", 3))]
+    assert figures == pytest.approx({"edit_codes_kept": sum(same) / 2, "other_seed_codes_kept": sum(other) / 2})
+    assert figures["edit_codes_kept"] > figures["other_seed_codes_kept"]
+    (rows, captions), titles = sheets[0]
+    assert (tmp_path / "edits.png").is_file() and len(rows) == len(captions) == len(titles["row_titles"]) == 4
+    places = {(0, 1): ("a cat", 1), (1, 1): ("a dog", 1), (3, 1): ("a dog", 3), (3, 0): ("blue apple", 2)}
+    for (row, column), key in places.items():
+        assert rows[row][column].tobytes() == drawn[key].images[0].tobytes() and captions[row][column] == key[0]
+    changed = drawn["a cat", 1].codes[0] != drawn["a dog", 1].codes[0]
+    assert rows[2][1].tobytes() == cell_map(changed).tobytes()
+    assert captions[2][1] == f"{1 - same[1]:.0%} of the codes"
+    with pytest.raises(ValueError, match="edits: no pair of captions"):
+        draw_edits(pipeline, [], sampling, tmp_path / "none.png")
+
+
+def test_map_of_changed_cells():
+    picture = np.asarray(cell_map(torch.tensor([[True, False, False], [False, False, True]]), side=2))
+    assert np.array_equal(picture < 128, np.kron([[1, 0, 0], [0, 0, 1]], np.ones((2, 2))).astype(bool))
+
+
+def test_edits_differ_in_one_word():
+    for before, after in EDITS:
+        words = list(zip(before.split(), after.split(), strict=True))
+        assert sum(a != b for a, b in words) == 1

@@ -153,5 +153,5 @@ def _caption(args: argparse.Namespace) -> None:
 def _serve(args: argparse.Namespace) -> None:
     from unified.demo import serve  # gradio is an extra
 
-    pipe = UnifiedPipeline.from_pretrained(args.pipeline)
-    serve(pipe, args.loras, args.lora, args.host, args.port, args.slots, args.queue)
+    chosen, args.lora = args.lora, None  # loaded by name, with the others
+    serve(_load(args), args.loras, chosen, args.host, args.port, args.slots, args.queue)

@@ -37,7 +37,8 @@ class Job:
         self.adapter, self.ahead, self.cancelled = adapter, 0, False
         self.work: Callable[[], Iterable[Any]] | None = None  # what runs alone, or
         self.requests: list[Request] = []  # pictures for the batch
-        self.codes, self.shown = torch.empty(0, 0, 0, dtype=torch.int64), 0  # (N, h, w), -1 where nothing is drawn
+        self.codes = torch.empty(0, 0, 0, dtype=torch.int64)  # (N, h, w), -1 in pictures that are not complete
+        self.complete = self.shown = 0  # complete pictures; codes in the last preview
         self._show, self._changed = show, threading.Condition()
         self._state: Any = None
         self._ended = False
@@ -88,7 +89,7 @@ class Engine:
     another one waits until the batch is empty, and so does work that runs alone.
 
     Args:
-        pipe: the pipeline; it belongs to the engine until :meth:`close`. Its decoder is kept between requests.
+        pipe: the pipeline; it belongs to the engine until :meth:`close`.
         slots: rows of the batch; a guided picture takes two.
         waiting: jobs that may wait to begin.
         prompt_tokens: longest prompt that a row has room for, beside its picture.
@@ -105,8 +106,6 @@ class Engine:
         self._adapter: str | None = None
         if self.adapters:
             pipe.disable_lora()
-        if pipe._fast is None:
-            pipe.enable_fast_decoding()
         config = base_of(pipe.model).config
         known_grid(config, pipe.image_tokenizer.downsample, None, None)
         longest = max(height * width for height, width in config.image_grids or [])
@@ -240,7 +239,6 @@ class Engine:
         if adapter is None:
             self.pipe.disable_lora()
         else:
-            self.pipe.enable_lora()
             self.pipe.set_adapters(adapter)
         self._adapter = adapter
         self._batcher.decoder = self.pipe._decoder()
@@ -255,19 +253,22 @@ class Engine:
             self._batcher = Batcher(self._batcher.decoder, self.slots, self._length)
             return
         for job in list(self._running):
-            for picture, request in zip(job.codes, job.requests, strict=True):
-                codes = self._batcher.partial(request)
-                picture.view(-1)[: len(codes)] = torch.tensor(codes, dtype=torch.int64)
+            codes = [self._batcher.partial(request) for request in job.requests]
+            for index, request in enumerate(job.requests):
                 for segment in finished.get(request, ()):
                     if isinstance(segment, ImageSegment):
-                        picture.copy_(segment.codes)
-            drawn = int((job.codes >= 0).sum())
-            if drawn == job.codes.numel():
+                        job.codes[index] = segment.codes
+                        job.complete += 1
+            drawn = job.complete * job.codes[0].numel() + sum(map(len, codes))
+            if job.complete == len(codes):
                 self._running.remove(job)
                 job.update(job.codes, ended=True)
-            elif drawn // len(job.codes) >= job.shown + job.codes.shape[2]:
-                job.shown = drawn // len(job.codes)
-                job.update(job.codes.clone())
+            elif drawn >= job.shown + job.codes.shape[2] * len(codes):  # another row of each picture
+                job.shown = drawn
+                state = job.codes.clone()
+                for picture, some in zip(state, codes, strict=True):
+                    picture.view(-1)[: len(some)] = torch.tensor(some, dtype=torch.int64)
+                job.update(state)
 
     def _pictures(self, codes: Tensor) -> UnifiedPipelineOutput:
         return UnifiedPipelineOutput(to_pil(unfinished_pictures(self.pipe.image_tokenizer, codes)), codes)

@@ -111,7 +111,7 @@ class Batcher:
 
     def __init__(self, decoder: Decoder, slots: int, length: int):
         self.decoder, self.length = decoder, length
-        self.free = list(range(slots))
+        self.free = list(range(slots))[::-1]  # the lowest one is taken first
         self.slots = slots
         self.waiting: deque[Request] = deque()
         self.rows: list[_Row] = []
@@ -155,8 +155,11 @@ class Batcher:
         if request in self.waiting:
             self.waiting.remove(request)
         for row in [row for row in self.rows if row.request is request]:
-            self.rows.remove(row)
-            self.free += row.slots
+            self._release(row)
+
+    def _release(self, row: _Row) -> None:
+        self.rows.remove(row)
+        self.free = sorted(self.free + row.slots, reverse=True)
 
     @property
     def busy(self) -> bool:
@@ -183,8 +186,7 @@ class Batcher:
         done = [row for row in self.rows if row.finished]
         for row in done:
             row.close_text()
-            self.rows.remove(row)
-            self.free += row.slots
+            self._release(row)
         if self.rows:
             self._advance()
         return [(row.request, row.segments) for row in done]
@@ -292,8 +294,11 @@ class Batcher:
             embeds[slots] = self.decoder.embed(torch.tensor(codes, device=device)).to(embeds.dtype)
             positions[slots] = torch.cat(places)[:, None]
         self._bias[..., self._column] = 0.0
-        self._cache.column, self._cache.end = self._column, self.length
-        self._hidden = self.decoder(embeds[:, None], positions, self._cache, self._bias)[:, -1]
+        used = 1 + max(slot for row in self.rows for slot in row.slots)  # the free rows above cost nothing
+        cache = KeyValueCache(self.length)
+        cache.keys, cache.values = [k[:used] for k in self._cache.keys], [v[:used] for v in self._cache.values]
+        cache.column, cache.end = self._column, self.length
+        self._hidden[:used] = self.decoder(embeds[:used, None], positions[:used], cache, self._bias[:used])[:, -1]
         self._column = (self._column + 1) % self.length
         self._place([(row, 1, row.request.negative) for row in opening if len(row.slots) == 2 and row.request.negative])
         for row in opening:

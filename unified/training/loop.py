@@ -65,6 +65,7 @@ def train(config: TrainConfig, measure: Measure | None = None) -> Path:
             f"processes: {config.processes} wanted, {accelerator.num_processes} started. `accelerate launch --cpu` starts "
             "one whatever it is told; on CPUs use `torchrun --nproc_per_node N`, with ACCELERATE_USE_CPU=true set."
         )
+    check_sharding(accelerator, config)
     checkpoint = start_checkpoint(config.resume, output / "checkpoints")
     if checkpoint:
         check_settings(checkpoint, config, config.allow_changes)
@@ -88,7 +89,6 @@ def train(config: TrainConfig, measure: Measure | None = None) -> Path:
         check_inputs(checkpoint, inputs, config.allow_changes)
     if config.lora is not None:
         leave_out_frozen(accelerator)
-    check_sharding(accelerator, config)
     configure_deepspeed(accelerator, config)
     model, *optimizers = accelerator.prepare(model, *build_optimizers(model, config.optimizer))
     ema = _average_of(accelerator.unwrap_model(model), config.optimizer.ema_decay)

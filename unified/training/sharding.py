@@ -1,4 +1,4 @@
-"""Weights cut over processes: what DeepSpeed has to be told, and which options need whole weights."""
+"""What DeepSpeed has to be told, and which options go together with neither sharded weights nor a loss scale."""
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
@@ -16,7 +16,11 @@ def configure_deepspeed(accelerator: Accelerator, config: TrainConfig) -> None:
 
 
 def check_sharding(accelerator: Accelerator, config: TrainConfig) -> None:
-    """Refuse options that need whole weights where they are cut over processes. Raises ValueError naming the option."""
+    """Refuse options that need whole weights where they are cut over processes, and two optimizers under one loss scale.
+
+    Raises:
+        ValueError: naming the option.
+    """
     kind = accelerator.distributed_type
     if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         used = {
@@ -27,3 +31,6 @@ def check_sharding(accelerator: Accelerator, config: TrainConfig) -> None:
         }
         for name in (name for name, value in used.items() if value):
             raise ValueError(f"{name}: not available with {kind.value}; leave it out or train with DDP.")
+    if config.optimizer.name == "muon" and accelerator.mixed_precision == "fp16":
+        # Accelerate updates the loss scale after the first optimizer, so that of the second is divided by it twice.
+        raise ValueError("optimizer.name=muon: not available with fp16, which handles one optimizer; use bf16.")

@@ -1,0 +1,57 @@
+"""The benchmark of serving runs; its arrivals, quantiles and ratios are right."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "eval"))
+
+from benchmark_serving import arrivals, better, figures, main, measure, random_pipeline, serve  # noqa: E402
+
+
+def test_it_runs(tmp_path):
+    main(["--requests", "3", "--rounds", "1", "--loads", "4", "--grid", "4", "--width", "64", "--layers", "1",
+          "--slots", "4", "--threads", str(torch.get_num_threads()), "--json", str(tmp_path / "out.json")])  # fmt: skip
+    result = json.loads((tmp_path / "out.json").read_text())
+    (row,) = result["loads"]
+    assert row["load"] == 4 and result["conditions"]["requests"] == 3
+    for name in ("throughput", "p50", "p95"):
+        assert row[name]["spread"][0] == row[name]["ratio"] == row[name]["spread"][1] > 0
+
+
+def test_arrivals_are_a_poisson_process():
+    times = np.array(arrivals(20_000, load=2.0, service=3.0, seed=0))
+    gaps = np.diff(times)
+    assert times[0] == 0 and gaps.mean() == pytest.approx(1.5, rel=0.03) and gaps.std() == pytest.approx(1.5, rel=0.03)
+    assert arrivals(5, 2.0, 3.0, 1) == arrivals(5, 2.0, 3.0, 1) != arrivals(5, 2.0, 3.0, 2)
+
+
+def test_figures_and_ratios():
+    """Two requests a second apart, answered after 2 s one by one, after 1 s by the engine."""
+    alone, engine = figures([0.0, 1.0], [2.0, 4.0]), figures([0.0, 1.0], [1.0, 2.0])
+    assert alone == {"throughput": 0.5, "p50": 2.5, "p95": pytest.approx(2.95)}
+    result = better([alone, alone], [engine, alone])
+    assert result["throughput"] == {"ratio": 1.5, "spread": [1.0, 2.0]} and result["p50"]["ratio"] == 1.75
+
+
+def test_a_worker_answers_in_turn():
+    drawn = []
+    answered = serve(drawn.append, [0.0, 0.01, 0.02], workers=1)
+    assert drawn == [0, 1, 2] and answered == sorted(answered) and answered[2] >= 0.02
+
+
+def test_other_pictures_are_not_timed(monkeypatch):
+    pipe = random_pipeline(4, 64, 1)
+    call = type(pipe).__call__
+
+    def other(self, **options):
+        return call(self, **{**options, "generator": torch.Generator().manual_seed(99)})
+
+    monkeypatch.setattr(type(pipe), "__call__", other)
+    with pytest.raises(RuntimeError, match="request 0: the engine draws another picture"):
+        measure(pipe, [1.0], requests=6, slots=4, rounds=1)
