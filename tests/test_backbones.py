@@ -153,4 +153,5 @@ def test_packed_rows_keep_documents_apart(backbone, p):
     for name, q in model.named_parameters():
         torch.testing.assert_close(q.grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
     del packed["document_ids"]
-    assert (model(**packed, patch_size=p).text_loss - output.text_loss).abs() > 1e-2
+    mixed = model(**packed, patch_size=p)
+    assert max(abs(mixed.text_loss - output.text_loss), abs(mixed.image_loss - output.image_loss)) > 5e-3
