@@ -20,11 +20,14 @@ from torch import Tensor, nn
 from unified.decoding.backbone import BackboneDecoder, Decoder
 from unified.decoding.cache import KeyValueCache
 from unified.decoding.linear import Dense, Int8
+from unified.decoding.sampler import Sampling
+from unified.decoding.screen import Screen
 from unified.head import ImageHead
 from unified.lora_active import active_table
 from unified.model import UnifiedForCausalLM
 
 FAMILIES = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
+SCREENED_FROM = 4096  # codes from which on screening pays
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # their angles depend on the position alone
 
 
@@ -104,7 +107,10 @@ class LeanDecoder(Decoder):
         self._kind: type[Dense] | type[Int8] = Int8 if int8 else Dense
         with torch.no_grad():
             self._layers = [self._fuse(layer, self._kind) for layer in decoder.layers]
-            self._head = self._kind(*_weights(model.image_head))
+            weight, _ = _weights(model.image_head)
+            self._head = self._kind(weight)
+            exact = self._kind is Dense and weight.dtype == torch.float32 and weight.device.type == "cpu"
+            self._screen = Screen(weight) if exact and len(weight) >= SCREENED_FROM else None
             self._table = _weights(model.image_embed)[0].detach()
         self._compiled = torch.compile(self._step, dynamic=True) if compile else None
 
@@ -161,6 +167,15 @@ class LeanDecoder(Decoder):
     def image_logits(self, hidden: Tensor) -> Tensor:
         """See :class:`Decoder`."""
         return self._head(hidden)
+
+    def draw(self, hidden: Tensor, sampling: Sampling, noise: Tensor) -> Tensor:
+        """See :class:`Decoder`; one or two rows are drawn by screening, with the same codes."""
+        if self._screen is not None and len(hidden) <= 2 and sampling.top_p == 1:
+            drawn = [self._screen.draw(state, sampling, own) for state, own in zip(hidden, noise, strict=True)]
+            codes = [code for code in drawn if code is not None]
+            if len(codes) == len(drawn):
+                return torch.stack(codes)
+        return super().draw(hidden, sampling, noise)
 
     def text_logits(self, hidden: Tensor) -> Tensor:
         """See :class:`Decoder`."""

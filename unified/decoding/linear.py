@@ -30,6 +30,14 @@ class Dense:
         return total if self.bias is None else total + self.bias
 
 
+def round_rows(weight: Tensor) -> Tensor:
+    """``(out, in)`` in 8 bits, the largest of each row at 127."""
+    scale = (weight.abs().amax(dim=1) / 127).clamp_min(_TINY).double()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.quantize_per")  # going in a later torch than the one required
+        return torch.quantize_per_channel(weight, scale, torch.zeros(len(scale), dtype=torch.int64), 0, torch.qint8)
+
+
 class Int8:
     """Weights in 8 bits with one scale per output, inputs quantised as they come with one scale per row; CPU only.
 
@@ -42,15 +50,7 @@ class Int8:
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
         if weight.device.type != "cpu" or weight.dtype != torch.float32:
             raise ValueError(f"int8: needs float32 weights on the CPU, got {weight.dtype} on {weight.device}.")
-        self.scale = (weight.detach().abs().amax(dim=1) / 127).clamp_min(_TINY)
-        with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", message="torch.quantize_per"
-            )  # going in a later torch than the one required
-            quantized = torch.quantize_per_channel(
-                weight.detach(), self.scale.double(), torch.zeros(len(weight), dtype=torch.int64), 0, torch.qint8
-            )
-        self._packed = torch.ops.quantized.linear_prepack(quantized, None)
+        self._packed = torch.ops.quantized.linear_prepack(round_rows(weight.detach()), None)
         self.bias = None if bias is None else bias.detach()
 
     def __call__(self, x: Tensor) -> Tensor:
