@@ -72,6 +72,9 @@ class Page:
 @pytest.fixture(scope="module")
 def page(text_tokenizer, image_tokenizer, tmp_path_factory):
     need_gradio()
+    from gradio import networking
+
+    networking.url_ok = lambda url: True  # gradio gives its own server 3 s, the browser is more patient
     folder = tmp_path_factory.mktemp("page")
     pipe = tiny_pipeline(text_tokenizer, image_tokenizer)
 

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ DECODING = [("one code at a time", "plain"), ("several codes at a time, same pic
             ("several codes at a time, same distribution", "sjd"), ("fastest, approximate", "gsd")]  # fmt: skip
 CSS = """
 .gradio-container {max-width: 1120px !important; margin: auto;}
+#pictures {min-height: 390px;}
+#pictures .grid-wrap {max-height: none;}
 #pictures img, #edited img {image-rendering: pixelated;}
 #status p, #edit-status p {opacity: .75; font-size: .9em;}
 """
@@ -51,10 +53,11 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER) -> Any:
     pipe.set_progress_bar_config(disable=True)
     height, width = pipe.default_size
 
-    def answers(job: Job) -> Iterator[Any]:
-        """What a job shows; it is stopped when nobody looks any more."""
+    @contextmanager
+    def watched(job: Job) -> Iterator[Job]:
+        """A job that is stopped when nobody looks any more."""
         try:
-            yield from job.previews()
+            yield job
         finally:
             job.cancel()
 
@@ -82,11 +85,12 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER) -> Any:
             else:
                 options |= {"guidance_scale": guidance, "temperature": temperature, "decoding": decoding}
                 job = engine.alone(lambda: pipe.stream(**options), adapter_of(lora))
-            yield gradio.skip(), waiting_text(job)
             captions = [f"seed {int(seed) + i}" for i in range(int(count))]
-            for output in answers(job):
-                about = f"guidance {guidance:g}, temperature {temperature:g}, LoRA {lora}"
-                yield list(zip(output.images, captions, strict=True)), drawn_text(output.codes, about)
+            about = f"guidance {guidance:g}, temperature {temperature:g}, LoRA {lora}"
+            with watched(job):
+                yield gradio.skip(), waiting_text(job)
+                for output in job.previews():
+                    yield list(zip(output.images, captions, strict=True)), drawn_text(output.codes, about)
         except CancelledError:
             yield gradio.skip(), "Stopped."
         except ValueError as error:
@@ -100,12 +104,11 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER) -> Any:
             image, mask = painted(layers, (height, width))
             options |= {"image": image, "mask_image": mask, "guidance_scale": guidance, "temperature": temperature}
             job = engine.alone(lambda: pipe.stream(**options), adapter_of(lora))
-            yield gradio.skip(), waiting_text(job)
-            for output in answers(job):
-                yield (
-                    output.images[0],
-                    drawn_text(output.codes, f"seed {int(seed)}, guidance {guidance:g}, LoRA {lora}"),
-                )
+            about = f"seed {int(seed)}, guidance {guidance:g}, temperature {temperature:g}, LoRA {lora}"
+            with watched(job):
+                yield gradio.skip(), waiting_text(job)
+                for output in job.previews():
+                    yield output.images[0], drawn_text(output.codes, about)
         except CancelledError:
             yield gradio.skip(), "Stopped."
         except ValueError as error:
@@ -163,8 +166,8 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER) -> Any:
                         button = gradio.Button("Draw", variant="primary", elem_id="draw", scale=3)
                         stop = gradio.Button("Stop", elem_id="stop", scale=1)
                     gallery = gradio.Gallery(
-                        label="Pictures", elem_id="pictures", format="png", columns=IMAGES_LIMIT, height=420,
-                        object_fit="contain", preview=True, buttons=["download", "fullscreen"],
+                        show_label=False, elem_id="pictures", format="png", columns=2, fit_columns=False,
+                        object_fit="contain", buttons=["download", "fullscreen"],
                     )  # fmt: skip
                     status = gradio.Markdown(elem_id="status")
                     with gradio.Accordion("More options", open=False):
@@ -229,7 +232,10 @@ def launch(page: Any, threads: int = 40, **options: Any) -> Any:
 def parameters(pipe: UnifiedPipeline) -> str:
     """Size of the language model in words."""
     count = base_of(pipe.model).num_parameters()
-    return f"{count / 1e6:.1f} million parameters" if count < 1e9 else f"{count / 1e9:.1f} billion parameters"
+    for size, name in ((1e9, "billion"), (1e6, "million"), (1e3, "thousand")):
+        if count >= size:
+            return f"{count / size:.1f} {name} parameters"
+    return f"{count} parameters"
 
 
 def waiting_text(job: Job) -> str:

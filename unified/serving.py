@@ -240,8 +240,8 @@ class Engine:
             self.pipe.disable_lora()
         else:
             self.pipe.set_adapters(adapter)
-        self._adapter = adapter
         self._batcher.decoder = self.pipe._decoder()
+        self._adapter = adapter
 
     def _step(self) -> None:
         try:
