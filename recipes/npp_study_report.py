@@ -69,26 +69,29 @@ def table(summary: dict[str, dict[str, tuple[float, float]]], seeds: int) -> str
     return "\n".join(lines) + "\n"
 
 
-def plot(summary: dict[str, dict[str, tuple[float, float]]], out: Path) -> None:
-    """Every quality figure against CPU cost, one panel each, bars for the spread over seeds."""
+def plot(summary: dict[str, dict[str, tuple[float, float]]], baseline: str, out: Path) -> None:
+    """Every quality figure against FLOPs, one panel each, bars for the spread over seeds; a line joins the runs of the
+    baseline, whole and stopped early: what lies on its better side is gained.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     names = [name for name in FIGURES if name not in COSTS and all(name in row for row in summary.values())]
-    columns = min(3, len(names))
+    columns = 2 if len(names) == 4 else min(3, len(names))
     rows = -(-len(names) // columns)
     figure, grid = plt.subplots(rows, columns, figsize=(4.4 * columns, 3.6 * rows), dpi=120, squeeze=False)
     colors = plt.get_cmap("tab10").colors + plt.get_cmap("Set2").colors  # type: ignore[attr-defined]
     for axes, name in zip(grid.flat, names, strict=False):
         for color, (variant, row) in zip(colors, summary.items(), strict=False):
-            (cost, cost_spread), (mean, spread) = row["cpu_seconds"], row[name]
-            axes.errorbar(
-                cost, mean, yerr=spread, xerr=cost_spread, fmt="o", ms=6, color=color, capsize=3, label=variant
-            )
+            mean, spread = row[name]
+            axes.errorbar(row["flops"][0], mean, yerr=spread, fmt="o", ms=6, color=color, capsize=3, label=variant)
+        plain = sorted((row["flops"][0], row[name][0]) for variant, row in summary.items()
+                       if variant.split(",")[0] == baseline)  # fmt: skip
+        axes.plot(*zip(*plain, strict=True), color="gray", lw=1, ls="--", zorder=0)
         better = "higher" if FIGURES[name][2] else "lower"
-        axes.set(title=f"{FIGURES[name][0]} ({better} is better)", xlabel="CPU time, next-token = 1")
+        axes.set(title=f"{FIGURES[name][0]} ({better} is better)", xlabel="FLOPs, next-token = 1")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
     for axes in list(grid.flat)[len(names) :]:
@@ -106,5 +109,5 @@ def write_study(results: Sequence[dict[str, Any]], baseline: str, out: Path) -> 
     text = table(summary, len({result["seed"] for result in results}))
     (out / "study.json").write_text(json.dumps({"baseline": baseline, "runs": list(results)}, indent=2))
     (out / "table.md").write_text(text)
-    plot(summary, out / "study.png")
+    plot(summary, baseline, out / "study.png")
     return text

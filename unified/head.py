@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from unified.npp import patch_cross_entropy
 
-_SCORES_AT_ONCE = 2**22  # 16 MB in float32: large enough for an efficient product, small enough to stay near the core
+_SCORES_AT_ONCE = 2**23  # 32 MB in float32: large enough for an efficient product, small enough to stay near the core
 
 
 class ImageHead(nn.Linear):
