@@ -8,10 +8,9 @@ measures it there, and `--pictures` shows what its modes draw. Absolute times ar
 """
 
 import argparse
-import importlib
 import json
-import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -21,20 +20,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmark_peers import llamagen_generate, load_llamagen, transformers_generate
 from benchmark_training import SPECIAL, our_model, plain_llama
 from unified import UnifiedPipeline
-from unified.convert import llamagen_from_weights
 from unified.decoding import Prompt, Sampling, generate_codes, generate_conditioned, make_decoder
 from unified.decoding.batcher import Batcher, Request
+from unified.decoding.engine import span_coordinates
+from unified.decoding.prefill import causal_bias, prefill
+from unified.decoding.sampler import PositionNoise, draw, filter_logits, guide
 from unified.decoding.speculative import MODES, speculate_codes
 from unified.lora import base_of
 from unified_eval.sheets import captioned_grid
-from unified_eval.timing import interleaved, paired_ratio
+from unified_eval.timing import Timings, interleaved, paired_ratio
 from unified_tokenizers import VQGAN, VQGANConfig
 
 GOALS = {"G1": 1.4, "G1_llamagen": 1.5, "G2": 1.9, "G3": 2.5, "G4": 1.3, "G5": 5.0, "G6": 6.0}
 SAMPLING = Sampling(guidance_scale=3.0, top_k=2000)
 GREEDY = Sampling(guidance_scale=3.0, top_k=1)
+EXACT, PARALLEL = "sjd 8", "gsd 8 int8"  # what G4 and G6 measure, chosen beforehand; other modes and windows are listed
 START, NOTHING = [1, 0, 0, 2], [1, 2]  # <bos>, two words and <boi>; the unconditional side
 
 
@@ -48,79 +51,46 @@ def ours(decoder: Any, grid: int, batch: int = 1, sampling: Sampling = SAMPLING)
     return lambda: generate_codes(decoder, [START] * batch, [NOTHING] * batch, (grid, grid), sampling, seeds(batch))
 
 
-def transformers_generate(model: Any, grid: int, sampling: Sampling = SAMPLING) -> Callable[[], Tensor]:
-    """The same picture by transformers: one joint table, ``generate()`` with its own guidance; text ids suppressed."""
-    llama = plain_llama(model).eval()
-    ids = torch.tensor([START])
-    options = {
-        "attention_mask": torch.ones_like(ids), "negative_prompt_ids": torch.tensor([NOTHING]),
-        "negative_prompt_attention_mask": torch.ones(1, len(NOTHING), dtype=torch.int64),
-        "guidance_scale": sampling.guidance_scale, "max_new_tokens": grid * grid, "min_new_tokens": grid * grid,
-        "do_sample": sampling.top_k != 1, "suppress_tokens": list(range(SPECIAL)), "pad_token_id": 0,
-    }  # fmt: skip
-    if sampling.top_k != 1:
-        options |= {"top_k": sampling.top_k, "top_p": 1.0, "temperature": 1.0}
-    return lambda: llama.generate(ids, **options)[0, ids.shape[1] :].reshape(1, grid, grid) - SPECIAL
-
-
-def load_llamagen(folder: str, width: int, layers: int, heads: int, codebook: int, grid: int) -> tuple[Any, Any, Any]:
-    """LlamaGen's module ``generate``, its model with random weights, and ours with the same ones.
-
-    Raises:
-        ValueError: if the folder is not a checkout of LlamaGen.
-    """
-    root = Path(folder).resolve()
-    if not (root / "autoregressive" / "models" / "generate.py").is_file():
-        raise ValueError(f"llamagen: {folder!r} has no autoregressive/models/generate.py; give the root of a clone.")
-    sys.path.insert(0, str(root))
-    try:
-        gpt: Any = importlib.import_module("autoregressive.models.gpt")
-        generate: Any = importlib.import_module("autoregressive.models.generate")
-    finally:
-        sys.path.remove(str(root))
-    torch.manual_seed(0)
-    arguments = gpt.ModelArgs(dim=width, n_layer=layers, n_head=heads, vocab_size=codebook, block_size=grid * grid)
-    peer = gpt.Transformer(arguments).eval()
-    torch.nn.init.normal_(peer.output.weight, std=0.2)  # theirs starts at zero, where every code is alike
-    state = {name: value for name, value in peer.state_dict().items() if "kv_cache" not in name}
-    return generate, peer, llamagen_from_weights(state, "random weights", num_attention_heads=heads)
-
-
-def llamagen_generate(generate: Any, peer: Any, grid: int, sampling: Sampling = SAMPLING) -> Callable[[], Tensor]:
-    """LlamaGen draws class 7."""
-    options = {"cfg_scale": sampling.guidance_scale, "top_k": sampling.top_k, "temperature": 1.0, "top_p": 1.0}
-    return lambda: generate.generate(peer, torch.tensor([7]), grid * grid, **options).reshape(1, grid, grid).long()
-
-
-def ours_as_llamagen(decoder: Any, grid: int, sampling: Sampling = SAMPLING) -> Callable[[], Tensor]:
+def ours_as_llamagen(decoder: Any, grid: int, sampling: Sampling = SAMPLING, batch: int = 1) -> Callable[[], Tensor]:
     """Ours draws class 7 with LlamaGen's weights."""
-    return lambda: generate_conditioned(decoder, torch.tensor([7]), (grid, grid), sampling, seeds(1))
+    classes = torch.full((batch,), 7)
+    return lambda: generate_conditioned(decoder, classes, (grid, grid), sampling, seeds(batch))
 
 
 def check_equal(name: str, one: Tensor, other: Tensor) -> None:
-    """Raise RuntimeError unless greedy codes agree."""
+    """Raise RuntimeError unless codes agree."""
     if not torch.equal(one, other):
-        raise RuntimeError(
-            f"{name}: {int((one != other).sum())} of {one.numel()} greedy codes differ; not timing this."
-        )
+        raise RuntimeError(f"{name}: {int((one != other).sum())} of {one.numel()} codes differ; not timing this.")
 
 
+def check_against_full_forward(model: Any, codes: Tensor, sampling: Sampling) -> None:
+    """Raise RuntimeError unless ``codes (1, h, w)`` of seed 0 are those of a loop without cache under the same noise.
+
+    Such a loop sees the codes before each place and nothing else, so one forward pass over the picture replays it.
+    """
+    grid = (codes.shape[1], codes.shape[2])
+    layout = model.config.layout
+    sides = []
+    with torch.inference_mode():
+        for ids in (START, NOTHING):
+            row = torch.tensor([[*ids, *(layout.text_vocab_size + codes).flatten().tolist()]])
+            sides.append(model(row, image_grids=torch.tensor([grid])).image_logits[0, len(ids) - 1 : -1])
+    scales = torch.tensor(sampling.scales(codes.numel()))[:, None]
+    noise = PositionNoise(seeds(1), layout.codebook_size, codes.device).at(0, codes.numel())[0]
+    drawn = draw(filter_logits(guide(sides[0], sides[1], scales), sampling), noise)
+    check_equal("a loop without cache", drawn, codes.flatten())
+
+
+@torch.inference_mode()
 def guided_logits_along(decoder: Any, rows: list[Any], codes: Tensor, sampling: Sampling) -> Tensor:
     """Guided logits ``(h*w, K)`` that a decoder gives along a picture ``(1, h, w)``; rows are a prompt and its opposite."""
-    seen: list[Tensor] = []
-    logits = decoder.image_logits
-
-    def note(hidden: Tensor) -> Tensor:
-        seen.append(logits(hidden))
-        return seen[-1]
-
-    decoder.image_logits = note
-    try:
-        _, height, width = codes.shape
-        generate_codes(decoder, rows[:1], rows[1:], (height, width), sampling, seeds(1), known=codes)
-    finally:
-        del decoder.image_logits
-    return torch.cat(seen)
+    count = codes.numel()
+    state = prefill(decoder, [row if isinstance(row, Prompt) else Prompt(tuple(row)) for row in rows], count)
+    places = decoder.positions(span_coordinates(decoder.model, state.position, (codes.shape[1], codes.shape[2])))
+    embeds = decoder.embed(codes.reshape(1, -1)[:, :-1]).expand(2, -1, -1)
+    rest = decoder(embeds, places[:, :-1], state.cache, causal_bias(state, count - 1))
+    hidden = torch.cat([state.hidden[:, None], rest], dim=1)
+    return decoder.image_logits(guide(hidden[0], hidden[1], torch.tensor(sampling.scales(count))[:, None]))
 
 
 def int8_quality(model: Any, rows: list[Any], grid: tuple[int, int], sampling: Sampling) -> dict[str, float]:
@@ -134,42 +104,75 @@ def int8_quality(model: Any, rows: list[Any], grid: tuple[int, int], sampling: S
     }
 
 
+def compared(timings: Timings, slow: str, fast: str, scale: float = 1.0) -> dict[str, Any]:
+    """How many times faster ``fast`` is: wall time, and CPU time of the process under ``cpu``."""
+    return paired_ratio(timings, slow, fast, scale) | {"cpu": paired_ratio(timings, slow, fast, scale, cpu=True)}
+
+
+def compiled(steps: dict[str, Callable[[], Tensor]]) -> dict[str, float]:
+    """First calls of steps that compile, in seconds; the only absolute times, each on a line of its own."""
+    seconds = {}
+    for name, step in steps.items():
+        begin = time.perf_counter()
+        step()
+        seconds[name] = round(time.perf_counter() - begin, 1)
+    return seconds
+
+
 def measure(rounds: int, llamagen: str | None, grid: int, codebook: int, compile: bool) -> dict[str, Any]:
     """Goals that hold for any weights: G1, G2, G3, G5; ratios above 1 when ours is faster."""
     model = our_model(codebook, grid=grid).eval()
     model.config.positions = "1d"  # those of the plain transformers model
     eager, int8 = make_decoder(model), make_decoder(model, int8=True)
-    greedy = ours(eager, grid, sampling=GREEDY)()
-    check_equal("transformers", transformers_generate(model, grid, GREEDY)(), greedy)
-    steps = {
-        "hf": transformers_generate(model, grid), "eager": ours(eager, grid), "int8": ours(int8, grid),
-        "batch4": ours(eager, grid, 4), "batch16": ours(eager, grid, 16),
-    }  # fmt: skip
+    for sampling in (SAMPLING, Sampling(guidance_scale=3.0), GREEDY):
+        check_against_full_forward(model, ours(eager, grid, sampling=sampling)(), sampling)
+    llama = plain_llama(model).eval()
+    theirs = partial(transformers_generate, llama, SPECIAL, START, NOTHING, grid)
+    check_equal("transformers", theirs(GREEDY)(), ours(eager, grid, sampling=GREEDY)())
+    steps = {"hf": theirs(SAMPLING), "eager": ours(eager, grid), "int8": ours(int8, grid)}
+    for batch in (4, 16):
+        steps |= {f"batch{batch}": ours(eager, grid, batch), f"hf{batch}": theirs(SAMPLING, batch)}
+    compilation: dict[str, float] = {}
     if llamagen:
         generate, peer, twin = load_llamagen(llamagen, 384, 6, 6, codebook, grid)
-        theirs = llamagen_generate(generate, peer, grid, GREEDY)()
+        llamagen_codes = llamagen_generate(generate, peer, grid, GREEDY)()
         twins = {"G1_llamagen": make_decoder(twin), "G3": make_decoder(twin, int8=True)}
         if compile:
             twins["G2"] = make_decoder(twin, compile=True)
+            fast_peer = torch.compile(peer)
+            pair = {
+                "ours": ours_as_llamagen(twins["G2"], grid, GREEDY),
+                "LlamaGen": llamagen_generate(generate, fast_peer, grid, GREEDY),
+            }
+            compilation = compiled(pair)
+            check_equal("LlamaGen, compiled", llamagen_codes, pair["LlamaGen"]())
+            steps["llamagen compiled"] = llamagen_generate(generate, fast_peer, grid, SAMPLING)
         for name, decoder in twins.items():
             if name != "G3":
-                check_equal(f"{name}, LlamaGen", theirs, ours_as_llamagen(decoder, grid, GREEDY)())
+                check_equal(f"{name}, LlamaGen", llamagen_codes, ours_as_llamagen(decoder, grid, GREEDY)())
             steps[name] = ours_as_llamagen(decoder, grid)
-        steps["llamagen"] = llamagen_generate(generate, peer, grid)
+        steps["llamagen"] = llamagen_generate(generate, peer, grid, SAMPLING)
+        for batch in (4, 16):
+            steps[f"llamagen{batch}"] = llamagen_generate(generate, peer, grid, SAMPLING, batch)
+            steps[f"twin{batch}"] = ours_as_llamagen(twins["G1_llamagen"], grid, batch=batch)
     steps["queue"], steps["queue_one_by_one"] = serving(eager, grid)
     timings = interleaved(steps, rounds)
-    goals = {"G1": paired_ratio(timings, "hf", "eager")}
-    if llamagen:
-        goals |= {name: paired_ratio(timings, "llamagen", name) for name in sorted(twins)}
-        goals["G3"]["quality"] = int8_quality(model, [START, NOTHING], (grid, grid), SAMPLING)
-    goals["G5"] = paired_ratio(timings, "eager", "batch16", scale=16)
+    goals = {"G1": compared(timings, "hf", "eager")}
     others = {
-        "int8 against transformers": paired_ratio(timings, "hf", "int8"),
-        "batch 4 against batch 1, images/s": paired_ratio(timings, "eager", "batch4", scale=4),
-        "8 requests in a batch of 8 against one by one": paired_ratio(timings, "queue_one_by_one", "queue"),
+        "int8 against transformers": compared(timings, "hf", "int8"),
+        "batch 4 against batch 1, images/s": compared(timings, "eager", "batch4", scale=4),
+        "8 requests in a batch of 8 against one by one": compared(timings, "queue_one_by_one", "queue"),
         "decoding the codes to 256 px (VQ-16) in units of drawing them": vq_share(timings, rounds),
     }
-    return {"goals": goals, "others": others}
+    others |= {f"batch {n} against transformers": compared(timings, f"hf{n}", f"batch{n}") for n in (4, 16)}
+    if llamagen:
+        goals |= {name: compared(timings, "llamagen", name) for name in sorted(twins)}
+        goals["G3"]["quality with random weights"] = int8_quality(model, [START, NOTHING], (grid, grid), SAMPLING)
+        others |= {f"batch {n} against LlamaGen": compared(timings, f"llamagen{n}", f"twin{n}") for n in (4, 16)}
+        if compile:
+            others["compiled against LlamaGen compiled"] = compared(timings, "llamagen compiled", "G2")
+    goals["G5"] = compared(timings, "eager", "batch16", scale=16)
+    return {"goals": goals, "others": others, "seconds to compile": compilation}
 
 
 def serving(decoder: Any, grid: int, count: int = 8) -> tuple[Callable[[], Any], Callable[[], Any]]:
@@ -248,16 +251,14 @@ def measure_trained(folder: str, rounds: int, llamagen: str | None, pictures: Pa
         steps["llamagen"] = lambda: [theirs() for _ in rows]
     timings = interleaved(steps, rounds)
     for name, figures in modes.items():
-        figures |= paired_ratio(timings, "plain", name)
-    exact = max((name for name in modes if not name.startswith("gsd")), key=lambda name: modes[name]["ratio"])
-    goals = {"G4": {**modes[exact], "mode and window": exact}}
+        figures |= compared(timings, "plain", name)
+    goals = {"G4": {**modes[EXACT], "mode and window": EXACT}}
     if llamagen:
-        quick = max((name for name in modes if name.startswith("gsd")), key=lambda name: modes[name]["ratio"])
-        goals["G6"] = {**paired_ratio(timings, "llamagen", quick), "mode and window": quick}
+        goals["G6"] = {**compared(timings, "llamagen", PARALLEL), "mode and window": PARALLEL}
     if pictures:
         save_modes(pipe, captions, pictures)
     quality = int8_quality(model, [rows[0], nothing[0]], size, sampling)
-    return {"goals": goals, "modes against plain": modes, "prompts": captions, "int8": quality}
+    return {"goals": goals, "modes against plain": modes, "prompts": captions, "int8 quality": quality}
 
 
 def save_modes(pipe: UnifiedPipeline, captions: list[str], path: Path) -> None:
@@ -275,10 +276,10 @@ def save_modes(pipe: UnifiedPipeline, captions: list[str], path: Path) -> None:
     captioned_grid(rows, column_titles=captions, row_titles=names).save(path)
 
 
-def sweep(rounds: int) -> list[dict[str, Any]]:
+def sweep(rounds: int, grids: Sequence[int] = (8, 16, 32, 64)) -> list[dict[str, Any]]:
     """Time per code over the side of the grid, one picture; the first row is 1."""
     rows = []
-    for grid in (8, 16, 32, 64):
+    for grid in grids:
         draw = ours(make_decoder(our_model(1024, width=256, layers=4, grid=grid).eval()), grid)
         seconds = median(wall for wall, _ in interleaved({"draw": draw}, rounds)["draw"]) / grid**2
         rows.append({"grid": grid, "time_per_code": seconds})
@@ -307,7 +308,8 @@ def main() -> None:
             "codes": f"{args.grid}x{args.grid}", "prompt": "4 ids; against LlamaGen a class", "guidance": SAMPLING.guidance_scale,
             "top_k": SAMPLING.top_k, "batch": "1 unless named", "vq_decoding": "not included",
             "transformers": "generate() with guidance_scale, its own cache; one joint table of the same codes",
-            "ratios": "wall time, median of paired rounds, spread = min and max; peers and ours eager unless named",
+            "ratios": "wall time, median of paired rounds, spread = min and max, CPU time under cpu; both eager unless named",
+            "weights": "random, but for G4, G6 and quality, which need --pipeline",
         },
         **measure(args.rounds, args.llamagen, args.grid, args.codebook, not args.no_compile),
     }  # fmt: skip
@@ -315,13 +317,18 @@ def main() -> None:
         trained = measure_trained(args.pipeline, args.rounds, args.llamagen, args.pictures)
         result["goals"] |= trained.pop("goals")
         result["trained"] = trained
+        if "G3" in result["goals"]:
+            result["goals"]["G3"]["quality"] = trained["int8 quality"]
     for name, figures in result["goals"].items():
         figures["goal"] = GOALS[name]
+        low, high = figures["spread"]
         print(
-            f"{name:<12} {figures['ratio']:>7.2f}  ({figures['spread'][0]} to {figures['spread'][1]}), goal {GOALS[name]}"
+            f"{name:<12} {figures['ratio']:>7.2f}  ({low} to {high}), CPU {figures['cpu']['ratio']:.2f}, goal {GOALS[name]}"
         )
     for name, figures in (result["others"] | result.get("trained", {}).get("modes against plain", {})).items():
         print(f"{name:<62} {figures}")
+    for name, seconds in result["seconds to compile"].items():
+        print(f"seconds to compile, {name:<42} {seconds}")
     if args.sweep:
         result["sweep"] = sweep(max(3, args.rounds // 2))
         print("time per code:", {row["grid"]: row["time_per_code"] for row in result["sweep"]})

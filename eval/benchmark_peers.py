@@ -1,4 +1,4 @@
-"""Training steps of other projects, from a checkout that the user names. Their code runs as it is."""
+"""Training steps and drawing loops of other projects, from a checkout that the user names. Their code runs as it is."""
 
 import importlib
 import sys
@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from unified.convert import llamagen_from_weights
+from unified.decoding import Sampling
 
 Trainer = Callable[[nn.Module, Callable[[], Tensor]], Callable[[], None]]
 
@@ -59,3 +62,49 @@ def load_peer(
         peer,
         lambda: peer(idx=codes, cond_idx=classes, targets=codes, p=p, patch_size=p * p, freqs_cis=coarse)[1],
     )
+
+
+def transformers_generate(
+    llama: Any, special: int, start: list[int], nothing: list[int], grid: int, sampling: Sampling, batch: int = 1
+) -> Callable[[], Tensor]:
+    """Draw by transformers: one joint table, ``generate()`` with its own guidance; the ``special`` text ids suppressed."""
+    ids = torch.tensor([start] * batch)
+    options = {
+        "attention_mask": torch.ones_like(ids), "negative_prompt_ids": torch.tensor([nothing] * batch),
+        "negative_prompt_attention_mask": torch.ones(batch, len(nothing), dtype=torch.int64),
+        "guidance_scale": sampling.guidance_scale, "max_new_tokens": grid * grid, "min_new_tokens": grid * grid,
+        "do_sample": sampling.top_k != 1, "suppress_tokens": list(range(special)), "pad_token_id": 0,
+    }  # fmt: skip
+    if sampling.top_k != 1:
+        options |= {"top_k": sampling.top_k, "top_p": 1.0, "temperature": 1.0}
+    return lambda: llama.generate(ids, **options)[:, ids.shape[1] :].reshape(-1, grid, grid) - special
+
+
+def load_llamagen(folder: str, width: int, layers: int, heads: int, codebook: int, grid: int) -> tuple[Any, Any, Any]:
+    """LlamaGen's module ``generate``, its model with random weights, and ours with the same ones.
+
+    Raises:
+        ValueError: if the folder is not a checkout of LlamaGen.
+    """
+    root = Path(folder).resolve()
+    if not (root / "autoregressive" / "models" / "generate.py").is_file():
+        raise ValueError(f"llamagen: {folder!r} has no autoregressive/models/generate.py; give the root of a clone.")
+    sys.path.insert(0, str(root))
+    try:
+        gpt: Any = importlib.import_module("autoregressive.models.gpt")
+        generate: Any = importlib.import_module("autoregressive.models.generate")
+    finally:
+        sys.path.remove(str(root))
+    torch.manual_seed(0)
+    arguments = gpt.ModelArgs(dim=width, n_layer=layers, n_head=heads, vocab_size=codebook, block_size=grid * grid)
+    peer = gpt.Transformer(arguments).eval()
+    torch.nn.init.normal_(peer.output.weight, std=0.2)  # theirs starts at zero, where every code is alike
+    state = {name: value for name, value in peer.state_dict().items() if "kv_cache" not in name}
+    return generate, peer, llamagen_from_weights(state, "random weights", num_attention_heads=heads)
+
+
+def llamagen_generate(generate: Any, peer: Any, grid: int, sampling: Sampling, batch: int = 1) -> Callable[[], Tensor]:
+    """LlamaGen draws class 7."""
+    options = {"cfg_scale": sampling.guidance_scale, "top_k": sampling.top_k, "temperature": 1.0, "top_p": 1.0}
+    classes = torch.full((batch,), 7)
+    return lambda: generate.generate(peer, classes, grid * grid, **options).reshape(-1, grid, grid).long()

@@ -20,7 +20,10 @@ def test_it_runs(tmp_path):
     result = json.loads((tmp_path / "out.json").read_text())
     assert set(result["goals"]) == {"G1", "G5"}
     for goal in result["goals"].values():
-        assert goal["spread"][0] == goal["ratio"] == goal["spread"][1] > 0 and goal["goal"] > 1
+        for figures in (goal, goal["cpu"]):
+            assert figures["spread"][0] == figures["ratio"] == figures["spread"][1] > 0
+        assert goal["goal"] > 1
+    assert {"batch 4 against transformers", "batch 16 against transformers"} <= set(result["others"])
     assert result["conditions"]["threads"] == 1
 
 
@@ -28,8 +31,49 @@ def test_unequal_codes_are_not_timed():
     from benchmark_generation import check_equal
 
     check_equal("same", torch.tensor([1, 2]), torch.tensor([1, 2]))
-    with pytest.raises(RuntimeError, match="peer: 1 of 2 greedy codes differ"):
+    with pytest.raises(RuntimeError, match="peer: 1 of 2 codes differ"):
         check_equal("peer", torch.tensor([1, 2]), torch.tensor([1, 3]))
+
+
+@torch.no_grad()
+def test_codes_are_replayed_without_cache_before_any_timing():
+    from benchmark_generation import SAMPLING, check_against_full_forward, ours
+    from benchmark_training import our_model
+    from unified.decoding import make_decoder
+
+    model = our_model(64, width=64, layers=2, grid=4).eval()
+    codes = ours(make_decoder(model), 4)().clone()
+    check_against_full_forward(model, codes, SAMPLING)
+    codes[0, 2, 1] = (codes[0, 2, 1] + 1) % 64
+    with pytest.raises(RuntimeError, match=r"a loop without cache: .* of 16 codes differ"):
+        check_against_full_forward(model, codes, SAMPLING)
+
+
+def test_logits_along_a_picture_are_those_of_a_full_forward():
+    from benchmark_generation import NOTHING, START, guided_logits_along
+    from benchmark_training import our_model
+    from unified.decoding import Sampling, make_decoder
+
+    model = our_model(64, width=64, layers=2, grid=4).eval()
+    codes = torch.arange(16).reshape(1, 4, 4)
+    sampling = Sampling(guidance_scale=3.0, guidance_schedule="linear")
+    found = guided_logits_along(make_decoder(model), [START, NOTHING], codes, sampling)
+    with torch.no_grad():
+        sides = [
+            model(torch.tensor([[*ids, *range(4, 20)]]), image_grids=torch.tensor([[4, 4]])).image_logits[
+                0, len(ids) - 1 : -1
+            ]
+            for ids in (START, NOTHING)
+        ]
+    scales = torch.linspace(1, 3, 16)[:, None]
+    torch.testing.assert_close(found, sides[1] + scales * (sides[0] - sides[1]), rtol=1e-4, atol=1e-4)
+
+
+def test_sweep_compares_with_its_first_grid():
+    from benchmark_generation import sweep
+
+    first, second = sweep(1, (2, 4))
+    assert first == {"grid": 2, "time_per_code": 1.0} and second["grid"] == 4 and second["time_per_code"] > 0
 
 
 def test_int8_moves_distributions_a_little():
@@ -41,7 +85,7 @@ def test_int8_moves_distributions_a_little():
 
 
 def test_a_wrong_checkout_is_named(tmp_path):
-    from benchmark_generation import load_llamagen
+    from benchmark_peers import load_llamagen
 
     with pytest.raises(ValueError, match=r"llamagen: .* has no autoregressive/models/generate.py"):
         load_llamagen(str(tmp_path), 64, 2, 1, 64, 4)

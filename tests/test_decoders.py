@@ -9,6 +9,7 @@ from unified.decoding import Sampling, generate_codes, make_decoder
 from unified.decoding.backbone import BackboneDecoder
 from unified.decoding.lean import LeanDecoder
 from unified.decoding.linear import LEVELS, Dense, Int8
+from unified.decoding.speculative import speculate_codes
 from unified.lora import attach_lora, base_of
 
 FAMILIES = {
@@ -97,8 +98,14 @@ def test_compiled_equals_eager(monkeypatch):
     sampling = Sampling(guidance_scale=2.0)
     options = [PROMPTS, NEGATIVES, (4, 4), sampling]
     eager = generate_codes(make_decoder(model), *options, generators(0, 1))
-    assert torch.equal(generate_codes(make_decoder(model, compile=True), *options, generators(0, 1)), eager)
+    decoder = make_decoder(model, compile=True)
+    assert torch.equal(generate_codes(decoder, *options, generators(0, 1)), eager)
     assert 1 <= len(graphs) <= 3
+    one_by_one = len(graphs)
+    for window in (3, 4):
+        *_, codes = speculate_codes(decoder, *options, generators(0, 1), mode="jacobi", window=window)
+        assert torch.equal(codes.reshape(2, 4, 4), eager)
+    assert one_by_one < len(graphs) <= one_by_one + 5  # windows are compiled too, not once for each width
 
 
 def test_int8_rounds_weights_per_output_and_inputs_per_row():

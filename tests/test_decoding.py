@@ -5,7 +5,7 @@ import torch
 from conftest import generators, tiny_model
 
 from unified.decoding import Sampling, generate_codes, make_decoder
-from unified.decoding.sampler import draw, filter_logits, guide, gumbel_noise
+from unified.decoding.sampler import draw, draw_filtered, filter_logits, guide, gumbel_noise
 
 
 def naive_codes(model, prompt, negative, grid, sampling, generator, known=None):
@@ -99,6 +99,20 @@ def test_filters():
     assert filter_logits(logits, Sampling(top_p=top_p)).isfinite().tolist() == [[True, True, False, False]]
     assert filter_logits(logits, Sampling(top_p=0.01)).isfinite().tolist() == [[True, False, False, False]]
     assert filter_logits(logits, Sampling(temperature=0.5)).tolist() == [[6.0, 4.0, 2.0, 0.0]]
+
+
+@pytest.mark.parametrize("spread", [0.1, 1.0, 5.0])
+@pytest.mark.parametrize("sampling", [Sampling(top_k=10, temperature=0.7), Sampling(top_k=40), Sampling(top_k=63)])
+def test_a_large_top_k_without_its_threshold_draws_the_same(sampling, spread):
+    generator = generators(0)[0]
+    logits = (torch.randn(500, 64, generator=generator) * spread).round(decimals=1)  # with ties
+    noise = gumbel_noise([generator], 500 * 64, logits.device).reshape(500, 64)
+    filtered = filter_logits(logits, sampling)
+    assert torch.equal(draw_filtered(logits, sampling, noise), draw(filtered, noise))
+    if spread <= 1 and sampling.top_k < 63:  # the filter matters here
+        assert not torch.equal(draw(logits / sampling.temperature, noise), draw(filtered, noise))
+    with pytest.raises(ValueError, match="logits: NaN or infinite"):
+        draw_filtered(logits.index_fill(1, torch.tensor([3]), float("nan")), sampling, noise)
 
 
 @pytest.mark.parametrize(

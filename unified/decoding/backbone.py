@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from unified.decoding.cache import KeyValueCache
-from unified.decoding.sampler import Sampling, draw, filter_logits
+from unified.decoding.sampler import Sampling, draw_filtered
 from unified.model import UnifiedForCausalLM
 
 
@@ -39,7 +39,7 @@ class Decoder(Protocol):
 
     def draw(self, hidden: Tensor, sampling: Sampling, noise: Tensor) -> Tensor:
         """One code for each final state ``(B, D)`` with the noise ``(B, K)`` of its place."""
-        return draw(filter_logits(self.image_logits(hidden), sampling), noise)
+        return draw_filtered(self.image_logits(hidden), sampling, noise)
 
 
 class BackboneDecoder(Decoder):

@@ -116,6 +116,30 @@ def draw(logits: Tensor, noise: Tensor) -> Tensor:
     return codes
 
 
+def draw_filtered(logits: Tensor, sampling: Sampling, noise: Tensor) -> Tensor:
+    """``draw(filter_logits(logits, sampling), noise)`` of ``(B, K)``; on a CPU a large top-k without its threshold.
+
+    If the best of all codes has fewer than k likelier ones, it is the best of the top-k. Otherwise it and every code that
+    is not likelier are out, and the best of the rest is looked at: a few passes over a row instead of a selection.
+    """
+    size, top_k = logits.shape[-1], int(sampling.top_k)
+    if logits.device.type != "cpu" or sampling.top_p < 1 or not size // 16 < top_k < size:
+        return draw(filter_logits(logits, sampling), noise)
+    logits = logits.float()
+    if sampling.temperature != 1:
+        logits = logits / sampling.temperature
+    codes = []
+    for row, scores in zip(logits, logits + noise, strict=True):
+        while True:
+            code = scores.argmax()
+            check_finite(scores[code])
+            if int((row > row[code]).sum()) < top_k:
+                break
+            scores.masked_fill_(row <= row[code], float("-inf"))
+        codes.append(code)
+    return torch.stack(codes)
+
+
 def check_finite(highest: Tensor) -> None:
     """Refuse largest values of logits that are not finite; a maximum is NaN if any of its values is."""
     if not bool(torch.isfinite(highest).all()):
