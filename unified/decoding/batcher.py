@@ -282,6 +282,7 @@ class Batcher:
             row.next = None
         embeds = model.get_input_embeddings()(text.to(device))
         positions = self.decoder.positions(coordinates.to(device)) if writing else self._nowhere.clone()
+        image_slots = torch.zeros(self.slots, 1, dtype=torch.bool, device=device)
         if drawing:
             slots, codes, places = [], [], []
             for row in drawing:
@@ -291,9 +292,10 @@ class Batcher:
                 places.append(row.places[:, len(row.codes) - 1])
             embeds[slots] = self.decoder.embed(torch.tensor(codes, device=device)).to(embeds.dtype)
             positions[slots] = torch.cat(places)[:, None]
+            image_slots[slots] = True
         self._bias[..., self._column] = 0.0
         self._cache.column, self._cache.end = self._column, self.length
-        self._hidden = self.decoder(embeds[:, None], positions, self._cache, self._bias)[:, -1]
+        self._hidden = self.decoder(embeds[:, None], positions, self._cache, self._bias, image_slots)[:, -1]
         self._column = (self._column + 1) % self.length
         self._place([(row, 1, row.request.negative) for row in opening if len(row.slots) == 2 and row.request.negative])
         for row in opening:
