@@ -10,6 +10,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor
 
 from unified.lora_active import adapter_state, apply_weights, check_not_fused, switch, unfuse_lora
+from unified.lora_slots import check_slots, forget_gates, gate_adapter
 from unified.model import UnifiedForCausalLM
 
 LAYOUT_FILE = "unified_layout.json"
@@ -25,6 +26,7 @@ def attach_lora(
     dropout: float = 0.0,
     target_modules: Sequence[str] = ATTENTION_AND_MLP,
     train_image_tables: bool | None = None,
+    slots: str = "all",
     **options: Any,
 ) -> PeftModel:
     """Wrap a model for LoRA training (arXiv 2106.09685); only the adapter stays trainable.
@@ -37,8 +39,14 @@ def attach_lora(
         target_modules: names of the linear layers that get an update.
         train_image_tables: train and save full copies of both image tables with the adapter; None: exactly if they are
             new, as after ``from_backbone``, because an adapter alone cannot teach a model codes that it has never seen.
+        slots: ``text`` or ``image`` lets the update act on the slots of that kind only (Partial LoRA, arXiv 2401.16420): an
+            ``image`` adapter leaves rows of text as they are, bit for bit.
         options: further fields of ``peft.LoraConfig`` (``use_rslora``, ``use_dora``, ...).
+
+    Raises:
+        ValueError: if ``slots`` is unknown, or not possible with other options.
     """
+    check_slots(slots, bool(options.get("use_dora")))
     if train_image_tables is None:
         train_image_tables = model.config.new_image_tables
     config = LoraConfig(
@@ -49,7 +57,9 @@ def attach_lora(
         modules_to_save=list(IMAGE_TABLES) if train_image_tables else None,
         **options,
     )
-    return get_peft_model(model, config)
+    adapted = get_peft_model(model, config)
+    gate_adapter(model, "default", slots)
+    return adapted
 
 
 def layout_of(model: UnifiedForCausalLM) -> dict[str, Any]:
@@ -91,9 +101,12 @@ def save_lora(
     """
     # Nothing but the adapter: whether tables were resized would be looked up on the Hub.
     model.save_pretrained(str(save_directory), state_dict=state_dict, save_embedding_layers=False)  # type: ignore[arg-type]
+    base = base_of(model)
+    kinds = {} if base.slot_gate is None else base.slot_gate.kinds
     for name in model.peft_config:
         folder = Path(save_directory) / ("" if name == "default" else name)
-        (folder / LAYOUT_FILE).write_text(json.dumps(layout_of(base_of(model)), indent=2))
+        layout = {**layout_of(base), "slots": kinds.get(name, "all")}
+        (folder / LAYOUT_FILE).write_text(json.dumps(layout, indent=2))
     if card is not None:
         (Path(save_directory) / "README.md").write_text(card, encoding="utf-8")
 
@@ -140,6 +153,8 @@ def load_lora(
     else:
         model = PeftModel.from_pretrained(model, str(path), adapter_name=adapter_name, is_trainable=trainable)
     apply_weights(model, {adapter_name: 1.0}, trainable)
+    slots = json.loads((Path(path) / LAYOUT_FILE).read_text()).get("slots", "all")
+    gate_adapter(model.get_base_model(), adapter_name, slots)
     return model
 
 
@@ -148,6 +163,7 @@ def unload_lora(model: PeftModel) -> UnifiedForCausalLM:
     if adapter_state(model).unfused is not None:
         unfuse_lora(model)
     base = base_of(model)
+    forget_gates(base, list(model.peft_config))
     # peft leaves the active adapter's copies of the image tables in place of the originals.
     originals = {n: m.original_module for n, m in base.named_modules() if isinstance(m, ModulesToSaveWrapper)}
     unloaded = cast(UnifiedForCausalLM, model.unload())

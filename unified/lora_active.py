@@ -13,6 +13,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from unified.lora_slots import forget_gates
 from unified.model import UnifiedForCausalLM
 
 _COMBINED = "unified_combined"  # temporary entry of a table that is no single adapter's copy
@@ -116,6 +117,7 @@ def delete_adapters(model: PeftModel, names: Sequence[str]) -> None:
     for name in names:
         cast(LoraModel, model.base_model).delete_adapter(name)
     apply_weights(model, {name: weight for name, weight in weights.items() if name not in names})
+    forget_gates(model.get_base_model(), list(names))
 
 
 def _check_loaded(model: PeftModel, names: Sequence[str]) -> None:
@@ -155,9 +157,16 @@ def fuse_lora(model: PeftModel, lora_scale: float = 1.0) -> None:
     The old weights are kept, so it takes the memory of the adapted layers once more.
 
     Raises:
-        ValueError: if adapters are fused or disabled, the scale is not finite, or the sum is not finite.
+        ValueError: if adapters are fused or disabled or act on some slots only, the scale is not finite, or the sum is not finite.
     """
     check_not_fused(model, "fuse_lora")
+    gate = cast(UnifiedForCausalLM, model.get_base_model()).slot_gate
+    for name in adapter_state(model).weights:
+        if gate is not None and name in gate.kinds:
+            raise ValueError(
+                f"fuse_lora: adapter {name!r} acts on {gate.kinds[name]} slots only, which weights cannot; leave it out "
+                "with set_adapters."
+            )
     if _disabled(model):
         raise ValueError("fuse_lora: adapters are disabled; call enable_lora first.")
     if not math.isfinite(lora_scale):

@@ -13,6 +13,7 @@ from unified.conditioning import build_condition
 from unified.config import UnifiedConfig
 from unified.head import ImageHead, patch_losses
 from unified.image_init import initialize_image_tables
+from unified.lora_slots import SlotGate
 from unified.npp import group_embeddings, group_targets
 from unified.rope import GridRotary
 from unified.sequence import IGNORE
@@ -56,6 +57,7 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
         self.image_embed = nn.Embedding(config.codebook_size, width)
         self.image_head = ImageHead(width, config.codebook_size)
         self.condition = None if config.conditioning is None else build_condition(config.conditioning, width)
+        self.slot_gate: SlotGate | None = None  # set while an adapter is loaded that acts on some slots only
         self._wrap_rotary()
         self.post_init()
 
@@ -139,9 +141,16 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
         cap = getattr(self.config.text_config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
-    def run_backbone(self, embeds: Tensor, coordinates: Tensor | None, **kwargs: Any) -> Any:
-        """Run the backbone on ``(B, S, D)`` embeddings with explicit rotary coordinates ``(B, S, 2)``."""
+    def run_backbone(
+        self, embeds: Tensor, coordinates: Tensor | None, image_slots: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        """Run the backbone on ``(B, S, D)`` embeddings with explicit rotary coordinates ``(B, S, 2)``.
+
+        ``image_slots``, True on image patches, broadcasts to ``(B, S)``; adapters of one kind of slots need it.
+        """
         decoder = self.backbone.base_model
+        if self.slot_gate is not None:
+            kwargs["image_slots"] = image_slots
         decoder.rotary_emb.coordinates = coordinates
         try:
             return decoder(inputs_embeds=embeds, **kwargs)
@@ -192,6 +201,7 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
         outputs = self.run_backbone(
             embeds,
             plan.coordinates,
+            plan.image_slots(),
             attention_mask=None if plan.documents is not None else mask,
             position_ids=running_index(plan) if position_ids is None and past_key_values is None else position_ids,
             past_key_values=past_key_values,

@@ -44,6 +44,13 @@ class SlotPlan:
     documents: Tensor | None
     coordinates: Tensor | None = None
 
+    def image_slots(self) -> Tensor:
+        """``(B, S)``, True on slots that hold a patch of an image."""
+        is_image = torch.zeros(self.batch_size * self.length, dtype=torch.bool, device=self.text_slots.device)
+        for group in self.spans:
+            is_image[group.slots] = True
+        return is_image.reshape(self.batch_size, self.length)
+
 
 def find_spans(input_ids: Tensor, image_grids: Tensor | None, config: UnifiedConfig) -> list[tuple[int, int, Grid]]:
     """Rows, first columns and grids of the image spans in ``input_ids (B, T)``, in order of appearance.

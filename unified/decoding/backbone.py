@@ -19,11 +19,13 @@ class Decoder(Protocol):
     def positions(self, coordinates: Tensor) -> Tensor:
         """Rows and columns ``(B, T, 2)`` to whatever the forward pass takes, indexed ``[B, T]`` alike."""
 
-    def __call__(self, embeds: Tensor, positions: Tensor, cache: KeyValueCache, bias: Tensor | None) -> Tensor:
+    def __call__(
+        self, embeds: Tensor, positions: Tensor, cache: KeyValueCache, bias: Tensor | None, image_slots: Tensor
+    ) -> Tensor:
         """Run T new slots ``(B, T, D)`` and write them to the cache; returns final hidden states ``(B, T, D)``.
 
         ``bias`` ``(B, 1, T, end)`` is added to the attention scores, -inf hides a column; None shows all columns up to
-        the end and is for T = 1.
+        the end and is for T = 1. ``image_slots``, True on codes, broadcasts to ``(B, T)``.
         """
 
     def image_logits(self, hidden: Tensor) -> Tensor:
@@ -68,7 +70,9 @@ class BackboneDecoder(Decoder):
         """The coordinates themselves; the backbone's rotary embedding reads them."""
         return coordinates
 
-    def __call__(self, embeds: Tensor, positions: Tensor, cache: KeyValueCache, bias: Tensor | None) -> Tensor:
+    def __call__(
+        self, embeds: Tensor, positions: Tensor, cache: KeyValueCache, bias: Tensor | None, image_slots: Tensor
+    ) -> Tensor:
         """See :class:`Decoder`."""
         cache.open(embeds.shape[1])
         mask: Tensor | dict[str, Tensor | None] | None = bias
@@ -78,6 +82,7 @@ class BackboneDecoder(Decoder):
         output = self.model.run_backbone(
             embeds,
             positions,
+            image_slots,
             attention_mask=mask,
             position_ids=positions[..., 0].long(),
             past_key_values=cache,

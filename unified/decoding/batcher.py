@@ -284,6 +284,7 @@ class Batcher:
             row.next = None
         embeds = model.get_input_embeddings()(text.to(device))
         positions = self.decoder.positions(coordinates.to(device)) if writing else self._nowhere.clone()
+        image_slots = torch.zeros(self.slots, 1, dtype=torch.bool, device=device)
         if drawing:
             slots, codes, places = [], [], []
             for row in drawing:
@@ -293,12 +294,15 @@ class Batcher:
                 places.append(row.places[:, len(row.codes) - 1])
             embeds[slots] = self.decoder.embed(torch.tensor(codes, device=device)).to(embeds.dtype)
             positions[slots] = torch.cat(places)[:, None]
+            image_slots[slots] = True
         self._bias[..., self._column] = 0.0
         used = 1 + max(slot for row in self.rows for slot in row.slots)  # the free rows above cost nothing
         cache = KeyValueCache(self.length)
         cache.keys, cache.values = [k[:used] for k in self._cache.keys], [v[:used] for v in self._cache.values]
         cache.column, cache.end = self._column, self.length
-        self._hidden[:used] = self.decoder(embeds[:used, None], positions[:used], cache, self._bias[:used])[:, -1]
+        self._hidden[:used] = self.decoder(
+            embeds[:used, None], positions[:used], cache, self._bias[:used], image_slots[:used]
+        )[:, -1]
         self._column = (self._column + 1) % self.length
         self._place([(row, 1, row.request.negative) for row in opening if len(row.slots) == 2 and row.request.negative])
         for row in opening:

@@ -57,7 +57,8 @@ def generate_conditioned(
     if condition_mask is not None:
         real = condition_mask.to(model.device).bool().repeat(rows // count, 1)
     nowhere = torch.full((rows, length, 2), -1.0, device=model.device)
-    state = read(decoder, prefix, nowhere, real, torch.arange(rows, device=model.device), grid[0] * grid[1])
+    each, no_images = torch.arange(rows, device=model.device), torch.zeros_like(real)
+    state = read(decoder, prefix, nowhere, real, no_images, each, grid[0] * grid[1])
     offsets, _ = span_offsets(grid, 1, "2d", "unit", 0.0)
     coordinates = offsets.to(model.device).expand(rows, -1, -1)
     *_, codes = continue_span(decoder, state, coordinates, sampling, generators)

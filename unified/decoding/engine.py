@@ -95,6 +95,7 @@ def continue_span(
     noise = PositionNoise(generators, decoder.model.config.codebook_size, device)
     codes = torch.full((count, steps), -1, device=device) if known is None else known.clone()
     fixed = (codes >= 0).all(dim=0).tolist()
+    everywhere = torch.ones(1, 1, dtype=torch.bool, device=device)
     step = 0
     while True:
         if not fixed[step]:
@@ -116,7 +117,7 @@ def continue_span(
         bias = causal_bias(state, step - first) if step - first > 1 else state.bias
         if bias is not None:
             bias = bias[..., : cache.column + step - first]
-        hidden = decoder(embeds, positions[:, first:step], cache, bias)[:, -1]
+        hidden = decoder(embeds, positions[:, first:step], cache, bias, everywhere)[:, -1]
 
 
 def paired_prompts(

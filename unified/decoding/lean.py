@@ -80,6 +80,8 @@ def _unsupported(model: UnifiedForCausalLM) -> str | None:
     rope = config.rope_parameters["rope_type"]
     if rope not in _ROPE_TYPES:
         return f"its {rope!r} rotary embedding depends on the length"
+    if model.slot_gate is not None:
+        return f"adapters that act on one kind of slots are loaded ({', '.join(sorted(model.slot_gate.kinds))})"
     attention, mlp = decoder.layers[0].self_attn, decoder.layers[0].mlp
     parts = [getattr(attention, f"{n}_proj") for n in "qkvo"] + [
         getattr(mlp, f"{n}_proj") for n in ("gate", "up", "down")
@@ -154,7 +156,9 @@ class LeanDecoder(Decoder):
         pairs = torch.stack([cos[..., :half], sin[..., :half]], dim=-1)[:, :, None]
         return torch.view_as_complex(pairs) if self._compiled is None else pairs
 
-    def __call__(self, embeds: Tensor, positions: Tensor, cache: KeyValueCache, bias: Tensor | None) -> Tensor:
+    def __call__(
+        self, embeds: Tensor, positions: Tensor, cache: KeyValueCache, bias: Tensor | None, image_slots: Tensor
+    ) -> Tensor:
         """See :class:`Decoder`."""
         cache.open(embeds.shape[1])
         if self._compiled is not None and cache.keys:

@@ -63,20 +63,29 @@ def prefill(decoder: Decoder, prompts: Sequence[Prompt], room: int) -> Prefilled
 
     place = {prompt: i for i, prompt in enumerate(distinct)}
     rows = torch.tensor([place[prompt] for prompt in prompts], device=device)
-    return read(decoder, embeds, coordinates, real, rows, room)
+    return read(decoder, embeds, coordinates, real, plan.image_slots(), rows, room)
 
 
-def read(decoder: Decoder, embeds: Tensor, coordinates: Tensor, real: Tensor, rows: Tensor, room: int) -> Prefilled:
+def read(
+    decoder: Decoder,
+    embeds: Tensor,
+    coordinates: Tensor,
+    real: Tensor,
+    image_slots: Tensor,
+    rows: Tensor,
+    room: int,
+) -> Prefilled:
     """Run embedded starts ``(U, L, D)`` at ``(U, L, 2)`` through the model; row i of the result continues ``rows[i]``.
 
-    ``real (U, L)`` is False on padding, which is on the left.
+    ``real (U, L)`` is False on padding, which is on the left; ``image_slots (U, L)`` is True on image codes.
     """
     length, device = embeds.shape[1], embeds.device
     # Padding may look at itself alone: a row without any column would turn into NaN.
     visible = torch.ones(length, length, dtype=torch.bool, device=device).tril() & real[:, None]
     visible |= torch.eye(length, dtype=torch.bool, device=device)
     cache = KeyValueCache(length)
-    hidden = decoder(embeds, decoder.positions(coordinates), cache, as_bias(visible[:, None], embeds.dtype))
+    causal = as_bias(visible[:, None], embeds.dtype)
+    hidden = decoder(embeds, decoder.positions(coordinates), cache, causal, image_slots)
     bias = None
     if not bool(real.all()):
         shown = torch.nn.functional.pad(real, (0, room), value=True)[rows]

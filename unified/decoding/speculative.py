@@ -90,7 +90,7 @@ def _one_picture(
     positions = decoder.positions(span_coordinates(decoder.model, state.position, grid))
     scales = torch.tensor(sampling.scales(steps), device=known.device)
     codes, done = torch.empty(steps, dtype=torch.int64, device=known.device), 0
-    hidden = state.hidden[:, None]
+    hidden, everywhere = state.hidden[:, None], torch.ones(1, 1, dtype=torch.bool, device=known.device)
     while True:
         # Hidden states predict the codes `done`, `done + 1`, ...; the judge holds drafts for all of them but the last.
         if sampling.guided:
@@ -105,7 +105,7 @@ def _one_picture(
         first, last = done - 1, done - 1 + len(inputs)
         cache.rewind(start + first)
         embeds = decoder.embed(inputs).expand(sides, -1, -1)
-        hidden = decoder(embeds, positions[:, first:last], cache, causal_bias(state, last - first))
+        hidden = decoder(embeds, positions[:, first:last], cache, causal_bias(state, last - first), everywhere)
 
 
 class _Judge:

@@ -73,6 +73,7 @@ def adapt(
         s.dropout,
         s.target_modules,
         s.train_image_tables,
+        s.slots,
         use_rslora=s.use_rslora,
         use_dora=s.use_dora,
     )

@@ -93,6 +93,7 @@ class LoraSettings:
     train_image_tables: bool | None = (
         None  # copies of the image tables in the adapter; null: if the base's are untrained
     )
+    slots: str = "all"  # or text, image: act on the slots of that kind only
     use_rslora: bool = False
     use_dora: bool = False
 

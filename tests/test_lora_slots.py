@@ -1,0 +1,184 @@
+"""Adapters that act on the slots of one kind only."""
+
+import pytest
+import torch
+from conftest import generators, tiny_model
+from test_backbones import FAMILIES, SIZES
+from test_decoding import naive_codes
+from test_lora import noisy_adapter
+from test_lora_active import logits
+
+from unified.decoding import Prompt, Sampling, generate_codes, make_decoder
+from unified.decoding.backbone import BackboneDecoder
+from unified.decoding.lean import LeanDecoder
+from unified.decoding.prefill import prefill
+from unified.decoding.speculative import speculate_codes
+from unified.lora import attach_lora, base_of, load_lora, save_lora, unload_lora
+from unified.lora_active import delete_adapters, fuse_lora, set_adapters
+from unified.sequence import ImageSegment, TextSegment, build_sequence, collate
+from unified_tokenizers.images import to_tensor
+
+TEXT = torch.tensor([[1, 5, 6, 7, 8, 3]])
+
+
+def partial_model(folder, slots, text=None, **options):
+    text = text or {}
+    noisy_adapter(tiny_model(text=text), folder, 0, slots=slots, **options)
+    return load_lora(tiny_model(text=text), folder, "x").eval()
+
+
+def rows(layout):
+    """Text, a picture, text; and a longer text before the picture, so that there is padding."""
+    codes = torch.arange(16).reshape(4, 4)
+    made = [
+        build_sequence([TextSegment(words), ImageSegment(codes), TextSegment([7, 8])], layout)
+        for words in ([5, 6], [5, 6, 9, 9])
+    ]
+    return collate(made, layout)
+
+
+@torch.no_grad()
+def test_image_adapter_leaves_text_alone(tmp_path):
+    base, model = tiny_model(), partial_model(tmp_path, "image")
+    assert torch.equal(base_of(model)(TEXT).logits, base(TEXT).logits)
+    changed, original = logits(model), logits(base)
+    start = 4  # <bos>, two words, <boi>; what comes before the picture is text and sees no picture
+    assert torch.equal(changed[:, :start], original[:, :start])
+    assert ((changed - original)[:, start : start + 16].abs().amax(-1) > 1e-3).all()
+
+
+@torch.no_grad()
+def test_text_adapter_leaves_the_projections_of_codes_alone(tmp_path):
+    """In the first layer the inputs are those of the base: queries of codes stay, queries of words change."""
+    base, model = tiny_model(), base_of(partial_model(tmp_path, "text"))
+    seen = []
+    for each in (base, model):
+        each.backbone.model.layers[0].self_attn.q_proj.register_forward_hook(lambda m, a, output: seen.append(output))
+        logits(each)
+    same = (seen[0] == seen[1]).all(-1)[0]
+    assert same.tolist() == [False] * 4 + [True] * 16 + [False] * (len(same) - 20)
+    assert not torch.equal(model(TEXT).logits, base(TEXT).logits)
+
+
+@torch.no_grad()
+def test_both_kinds_together_are_the_whole_adapter(tmp_path):
+    """The same weights as a text and as an image adapter add up to the adapter that acts everywhere."""
+    for slots in ("all", "text", "image"):
+        noisy_adapter(tiny_model(), tmp_path / slots, 0, slots=slots)
+    whole = logits(load_lora(tiny_model(), tmp_path / "all", "x").eval())
+    model = load_lora(load_lora(tiny_model(), tmp_path / "text", "t"), tmp_path / "image", "i").eval()
+    set_adapters(model, ["t", "i"], [1.0, 1.0])
+    torch.testing.assert_close(logits(model), whole, rtol=1e-4, atol=1e-4)
+    set_adapters(model, ["i"], [1.0])
+    assert torch.equal(base_of(model)(TEXT).logits, tiny_model()(TEXT).logits)
+
+
+@torch.no_grad()
+def test_reload_and_removal(tmp_path):
+    model = partial_model(tmp_path / "a", "image", train_image_tables=True)
+    wanted = logits(model)
+    save_lora(model, tmp_path / "b")
+    again = load_lora(tiny_model(), tmp_path / "b" / "x", "y").eval()
+    assert torch.equal(logits(again), wanted) and not torch.equal(wanted, logits(tiny_model()))
+    noisy_adapter(tiny_model(), tmp_path / "c", 1)
+    again = load_lora(again, tmp_path / "c", "c")
+    alone = logits(again)
+    delete_adapters(again, ["y"])
+    assert base_of(again).slot_gate is None and torch.equal(logits(again), alone)
+    plain = unload_lora(model)
+    assert plain.slot_gate is None and torch.equal(logits(plain), logits(tiny_model()))
+    assert isinstance(make_decoder(plain), LeanDecoder)
+
+
+@pytest.mark.parametrize("slots", ["text", "image"])
+@torch.no_grad()
+def test_decoding_equals_full_forward_passes(slots, tmp_path):
+    model = base_of(partial_model(tmp_path, slots))
+    assert isinstance(make_decoder(model), BackboneDecoder)
+    with pytest.raises(
+        ValueError, match="int8: not for this backbone, adapters that act on one kind of slots are loaded"
+    ):
+        make_decoder(model, int8=True)
+    prompts, negatives, sampling = [[1, 5, 6, 7, 3], [1, 8, 3]], [[1, 3]] * 2, Sampling(guidance_scale=2.0)
+    codes = generate_codes(model, prompts, negatives, (2, 4), sampling, generators(0, 1))
+    for row in range(2):
+        expected = naive_codes(model, prompts[row], negatives[row], (2, 4), sampling, *generators(row))
+        assert codes[row].flatten().tolist() == expected
+    *_, fast = speculate_codes(
+        make_decoder(model), prompts, negatives, (2, 4), sampling, generators(0, 1), mode="jacobi"
+    )
+    assert torch.equal(fast.reshape(codes.shape), codes)
+    assert not torch.equal(codes, generate_codes(tiny_model(), prompts, negatives, (2, 4), sampling, generators(0, 1)))
+
+
+@torch.no_grad()
+def test_pictures_in_a_prompt_are_image_slots(tmp_path):
+    model = base_of(partial_model(tmp_path, "image"))
+    batch = rows(model.config.layout)
+    ids = batch["input_ids"][1].tolist()
+    state = prefill(make_decoder(model), [Prompt(tuple(ids), ((4, 4),))], 0)
+    full = model(batch["input_ids"][1:], image_grids=torch.tensor([[4, 4]]))
+    torch.testing.assert_close(model.image_head(state.hidden), full.image_logits[:, -1], rtol=1e-4, atol=1e-4)
+
+
+def test_conversations_mix_both_kinds(pipeline, tmp_path):
+    """The likeliest words after a picture, by full forward passes."""
+    noisy_adapter(pipeline.model, tmp_path, 0, slots="image")
+    pipeline.load_lora_weights(tmp_path)
+    photo = pipeline("red apple", generator=generators(0)).images[0]
+    codes = pipeline.image_tokenizer.encode(to_tensor([photo]))[0]
+    model, layout = base_of(pipeline.model), base_of(pipeline.model).config.layout
+    ids = [
+        layout.bos_token_id,
+        layout.boi_token_id,
+        *(codes.flatten() + layout.text_vocab_size).tolist(),
+        layout.eoi_token_id,
+    ]
+    banned = [layout.boi_token_id, layout.eoi_token_id, layout.bos_token_id, layout.pad_token_id]
+    written = []
+    while len(written) < 4:
+        with torch.no_grad():
+            scores = model(torch.tensor([ids]), image_grids=torch.tensor([[4, 4]])).logits[0, -1]
+        scores[banned] = float("-inf")
+        if int(scores.argmax()) == layout.eos_token_id:
+            break
+        written.append(int(scores.argmax()))
+        ids.append(written[-1])
+    assert written and pipeline.caption(photo, max_new_tokens=4, top_k=1)[0] == pipeline.text_tokenizer.decode(written)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_recomputed_layers_see_the_slots_of_their_own_batch(family):
+    """Two batches forward, then backward, with and without gradient checkpointing; on every family."""
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny_model(text={**SIZES, **FAMILIES[family]})
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        adapted = attach_lora(model, rank=2, slots="image").train()
+        torch.manual_seed(0)
+        for name, weight in adapted.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(weight, 0, 0.3)
+        batch = rows(model.config.layout)
+        losses = [adapted(**batch, patch_size=p).loss for p in (2, 1)]
+        torch.stack(losses).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in adapted.parameters() if p.grad is not None]))
+    assert gradients[0].abs().sum() > 0
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_what_cannot_be_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"slots: 'images' is unknown; use one of \('all', 'text', 'image'\)"):
+        attach_lora(tiny_model(), slots="images")
+    with pytest.raises(ValueError, match="slots: 'image' is not possible with use_dora"):
+        attach_lora(tiny_model(), slots="image", use_dora=True)
+    with pytest.raises(
+        ValueError, match=r"slots: 'text' works inside decoder layers .* not for \['backbone.lm_head'\]"
+    ):
+        attach_lora(tiny_model(), slots="text", target_modules=["lm_head", "q_proj"])
+    model = partial_model(tmp_path, "image")
+    with pytest.raises(ValueError, match="fuse_lora: adapter 'x' acts on image slots only"):
+        fuse_lora(model)
+    with pytest.raises(ValueError, match="slots: LlamaAttention is not told which slots are images"):
+        base_of(model).run_backbone(torch.zeros(1, 2, 32), None)
