@@ -157,6 +157,7 @@ def test_edit_redraws_what_is_painted(page, monkeypatch):
     given, stream = [], page.engine.pipe.stream
     monkeypatch.setattr(page.engine.pipe, "stream", lambda **options: given.append(options) or stream(**options))
     page.open("Edit")
+    page.tab.locator("#canvas").get_by_label("Brush").first.wait_for()  # the editor is ready for a picture
     page.tab.locator("#canvas input[type=file]").set_input_files(page.folder / "picture.png")
     page.tab.locator("#canvas").get_by_label("Brush Size").wait_for()  # the brush is taken up
     box = page.tab.locator("#canvas canvas").first.bounding_box()
