@@ -3,9 +3,10 @@
 import pytest
 import torch
 from conftest import tiny_config
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from unified import UnifiedForCausalLM
+from unified import UnifiedConfig, UnifiedForCausalLM
+from unified.lora import attach_lora
 from unified.sequence import ImageSegment, TextSegment, build_sequence, collate, pack
 from unified.training.step import learned_weight
 
@@ -21,6 +22,7 @@ FAMILIES = {
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3"},
     "mistral": {"model_type": "mistral", "sliding_window": 8},
+    "gemma": {"model_type": "gemma"},
     "gemma2": {"model_type": "gemma2", "sliding_window": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 5.0},
     "gemma3": {"model_type": "gemma3_text", "sliding_window": 8, "query_pre_attn_scalar": 8},
     "olmo2": {"model_type": "olmo2"},
@@ -155,3 +157,89 @@ def test_packed_rows_keep_documents_apart(backbone, p):
     del packed["document_ids"]
     mixed = model(**packed, patch_size=p)
     assert max(abs(mixed.text_loss - output.text_loss), abs(mixed.image_loss - output.image_loss)) > 5e-3
+
+
+def test_saved_and_loaded(backbone, tmp_path):
+    """Tied tables stay tied, untied ones apart; every weight and the attention come back."""
+    plain, folder = backbone
+    model = unified(folder)
+    model.save_pretrained(tmp_path)
+    loaded = UnifiedForCausalLM.from_pretrained(tmp_path).eval()
+    tied = plain.config.tie_word_embeddings
+    for each in (model, loaded):
+        assert (each.get_input_embeddings().weight is each.get_output_embeddings().weight) == tied
+    before, after = model.state_dict(), loaded.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    batch = drawing(model.config.layout)
+    ours, theirs = (m(batch["input_ids"], image_grids=batch["image_grids"]) for m in (model, loaded))
+    assert torch.equal(ours.logits, theirs.logits) and torch.equal(ours.image_logits, theirs.image_logits)
+
+
+@pytest.mark.parametrize("slots", ["all", "image"])
+def test_gradient_checkpointing_reaches_adapters_on_a_frozen_base(backbone, slots):
+    _, folder = backbone
+    gradients = []
+    for checkpointing in (False, True):
+        model = unified(folder)
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        adapted = attach_lora(model, rank=2, slots=slots).train()
+        torch.manual_seed(0)
+        for name, weight in adapted.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(weight, 0, 0.1)
+        adapted(**drawing(model.config.layout), patch_size=2).loss.backward()
+        assert all(p.grad is None for p in adapted.parameters() if not p.requires_grad)
+        gradients.append(torch.cat([p.grad.flatten() for p in adapted.parameters() if p.requires_grad]))
+    assert gradients[0].abs().sum() > 0
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_the_loaded_module_is_taken_over(backbone, monkeypatch):
+    _, folder = backbone
+    loaded = []
+    monkeypatch.setattr(
+        "unified.model.load_language_model",
+        lambda *options: loaded.append(plain_copy(folder, *options[1:])) or loaded[0],
+    )
+    model = unified(folder, dtype=torch.bfloat16, attn_implementation="eager")
+    assert model.backbone is loaded[0]
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+    assert model.backbone.config._attn_implementation == model.config._attn_implementation == "eager"
+    ids = torch.randint(5, 50, (2, 15))
+    assert torch.equal(model(ids).logits, plain_copy(folder, torch.bfloat16, "eager")(ids).logits)
+
+
+def plain_copy(folder, dtype, attn_implementation):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attn_implementation).eval()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_language_part_of_a_model_that_reads_pictures(tied, tmp_path):
+    torch.manual_seed(0)
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "image_size": 16, "patch_size": 4}  # fmt: skip
+    text = {**SIZES, **FAMILIES["gemma3"], "tie_word_embeddings": tied}
+    config = AutoConfig.for_model(
+        "gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4, tie_word_embeddings=tied,
+        image_token_id=10, boi_token_id=11, eoi_token_id=12,
+    )  # fmt: skip
+    whole = AutoModelForImageTextToText.from_config(config).eval()
+    whole.save_pretrained(tmp_path)
+    model = unified(str(tmp_path))
+    assert model.config.text_config.model_type == "gemma3_text" and model.config.tie_word_embeddings == tied
+    ids = torch.randint(13, 50, (2, 15), generator=torch.Generator().manual_seed(2))
+    assert torch.equal(model(ids).logits, whole(ids).logits)
+    assert not any("vision" in name for name, _ in model.named_parameters())
+    model.save_pretrained(tmp_path / "unified")
+    assert torch.equal(UnifiedForCausalLM.from_pretrained(tmp_path / "unified").eval()(ids).logits, whole(ids).logits)
+
+
+def test_composite_models_without_a_language_model_are_named(tmp_path):
+    AutoConfig.for_model("qwen2_vl").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"is a 'qwen2_vl' model, .* language part \('qwen2_vl_text'\)"):
+        unified(str(tmp_path))
+    with pytest.raises(
+        ValueError, match=r"text_config: 'gemma3' holds more than a language model; give .* 'gemma3_text'"
+    ):
+        UnifiedConfig(text_config={"model_type": "gemma3"})

@@ -80,6 +80,12 @@ class UnifiedConfig(PreTrainedConfig):
         _choice("coarse_positions", self.coarse_positions, ("center", "unit", "normalized"))
         _choice("loss_normalization", self.loss_normalization, ("slot", "token"))
         if self.text_config is not None:
+            language = self.text_config.get_text_config()
+            if language is not self.text_config:
+                raise ValueError(
+                    f"text_config: {self.text_config.model_type!r} holds more than a language model; give its language part, "
+                    f"{language.model_type!r}."
+                )
             self.tie_word_embeddings = self.text_config.tie_word_embeddings
             for name in ("boi_token_id", "eoi_token_id"):
                 if not 0 <= getattr(self, name) < self.text_config.vocab_size:

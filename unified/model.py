@@ -13,6 +13,7 @@ from unified.conditioning import build_condition
 from unified.config import UnifiedConfig
 from unified.head import ImageHead, patch_losses
 from unified.image_init import initialize_image_tables
+from unified.language_model import load_language_model
 from unified.lora_slots import SlotGate
 from unified.npp import group_embeddings, group_targets
 from unified.rope import GridRotary
@@ -48,11 +49,15 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
-    def __init__(self, config: UnifiedConfig):
+    def __init__(self, config: UnifiedConfig, backbone: Any = None):
+        """Build a model; ``backbone`` is a causal language model of ``text_config`` to be taken over as it is."""
         super().__init__(config)
         if config.text_config is None:
             raise ValueError("text_config: missing; give the backbone's configuration or use from_backbone.")
-        self.backbone: Any = AutoModelForCausalLM.from_config(config.text_config)
+        self.backbone: Any = AutoModelForCausalLM.from_config(config.text_config) if backbone is None else backbone
+        if backbone is not None:
+            for module in backbone.modules():
+                module._is_hf_initialized = True  # or post_init draws its weights anew
         width = self.backbone.config.hidden_size
         self.image_embed = nn.Embedding(config.codebook_size, width)
         self.image_head = ImageHead(width, config.codebook_size)
@@ -87,7 +92,8 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
         """Attach image tables to a pretrained decoder; its text logits stay what they were.
 
         Args:
-            pretrained_model_name_or_path: folder or Hub name of any ``AutoModelForCausalLM``.
+            pretrained_model_name_or_path: folder or Hub name of any ``AutoModelForCausalLM``; see
+                :func:`unified.language_model.load_language_model`.
             codebook_size: number of image codes K.
             boi_token_id, eoi_token_id: ids of the backbone's vocabulary (unused or reserved ones) that frame an image.
             dtype: weights' dtype, as in ``from_pretrained``.
@@ -95,9 +101,8 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
             image_init, head_init, codebook: how the tables start, see :func:`unified.image_init.initialize_image_tables`.
             config: further fields of :class:`UnifiedConfig`.
         """
-        backbone: Any = AutoModelForCausalLM.from_pretrained(
-            pretrained_model_name_or_path, dtype=dtype or torch.float32, attn_implementation=attn_implementation
-        )
+        backbone = load_language_model(pretrained_model_name_or_path, dtype or torch.float32, attn_implementation)
+        attention = backbone.config._attn_implementation  # a config that takes in another one resets it there
         unified = UnifiedConfig(
             text_config=backbone.config,
             codebook_size=codebook_size,
@@ -105,10 +110,11 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
             eoi_token_id=eoi_token_id,
             **{"new_image_tables": True, **config},
         )
-        model = cls(unified)
-        model.to(dtype=backbone.dtype)  # type: ignore[call-arg]
-        model.backbone.load_state_dict(_with_wrapped_rotary(backbone.state_dict()))
-        model.backbone.generation_config = backbone.generation_config
+        unified._attn_implementation = attention
+        model = cls(unified, backbone)
+        for part in (model.image_embed, model.image_head, model.condition):
+            if part is not None:  # the backbone has its dtype, and keeps rotary frequencies in float32
+                part.to(dtype=backbone.dtype)
         model.generation_config = backbone.generation_config
         initialize_image_tables(model, image_init, head_init, codebook)
         return model
