@@ -165,5 +165,9 @@ def test_bad_names_are_refused(pipeline, tmp_path):
         pipeline.set_adapters("b")
     with pytest.raises(ValueError, match="weights: 2 weights for 1 adapters"):
         pipeline.set_adapters(["a"], [1.0, 2.0])
+    with pytest.raises(ValueError, match=r"adapter_names: \['a', 'a'\] names an adapter twice"):
+        pipeline.set_adapters(["a", "a"], [1.0, 2.0])
+    with pytest.raises(ValueError, match=r"weights: \[inf\] must be finite"):
+        pipeline.set_adapters(["a"], [float("inf")])
     with pytest.raises(ValueError, match="call unload_lora_weights"):
         pipeline.save_pretrained(tmp_path / "p")

@@ -96,7 +96,9 @@ def set_adapters(model: PeftModel, names: Sequence[str], weights: Sequence[float
     """
     _check_loaded(model, names)
     check_not_fused(model, "set_adapters")
-    if len(names) != len(weights) or len(set(names)) != len(names) or not names:
+    if len(set(names)) != len(names):
+        raise ValueError(f"adapter_names: {list(names)} names an adapter twice; give it one weight.")
+    if len(names) != len(weights) or not names:
         raise ValueError(f"weights: {len(weights)} weights for {len(names)} adapters; give one weight per adapter.")
     if not all(math.isfinite(weight) for weight in weights):
         raise ValueError(f"weights: {list(weights)} must be finite numbers.")
