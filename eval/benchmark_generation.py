@@ -88,7 +88,8 @@ def guided_logits_along(decoder: Any, rows: list[Any], codes: Tensor, sampling: 
     state = prefill(decoder, [row if isinstance(row, Prompt) else Prompt(tuple(row)) for row in rows], count)
     places = decoder.positions(span_coordinates(decoder.model, state.position, (codes.shape[1], codes.shape[2])))
     embeds = decoder.embed(codes.reshape(1, -1)[:, :-1]).expand(2, -1, -1)
-    rest = decoder(embeds, places[:, :-1], state.cache, causal_bias(state, count - 1))
+    all_codes = torch.ones(1, 1, dtype=torch.bool, device=embeds.device)
+    rest = decoder(embeds, places[:, :-1], state.cache, causal_bias(state, count - 1), all_codes)
     hidden = torch.cat([state.hidden[:, None], rest], dim=1)
     return decoder.image_logits(guide(hidden[0], hidden[1], torch.tensor(sampling.scales(count))[:, None]))
 
