@@ -3,6 +3,7 @@
     python eval/evaluate.py --pipeline runs/openmoji/pipeline --data data/openmoji --split train --max-samples 480 \\
         --num-images 64 --clip runs/openmoji/clip --out runs/openmoji/evaluation
     python eval/evaluate.py --compare runs/a/pipeline runs/b/pipeline+runs/b/lora --data ... --out runs/comparison
+    python eval/evaluate.py --compare runs/a/pipeline runs/a/pipeline --decoding plain gsd+int8 --data ... --out runs/fast
 
 The folder gets `metrics.json` (figures, 95 % intervals, the recipe of each, and the run), `report.html`,
 `generated/NNN.png`, `samples.png` (every generated picture with its caption) and `comparison.png` (real, through the
@@ -23,6 +24,7 @@ from PIL import Image
 
 from unified import UnifiedPipeline
 from unified.data import CaptionedImage, fit_square
+from unified.prompting import DECODING as MODES
 from unified_eval.clip import load_clip
 from unified_eval.diversity import nearest_neighbours
 from unified_eval.drawing import content_hash, draw_pictures
@@ -43,6 +45,9 @@ from unified_eval.npz import save_npz
 from unified_eval.reconstruction import reconstruct
 from unified_eval.report import format_value
 from unified_eval.selection import choose_evenly, first_usable_rows, unique_captions
+
+INT8 = "+int8"
+DECODING = [mode + weights for mode in MODES for weights in ("", INT8)]
 
 
 class Task(NamedTuple):
@@ -108,6 +113,10 @@ def parse_arguments() -> argparse.Namespace:
         "--top-p", type=float, default=1.0, help="probability mass kept for sampling (default: %(default)s)"
     )
     draw.add_argument(
+        "--decoding", nargs="+", choices=DECODING, default=["plain"], metavar="MODE",
+        help=f"one of {', '.join(DECODING)}; with --compare one for both or one for each (default: plain)",
+    )  # fmt: skip
+    draw.add_argument(
         "--seed", type=int, default=0, help="seed of the choice; picture i gets seed + i (default: %(default)s)"
     )
     draw.add_argument(
@@ -125,6 +134,10 @@ def parse_arguments() -> argparse.Namespace:
         )
     if "diversity" in args.metrics and args.samples_per_caption < 2:
         parser.error("--metrics diversity needs --samples-per-caption 2 or more")
+    systems = 2 if args.compare else 1
+    if len(args.decoding) not in (1, systems):
+        parser.error(f"--decoding: {len(args.decoding)} modes for {systems} pipeline(s)")
+    args.decoding = (args.decoding * systems)[:systems]
     if args.lora and args.compare:
         parser.error("--lora is for --pipeline; with --compare write PIPELINE+LORA")
     return args
@@ -162,20 +175,30 @@ def say(text: str) -> None:
         print(text)
 
 
-def open_pipeline(name: str, lora: str | None, device: str) -> tuple[UnifiedPipeline, dict[str, str]]:
-    """Load a pipeline and possibly an adapter; return it with hashes that tell it from others."""
+def open_pipeline(name: str, lora: str | None, decoding: str, device: str) -> tuple[UnifiedPipeline, dict[str, str]]:
+    """Load a pipeline and possibly an adapter; return it with what tells its pictures from others."""
     pipeline, identity = UnifiedPipeline.from_pretrained(name), {"pipeline_sha256": content_hash(name)}
     if lora:
         pipeline.load_lora_weights(lora)
         identity["lora_sha256"] = content_hash(lora)
-    return pipeline.to(device), identity
+    pipeline.to(device)
+    if decoding.endswith(INT8):
+        identity["weights"] = "int8"
+        pipeline.enable_fast_decoding(int8=True)
+    return pipeline, identity
 
 
 def evaluate(
-    args: argparse.Namespace, task: Task, name: str, lora: str | None, networks: dict[str, Any], out: Path
+    args: argparse.Namespace,
+    task: Task,
+    name: str,
+    lora: str | None,
+    decoding: str,
+    networks: dict[str, Any],
+    out: Path,
 ) -> tuple[Measures, Drawn]:
     """Draw, measure and write the results of one pipeline."""
-    pipeline, identity = open_pipeline(name, lora, args.device)
+    pipeline, identity = open_pipeline(name, lora, decoding, args.device)
     height, width = pipeline.default_size
     if height != width:
         raise ValueError(f"pipeline: draws {height}x{width} pictures; real ones are cropped to squares to be compared.")
@@ -189,6 +212,7 @@ def evaluate(
         process_state().is_main_process,
     )
     sampling = {key: getattr(args, key) for key in ("guidance_scale", "temperature", "top_k", "top_p")}
+    sampling["decoding"] = decoding.removesuffix(INT8)
     generated, times = draw_pictures(
         pipeline, captions, out / "generated", args.samples_per_caption, args.seed, args.batch_size, sampling,
         identity, progress=True,
@@ -221,6 +245,7 @@ def evaluate(
         **{key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
         "pipeline": name,
         "lora": lora,
+        "decoding": decoding,
         **identity,
         "samples": task.samples,
         "rows": [row.row for row in task.chosen],
@@ -276,20 +301,27 @@ def main() -> None:
     if "is" in args.metrics:
         networks["logits"] = load_extractor(LOGITS_EXTRACTOR, args.inception_weights, args.device)
     if args.pipeline:
-        evaluate(args, task, args.pipeline, args.lora, networks, args.out)
+        evaluate(args, task, args.pipeline, args.lora, args.decoding[0], networks, args.out)
         return
     found = []
-    for letter, system in zip("ab", args.compare, strict=True):
+    for letter, system, decoding in zip("ab", args.compare, args.decoding, strict=True):
         name, plus, lora = (system, "", "") if Path(system).exists() else system.rpartition("+")
-        found.append(evaluate(args, task, name if plus else system, lora or None, networks, args.out / letter))
+        found.append(
+            evaluate(args, task, name if plus else system, lora or None, decoding, networks, args.out / letter)
+        )
     if not process_state().is_main_process:
         return
     differences = compare_measures(found[0][0], found[1][0])
-    run = {"a": args.compare[0], "b": args.compare[1], "num_images": args.num_images, "seed": args.seed}
+    run = {"a": args.compare[0], "b": args.compare[1], "decoding": args.decoding}
+    run |= {"num_images": args.num_images, "seed": args.seed}
     write_json(args.out / "metrics.json", {"differences": differences, "run": run, "notes": found[0][0].notes})
     command = shlex.join(["python", *sys.argv])
     names = ["A", "B"]
-    notes = [f"A: {args.compare[0]}. B: {args.compare[1]}.", *found[0][0].notes]
+    systems = [
+        f"{name}: {system}, decoding {decoding}."
+        for name, system, decoding in zip(names, args.compare, args.decoding, strict=True)
+    ]
+    notes = [" ".join(systems), *found[0][0].notes]
     write_comparison_report(args.out / "report.html", names, differences, [part[1] for part in found], notes, command)
     print(f"\n{'figure':<62} {'A':>10} {'B':>10} {'B - A [95 % interval in pairs]':>32}")
     for row in differences:

@@ -260,6 +260,17 @@ def test_comparison_of_two_pipelines(pipeline, picture_source, tmp_path, monkeyp
     run_script(monkeypatch, "evaluate.py", *same)
     for row in json.loads((tmp_path / "aa" / "metrics.json").read_text())["differences"]:
         assert row["difference"] == 0 and row["interval"] == [0, 0], row
+    modes = [*same[:-1], tmp_path / "modes", "--decoding", "jacobi", "gsd+int8"]
+    run_script(monkeypatch, "evaluate.py", *modes)
+    sides = [json.loads((tmp_path / "modes" / side / "metrics.json").read_text()) for side in "ab"]
+    plain = json.loads((tmp_path / "aa" / "a" / "metrics.json").read_text())
+    assert sides[0]["figures"] == plain["figures"], "jacobi decoding draws the same pictures"
+    assert sides[1]["figures"]["clip_score"] != plain["figures"]["clip_score"]
+    assert [side["run"]["decoding"] for side in sides] == ["jacobi", "gsd+int8"] and sides[1]["run"][
+        "weights"
+    ] == "int8"
+    with pytest.raises(SystemExit):
+        run_script(monkeypatch, "evaluate.py", *same, "--decoding", "plain", "sjd", "gsd")
     with pytest.raises(ValueError, match="metrics: 'shapes' needs the columns include and tag"):
         run_script(monkeypatch, "evaluate.py", *same, "--metrics", "shapes")
     with pytest.raises(SystemExit):

@@ -172,7 +172,7 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
         document_ids: Tensor | None = None,
         patch_size: int = 1,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         condition: Tensor | None = None,
@@ -187,7 +187,7 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
             attention_mask: ``(B, T)``, 0 on padding.
             document_ids: ``(B, T)`` for packed rows, -1 on padding: no attention, position or loss across documents.
             patch_size: side p of the patches that image spans are grouped into.
-            position_ids, past_key_values, use_cache, logits_to_keep: as in transformers, for text generation.
+            position_ids, cache, use_cache, logits_to_keep: as in transformers, for text generation.
             condition: ``(B,)`` classes or ``(B, P, F)`` features, for models with ``conditioning``; its embeddings take the
                 place of the first slots (see :mod:`unified.conditioning`).
 
@@ -195,22 +195,22 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
             ValueError: if spans and grids disagree, ``patch_size`` does not divide a grid, or a condition is missing or
                 not expected.
         """
-        if past_key_values is not None and image_grids is not None:
-            raise ValueError("past_key_values: cached decoding of image spans goes through unified.decoding.")
+        if cache is not None and image_grids is not None:
+            raise ValueError("cache: cached decoding of image spans goes through unified.decoding.")
         plan = plan_slots(input_ids, image_grids, attention_mask, document_ids, patch_size, self.config)
         embeds = self._with_condition(self.embed(input_ids, plan, patch_size), condition, plan, patch_size)
         attention = str(self.backbone.config._attn_implementation)
         if plan.documents is not None and attention.startswith("flash") and len(input_ids) > 1:
             raise ValueError(f"document_ids: {attention} keeps documents apart in a batch of one row only; use sdpa.")
         # Packed rows are told apart by restarting position ids, which needs the mask argument to be empty.
-        mask = attention_mask if past_key_values is not None else plan.attention_mask
+        mask = attention_mask if cache is not None else plan.attention_mask
         outputs = self.run_backbone(
             embeds,
             plan.coordinates,
             plan.image_slots(),
             attention_mask=None if plan.documents is not None else mask,
-            position_ids=running_index(plan) if position_ids is None and past_key_values is None else position_ids,
-            past_key_values=past_key_values,
+            position_ids=running_index(plan) if position_ids is None and cache is None else position_ids,
+            cache=cache,
             use_cache=bool(use_cache) and labels is None,
             **kwargs,
         )
@@ -222,7 +222,7 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
         return UnifiedOutput(
             logits=self.text_logits(kept),
             image_logits=None if image_grids is None else self.image_head(kept),
-            past_key_values=outputs.past_key_values,
+            cache=outputs.cache,
         )
 
     def _with_condition(self, embeds: Tensor, condition: Tensor | None, plan: SlotPlan, patch_size: int) -> Tensor:

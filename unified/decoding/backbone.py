@@ -85,7 +85,7 @@ class BackboneDecoder(Decoder):
             image_slots,
             attention_mask=mask,
             position_ids=positions[..., 0].long(),
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
         )
         cache.column += embeds.shape[1]
