@@ -136,7 +136,7 @@ def test_a_killed_run_goes_on_without_loss_or_duplicates(image_tokenizer, mixed_
     with pytest.raises(KeyboardInterrupt):
         encode(image_tokenizer, mixed_source, tmp_path / "codes")
     assert not (tmp_path / "codes").exists()
-    with pytest.raises(ValueError, match=r"was begun with other settings \(block_rows: 4 then, 5 now\); remove it"):
+    with pytest.raises(ValueError, match=r"was made with other settings \(block_rows: 4 then, 5 now\); set them back"):
         encode(image_tokenizer, mixed_source, tmp_path / "codes", block_rows=5)
     monkeypatch.setattr(unified.encoding, "_write", lambda file, *rest: (written.append(file), write(file, *rest)))
     report = encode(image_tokenizer, mixed_source, tmp_path / "codes")["train"]

@@ -76,7 +76,7 @@ def test_adapter_on_a_new_model_loads_into_the_kept_base(config_file, parts, tmp
     assert adapted == pytest.approx(read_log(tmp_path)[-1]["validation_loss"], rel=1e-5)
 
     before = load_file(tmp_path / "base" / "model" / "model.safetensors")
-    with pytest.raises(ValueError, match=r"base' was made from other settings \(seed: 0 then, 1 now\)"):
+    with pytest.raises(ValueError, match=r"base' was made with other settings \(seed: 0 then, 1 now\)"):
         train(load_config(config_file, [*options, "seed=1"]))
     (tmp_path / "base").rename(tmp_path / ".partial-base")  # as a kill leaves it
     (tmp_path / ".partial-base" / "model" / "model.safetensors").unlink()

@@ -259,5 +259,5 @@ def test_empty_sources_missing_columns_and_small_weights_are_named(config_file, 
 def test_codes_of_an_earlier_source_are_not_taken_for_another(config_file, picture_source, image_tokenizer, tmp_path):
     encode_source(image_tokenizer, picture_source, tmp_path / "codes", ("train",), image_size=16)
     options = [f"output_dir={tmp_path}", "data.train=./elsewhere", "validate_every=null"]
-    with pytest.raises(ValueError, match=r"was made from other settings \(source: .* then, './elsewhere' now"):
+    with pytest.raises(ValueError, match=r"was made with other settings \(source: .* then, './elsewhere' now"):
         train(load_config(config_file, options))

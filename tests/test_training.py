@@ -273,7 +273,7 @@ def test_pictures_are_encoded_on_the_way(config_file, parts, picture_source, tmp
     assert (tmp_path / "codes-validation" / "codes.json").is_file()
     changes = ["data.image_size=32", "data.caption_column=text"]
     with pytest.raises(
-        ValueError, match=r"codes' was made from other settings \(image_size: 16 then, 32 now; columns: "
+        ValueError, match=r"codes' was made with other settings \(image_size: 16 then, 32 now; columns: "
     ):
         train(load_config(config_file, [*options, *changes]))
 

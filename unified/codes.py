@@ -13,6 +13,7 @@ from accelerate import PartialState
 from unified.crops import Size, Views
 from unified.data import SkipReport, load_source, terms_of, undecoded_rows, with_caption
 from unified.encoding import MakeRecords, Rows, captioned_records, encode_blocks, read_blocks
+from unified.settings import refuse_other
 from unified_tokenizers.base import ImageTokenizer
 
 CACHE_FILE = "codes.json"
@@ -147,16 +148,7 @@ def _begin(partial: Path, settings: dict[str, Any]) -> None:
     """Record what the blocks are made with, or compare with what was recorded."""
     record = partial / CACHE_FILE
     if record.is_file():
-        begun = json.loads(record.read_text())
-        different = [
-            f"{name}: {begun.get(name)} then, {value} now"
-            for name, value in settings.items()
-            if begun.get(name) != value
-        ]
-        if different:
-            raise ValueError(
-                f"out: {str(partial)!r} was begun with other settings ({'; '.join(different)}); remove it to start anew."
-            )
+        refuse_other("out", partial, json.loads(record.read_text()), settings)
         return
     partial.mkdir(parents=True, exist_ok=True)
     beside = record.with_suffix(".new")

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -45,6 +45,20 @@ def load_settings(kind: type[T], path: str | Path, overrides: Sequence[str] = ()
 def dump_settings(settings: object) -> str:
     """Settings as YAML, every field spelled out."""
     return OmegaConf.to_yaml(OmegaConf.structured(settings))
+
+
+def refuse_other(field: str, folder: Path, made_with: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raises ValueError if what an earlier run left in ``folder`` was made with other settings, naming the differences."""
+    different = [
+        f"{name}: {made_with.get(name)!r} then, {value!r} now"
+        for name, value in wanted.items()
+        if made_with.get(name) != value
+    ]
+    if different:
+        raise ValueError(
+            f"{field}: {str(folder)!r} was made with other settings ({'; '.join(different)}); set them back, remove the folder, or "
+            "choose another one."
+        )
 
 
 def parse_command_line(description: str | None, kind: type[T]) -> tuple[str, list[str]]:

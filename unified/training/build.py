@@ -19,6 +19,7 @@ from unified.lora import attach_lora
 from unified.model import UnifiedForCausalLM
 from unified.model_card import run_card
 from unified.pipeline import UnifiedPipeline
+from unified.settings import refuse_other
 from unified.training.config import DataConfig, TrainConfig
 from unified_tokenizers import AutoImageTokenizer, ImageTokenizer, TextTokenizer, load_text_tokenizer
 
@@ -93,20 +94,6 @@ def _keep_base(config: TrainConfig, pipeline: UnifiedPipeline) -> None:
     pipeline.save_pretrained(partial, card=run_card(config, "base", pipeline.image_tokenizer.fingerprint))
     (partial / BASE_FILE).write_text(json.dumps(origin, indent=2))
     partial.rename(folder)
-
-
-def refuse_other(field: str, folder: Path, made_from: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raises ValueError if what an earlier run left in ``folder`` was made from something else, naming the differences."""
-    different = [
-        f"{name}: {made_from.get(name)!r} then, {value!r} now"
-        for name, value in wanted.items()
-        if made_from.get(name) != value
-    ]
-    if different:
-        raise ValueError(
-            f"{field}: {str(folder)!r} was made from other settings ({'; '.join(different)}); set them back, remove the folder, or "
-            "choose another output_dir."
-        )
 
 
 def _new_model(
