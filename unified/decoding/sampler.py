@@ -185,6 +185,7 @@ class PositionNoise:
             fresh = gumbel_noise(self.generators, self._block * self.size, self.device)
             fresh = fresh.reshape(len(self.generators), self._block, self.size)
             behind = min(position - self._start, self._rows.shape[1])
-            self._rows = torch.cat([self._rows[:, behind:], fresh], dim=1)
+            ahead = self._rows[:, behind:]
+            self._rows = torch.cat([ahead, fresh], dim=1) if ahead.shape[1] else fresh
             self._start += behind
         return self._rows[:, position - self._start : position - self._start + count]
