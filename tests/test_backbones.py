@@ -26,6 +26,7 @@ FAMILIES = {
     "gemma2": {"model_type": "gemma2", "sliding_window": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 5.0},
     "gemma3": {"model_type": "gemma3_text", "sliding_window": 8, "query_pre_attn_scalar": 8},
     "olmo2": {"model_type": "olmo2"},
+    "granite": {"model_type": "granite", "logits_scaling": 8.0, "embedding_multiplier": 12.0},
 }
 
 
@@ -57,6 +58,20 @@ def test_text_is_untouched(backbone, positions):
     assert torch.equal(model(ids).logits, plain(ids).logits)
     options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(ids)}
     assert torch.equal(model.generate(ids, **options), plain.generate(ids, **options))
+
+
+def test_families_with_ways_of_their_own(tmp_path, monkeypatch):
+    """An interleaved rotary embedding has one position per slot; logits that are made in another way are refused."""
+    torch.manual_seed(0)
+    plain = AutoModelForCausalLM.from_config(AutoConfig.for_model("cohere", **SIZES, logit_scale=0.25)).eval()
+    plain.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="positions: '2d' needs a rotary embedding in two halves, and that of Cohere"):
+        unified(tmp_path)
+    ids = torch.randint(5, 50, (2, 9), generator=torch.Generator().manual_seed(2))
+    assert torch.equal(unified(tmp_path, positions="1d")(ids).logits, plain(ids).logits)
+    monkeypatch.setattr("unified.model.LOGIT_SCALES", ("none", "none", "none"))
+    with pytest.raises(ValueError, match="backbone: CohereForCausalLM makes its text logits in a way of its own"):
+        unified(tmp_path, positions="1d")
 
 
 @pytest.mark.parametrize("p", [1, 2])

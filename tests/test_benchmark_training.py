@@ -28,7 +28,9 @@ def test_memory_kept_for_the_backward_pass():
 
     assert kept(4096, 1) == pytest.approx(kept(64, 1), rel=1e-3)
     assert 3.3 < kept(64, 1) / kept(64, 2) < 4.0
-    assert kept(64, 1) > 4 * 66 * (10 * 64 + 3 * 170) * 4 / 1e6, "a layer keeps ten states and three inner ones at least"
+    assert kept(64, 1) > 4 * 66 * (10 * 64 + 3 * 170) * 4 / 1e6, (
+        "a layer keeps ten states and three inner ones at least"
+    )
 
 
 def test_packing_is_timed_on_equal_losses_only(monkeypatch):

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from unified import UnifiedForCausalLM, group_embeddings
 from unified.sequence import ImageSegment, TextSegment, build_sequence, collate, pack
+from unified.training.step import learned_slots
 
 
 def image(height=4, width=4, seed=0):
@@ -118,6 +119,19 @@ def test_batching_does_not_change_losses(p, arrange):
     text_counts = [7, 6, 3]
     text_total = sum(o.text_loss * n for o, n in zip(alone, text_counts, strict=True))
     torch.testing.assert_close(together.text_loss, text_total / sum(text_counts), rtol=0, atol=2e-6)
+
+
+def test_no_loss_across_documents():
+    """Without masks in the labels either: the first token of a document is not learned from the document before."""
+    model = tiny_model()
+    layout = model.config.layout
+    batch = collate(pack(mixed_sequences(layout), 1000), layout)
+    everything = {**batch, "labels": batch["input_ids"].where(batch["document_ids"] >= 0, torch.tensor(-100))}
+    first = batch["document_ids"] != torch.nn.functional.pad(batch["document_ids"][:, :-1], (1, 0), value=-2)
+    masked = {**everything, "labels": everything["labels"].where(~first, torch.tensor(-100))}
+    assert int(first.sum()) > 1
+    assert torch.equal(model(**everything).loss, model(**masked).loss)
+    assert learned_slots(everything, 1, layout) == learned_slots(masked, 1, layout)
 
 
 def test_packed_rows_are_refused_where_attention_would_mix_them():

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from unified.training import loop
 from unified.training.checkpoint import list_checkpoints, save_checkpoint
 from unified.training.config import load_config
 from unified.training.loop import train
-from unified.training.step import train_step
+from unified.training.step import check_gradients, train_step
 from unified.training.tracking import LossMeter, read_log
 
 
@@ -279,10 +280,20 @@ def test_bad_gradients_stop_the_run_and_keep_the_batch(config_file, tmp_path, mo
 def test_fp16_that_finds_no_scale_stops(config_file, tmp_path, monkeypatch):
     monkeypatch.setattr(Accelerator, "optimizer_step_was_skipped", property(lambda self: True))
     with pytest.raises(
-        FloatingPointError, match="not finite in 20 steps in a row, all skipped; use mixed_precision=bf16"
+        FloatingPointError, match=r"not finite in 20 steps in a row, all skipped .* at step 19; the batches are kept"
     ):
         train(load_config(config_file, [f"output_dir={tmp_path}", "steps=40"]))
     assert [r["step"] for r in read_log(tmp_path) if "lr" in r][-1] == 19
+    assert (tmp_path / "failed-step-00000019-process-0.safetensors").is_file()
+
+
+def test_gradient_limit_of_fp16():
+    """A norm that is finite but too large stops in fp16 too; one that is not finite is left to the loss scaler."""
+    half = SimpleNamespace(mixed_precision="fp16")
+    check_gradients(half, torch.tensor(float("inf")), 10.0)
+    check_gradients(half, torch.tensor(9.0), 10.0)
+    with pytest.raises(FloatingPointError, match=r"their norm is 11\.0"):
+        check_gradients(half, torch.tensor(11.0), 10.0)
 
 
 class DeepSpeedLike:
@@ -311,13 +322,13 @@ def test_deepspeed_steps_with_this_steps_rate_and_never_from_a_bad_loss(config_f
     config = load_config(config_file, [f"output_dir={tmp_path}"])
     picture = ImageSegment(torch.zeros(4, 4, dtype=torch.long))
     batch = collate([build_sequence([TextSegment([5, 6]), picture], model.config.layout)], model.config.layout)
-    rest = (0, config, LossMeter(accelerator))
+    rest = (config, LossMeter(accelerator))
     for rate in (0.5, 0.25):
         train_step(accelerator, model, model.config, [optimizer], [batch], 1, rate, *rest)
     assert accelerator.rates == [0.5, 0.25]
     with torch.no_grad():
         model.image_head.weight.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match=r"loss: not finite on 1 process\(es\), nan on this one, at step 0"):
+    with pytest.raises(FloatingPointError, match=r"loss: not finite on 1 process\(es\), nan on this one"):
         train_step(accelerator, model, model.config, [optimizer], [batch], 1, 0.1, *rest)
     assert accelerator.rates == [0.5, 0.25]
 

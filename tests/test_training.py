@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import generators, tiny_config, tiny_model
 from safetensors.torch import load_file
+from torch.optim.swa_utils import AveragedModel
 from transformers import AutoModelForCausalLM
 
 from unified import UnifiedPipeline
@@ -185,6 +186,40 @@ def test_cost_counts_slots(finished, text_tokenizer):
     picture_slots = [4 * 1] * 3 + [4 * 4] * 3 + [4 * 16] * 6
     text_slots = [total - image for total, image in zip(per_step, picture_slots, strict=True)]
     assert all(4 * 3 <= text <= 4 * (3 + 14) for text in text_slots)  # <bos>, caption, <boi>, <eoi>
+
+
+def test_mixed_steps_train_coarser_patches(config_file, tmp_path):
+    """With half of the steps mixed, every second step of the fine stage goes back to p = 2, and costs and says so."""
+    options = ["schedule.patch_sizes=[2,1]", "schedule.shares=[0.5,0.5]", "schedule.mixed=0.5", "data.caption_dropout=1",
+               "validate_every=null", "checkpoint_every=null", "optimizer.ema_decay=null"]  # fmt: skip
+    train(load_config(config_file, [f"output_dir={tmp_path}", *options]))
+    log = read_log(tmp_path)
+    assert [record["patch_size"] for record in log] == [2] * 6 + [1, 2] * 3
+    slots = [record["slots"] for record in log]
+    per_step = [b - a for a, b in zip([0, *slots[:-1]], slots, strict=True)]
+    assert per_step == [4 * (3 + 16 // record["patch_size"] ** 2) for record in log]  # <bos> <boi> codes <eoi>
+
+
+def test_average_starts_anew_with_every_stage(config_file, tmp_path, monkeypatch):
+    update, equal = AveragedModel.update_parameters, []
+
+    def recorded(self, model):
+        update(self, model)
+        pairs = zip(self.module.parameters(), model.parameters(), strict=True)
+        equal.append(all(torch.equal(ours, theirs) for ours, theirs in pairs))
+
+    monkeypatch.setattr(AveragedModel, "update_parameters", recorded)
+    train(load_config(config_file, [f"output_dir={tmp_path}", "validate_every=null", "checkpoint_every=null"]))
+    assert [step for step, same in enumerate(equal) if same] == [0, 3, 6] and len(equal) == 12
+
+
+def test_sample_prompts_are_checked_before_training(config_file, tmp_path):
+    options = [f"output_dir={tmp_path}", "sample.every=6"]
+    with pytest.raises(ValueError, match=r"sample\.prompts: empty"):
+        load_config(config_file, options)
+    with pytest.raises(ValueError, match="prompt: "):
+        train(load_config(config_file, [*options, f"sample.prompts=[{'apple ' * 200}]"]))
+    assert read_log(tmp_path) == []
 
 
 def test_lora_run_on_a_pipeline(finished, config_file, parts, tmp_path):

@@ -1,10 +1,13 @@
 """A pretrained decoder language model from a checkpoint of transformers, also out of a model that reads pictures."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+if TYPE_CHECKING:
+    from unified.model import UnifiedForCausalLM
 
 
 def load_language_model(path: str, dtype: torch.dtype, attn_implementation: str | None) -> Any:
@@ -32,3 +35,27 @@ def load_language_model(path: str, dtype: torch.dtype, attn_implementation: str 
     model.set_output_embeddings(head)
     model.generation_config = whole.generation_config
     return model
+
+
+@torch.no_grad()
+def check_family(model: "UnifiedForCausalLM") -> None:
+    """Raises ValueError if the backbone's text logits are not what the model makes of its hidden states, or its rotary
+    embedding is laid out in another way than :class:`unified.rope.GridRotary` takes apart.
+    """
+    backbone, decoder = model.backbone, model.backbone.base_model
+    ids, turned = torch.tensor([[0, 1]], device=backbone.device), []
+    hook = decoder.rotary_emb.rotary.register_forward_hook(lambda module, given, found: turned.append(found))
+    hidden = decoder(input_ids=ids).last_hidden_state
+    hook.remove()
+    family = type(backbone).__name__
+    if not torch.equal(model.text_logits(hidden), backbone(input_ids=ids).logits):
+        raise ValueError(
+            f"backbone: {family} makes its text logits in a way of its own; choose another family, such as Llama, Qwen, "
+            "Mistral, Gemma or Granite."
+        )
+    in_halves = all(torch.equal(*cos.chunk(2, dim=-1)) for cos, _ in turned)
+    if model.config.positions != "1d" and not in_halves:
+        raise ValueError(
+            f"positions: {model.config.positions!r} needs a rotary embedding in two halves, and that of {family} is "
+            "interleaved; use positions='1d' or another family."
+        )

@@ -13,12 +13,14 @@ from unified.conditioning import build_condition
 from unified.config import UnifiedConfig
 from unified.head import ImageHead, patch_losses
 from unified.image_init import initialize_image_tables
-from unified.language_model import load_language_model
+from unified.language_model import check_family, load_language_model
 from unified.lora_slots import SlotGate
 from unified.npp import group_embeddings, group_targets
 from unified.rope import GridRotary
 from unified.sequence import IGNORE
 from unified.slots import SlotPlan, plan_slots, running_index
+
+LOGIT_SCALES = ("logits_scaling", "logit_scale", "final_logit_softcapping")  # of Granite, Cohere and Gemma
 
 
 @dataclass
@@ -100,6 +102,9 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
             attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``, as in ``from_pretrained``.
             image_init, head_init, codebook: how the tables start, see :func:`unified.image_init.initialize_image_tables`.
             config: further fields of :class:`UnifiedConfig`.
+
+        Raises:
+            ValueError: for a family whose text logits or rotary embedding are made in a way that is not known here.
         """
         backbone = load_language_model(pretrained_model_name_or_path, dtype or torch.float32, attn_implementation)
         attention = backbone.config._attn_implementation  # a config that takes in another one resets it there
@@ -117,6 +122,8 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
                 part.to(dtype=backbone.dtype)
         model.generation_config = backbone.generation_config
         initialize_image_tables(model, image_init, head_init, codebook)
+        if not attention.startswith("flash"):  # which runs on a GPU alone
+            check_family(model)
         return model
 
     def get_input_embeddings(self) -> nn.Module:
@@ -143,8 +150,12 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
 
     def text_logits(self, hidden: Tensor) -> Tensor:
         """``(..., D)`` to ``(..., V_text)`` through the backbone's own head."""
-        logits = self.get_output_embeddings()(hidden)
-        cap = getattr(self.config.text_config, "final_logit_softcapping", None)
+        logits, config = self.get_output_embeddings()(hidden), self.config.text_config
+        divisor, factor, cap = (getattr(config, name, None) for name in LOGIT_SCALES)
+        if divisor is not None:
+            logits = logits / divisor
+        if factor is not None:
+            logits = logits * factor
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def run_backbone(
@@ -239,16 +250,16 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
     def _losses(self, hidden: Tensor, labels: Tensor, plan: SlotPlan, patch_size: int) -> UnifiedOutput:
         """Score slot i + 1 from the hidden state of slot i, each over the vocabulary of its target."""
         flat_hidden = hidden.reshape(-1, hidden.shape[-1])
-        flat_labels = labels.reshape(-1)
+        flat_labels, predicted = labels.reshape(-1), plan.predicted().reshape(-1)
         text_targets = flat_labels[plan.text_tokens]
-        learned = (text_targets != IGNORE) & (plan.text_slots % plan.length != 0)
+        learned = (text_targets != IGNORE) & predicted[plan.text_slots]
         text = F.cross_entropy(
             self.text_logits(flat_hidden[plan.text_slots[learned] - 1]).float(), text_targets[learned], reduction="none"
         )
         states, targets = [], []
         for group in plan.spans:
             patches = group_targets(flat_labels[group.tokens], group.grid, patch_size)
-            learned = (patches != IGNORE).all(dim=-1)
+            learned = (patches != IGNORE).all(dim=-1) & predicted[group.slots]
             states.append(flat_hidden[group.slots[learned] - 1])
             targets.append(patches[learned] - self.config.layout.text_vocab_size)
         image, count = text.new_zeros(()), 0

@@ -51,6 +51,14 @@ class SlotPlan:
             is_image[group.slots] = True
         return is_image.reshape(self.batch_size, self.length)
 
+    def predicted(self) -> Tensor:
+        """``(B, S)``, True on slots that the slot before them predicts: all but the first of a row or document."""
+        inside = torch.ones(self.batch_size, self.length, dtype=torch.bool, device=self.text_slots.device)
+        inside[:, 0] = False
+        if self.documents is not None:
+            inside[:, 1:] = self.documents[:, 1:] == self.documents[:, :-1]
+        return inside
+
 
 def find_spans(input_ids: Tensor, image_grids: Tensor | None, config: UnifiedConfig) -> list[tuple[int, int, Grid]]:
     """Rows, first columns and grids of the image spans in ``input_ids (B, T)``, in order of appearance.

@@ -121,7 +121,7 @@ class OptimizerConfig:
     learning_rate: float = 3e-4
     weight_decay: float = 0.05
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    gradient_clip: float = 1.0
+    gradient_clip: float = 1.0  # norm that gradients are scaled down to; .inf for none
     gradient_limit: float | None = None  # stop if the norm before clipping exceeds this; NaN and infinity always stop
     ema_decay: float | None = None  # average of the weights; starts anew at every change of patch size
 
@@ -218,6 +218,12 @@ def _check(config: TrainConfig) -> None:
     _check_data(config.data, config.validate_every)
     if config.optimizer.name not in ("adamw", "muon"):
         raise ValueError(f"optimizer.name: {config.optimizer.name!r} is unknown; use adamw or muon.")
+    if config.sample.every and not config.sample.prompts:
+        raise ValueError("sample.prompts: empty; name what to draw, or leave out sample.every.")
+    if not config.optimizer.gradient_clip > 0:
+        raise ValueError(
+            f"optimizer.gradient_clip: {config.optimizer.gradient_clip} must be above 0; .inf switches clipping off."
+        )
     for name in ("steps", "batch_size", "gradient_accumulation_steps", "log_every", "keep_checkpoints"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name}: {getattr(config, name)} must be at least 1.")

@@ -6,6 +6,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+from accelerate import Accelerator
 from torch import nn
 
 from unified.config import UnifiedConfig
@@ -66,10 +67,14 @@ def learn_grids(config: UnifiedConfig, grids: Iterable[Grid], fixed: bool) -> No
 
 
 def describe_inputs(
-    rows: Mapping[str, datasets.Dataset | None], num_processes: int, model: nn.Module
+    rows: Mapping[str, datasets.Dataset | None], model: nn.Module, accelerator: Accelerator, tokenizer: TextTokenizer
 ) -> dict[str, Any]:
     """What the position in the data and the meaning of a checkpoint depend on, besides the settings."""
-    described: dict[str, Any] = {"num_processes": num_processes}
+    described: dict[str, Any] = {
+        "num_processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,  # accelerate launch may set it
+        "text_tokenizer": tokenizer.fingerprint,
+    }
     described |= {name: [len(part), part._fingerprint] for name, part in rows.items() if part is not None}
     frozen = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
     if frozen:

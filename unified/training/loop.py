@@ -14,10 +14,12 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from unified.decoding import Sampling
 from unified.lora import base_of, save_lora
 from unified.model import UnifiedForCausalLM
 from unified.model_card import run_card
 from unified.pipeline import UnifiedPipeline
+from unified.prompting import plan_drawing
 from unified.settings import dump_settings
 from unified.training.batches import loader
 from unified.training.build import adapt, build_parts
@@ -35,7 +37,7 @@ from unified.training.inputs import check_grids, describe_inputs, learn_grids
 from unified.training.optimizer import build_optimizers
 from unified.training.sharding import check_sharding, configure_deepspeed
 from unified.training.sources import open_data
-from unified.training.step import check_skipped, train_step
+from unified.training.step import check_skipped, kept_on_failure, train_step
 from unified.training.tracking import LossMeter, RunLog, check_trackers, start_trackers
 from unified_tokenizers import ImageTokenizer, TextTokenizer
 
@@ -84,7 +86,10 @@ def train(config: TrainConfig, measure: Measure | None = None) -> Path:
     check_grids(data.grids, schedule.patch_sizes)
     learn_grids(layout_config, data.grids, fixed=config.lora is not None and config.model.pipeline is not None)
     model: UnifiedForCausalLM | PeftModel = adapt(config, base, image_tokenizer, text_tokenizer)
-    inputs = describe_inputs(data.rows, accelerator.num_processes, model)
+    if config.sample.every and layout_config.image_grids:  # fails here rather than after the coarse stages
+        grid, sampling = tuple(layout_config.image_grids[0]), Sampling(config.sample.guidance_scale)
+        plan_drawing(layout_config, text_tokenizer, grid, config.sample.prompts, None, 1, sampling, None, None, "plain")
+    inputs = describe_inputs(data.rows, model, accelerator, text_tokenizer)
     if checkpoint:
         check_inputs(checkpoint, inputs, config.allow_changes)
     if config.lora is not None:
@@ -123,12 +128,10 @@ def train(config: TrainConfig, measure: Measure | None = None) -> Path:
         rate = config.optimizer.learning_rate * schedule.lr_multiplier(step, config.steps)
         parts = list(islice(stream, accumulation))
         images += sum(len(part["image_grids"]) for part in parts) * processes
-        slots += train_step(
-            accelerator, model, layout_config, optimizers, parts, patch_size, rate, step, config, meter
-        )  # fmt: skip
-
-        skipped = skipped + 1 if accelerator.optimizer_step_was_skipped else 0
-        check_skipped(skipped)
+        with kept_on_failure(accelerator, parts, output, step, patch_size=patch_size, learning_rate=rate):
+            slots += train_step(accelerator, model, layout_config, optimizers, parts, patch_size, rate, config, meter)
+            skipped = skipped + 1 if accelerator.optimizer_step_was_skipped else 0
+            check_skipped(skipped)
 
         step += 1
         bar.update()
@@ -142,13 +145,13 @@ def train(config: TrainConfig, measure: Measure | None = None) -> Path:
             log.write(
                 step,
                 **means,
-                patch_size=stage.patch_size,
+                patch_size=patch_size,
                 lr=rate,
                 slots=slots,
                 images_per_second=images / seconds,
             )
             bar.set_postfix(
-                p=stage.patch_size,
+                p=patch_size,
                 img_s=f"{images / seconds:.0f}",
                 **{k: f"{v:.3f}" for k, v in {**means, **losses}.items()},
             )

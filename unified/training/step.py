@@ -22,7 +22,10 @@ MAX_SKIPPED = 20
 
 def learned_slots(batch: dict[str, Tensor], patch_size: int, layout: TokenLayout) -> tuple[int, float]:
     """Slots of a batch that are learned: those whose target is text, and those whose target is a patch."""
-    labels = batch["labels"][:, 1:]  # nothing predicts the first token
+    labels = batch["labels"][:, 1:]  # nothing predicts the first token, nor a document's first one
+    if "document_ids" in batch:
+        documents = batch["document_ids"]
+        labels = labels.where(documents[:, 1:] == documents[:, :-1], torch.tensor(IGNORE))
     images = int((labels >= layout.text_vocab_size).sum())
     return int((labels != IGNORE).sum()) - images, images / patch_size**2
 
@@ -51,7 +54,6 @@ def train_step(
     batches: Sequence[dict[str, Tensor]],
     patch_size: int,
     learning_rate: float,
-    step: int,
     config: TrainConfig,
     meter: LossMeter,
 ) -> int:
@@ -71,35 +73,36 @@ def train_step(
     slots = sum(count_slots(batch, patch_size) for batch in batches)
     total, all_slots = sum_over_processes(accelerator, [sum(weights), slots])
     parts = len(batches) * accelerator.num_processes  # Accelerate and DDP divide by this
-    failed = Path(config.output_dir) / f"failed-step-{step:08d}-process-{accelerator.process_index}.safetensors"
-    with kept_on_failure(batches, failed, step=step, patch_size=patch_size, learning_rate=learning_rate):
-        for batch, weight in zip(batches, weights, strict=True):
-            with accelerator.accumulate(model):
-                output = model(**send_to_device(batch, accelerator.device), patch_size=patch_size)
-                if accelerator.distributed_type == DistributedType.DEEPSPEED:
-                    check_loss(accelerator, output.loss)
-                accelerator.backward(output.loss * (weight / total * parts))
-                if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(model.parameters(), config.optimizer.gradient_clip)
-                    check_gradients(accelerator, norm, config.optimizer.gradient_limit)
-                for optimizer in optimizers:
-                    optimizer.step()
-                    optimizer.zero_grad()
-            texts, images = learned_slots(batch, patch_size, layout.layout)
-            meter.add(image_loss=(output.image_loss, images), text_loss=(output.text_loss, texts))
+    for batch, weight in zip(batches, weights, strict=True):
+        with accelerator.accumulate(model):
+            output = model(**send_to_device(batch, accelerator.device), patch_size=patch_size)
+            if accelerator.distributed_type == DistributedType.DEEPSPEED:
+                check_loss(accelerator, output.loss)
+            accelerator.backward(output.loss * (weight / total * parts))
+            if accelerator.sync_gradients:
+                norm = accelerator.clip_grad_norm_(model.parameters(), config.optimizer.gradient_clip)
+                check_gradients(accelerator, norm, config.optimizer.gradient_limit)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        texts, images = learned_slots(batch, patch_size, layout.layout)
+        meter.add(image_loss=(output.image_loss, images), text_loss=(output.text_loss, texts))
     return int(all_slots)
 
 
 @contextmanager
-def kept_on_failure(batches: Sequence[dict[str, Tensor]], path: Path, **numbers: float) -> Iterator[None]:
-    """Keep what failed: all micro-batches, tensors of the i-th as ``i.name``, with ``numbers`` in the metadata."""
+def kept_on_failure(
+    accelerator: Accelerator, batches: Sequence[dict[str, Tensor]], folder: Path, step: int, **numbers: float
+) -> Iterator[None]:
+    """Keep what failed: all micro-batches, tensors of the i-th as ``i.name``, with the numbers in the metadata."""
     try:
         yield
     except FloatingPointError as error:
+        path = folder / f"failed-step-{step:08d}-process-{accelerator.process_index}.safetensors"
         tensors = {f"{i}.{name}": t.contiguous() for i, batch in enumerate(batches) for name, t in batch.items()}
-        save_file(tensors, path, {name: str(number) for name, number in numbers.items()})
+        save_file(tensors, path, {name: str(number) for name, number in {"step": step, **numbers}.items()})
         raise FloatingPointError(
-            f"{error} at step {numbers['step']}; the batches are kept in {str(path)!r}. Lower optimizer.learning_rate, or "
+            f"{error} at step {step}; the batches are kept in {str(path)!r}. Lower optimizer.learning_rate, or "
             "look for what is special about them."
         ) from error
 
@@ -117,9 +120,11 @@ def check_gradients(accelerator: Accelerator, norm: Tensor | float | None, limit
     Raises:
         FloatingPointError: if the gradients' norm is not finite or beyond ``limit``.
     """
-    if accelerator.mixed_precision == "fp16" or norm is None:
-        return  # the loss scaler skips steps with infinite gradients by itself
+    if norm is None:
+        return
     value = float(norm)
+    if accelerator.mixed_precision == "fp16" and not math.isfinite(value):
+        return  # the loss scaler skips the step by itself
     if not math.isfinite(value) or (limit is not None and value > limit):
         raise FloatingPointError(f"gradients: their norm is {value}")
 
@@ -128,6 +133,5 @@ def check_skipped(skipped: int) -> None:
     """Raises FloatingPointError if the loss scaler of fp16 has skipped too many steps in a row: it found no scale."""
     if skipped >= MAX_SKIPPED:
         raise FloatingPointError(
-            f"gradients: not finite in {skipped} steps in a row, all skipped; use mixed_precision=bf16 or resume with a lower "
-            "optimizer.learning_rate."
+            f"gradients: not finite in {skipped} steps in a row, all skipped (mixed_precision=bf16 has a larger range),"
         )
