@@ -1,6 +1,8 @@
-"""Encode the pictures of any captioned source once, so that training reads codes.
+"""Encode the pictures of any captioned or interleaved source once, so that training reads codes.
 
     python recipes/encode_images.py --image-tokenizer runs/tokenizer --source data/openmoji --out data/openmoji-codes
+    python recipes/encode_images.py --image-tokenizer runs/tokenizer --source articles.parquet --segments-column segments \\
+        --buckets 64x64 64x96 96x64 --out data/article-codes
 
 The cache carries the tokenizer's fingerprint: training refuses codes of another tokenizer. Run the same command again after a
 kill and it goes on. Several processes share the work under ``accelerate launch recipes/encode_images.py ...``.
@@ -16,6 +18,7 @@ from torch import nn
 
 from unified.codes import encode_source
 from unified.crops import CROPS, Views
+from unified.interleaved import encode_interleaved
 from unified_tokenizers import AutoImageTokenizer
 
 
@@ -41,6 +44,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--image-column", default="image", help="column with the pictures")
     parser.add_argument("--caption-column", default="caption", help="column with the captions")
     parser.add_argument("--caption", help="caption of all pictures, for a source that has none")
+    parser.add_argument(
+        "--segments-column",
+        help="column with lists of {text, image}: encode interleaved rows in place of captioned ones",
+    )
     parser.add_argument("--batch-size", type=int, default=64, help="pictures per encoder call")
     parser.add_argument(
         "--block-rows", type=int, default=1024, help="rows between two writes; a kill loses at most these"
@@ -56,7 +63,12 @@ def parse_arguments() -> argparse.Namespace:
     view.add_argument("--zoom", type=float, default=1.1, help="random and ten: resize to so much above the size")
     view.add_argument("--flips", action="store_true", help="also encode every view mirrored")
     view.add_argument("--seed", type=int, default=0, help="seed of the random crops")
-    return parser.parse_args()
+    args = parser.parse_args()
+    names = ("image_column", "caption_column", "caption", "crop", "crops", "zoom", "flips", "seed")
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) != parser.get_default(name)]
+    if args.segments_column and given:
+        parser.error(f"{', '.join(given)}: not for interleaved rows; leave out --segments-column")
+    return args
 
 
 def this_process() -> PartialState:
@@ -80,16 +92,22 @@ def main() -> None:
         tokenizer.to(process.device)
     sizes = tuple(args.buckets or [(args.image_size, args.image_size)])
     start = time.monotonic()
-    reports = encode_source(
-        tokenizer, args.source, args.out, tuple(args.splits), args.image_size, args.image_column, args.caption_column,
-        args.batch_size, args.streaming, Views(sizes, args.crop, args.crops, args.zoom, args.flips, args.seed),
-        args.block_rows, process, args.caption,
-    )  # fmt: skip
+    if args.segments_column:
+        reports = encode_interleaved(
+            tokenizer, args.source, args.out, tuple(args.splits), sizes, args.segments_column, args.batch_size,
+            args.streaming, args.block_rows, process,
+        )  # fmt: skip
+    else:
+        reports = encode_source(
+            tokenizer, args.source, args.out, tuple(args.splits), args.image_size, args.image_column, args.caption_column,
+            args.batch_size, args.streaming, Views(sizes, args.crop, args.crops, args.zoom, args.flips, args.seed),
+            args.block_rows, process, args.caption,
+        )  # fmt: skip
     if process.is_main_process:
         for split, report in reports.items():
             print(f"{args.out} ({split}): {report.summary()}")
         used = sum(report.used for report in reports.values())
-        print(f"{used} pictures in {time.monotonic() - start:.1f} s")
+        print(f"{used} rows in {time.monotonic() - start:.1f} s")
 
 
 if __name__ == "__main__":

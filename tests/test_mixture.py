@@ -1,16 +1,19 @@
 """Several sources mixed by weight: exact shares, whole epochs, resume, processes; interleaved rows."""
 
+import runpy
+import sys
 from collections import Counter
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import ROOT, tiny_config
 from PIL import Image
 
 from unified import UnifiedPipeline
 from unified.codes import encode_source, load_codes
+from unified.crops import fit
 from unified.data import fit_square
 from unified.interleaved import encode_interleaved, interleaved_sequence
 from unified.sequence import ImageSegment, TextSegment, build_sequence, split_sequence
@@ -139,6 +142,31 @@ def test_interleaved_rows_are_encoded_once(image_tokenizer, text_tokenizer, layo
         reference = build_sequence(parts, layout, end=True)
         assert torch.equal(made.input_ids, reference.input_ids) and torch.equal(made.labels, reference.labels)
         assert made.image_grids == reference.image_grids
+
+
+def test_interleaved_pictures_of_mixed_sizes_are_learned(
+    image_tokenizer, interleaved, config_file, parts, tmp_path, monkeypatch
+):
+    """Each picture goes to the bucket of its proportions, and rows of several grids train in one batch."""
+    source, pictures = interleaved
+    arguments = ["--image-tokenizer", parts / "image_tokenizer", "--source", source, "--out", tmp_path / "codes",
+                 "--splits", "train", "--segments-column", "segments", "--buckets", "16x16", "24x16", "16x24"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["encode_images.py", *map(str, arguments)])
+    runpy.run_path(str(ROOT / "recipes" / "encode_images.py"), run_name="__main__")
+    rows = load_codes(tmp_path / "codes", "train", image_tokenizer.fingerprint, "interleaved").with_format(None)
+    grids = [list(zip(row["heights"], row["widths"], strict=True)) for row in rows]
+    assert grids == [[(4, 4), (6, 4)], [(4, 6)], [], [(4, 4)]]
+    expected = image_tokenizer.encode(to_tensor([fit(pictures[1], (24, 16))]))[0].flatten()
+    assert list(rows[0]["codes"])[16:] == expected.tolist()
+    sources = f"data.sources=[{{path: {tmp_path}/codes, kind: interleaved, max_length: 99}}]"
+    options = ["data.train=null", "steps=4", "validate_every=null", "checkpoint_every=null", sources,
+               "schedule.patch_sizes=[2,1]", "schedule.shares=[0.5,0.5]"]  # fmt: skip
+    train(load_config(config_file, [f"output_dir={tmp_path}/run", *options]))
+    model = UnifiedPipeline.from_pretrained(tmp_path / "run" / "pipeline").model
+    assert sorted(map(tuple, model.config.image_grids)) == [(4, 4), (4, 6), (6, 4)]
+    monkeypatch.setattr(sys, "argv", ["encode_images.py", *map(str, arguments), "--flips"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / "recipes" / "encode_images.py"), run_name="__main__")
 
 
 def test_interleaved_rows_are_cut_at_their_length(text_tokenizer, layout):
