@@ -1,7 +1,7 @@
 """Next-patch prediction against next-token prediction: the same data, pictures and seeds, quality beside cost.
 
-    python recipes/npp_study.py --config recipes/configs/npp_study_shapes.yaml --data data/shapes32 \\
-        --clip runs/shapes/clip --out runs/npp_study/shapes
+    python recipes/npp_study.py --config recipes/configs/npp_study_shapes.yaml --data data/shapes --split validation \\
+        --clip runs/npp_study/shapes_clip --out runs/npp_study/shapes
 
 Every variant is trained with every seed, draws the same captions, and is measured. A finished run is not run again.
 Writes `study.json` (every run), `table.md` (mean and spread) and `study.png` (quality against cost). What has to be
@@ -29,6 +29,7 @@ from unified import UnifiedPipeline
 from unified.codes import load_codes
 from unified.data import fit_square
 from unified.lora import base_of
+from unified.settings import dump_settings, refuse_other
 from unified.training.batches import CaptionedBatches
 from unified.training.config import TrainConfig, load_config
 from unified.training.flops import schedule_flops
@@ -60,6 +61,7 @@ VARIANTS: dict[str, tuple[list[str], str | None]] = {
     "(4,1)": (["schedule.patch_sizes=[4,1]", "schedule.shares=[0.4,0.6]"], None),
     "(4,2,1) halves": (["schedule.levels=3"], None),
 }
+MEASURED_WITH = ("data", "split", "clip", "num_images", "guidance_scale", "temperature")
 MAIN = [BASELINE, "next-token, cost of (2,1)", "(2,1)", "(4,2,1)", "(4,1)"]
 
 
@@ -81,13 +83,22 @@ class Run:
 
 
 def train_and_measure(run: Run) -> dict[str, Any]:
-    """Train one variant and measure it; what is there already is kept, so ``result.json`` may be deleted to measure anew."""
+    """Train one variant and measure it; what is there already is kept, so ``result.json`` may be deleted to measure anew.
+
+    Raises:
+        ValueError: if what is there was trained or measured with other settings.
+    """
     out = Path(run.out)
     cost_file, result_file = out / "cost.json", out / "result.json"
-    if result_file.is_file():
-        return json.loads(result_file.read_text())
-    torch.set_num_threads(1)
     config = load_config(run.config, [*run.overrides, f"output_dir={out}", f"seed={run.seed}"])
+    settings = {name: getattr(run, name) for name in MEASURED_WITH}
+    if cost_file.is_file() and (out / "config.yaml").read_text() != dump_settings(config):
+        raise ValueError(f"out: {run.out!r} was trained with other settings; choose another folder, or remove it.")
+    if result_file.is_file():
+        result = json.loads(result_file.read_text())
+        refuse_other("out", out, result["measured_with"], settings)
+        return result
+    torch.set_num_threads(1)
     if not cost_file.is_file():
         shutil.rmtree(out, ignore_errors=True)  # an interrupted run starts anew: its cost is measured whole
         started = time.process_time()
@@ -99,6 +110,7 @@ def train_and_measure(run: Run) -> dict[str, Any]:
         "seed": run.seed,
         "steps": config.steps,
         "pictures": config.steps * config.batch_size,
+        "measured_with": settings,
         **json.loads(cost_file.read_text()),
         "flops": training_flops(config, pipeline),
         **losses(config, pipeline),
@@ -112,8 +124,9 @@ def training_flops(config: TrainConfig, pipeline: UnifiedPipeline) -> float:
     """FLOPs of the whole training by the formula of ``unified.training.flops``, with the captions' mean length."""
     captions = load_codes(str(config.data.train), config.data.train_split, None)["caption"]
     text_slots = sum(len(pipeline.text_tokenizer.encode(caption)) for caption in captions) / len(captions) + 3
-    side = config.data.image_size // pipeline.image_tokenizer.downsample
-    per_picture = schedule_flops(config.patch_schedule(), base_of(pipeline.model).config, (side, side), text_slots)
+    model_config = base_of(pipeline.model).config
+    (grid,) = model_config.image_grids
+    per_picture = schedule_flops(config.patch_schedule(), model_config, tuple(grid), text_slots)
     return per_picture * config.steps * config.batch_size
 
 

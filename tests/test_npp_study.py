@@ -1,15 +1,23 @@
 """The study's arithmetic: cost by formula, costs relative to the baseline, means and spreads."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import generators, tiny_config
 from torch.utils.flop_counter import FlopCounterMode
 
-from npp_study import VARIANTS, parse_arguments, plan
+import unified_eval
+from npp_study import VARIANTS, parse_arguments, plan, train_and_measure
 from npp_study_report import relative_to_baseline, summarise, table, write_study
-from unified import PatchSchedule, UnifiedForCausalLM
+from unified import PatchSchedule, UnifiedForCausalLM, UnifiedPipeline
+from unified.codes import load_codes
 from unified.sequence import ImageSegment, TextSegment, build_sequence, collate
+from unified.training.batches import CaptionedBatches
 from unified.training.flops import schedule_flops, training_flops
+from unified.training.validation import image_loss
+from unified_eval.clip import clip_features, load_clip, retrieval_at_1
+from unified_eval.selection import choose_evenly, first_usable_rows, unique_captions
 
 
 @pytest.mark.parametrize("p", [1, 2])
@@ -38,6 +46,43 @@ def test_schedule_cost_weighs_its_stages():
     config = tiny_config()
     halves = schedule_flops(PatchSchedule((2, 1), (0.5, 0.5)), config, (8, 8), 5)
     assert halves == pytest.approx((training_flops(config, 5, 16) + training_flops(config, 5, 64)) / 2)
+
+
+def test_a_run_from_training_to_figures(config_file, parts, picture_source, text_tokenizer, image_tokenizer, tmp_path):
+    """Figures are those of the saved pipeline and of pictures drawn again; other settings in the same folder are refused."""
+    rows = first_usable_rows(picture_source, "train")[0][:6]
+    clip = unified_eval.train_nano_clip(
+        [row.image for row in rows], [row.caption for row in rows], "tiny", steps=1, batch_size=6, progress=False
+    )
+    unified_eval.save_nano_clip(clip, tmp_path / "clip", {})
+    arguments = ["--config", str(config_file), "--data", picture_source, "--clip", str(tmp_path / "clip"), "--out",
+                 str(tmp_path / "study"), "--variants", "(2,1)", "--seeds", "5", "--num-images", "4", "steps=4",
+                 "validate_every=null", "checkpoint_every=null"]  # fmt: skip
+    (run,) = plan(parse_arguments(arguments))
+    result = train_and_measure(run)
+    assert (result["variant"], result["seed"], result["steps"], result["pictures"]) == ("(2,1)", 5, 4, 16)
+    pipe = UnifiedPipeline.from_pretrained(f"{run.out}/pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    held_out = load_codes(str(parts / "codes"), "validation", None)
+    batches = CaptionedBatches(held_out, text_tokenizer, pipe.model.config.layout, 4, num_batches=0)
+    assert result["validation_loss"] == image_loss(pipe.model, batches, torch.device("cpu"))
+    captions = [
+        row.caption for row in choose_evenly(unique_captions(first_usable_rows(picture_source, "train")[0]), 4, 0)
+    ]
+    drawn = pipe(captions, guidance_scale=1.5, generator=generators(0, 1, 2, 3)).images
+    assert result["r1"] == retrieval_at_1(*clip_features(load_clip(str(tmp_path / "clip")), drawn, captions), captions)
+    config = pipe.model.config
+    lengths = [len(text_tokenizer.encode(row["caption"])) for row in load_codes(str(parts / "codes"), "train", None)]
+    text = sum(lengths) / len(lengths) + 3
+    assert result["flops"] == pytest.approx(
+        16 * (training_flops(config, text, 4) + training_flops(config, text, 16)) / 2
+    )
+
+    assert train_and_measure(run) == result, "not run again"
+    with pytest.raises(ValueError, match=r"was made with other settings \(num_images: 4 then, 3 now\)"):
+        train_and_measure(replace(run, num_images=3))
+    with pytest.raises(ValueError, match="was trained with other settings"):
+        train_and_measure(replace(run, overrides=(*run.overrides, "steps=5")))
 
 
 RESULTS = [
