@@ -9,16 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unified.conditioning import condition_slots
 from unified.convert import llamagen_from_weights
 from unified.decoding import Sampling
+from unified.sequence import ImageSegment, build_sequence, collate
 
 Trainer = Callable[[nn.Module, Callable[[], Tensor]], Callable[[], None]]
 
 
 def load_peer(
     folder: str, model: Any, batch: dict[str, Tensor], grid: int, p: int, trainer: Trainer
-) -> Callable[[], None]:
-    """A training step of LlamaGen's (or the NPP fork's) class-conditional model, at the size of ours.
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Training steps of LlamaGen's (or the NPP fork's) class-conditional model, and of ours with the same weights and data.
+
+    The two losses are compared before the steps are returned.
 
     Args:
         folder: checkout with ``autoregressive/models/gpt.py``.
@@ -30,6 +34,7 @@ def load_peer(
 
     Raises:
         ValueError: if the folder is not such a checkout.
+        RuntimeError: if the losses differ.
     """
     root = Path(folder).resolve()
     if not (root / "autoregressive" / "models" / "gpt.py").is_file():
@@ -49,19 +54,35 @@ def load_peer(
     arguments = gpt.ModelArgs(
         dim=text.hidden_size, n_layer=text.num_hidden_layers, n_head=text.num_attention_heads, block_size=grid * grid,
         vocab_size=model.config.codebook_size, token_dropout_p=0.0, resid_dropout_p=0.0, ffn_dropout_p=0.0,
-        class_dropout_prob=0.1,
+        class_dropout_prob=0.0,
     )  # fmt: skip
     peer = gpt.Transformer(arguments).train()
+    torch.nn.init.normal_(peer.output.weight, std=0.02)  # theirs starts at zero, where every loss is ln K
     ids = batch["input_ids"]
     codes = ids[ids >= model.config.layout.text_vocab_size].reshape(len(ids), -1) - model.config.layout.text_vocab_size
     classes = torch.zeros(len(ids), dtype=torch.int64)
-    if p == 1:
-        return trainer(peer, lambda: peer(idx=codes[:, :-1], cond_idx=classes, targets=codes)[1])
-    coarse = gpt.precompute_freqs_cis_2d(grid // p, text.hidden_size // text.num_attention_heads, 10000, 1)
-    return trainer(
-        peer,
-        lambda: peer(idx=codes, cond_idx=classes, targets=codes, p=p, patch_size=p * p, freqs_cis=coarse)[1],
-    )
+    options = {}
+    if p > 1:
+        coarse = gpt.precompute_freqs_cis_2d(grid // p, text.hidden_size // text.num_attention_heads, 10000, 1)
+        options = {"p": p, "patch_size": p * p, "freqs_cis": coarse}
+    given = codes[:, :-1] if p == 1 else codes  # the fork cuts off the last patch by itself
+
+    def loss() -> Tensor:
+        return peer(idx=given, cond_idx=classes, targets=codes, **options)[1]
+
+    state = {name: value for name, value in peer.state_dict().items() if "kv_cache" not in name}
+    twin = llamagen_from_weights(state, "random weights", num_attention_heads=text.num_attention_heads).train()
+    layout = twin.config.layout
+    pictures = codes.reshape(-1, grid, grid)
+    rows = collate([build_sequence([condition_slots(1, layout), ImageSegment(c)], layout) for c in pictures], layout)
+
+    def our_loss() -> Tensor:
+        return twin(**rows, condition=classes, patch_size=p).loss
+
+    ours, theirs = float(our_loss().detach()), float(loss().detach())
+    if not abs(ours - theirs) < 1e-4:
+        raise RuntimeError(f"loss: {ours} by ours and {theirs} by the peer at p = {p}; not timing this.")
+    return trainer(peer, loss), trainer(twin, our_loss)
 
 
 def transformers_generate(

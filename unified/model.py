@@ -214,13 +214,18 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
         if plan.documents is not None and attention.startswith("flash") and len(input_ids) > 1:
             raise ValueError(f"document_ids: {attention} keeps documents apart in a batch of one row only; use sdpa.")
         # Packed rows are told apart by restarting position ids, which needs the mask argument to be empty.
-        mask = attention_mask if cache is not None else plan.attention_mask
+        mask = None if plan.documents is not None else attention_mask if cache is not None else plan.attention_mask
+        index = running_index(plan) if position_ids is None and cache is None else position_ids
+        coordinates, image_slots = plan.coordinates, plan.image_slots()
+        if labels is not None and plan.length > 1:  # the last slot predicts nothing
+            embeds, image_slots = embeds[:, :-1], image_slots[:, :-1]
+            mask, index, coordinates = (None if x is None else x[:, :-1] for x in (mask, index, coordinates))
         outputs = self.run_backbone(
             embeds,
-            plan.coordinates,
-            plan.image_slots(),
-            attention_mask=None if plan.documents is not None else mask,
-            position_ids=running_index(plan) if position_ids is None and cache is None else position_ids,
+            coordinates,
+            image_slots,
+            attention_mask=mask,
+            position_ids=index,
             cache=cache,
             use_cache=bool(use_cache) and labels is None,
             **kwargs,
@@ -248,19 +253,26 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
         return torch.cat([self.condition(condition).to(embeds.dtype), embeds[:, length:]], dim=1)
 
     def _losses(self, hidden: Tensor, labels: Tensor, plan: SlotPlan, patch_size: int) -> UnifiedOutput:
-        """Score slot i + 1 from the hidden state of slot i, each over the vocabulary of its target."""
+        """Score slot i + 1 from the hidden state of slot i, each over the vocabulary of its target.
+
+        ``hidden`` is ``(B, S - 1, D)``.
+        """
         flat_hidden = hidden.reshape(-1, hidden.shape[-1])
+
+        def before(slots: Tensor) -> Tensor:
+            return flat_hidden[slots - 1 - slots // plan.length]
+
         flat_labels, predicted = labels.reshape(-1), plan.predicted().reshape(-1)
         text_targets = flat_labels[plan.text_tokens]
         learned = (text_targets != IGNORE) & predicted[plan.text_slots]
         text = F.cross_entropy(
-            self.text_logits(flat_hidden[plan.text_slots[learned] - 1]).float(), text_targets[learned], reduction="none"
+            self.text_logits(before(plan.text_slots[learned])).float(), text_targets[learned], reduction="none"
         )
         states, targets = [], []
         for group in plan.spans:
             patches = group_targets(flat_labels[group.tokens], group.grid, patch_size)
             learned = (patches != IGNORE).all(dim=-1) & predicted[group.slots]
-            states.append(flat_hidden[group.slots[learned] - 1])
+            states.append(before(group.slots[learned]))
             targets.append(patches[learned] - self.config.layout.text_vocab_size)
         image, count = text.new_zeros(()), 0
         if states:
