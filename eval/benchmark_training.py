@@ -291,7 +291,8 @@ def main() -> None:
     result: dict[str, Any] = {
         "conditions": {
             "torch": torch.__version__, "threads": args.threads, "rounds": args.rounds, "dtype": "float32",
-            "model": "Llama, width 384, 6 layers, 6 heads, MLP 1024", "batch": "8 pictures of 16x16 codes, <bos> only; against LlamaGen and the NPP code a class",
+            "model": "Llama, width 384, 6 layers, 6 heads, MLP 1024",
+            "batch": "8 pictures of 16x16 codes after <bos>, a class against LlamaGen and the NPP code",
             "codebook": 16384, "joint vocabulary of T4": 36384, "mode": "eager, dropout 0, AdamW fused, clip 1",
             "ratios": "wall time, median of paired rounds, spread = min and max; T5: CPU time",
         },
