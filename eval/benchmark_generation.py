@@ -133,6 +133,8 @@ def measure(rounds: int, llamagen: str | None, grid: int, codebook: int, compile
     steps = {"hf": theirs(SAMPLING), "eager": ours(eager, grid), "int8": ours(int8, grid)}
     for batch in (4, 16):
         steps |= {f"batch{batch}": ours(eager, grid, batch), f"hf{batch}": theirs(SAMPLING, batch)}
+        check_equal(f"transformers, batch {batch}", theirs(GREEDY, batch)(), ours(eager, grid, batch, GREEDY)())
+        check_equal(f"batch {batch} and the first of it alone", steps["eager"](), steps[f"batch{batch}"]()[:1])
     compilation: dict[str, float] = {}
     if llamagen:
         generate, peer, twin = load_llamagen(llamagen, 384, 6, 6, codebook, grid)
@@ -156,7 +158,11 @@ def measure(rounds: int, llamagen: str | None, grid: int, codebook: int, compile
         for batch in (4, 16):
             steps[f"llamagen{batch}"] = llamagen_generate(generate, peer, grid, SAMPLING, batch)
             steps[f"twin{batch}"] = ours_as_llamagen(twins["G1_llamagen"], grid, batch=batch)
+            pair = (llamagen_generate(generate, peer, grid, GREEDY, batch),
+                    ours_as_llamagen(twins["G1_llamagen"], grid, GREEDY, batch))  # fmt: skip
+            check_equal(f"LlamaGen, batch {batch}", *(draw() for draw in pair))
     steps["queue"], steps["queue_one_by_one"] = serving(eager, grid)
+    check_equal("requests in a batch and one by one", steps["queue"](), steps["queue_one_by_one"]())
     timings = interleaved(steps, rounds)
     goals = {"G1": compared(timings, "hf", "eager")}
     others = {
@@ -176,27 +182,34 @@ def measure(rounds: int, llamagen: str | None, grid: int, codebook: int, compile
     return {"goals": goals, "others": others, "seconds to compile": compilation}
 
 
-def serving(decoder: Any, grid: int, count: int = 8) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """Requests with prompts of their own, in one running batch that they join one step after the other, or in turn."""
+def serving(decoder: Any, grid: int, count: int = 8) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """Requests with prompts of their own, in one running batch that they join one step after the other, or in turn.
+
+    Both return the codes ``(count, grid, grid)``.
+    """
 
     def prompt(i: int) -> list[int]:
         return [1, *[0] * i, 2]
 
-    def together() -> None:
-        batcher = Batcher(decoder, 2 * count, grid * grid + count + 4)
-        for i in range(count):
-            batcher.submit(
-                Request(
-                    Prompt(tuple(prompt(i))), (grid, grid), seeds(count)[i], SAMPLING, negative=Prompt(tuple(NOTHING))
-                )
-            )
-            batcher.step()
+    def together() -> Tensor:
+        batcher, nothing = Batcher(decoder, 2 * count, grid * grid + count + 4), Prompt(tuple(NOTHING))
+        requests = [
+            Request(Prompt(tuple(prompt(i))), (grid, grid), seed, SAMPLING, negative=nothing)
+            for i, seed in enumerate(seeds(count))
+        ]
+        done = []
+        for request in requests:
+            batcher.submit(request)
+            done += batcher.step()
         while batcher.busy:
-            batcher.step()
+            done += batcher.step()
+        found = {id(request): segments[0].codes for request, segments in done}
+        return torch.stack([found[id(request)] for request in requests])
 
-    def in_turn() -> None:
-        for i in range(count):
-            generate_codes(decoder, [prompt(i)], [NOTHING], (grid, grid), SAMPLING, seeds(count)[i : i + 1])
+    def in_turn() -> Tensor:
+        options = ((grid, grid), SAMPLING)
+        each = [generate_codes(decoder, [prompt(i)], [NOTHING], *options, [s]) for i, s in enumerate(seeds(count))]
+        return torch.cat(each)
 
     return together, in_turn
 

@@ -59,18 +59,14 @@ def perplexity(logits: Tensor, ids: Tensor) -> float:
 
 
 def answer_ids(model: Any, tokenizer: Any, question: str) -> Tensor:
-    """The likeliest answer ``(T,)``, through the chat template if the tokenizer has one, else a continuation."""
-    if tokenizer.chat_template is None:
-        ids = tokenizer(question, return_tensors="pt").input_ids
-    else:
-        messages = [{"role": "user", "content": question}]
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")["input_ids"]
-    options = {"max_new_tokens": 24, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    """The likeliest continuation ``(T,)``."""
+    ids = tokenizer(question, return_tensors="pt").input_ids
+    options = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(ids)}
     return model.generate(ids, **options)[0, ids.shape[1] :]
 
 
 @torch.no_grad()
-def text_figures(pipe: UnifiedPipeline, backbone: str) -> tuple[dict[str, Any], dict[str, bool]]:
+def text_figures(pipe: UnifiedPipeline, backbone: str, expect: str) -> tuple[dict[str, Any], dict[str, bool]]:
     """The plain backbone's text beside that of the pipeline with its adapter off and on; figures and promises."""
     tokenizer = AutoTokenizer.from_pretrained(backbone)
     plain: Any = AutoModelForCausalLM.from_pretrained(backbone, dtype=torch.float32).eval()
@@ -89,10 +85,12 @@ def text_figures(pipe: UnifiedPipeline, backbone: str) -> tuple[dict[str, Any], 
         "perplexity": {name: perplexity(logits, ids) for name, (logits, _) in spoken.items()},
         "answer": {name: tokenizer.decode(answer, skip_special_tokens=True) for name, (_, answer) in spoken.items()},
     }
-    same = [torch.equal(*pair) for pair in zip(spoken["backbone"], spoken["adapter_off"], strict=True)]
-    return figures, dict(
-        zip(("adapter off: the backbone's text logits", "adapter off: the backbone's answer"), same, strict=True)
-    )
+    logits, answer = (torch.equal(*pair) for pair in zip(spoken["backbone"], spoken["adapter_off"], strict=True))
+    return figures, {
+        "adapter off: the backbone's text logits": logits,
+        "adapter off: the backbone's answer": answer,
+        f"adapter off: the answer holds {expect!r}": expect in figures["answer"]["adapter_off"],
+    }
 
 
 def draw(pipe: UnifiedPipeline, captions: list[str], guidance_scale: float, temperature: float, out: Path) -> None:
@@ -103,13 +101,16 @@ def draw(pipe: UnifiedPipeline, captions: list[str], guidance_scale: float, temp
     captioned_grid(in_rows(list(images), 8), in_rows(captions, 8)).save(out)
 
 
-def report(run: Path, backbone: str, guidance_scale: float = 1.5, temperature: float = 0.5) -> dict[str, Any]:
+def report(
+    run: Path, backbone: str, guidance_scale: float = 1.5, temperature: float = 0.5, expect: str = "Paris"
+) -> dict[str, Any]:
     """Measure a finished run and write the report's files into it.
 
     Args:
         run: folder of a LoRA run with ``model.backbone``: ``config.yaml``, ``log.jsonl``, ``base/``, ``lora/``.
         backbone: the language model that it started from, folder or Hub name.
         guidance_scale, temperature: how the samples are drawn.
+        expect: what the answer to the question has to hold.
 
     Returns:
         Figures, and ``promises``: what has to hold and whether it does.
@@ -130,7 +131,7 @@ def report(run: Path, backbone: str, guidance_scale: float = 1.5, temperature: f
     losses = {"untrained": validation_loss(), "code_frequencies": code_entropy(train, validation, codebook_size)}
     pipe.load_lora_weights(run / "lora")
     losses["adapter"] = validation_loss()
-    text, promises = text_figures(pipe, backbone)
+    text, promises = text_figures(pipe, backbone, expect)
     log = read_log(run)
     result = {
         "validation_image_loss": losses,
@@ -157,8 +158,11 @@ def main() -> None:
     parser.add_argument("--backbone", required=True, help="model.backbone of the run")
     parser.add_argument("--guidance-scale", type=float, default=1.5, help="for the samples (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.5, help="for the samples (default: %(default)s)")
+    parser.add_argument(
+        "--expect", default="Paris", help=f"what the answer to {QUESTION!r} has to hold (default: %(default)s)"
+    )
     args = parser.parse_args()
-    result = report(args.run, args.backbone, args.guidance_scale, args.temperature)
+    result = report(args.run, args.backbone, args.guidance_scale, args.temperature, args.expect)
     print(json.dumps(result, indent=2, ensure_ascii=False))
     broken = [promise for promise, kept in result["promises"].items() if not kept]
     if broken:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "eval"))
@@ -89,3 +90,18 @@ def test_a_wrong_checkout_is_named(tmp_path):
 
     with pytest.raises(ValueError, match=r"llamagen: .* has no autoregressive/models/generate.py"):
         load_llamagen(str(tmp_path), 64, 2, 1, 64, 4)
+
+
+def test_trained_pipeline_is_measured_in_every_mode(pipeline, tmp_path):
+    """Codes a pass are at least those of plain decoding, and as many as there are where one pass settles all."""
+    from benchmark_generation import EXACT, MODES, measure_trained
+
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    result = measure_trained(str(tmp_path / "pipeline"), 1, None, tmp_path / "modes.png")
+    modes = result["modes against plain"]
+    assert set(modes) == {f"{m} {w}" for m in MODES for w in (8, 16)} | {"gsd 8 int8", "gsd 16 int8"}
+    assert all(1 <= figures["codes_per_pass"] <= 4 * 16 for figures in modes.values())
+    assert set(result["goals"]) == {"G4"} and result["goals"]["G4"]["codes_per_pass"] == modes[EXACT]["codes_per_pass"]
+    assert 0 <= result["int8 quality"]["kl_nats_per_code"] < 0.05
+    with Image.open(tmp_path / "modes.png") as sheet:
+        assert sheet.height > 6 * 16 and len(sheet.getcolors(2**20) or []) > 10
