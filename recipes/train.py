@@ -1,6 +1,6 @@
 """Train a text-to-image language model: from scratch, full fine-tune or LoRA.
 
-accelerate launch recipes/train.py --config recipes/configs/openmoji.yaml [key=value ...]
+accelerate launch recipes/train.py --config recipes/configs/quickstart.yaml [key=value ...]
 """
 
 from collections.abc import Callable

@@ -83,5 +83,5 @@ def test_bad_commands_say_why(command, message):
 
 def test_help_explains_every_key():
     text = run("recipes/train.py", "--help").stdout
-    for key in ("caption_dropout", "patch_sizes", "ema_decay", "train_image_tables"):
+    for key in ("caption_dropout", "patch_sizes", "ema_decay", "train_image_tables", "segments_column"):
         assert key in text

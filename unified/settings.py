@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -61,14 +61,19 @@ def refuse_other(field: str, folder: Path, made_with: dict[str, Any], wanted: di
         )
 
 
-def parse_command_line(description: str | None, kind: type[T]) -> tuple[str, list[str]]:
-    """Read ``--config FILE [key=value ...]``; ``--help`` lists every key with its default."""
+def _spelled_out(kind: Any) -> Any:
+    """All keys with their defaults; a part that is off by default is shown with what it can be told, a list with one entry."""
     shown = OmegaConf.structured(kind)
     for name, hint in get_type_hints(kind).items():
-        optional = [option for option in get_args(hint) if is_dataclass(option)]
-        if optional and shown[name] is None:  # a part that is off by default: show what it can be told
-            shown[name] = OmegaConf.structured(optional[0])
-    keys = OmegaConf.to_yaml(shown)
+        parts = [part for part in (hint, *get_args(hint)) if is_dataclass(part)]
+        if parts:
+            shown[name] = [_spelled_out(parts[0])] if get_origin(hint) is list else _spelled_out(parts[0])
+    return shown
+
+
+def parse_command_line(description: str | None, kind: type[T]) -> tuple[str, list[str]]:
+    """Read ``--config FILE [key=value ...]``; ``--help`` lists every key with its default."""
+    keys = OmegaConf.to_yaml(_spelled_out(kind))
     parser = argparse.ArgumentParser(
         description=description,
         epilog="keys and defaults ('???' must be set):\n\n" + keys,
