@@ -31,7 +31,7 @@ from unified.decoding.sampler import PositionNoise, draw, filter_logits, guide
 from unified.decoding.speculative import MODES, speculate_codes
 from unified.lora import base_of
 from unified_eval.sheets import captioned_grid
-from unified_eval.timing import Timings, interleaved, paired_ratio
+from unified_eval.timing import compared, interleaved
 from unified_tokenizers import VQGAN, VQGANConfig
 
 GOALS = {"G1": 1.4, "G1_llamagen": 1.5, "G2": 1.9, "G3": 2.5, "G4": 1.3, "G5": 5.0, "G6": 6.0}
@@ -103,11 +103,6 @@ def int8_quality(model: Any, rows: list[Any], grid: tuple[int, int], sampling: S
         "kl_nats_per_code": round(float(F.kl_div(other, one, log_target=True, reduction="batchmean")), 5),
         "same_most_likely_code": round(float((one.argmax(-1) == other.argmax(-1)).float().mean()), 4),
     }
-
-
-def compared(timings: Timings, slow: str, fast: str, scale: float = 1.0) -> dict[str, Any]:
-    """How many times faster ``fast`` is: wall time, and CPU time of the process under ``cpu``."""
-    return paired_ratio(timings, slow, fast, scale) | {"cpu": paired_ratio(timings, slow, fast, scale, cpu=True)}
 
 
 def compiled(steps: dict[str, Callable[[], Tensor]]) -> dict[str, float]:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import torch
+import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DeepSpeedPlugin, DistributedType
 from conftest import CAPTIONS, ROOT, tiny_config, tiny_model
@@ -153,13 +154,8 @@ loop.train(load_config(sys.argv[2], sys.argv[3:]))
 sys.stdout.flush()
 os._exit(0)
 """
-FSDP = {
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
-    "FSDP_RESHARD_AFTER_FORWARD": "true",
-}
+FILE = yaml.safe_load((ROOT / "recipes" / "accelerate" / "fsdp2.yaml").read_text())
+FSDP = {"ACCELERATE_USE_FSDP": "true", **{name.upper(): str(value) for name, value in FILE["fsdp_config"].items()}}
 
 
 def test_fully_sharded_training_equals_whole(one_process, config_file, tmp_path):
@@ -177,6 +173,20 @@ def test_fully_sharded_training_equals_whole(one_process, config_file, tmp_path)
     assert done.returncode == 0, done.stderr
     a, b = (load_file(folder / "model/model.safetensors") for folder in (output / "pipeline", tmp_path / "whole"))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_fully_sharded_adapter_equals_whole(config_file, on_a_backbone, tmp_path):
+    """LoRA on a language model, its frozen weights cut over two processes as well."""
+    script = tmp_path / "sharded.py"
+    script.write_text(SHARDED)
+    options = [*on_a_backbone, "lora.rank=4", "lora.train_image_tables=true"]
+    done = torchrun(2, config_file, *options, f"output_dir={tmp_path}/two", "batch_size=2", script=script, **FSDP)
+    assert done.returncode == 0, done.stderr
+    train(load_config(config_file, [*OPTIONS, *options, f"output_dir={tmp_path}/one", "batch_size=4"]))
+    ours, theirs = (load_file(tmp_path / name / "lora" / "adapter_model.safetensors") for name in ("two", "one"))
+    assert ours.keys() == theirs.keys() and any("image_head" in name for name in ours)
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=2e-5)
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "recipes" / "accelerate").glob("*.yaml")), ids=lambda file: file.stem)

@@ -43,3 +43,8 @@ def paired_ratio(timings: Timings, slow: str, fast: str, scale: float = 1.0, cpu
     column = int(cpu)
     ratios = [scale * s[column] / f[column] for s, f in zip(timings[slow], timings[fast], strict=True)]
     return {"ratio": round(median(ratios), 3), "spread": [round(min(ratios), 3), round(max(ratios), 3)]}
+
+
+def compared(timings: Timings, slow: str, fast: str, scale: float = 1.0) -> dict[str, Any]:
+    """:func:`paired_ratio` of wall time, and of CPU time under ``cpu``: the steadier one where others use the machine."""
+    return paired_ratio(timings, slow, fast, scale) | {"cpu": paired_ratio(timings, slow, fast, scale, cpu=True)}
