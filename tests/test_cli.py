@@ -1,5 +1,6 @@
 """The command line: what it writes is what the pipeline draws; mistakes are one line and exit code 2."""
 
+import shutil
 import subprocess
 import sys
 
@@ -55,6 +56,8 @@ def test_inpaint_and_caption(pipeline, folder, tmp_path, capsys):
         (["--prompt", " "], "prompt: ' ' is not a caption"),
         (["--prompt", "red apple", "--height", "32"], "height, width: 32x16"),
         (["--prompt", "red apple", "--temperature", "0"], "temperature: 0.0 must be above 0"),
+        (["--prompt", "red apple", "--temperature", "1e-30"], "temperature: 1e-30 must be at least 0.0001"),
+        (["--prompt", "red apple", "--guidance-scale", "1e39"], "guidance_scale: 1e+39 must be at most 10000"),
         (["--prompt", "red apple", "--num-images-per-prompt", "0"], "num_images_per_prompt: 0"),
         (["--prompt", "red apple", "--lora", "./nowhere"], "holds no unified_layout.json"),
         (["--prompt", "red apple", "--pipeline", "./nowhere"], "has no pipeline.json"),
@@ -64,6 +67,27 @@ def test_mistakes_are_one_line(folder, tmp_path, capsys, arguments, message):
     code = main(["generate", "--pipeline", folder, "--out", str(tmp_path / "out"), *arguments])
     lines = capsys.readouterr().err.strip().splitlines()
     assert code == 2 and message in lines[-1] and lines[-1].startswith("unified generate: ")
+
+
+def test_mistakes_of_files_seeds_and_compilers(folder, tmp_path, capsys, monkeypatch):
+    start = ["generate", "--out", str(tmp_path / "out"), "--prompt", "red apple", "--pipeline"]
+    with pytest.raises(SystemExit):
+        main([*start, folder, "--seed", str(2**64)])
+    assert f"'{2**64}' is not a whole number from 0 to 2^63 - 1" in capsys.readouterr().err
+    shutil.copytree(folder, tmp_path / "cut")
+    weights = tmp_path / "cut" / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    assert main([*start, str(tmp_path / "cut")]) == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("unified generate: ")
+
+    def no_compiler(*args, **kwargs):
+        raise RuntimeError("no working C++ compiler\nmore")
+
+    monkeypatch.setattr("unified.pipeline.UnifiedPipeline.__call__", no_compiler)
+    assert main([*start, folder, "--compile"]) == 2
+    assert "unified generate: compile: no working C++ compiler more; needs" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="no working"):
+        main([*start, folder])
 
 
 def test_machine_options(pipeline, folder, tmp_path, capsys, monkeypatch):

@@ -50,6 +50,27 @@ def test_any_eos_ends_a_text(pipeline, photo, says, last):
     assert pipeline.caption(photo, max_new_tokens=30) == ["blue car"]
 
 
+def test_sizes_are_checked_before_anything_is_encoded(pipeline, photo, monkeypatch):
+    def encode(pixels):
+        raise AssertionError("encoded")
+
+    monkeypatch.setattr(pipeline.image_tokenizer, "encode", encode)
+    large = photo.resize((48, 48))
+    for ask in (lambda: pipeline.caption(large), lambda: pipeline.chat(["red apple", large])):
+        with pytest.raises(ValueError, match="image: 48x48 is not a size that the model was trained on"):
+            ask()
+    with pytest.raises(ValueError, match="messages: 3 is not a conversation"):
+        pipeline.chat(3)
+
+
+def test_captions_of_a_model_that_names_no_grids(pipeline, photo):
+    expected = pipeline.caption(photo, generator=generators(0))
+    pipeline.model.config.image_grids = None
+    assert pipeline.caption(photo, generator=generators(0)) == expected
+    with pytest.raises(ValueError, match="height, width: the model does not say which grids"):
+        pipeline.chat(["red apple"], max_images=1)
+
+
 def test_sampling_reaches_the_text(pipeline):
     likely = pipeline.chat(["red apple"], 6, 0, Sampling(top_k=1), generator=generators(0))
     assert likely == pipeline.chat(["red apple"], 6, 0, Sampling(top_k=1), generator=generators(1))

@@ -187,8 +187,42 @@ def test_bad_requests_are_named(pipeline):
     with closing(Engine(pipeline, prompt_tokens=4)) as engine:
         with pytest.raises(ValueError, match="prompt: ' ' is not a caption"):
             engine.submit(" ", SAMPLING)
-        with pytest.raises(ValueError, match=r"request: \d+ tokens and up to 18 new ones, a row holds 22"):
-            engine.submit("a cat and a dog and a green tree", SAMPLING)
+        long = "a cat and a dog and a green tree"
+        with pytest.raises(ValueError, match=r"^prompt: \d+ tokens, at most 4 are taken here; shorten it"):
+            engine.submit(long, SAMPLING)
+        with pytest.raises(ValueError, match=r"^negative_prompt: \d+ tokens, at most 4 are taken here"):
+            engine.submit("a", SAMPLING, negative_prompt=long)
+
+
+def test_a_prompt_as_long_as_allowed_is_drawn(pipeline):
+    count = len(pipeline.text_tokenizer.encode("a cat and a dog"))
+    with closing(Engine(pipeline, prompt_tokens=count)) as engine:
+        job = engine.submit("a cat and a dog", SAMPLING, generator=generators(1))
+        assert torch.equal(job.result(WAIT).codes, alone(pipeline, "a cat and a dog", 1))
+
+
+def test_a_bad_schedule_is_refused_and_harms_nobody(pipeline):
+    expected = alone(pipeline, "red apple", 1)
+    with closing(Engine(pipeline)) as engine:
+        gate = Gate(engine)
+        job = engine.submit("red apple", SAMPLING, generator=generators(1))
+        with pytest.raises(ValueError, match=r"guidance_schedule: falls to 0\.0"):
+            engine.submit("blue car", Sampling(guidance_schedule=lambda share: share))
+        gate.open()
+        assert torch.equal(job.result(WAIT).codes, expected)
+
+
+def test_a_reader_without_patience_can_leave_a_waiting_job(pipeline):
+    held = threading.Event()
+    with closing(Engine(pipeline)) as engine:
+        engine.alone(lambda: [held.wait(WAIT)])
+        job = engine.submit("red apple", SAMPLING)
+        previews = job.previews(patience=0.01)
+        assert [next(previews), next(previews)] == [None, None]
+        job.cancel()
+        held.set()
+        with pytest.raises(CancelledError):
+            list(previews)
 
 
 def test_closing_cancels(pipeline):

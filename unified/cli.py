@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 
 from unified.pipeline import UnifiedPipeline
 from unified.prompting import DECODING, GUIDANCE_SCALE, check_whole
@@ -19,8 +20,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
     try:
         args.run(args)
-    except (ValueError, OSError, Image.DecompressionBombError) as error:
+    except (ValueError, OSError, SafetensorError, Image.DecompressionBombError) as error:
         print(f"unified {args.command}: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if not getattr(args, "compile", False):
+            raise
+        reason = " ".join(str(error).splitlines()[:2])
+        print(f"unified {args.command}: compile: {reason}; needs a C++ compiler, or leave it out.", file=sys.stderr)
         return 2
     return 0
 
@@ -76,11 +83,18 @@ def _device(name: str) -> torch.device:
         raise argparse.ArgumentTypeError(f"{name!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
+def _seed(text: str) -> int:
+    """A seed with room for those of many pictures behind it; argparse reports the error."""
+    if not text.isdigit() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2^63 - 1")
+    return int(text)
+
+
 def _sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=1.0, help="below 1 sharpens (default: %(default)s)")
     parser.add_argument("--top-k", type=int, default=0, help="keep the k most likely; 0 keeps all")
     parser.add_argument("--top-p", type=float, default=1.0, help="keep the most likely up to this probability")
-    parser.add_argument("--seed", type=int, default=0, help="picture i uses seed + i (default: %(default)s)")
+    parser.add_argument("--seed", type=_seed, default=0, help="picture i uses seed + i (default: %(default)s)")
 
 
 def _drawing_options(parser: argparse.ArgumentParser) -> None:

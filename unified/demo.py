@@ -18,6 +18,7 @@ from unified.serving import Engine, Job
 from unified_tokenizers.images import as_rgb
 
 PROMPT_LIMIT = 300  # characters
+PATIENCE = 0.5  # seconds after which a page that was stopped is let go
 IMAGES_LIMIT = 4
 UPLOAD_LIMIT = "8mb"
 PIXEL_LIMIT = 16_000_000
@@ -83,13 +84,18 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER) -> Any:
             if decoding == "plain":
                 job = engine.submit(sampling=sampling, adapter=adapter_of(lora), **options)
             else:
+                engine.check_prompt(prompt)
+                engine.check_prompt(negative, "negative_prompt")
                 options |= {"guidance_scale": guidance, "temperature": temperature, "decoding": decoding}
                 job = engine.alone(lambda: pipe.stream(**options), adapter_of(lora))
             captions = [f"seed {int(seed) + i}" for i in range(int(count))]
             about = f"guidance {guidance:g}, temperature {temperature:g}, LoRA {lora}"
             with watched(job):
                 yield gradio.skip(), waiting_text(job)
-                for output in job.previews():
+                for output in job.previews(PATIENCE):
+                    if output is None:  # nothing new; lets a stopped page go
+                        yield gradio.skip(), gradio.skip()
+                        continue
                     yield list(zip(output.images, captions, strict=True)), drawn_text(output.codes, about)
         except CancelledError:
             yield gradio.skip(), "Stopped."
@@ -101,13 +107,17 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER) -> Any:
     ) -> Iterator[Any]:
         try:
             options = checked(prompt, "", seed, 1)
+            engine.check_prompt(prompt)
             image, mask = painted(layers, (height, width))
             options |= {"image": image, "mask_image": mask, "guidance_scale": guidance, "temperature": temperature}
             job = engine.alone(lambda: pipe.stream(**options), adapter_of(lora))
             about = f"seed {int(seed)}, guidance {guidance:g}, temperature {temperature:g}, LoRA {lora}"
             with watched(job):
                 yield gradio.skip(), waiting_text(job)
-                for output in job.previews():
+                for output in job.previews(PATIENCE):
+                    if output is None:
+                        yield gradio.skip(), gradio.skip()
+                        continue
                     yield output.images[0], drawn_text(output.codes, about)
         except CancelledError:
             yield gradio.skip(), "Stopped."

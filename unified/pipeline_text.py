@@ -87,10 +87,15 @@ class TextMethods:
         several = isinstance(messages, Sequence) and bool(messages) and not isinstance(messages[0], str | Image.Image)
         conversations = list(messages) if several else [messages]
         config, stride = base_of(self.model).config, self.image_tokenizer.downsample
+        pictures = [
+            m for each in conversations if isinstance(each, list | tuple) for m in each if isinstance(m, Image.Image)
+        ]
+        check_sizes(pictures, config, stride)  # before they are encoded
         read = [as_segments(each, self.image_tokenizer, self.text_tokenizer) for each in conversations]
-        check_sizes([m for each in conversations for m in each if isinstance(m, Image.Image)], config, stride)
+        draws = max_images != 0 or height is not None or width is not None
+        grid = known_grid(config, stride, height, width) if draws else (1, 1)
         replies = continue_conversations(
-            self._decoder(), read, known_grid(config, stride, height, width), self.text_tokenizer,
+            self._decoder(), read, grid, self.text_tokenizer,
             per_image(generator, len(read)), text_sampling or Sampling(), image_sampling or Sampling(GUIDANCE_SCALE),
             max_new_tokens, max_images,
         )  # fmt: skip

@@ -21,7 +21,7 @@ from unified.decoding.batcher import Batcher, Request
 from unified.inpainting import unfinished_pictures
 from unified.lora import base_of
 from unified.pipeline import UnifiedPipeline, UnifiedPipelineOutput
-from unified.prompting import check_whole, known_grid, plan_drawing
+from unified.prompting import as_prompts, check_whole, known_grid, plan_drawing
 from unified.sequence import ImageSegment
 from unified_tokenizers.images import to_pil
 
@@ -44,8 +44,11 @@ class Job:
         self._ended = False
         self._error: BaseException | None = None
 
-    def previews(self) -> Iterator[Any]:
+    def previews(self, patience: float | None = None) -> Iterator[Any]:
         """What there is each time there is more, the complete result last; a slow reader skips what is outdated.
+
+        With ``patience``, None whenever so many seconds have passed without news: a reader that is itself waited for can
+        give up then.
 
         Raises:
             CancelledError: after :meth:`cancel`.
@@ -54,12 +57,11 @@ class Job:
         state, ended = None, False
         while not ended:
             with self._changed:
-                while self._state is state and not self._ended:
-                    self._changed.wait()
+                news = self._changed.wait_for(lambda seen=state: self._state is not seen or self._ended, patience)
                 state, ended = self._state, self._ended
             if self._error is not None:
                 raise self._error
-            yield self._show(state)
+            yield self._show(state) if news else None
 
     def result(self, timeout: float | None = None) -> Any:
         """The complete result; raises as :meth:`previews`, and TimeoutError after ``timeout`` seconds."""
@@ -71,7 +73,7 @@ class Job:
         return self._show(self._state)
 
     def cancel(self) -> None:
-        """Stop it before its next code; nothing happens if it has ended."""
+        """Stop it before its next code, or work that runs alone at its next item; nothing happens if it has ended."""
         self.cancelled = True
 
     def update(self, state: Any, ended: bool = False, error: BaseException | None = None) -> None:
@@ -92,7 +94,7 @@ class Engine:
         pipe: the pipeline; it belongs to the engine until :meth:`close`.
         slots: rows of the batch; a guided picture takes two.
         waiting: jobs that may wait to begin.
-        prompt_tokens: longest prompt that a row has room for, beside its picture.
+        prompt_tokens: tokens of the longest prompt that is taken.
 
     Raises:
         ValueError: if a number is too small, or the model does not say which grids it draws.
@@ -101,7 +103,7 @@ class Engine:
     def __init__(self, pipe: UnifiedPipeline, slots: int = 8, waiting: int = 8, prompt_tokens: int = 128):
         for name, value, least in (("slots", slots, 2), ("waiting", waiting, 1), ("prompt_tokens", prompt_tokens, 1)):
             check_whole(name, value, least)
-        self.pipe, self.slots, self.limit = pipe, slots, waiting
+        self.pipe, self.slots, self.limit, self.prompt_tokens = pipe, slots, waiting, prompt_tokens
         self.adapters: list[str] = list(pipe.model.peft_config) if isinstance(pipe.model, PeftModel) else []
         self._adapter: str | None = None
         if self.adapters:
@@ -109,11 +111,12 @@ class Engine:
         config = base_of(pipe.model).config
         known_grid(config, pipe.image_tokenizer.downsample, None, None)
         longest = max(height * width for height, width in config.image_grids or [])
-        self._length = prompt_tokens + longest + 2
+        self._length = prompt_tokens + longest + 4  # <bos> prompt <boi> codes <eoi> <eos>
         self._batcher = Batcher(pipe._decoder(), slots, self._length)
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
         self._wake, self._closed = threading.Condition(), False
+        self._showing = threading.Lock()  # callers' threads decode one after the other, beside the engine's own
         self._thread = threading.Thread(target=self._run, name="unified-engine", daemon=True)
         self._thread.start()
 
@@ -142,12 +145,22 @@ class Engine:
         grid = known_grid(config, self.pipe.image_tokenizer.downsample, height, width)
         plan = plan_drawing(config, self.pipe.text_tokenizer, grid, prompt, negative_prompt, num_images_per_prompt,
                             sampling, generator, None, "plain")  # fmt: skip
+        for text in as_prompts(prompt):
+            self.check_prompt(text)
+        for text in [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt or ():
+            self.check_prompt(text, "negative_prompt")
         job = Job(adapter, self._pictures)
         for row, negative, each in zip(plan.rows, plan.negatives, plan.generators, strict=True):
             job.requests.append(Request(row, grid, each, sampling, negative=negative))
             self._batcher.check(job.requests[-1])
         job.codes = torch.full((len(job.requests), *grid), -1)
         return self._queue(job)
+
+    def check_prompt(self, text: str, name: str = "prompt") -> None:
+        """Raises ValueError, which calls the text ``name``, if it has more tokens than are taken here."""
+        count = len(self.pipe.text_tokenizer.encode(text.strip())) if text.strip() else 0
+        if count > self.prompt_tokens:
+            raise ValueError(f"{name}: {count} tokens, at most {self.prompt_tokens} are taken here; shorten it.")
 
     def alone(self, work: Callable[[], Iterable[Any]], adapter: str | None = None) -> Job:
         """Run ``work`` on the engine's thread while nothing else is drawn; its last item is the job's result.
@@ -271,4 +284,5 @@ class Engine:
                 job.update(state)
 
     def _pictures(self, codes: Tensor) -> UnifiedPipelineOutput:
-        return UnifiedPipelineOutput(to_pil(unfinished_pictures(self.pipe.image_tokenizer, codes)), codes)
+        with self._showing:
+            return UnifiedPipelineOutput(to_pil(unfinished_pictures(self.pipe.image_tokenizer, codes)), codes)

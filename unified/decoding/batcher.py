@@ -131,11 +131,13 @@ class Batcher:
         """Refuse what cannot be run; may be asked from any thread.
 
         Raises:
-            ValueError: if a request cannot fit, or guidance lacks its negative row.
+            ValueError: if a request cannot fit, guidance lacks its negative row, or its schedule is refused.
         """
         guided = request.rows == 2
         if guided and request.negative is None:
             raise ValueError("negative: guidance needs an unconditional row ending with <boi>.")
+        if request.max_images:
+            request.image_sampling.scales(request.grid[0] * request.grid[1])  # a schedule may fall too low
         pictures = request.max_images * (request.grid[0] * request.grid[1] + 2)
         longest = max(len(request.prompt.ids), len(request.negative.ids) if guided and request.negative else 0)
         if longest + pictures + request.max_new_tokens > self.length:

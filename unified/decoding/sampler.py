@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_MOST = 1e4  # of a guidance scale, and of what a temperature multiplies logits by
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -32,8 +34,11 @@ class Sampling:
             _check_number(name, getattr(self, name))
         if self.guidance_scale < 1:
             raise ValueError(f"guidance_scale: {self.guidance_scale} must be at least 1; 1 switches guidance off.")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature: {self.temperature} must be above 0; use top_k=1 for the most likely code.")
+        if self.guidance_scale > _MOST:
+            raise ValueError(f"guidance_scale: {self.guidance_scale} must be at most {_MOST:g}.")
+        if self.temperature <= 0 or self.temperature < 1 / _MOST:  # logits have to stay finite
+            least = "above 0" if self.temperature <= 0 else f"at least {1 / _MOST:g}"
+            raise ValueError(f"temperature: {self.temperature} must be {least}; use top_k=1 for the most likely code.")
         if self.top_k < 0 or int(self.top_k) != self.top_k:
             raise ValueError(f"top_k: {self.top_k} must be a whole number, 0 to keep all codes.")
         object.__setattr__(self, "top_k", int(self.top_k))
@@ -57,6 +62,8 @@ class Sampling:
                 _check_number("guidance_schedule", scale)
             if min(scales) < 1:
                 raise ValueError(f"guidance_schedule: falls to {min(scales)}; a scale must be at least 1.")
+            if max(scales) > _MOST:
+                raise ValueError(f"guidance_schedule: rises to {max(scales)}; a scale must be at most {_MOST:g}.")
             return scales
         rise = _SCHEDULES[self.guidance_schedule]
         return [1 + (self.guidance_scale - 1) * rise(share) for share in shares]
