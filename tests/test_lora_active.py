@@ -3,12 +3,13 @@
 import pytest
 import torch
 from conftest import tiny_model
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from test_lora import noisy_adapter
 
 from unified import UnifiedForCausalLM, UnifiedPipeline
 from unified.lora import attach_lora, base_of, load_lora, save_lora, unload_lora
-from unified.lora_active import fuse_lora, plain_state, set_adapters, unfuse_lora
+from unified.lora_active import adapter_state, fuse_lora, plain_state, set_adapters, unfuse_lora
 from unified.sequence import ImageSegment, TextSegment, build_sequence, collate
 
 KINDS = [{}, {"use_rslora": True}, {"use_dora": True}, {"train_image_tables": True}]
@@ -209,7 +210,7 @@ def test_fused_adapters_are_left_alone(pipeline, tmp_path):
     with pytest.raises(ValueError, match="unfuse_lora: nothing is fused"):
         pipeline.unfuse_lora()
     with pytest.raises(ValueError, match="lora_scale: nan must be a finite number"):
-        pipeline.fuse_lora(float("nan"))
+        pipeline.fuse_lora(lora_scale=float("nan"))
     pipeline.fuse_lora()
     fused = logits(pipeline.model)
     for change in (
@@ -237,3 +238,47 @@ def test_dropout_acts_in_training_only(tmp_path):
     adapted.eval()
     reloaded = load_lora(tiny_model(), tmp_path, "x").eval()
     assert torch.equal(logits(adapted), logits(adapted)) and torch.equal(logits(reloaded), logits(adapted))
+
+
+def test_loading_as_in_diffusers(pipeline, tmp_path, monkeypatch):
+    """Names by number, a weight of None, a repository of the Hub; wrong weights are named."""
+    folder = str(tmp_path / "one")
+    pipeline.model = noisy_adapter(pipeline.model, folder, 1)
+    downloaded = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name: downloaded.append(name) or folder)
+    pipeline.load_lora_weights("owner/adapter")
+    pipeline.load_lora_weights(folder)
+    assert downloaded == ["owner/adapter"] and set(pipeline.model.peft_config) == {"default", "default_1"}
+    assert pipeline.get_active_adapters() == ["default_1"]
+    pipeline.set_adapters(["default", "default_1"], [None, 0.5])
+    assert adapter_state(pipeline.model).weights == {"default": 1.0, "default_1": 0.5}
+    pipeline.set_adapters("default", None)
+    assert adapter_state(pipeline.model).weights == {"default": 1.0}
+    for weights in (["x"], "x", [float("inf")]):
+        with pytest.raises(ValueError, match=r"weights: .* must be finite numbers"):
+            pipeline.set_adapters("default", weights)
+    with pytest.raises(TypeError):
+        pipeline.fuse_lora(0.5)
+    assert pipeline.device.type == "cpu" and pipeline.dtype == torch.float32
+
+
+def test_the_card_of_a_fused_pipeline_keeps_all_terms(pipeline, tmp_path):
+    folder = tmp_path / "one"
+    pipeline.model = noisy_adapter(pipeline.model, folder, 1)
+    (folder / "README.md").write_text("---\nlicense: cc-by-4.0\nattribution: Ada\n---\n# Outlines\n")
+    pipeline.save_pretrained(tmp_path / "base", card="---\nlicense: mit\nattribution: Bob\n---\n# Emoji\n")
+    pipe = UnifiedPipeline.from_pretrained(tmp_path / "base")
+    pipe.save_pretrained(tmp_path / "copy")
+    assert (tmp_path / "copy" / "README.md").read_text() == (tmp_path / "base" / "README.md").read_text()
+    pipe.load_lora_weights(folder, "outline")
+    pipe.fuse_lora()
+    pipe.save_pretrained(tmp_path / "fused")
+    card = ModelCard.load(tmp_path / "fused" / "README.md")
+    assert card.data.license == ["mit", "cc-by-4.0"] and card.data.to_dict()["attribution"] == ["Bob", "Ada"]
+    assert "# Emoji" in card.text and "# Outlines" in card.text and "The adapter 'outline'" in card.text
+    (folder / "README.md").unlink()
+    pipe.unload_lora_weights()
+    pipe.load_lora_weights(folder)
+    pipe.fuse_lora()
+    pipe.save_pretrained(tmp_path / "silent")
+    assert ModelCard.load(tmp_path / "silent" / "README.md").data.license == "unknown"

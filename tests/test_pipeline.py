@@ -55,9 +55,9 @@ def test_callback_counts_the_codes(pipeline):
     steps = []
     pipeline(
         "red apple",
-        callback_on_step_end=lambda pipe, index, codes: steps.append((pipe is pipeline, index, codes.shape[1])),
+        callback_on_step_end=lambda p, i, t, tensors: steps.append((p is pipeline, i, t, tensors["codes"].shape[1])),
     )
-    assert steps == [(True, i, i + 1) for i in range(16)]
+    assert steps == [(True, i, i, i + 1) for i in range(16)]
 
 
 def test_folder_round_trip(pipeline, tmp_path):

@@ -91,7 +91,7 @@ def test_stream_shows_what_is_drawn(pipeline):
 def test_interrupt_keeps_what_there_is(pipeline):
     final = pipeline(PROMPTS, generator=generators(0, 1)).codes
 
-    def stop(pipe, index, codes):
+    def stop(pipe, index, timestep, tensors):
         if index == 5:
             pipe.interrupt()
 
@@ -107,7 +107,8 @@ def test_a_callback_may_keep_and_change_what_it_gets(pipeline, decoding):
     final = pipeline(PROMPTS, generator=generators(0, 1), decoding=decoding).codes
     seen, before = [], []
 
-    def callback(pipe, index, codes):
+    def callback(pipe, index, timestep, tensors):
+        codes = tensors["codes"]
         before.append(codes.clone())
         seen.append(codes)
         if len(seen) > 1:
@@ -120,7 +121,7 @@ def test_a_callback_may_keep_and_change_what_it_gets(pipeline, decoding):
 
 
 def test_interrupt_at_the_end_leaves_nothing_out(pipeline):
-    def stop(pipe, index, codes):
+    def stop(pipe, index, timestep, tensors):
         if index == 15:
             pipe.interrupt()
 
@@ -150,7 +151,7 @@ def test_known_codes_are_shown_from_the_start(pipeline, photo):
     assert torch.equal(first.images[0][:, pixels], decoded[:, pixels])
     assert len(first.images[0][:, ~pixels].unique()) == 1
 
-    options = {"callback_on_step_end": lambda pipe, index, codes: pipe.interrupt(), "generator": seeded(0)}
+    options = {"callback_on_step_end": lambda pipe, *step: pipe.interrupt(), "generator": seeded(0)}
     output = pipeline.inpaint("red apple", photo, mask, **options)
     assert output.interrupted and torch.equal(output.codes[0, 1], before[1]) and output.codes[0, 0, 1] == -1
 
@@ -163,7 +164,7 @@ def test_decoding_modes(pipeline, decoding):
         PROMPTS,
         generator=generators(0, 1),
         decoding=decoding,
-        callback_on_step_end=lambda p, i, c: seen.append(c.shape),
+        callback_on_step_end=lambda p, i, t, tensors: seen.append(tensors["codes"].shape),
     )
     assert fast.codes.min() >= 0 and seen[-1] == (2, 16)
     assert torch.equal(fast.codes, plain) == (decoding == "jacobi")

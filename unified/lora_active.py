@@ -100,7 +100,7 @@ def set_adapters(model: PeftModel, names: Sequence[str], weights: Sequence[float
         raise ValueError(f"adapter_names: {list(names)} names an adapter twice; give it one weight.")
     if len(names) != len(weights) or not names:
         raise ValueError(f"weights: {len(weights)} weights for {len(names)} adapters; give one weight per adapter.")
-    if not all(math.isfinite(weight) for weight in weights):
+    if not all(isinstance(weight, int | float) and math.isfinite(weight) for weight in weights):
         raise ValueError(f"weights: {list(weights)} must be finite numbers.")
     switch(model, True)
     apply_weights(model, dict(zip(names, weights, strict=True)))

@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from unified.cards import one_or_all
 from unified.codes import CACHE_FILE, is_codes_cache
 from unified.data import terms_of
 from unified.settings import dump_settings
@@ -44,8 +45,8 @@ def run_card(config: TrainConfig, part: str, image_tokenizer_fingerprint: str) -
         made_from += _data(config)
     licences, attributions = ([terms[name] for _, terms in made_from] for name in ("license", "attribution"))
     data = ModelCardData(
-        license=_one_or_all(licences),
-        attribution=_one_or_all([text for text in attributions if text]) if any(attributions) else None,
+        license=one_or_all(licences),
+        attribution=one_or_all([text for text in attributions if text]) if any(attributions) else None,
         library_name="unified",
         pipeline_tag="text-to-image",
         tags=["next-patch-prediction", *(["lora"] if part == "lora" else [])],
@@ -106,14 +107,6 @@ def _codes(
     used = min(codes["rows"][split]["used"], max_samples or float("inf"))
     terms = codes if "license" in codes else terms_of(codes["source"])  # a cache of an earlier version says nothing
     return f"{what}: `{codes['source']}`, {used} for training", terms
-
-
-def _one_or_all(terms: list[Any]) -> Any:
-    """Terms that hold together: one if they agree, a list if not, ``unknown`` if there is none or one is missing."""
-    if not terms or None in terms:
-        return "unknown"
-    different = list(dict.fromkeys(text for term in terms for text in ([term] if isinstance(term, str) else term)))
-    return different[0] if len(different) == 1 else different
 
 
 def _said(term: Any, otherwise: str) -> str:

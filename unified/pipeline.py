@@ -14,10 +14,12 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from unified.cards import combined_card, read_card
 from unified.conversation import check_sizes
 from unified.decoding import Sampling, make_decoder
 from unified.decoding.backbone import Decoder
 from unified.decoding.state import weights_state
+from unified.hub import local_folder
 from unified.inpainting import as_images, codes_to_keep, share_to_keep, unfinished_pictures
 from unified.lora import base_of
 from unified.lora_active import save_fused
@@ -41,6 +43,7 @@ from unified_tokenizers.images import to_pil
 
 PIPELINE_FILE = "pipeline.json"
 OUTPUT_TYPES = ("pil", "np", "pt", "codes")
+StepCallback = Callable[["UnifiedPipeline", int, int, dict[str, Tensor]], Any]
 
 
 @dataclass
@@ -71,6 +74,8 @@ class UnifiedPipeline(LoraMethods, TextMethods):
         self.text_tokenizer = text_tokenizer
         self._progress_bar: dict[str, Any] = {}
         self._interrupted = False
+        self._card: str | None = None  # text of the folder's README.md, and of its adapters' by name
+        self._adapter_cards: dict[str, str | None] = {}
         self._fast: dict[str, bool] = {}  # options of the decoder
         self._kept: Decoder | None = None  # kept between calls
         self._kept_state: Any = None  # weights and adapters that it was made of
@@ -88,11 +93,7 @@ class UnifiedPipeline(LoraMethods, TextMethods):
         Raises:
             ValueError: if a local folder is not a pipeline.
         """
-        folder = Path(pretrained_model_name_or_path)
-        if not folder.exists() and not str(folder).startswith((".", "/")) and str(folder).count("/") == 1:
-            from huggingface_hub import snapshot_download
-
-            folder = Path(snapshot_download(str(pretrained_model_name_or_path)))
+        folder = local_folder(pretrained_model_name_or_path)
         if not (folder / PIPELINE_FILE).is_file():
             raise ValueError(
                 f"pipeline: {str(folder)!r} has no {PIPELINE_FILE}; give a folder written by save_pretrained."
@@ -100,7 +101,9 @@ class UnifiedPipeline(LoraMethods, TextMethods):
         model = UnifiedForCausalLM.from_pretrained(folder / "model", dtype=torch_dtype)
         model.name_or_path = str(pretrained_model_name_or_path)  # what an adapter names as its base
         image_tokenizer = AutoImageTokenizer.from_pretrained(folder / "image_tokenizer")
-        return cls(model, image_tokenizer, load_text_tokenizer(folder / "text_tokenizer"))
+        pipe = cls(model, image_tokenizer, load_text_tokenizer(folder / "text_tokenizer"))
+        pipe._card = read_card(folder)
+        return pipe
 
     def save_pretrained(
         self, save_directory: str | Path, state_dict: dict[str, Tensor] | None = None, card: str | None = None
@@ -108,7 +111,8 @@ class UnifiedPipeline(LoraMethods, TextMethods):
         """Write the model and both tokenizers: safetensors, JSON and the sentencepiece model; no pickle.
 
         Fused adapters are part of the weights that are written. ``state_dict`` replaces the model's own weights, for models
-        whose weights are cut over processes; ``card`` is the text of a ``README.md`` beside them.
+        whose weights are cut over processes; ``card`` is the text of a ``README.md`` beside them, by default that of the folder
+        it came from, with those of fused adapters.
 
         Raises:
             ValueError: if adapters are loaded and not fused: those are saved with ``unified.lora.save_lora``.
@@ -125,6 +129,8 @@ class UnifiedPipeline(LoraMethods, TextMethods):
             "image_tokenizer_fingerprint": self.image_tokenizer.fingerprint,
         }
         (folder / PIPELINE_FILE).write_text(json.dumps(description, indent=2))
+        if card is None:
+            card = combined_card(self._card, {name: self._adapter_cards[name] for name in self.get_active_adapters()})
         if card is not None:
             (folder / "README.md").write_text(card, encoding="utf-8")
 
@@ -139,6 +145,16 @@ class UnifiedPipeline(LoraMethods, TextMethods):
     def set_progress_bar_config(self, **kwargs: Any) -> None:
         """Options for the tqdm bar, such as ``disable=True``."""
         self._progress_bar = kwargs
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the language model."""
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the language model's weights."""
+        return self.model.dtype
 
     @property
     def default_size(self) -> tuple[int, int]:
@@ -160,7 +176,7 @@ class UnifiedPipeline(LoraMethods, TextMethods):
         top_p: float = 1.0,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         output_type: str = "pil",
-        callback_on_step_end: Callable[["UnifiedPipeline", int, Tensor], None] | None = None,
+        callback_on_step_end: StepCallback | None = None,
         guidance_schedule: str | Callable[[float], float] = "constant",
         decoding: str = "plain",
         known: Tensor | None = None,
@@ -175,10 +191,11 @@ class UnifiedPipeline(LoraMethods, TextMethods):
             num_images_per_prompt: pictures per caption; those of one caption are adjacent in the output.
             temperature, top_k, top_p: see :class:`unified.decoding.Sampling`.
             generator: one ``torch.Generator`` per picture, or one that draws the first and seeds the others; fixes the
-                result, whatever else is in the batch. The same one with another caption changes only what has to change.
+                result, whatever else is in the batch. The same one with another caption meets the same noise.
             output_type: ``pil``; float32 in [0, 1] as ``np`` (N, H, W, 3) or ``pt`` (N, 3, H, W); or ``codes``.
-            callback_on_step_end: called as ``f(pipeline, index, codes (N, index + 1))`` after every code, with
-                speculative decoding after every pass; -1 stands for codes that a picture does not have yet.
+            callback_on_step_end: called as ``f(pipeline, step, timestep, {"codes": (N, step + 1)})`` after every code, with
+                speculative decoding after every pass; -1 stands for codes that a picture does not have yet. Timestep and
+                step are the same here, and what it returns is not looked at: codes that are drawn stay.
             guidance_schedule: see :class:`unified.decoding.Sampling`.
             decoding: ``plain``; ``jacobi`` (the same pictures) or ``sjd`` (the same distribution), often faster for few
                 pictures; ``gsd``, faster and not exact. See :mod:`unified.decoding.speculative`.
@@ -243,7 +260,7 @@ class UnifiedPipeline(LoraMethods, TextMethods):
         num_images_per_prompt: int,
         generator: Any,
         output_type: str,
-        on_step: Callable[["UnifiedPipeline", int, Tensor], None] | None,
+        on_step: StepCallback | None,
         decoding: str,
         known: Tensor | None,
         preview_every: int | None,
@@ -264,7 +281,8 @@ class UnifiedPipeline(LoraMethods, TextMethods):
                 drawn = int((codes >= 0).sum())
                 bar.update(drawn - bar.n)
                 if on_step is not None:
-                    on_step(self, codes.shape[1] - 1, codes.clone())  # decoding goes on writing to its own
+                    step = codes.shape[1] - 1
+                    on_step(self, step, step, {"codes": codes.clone()})  # decoding goes on writing to its own
                 if self._interrupted:
                     break
                 if every is not None and shown + every <= drawn // count < steps:
