@@ -8,9 +8,11 @@ import pytest
 import torch
 from conftest import generators
 from PIL import Image
+from test_lora import noisy_adapter
 
 from unified import UnifiedPipeline
 from unified.cli import main
+from unified.pipeline import UnifiedPipelineOutput
 
 
 @pytest.fixture
@@ -67,6 +69,47 @@ def test_mistakes_are_one_line(folder, tmp_path, capsys, arguments, message):
     code = main(["generate", "--pipeline", folder, "--out", str(tmp_path / "out"), *arguments])
     lines = capsys.readouterr().err.strip().splitlines()
     assert code == 2 and message in lines[-1] and lines[-1].startswith("unified generate: ")
+
+
+def test_every_option_reaches_the_pipeline(pipeline, folder, tmp_path, capsys, monkeypatch):
+    """All of them off their defaults: arguments of the call, the decoder's switches, the adapter."""
+    picture = Image.new("RGB", (16, 16), "red")
+    for name in ("picture.png", "mask.png"):
+        picture.convert("L" if name == "mask.png" else "RGB").save(tmp_path / name)
+    pipeline.model = noisy_adapter(pipeline.model, tmp_path / "lora", 1)
+    calls, switches = [], []
+
+    def record(pipe, *args, **given):
+        calls.append({"adapters": pipe.get_active_adapters(), **given})
+        return (
+            UnifiedPipelineOutput([picture] * 4, torch.zeros(4, 4, 4))
+            if "prompt" in given and args == ()
+            else ["words"]
+        )
+
+    for name in ("__call__", "inpaint", "caption"):
+        monkeypatch.setattr(UnifiedPipeline, name, record)
+    monkeypatch.setattr(UnifiedPipeline, "enable_fast_decoding", lambda pipe, **given: switches.append(given))
+    start = ["--pipeline", folder, "--lora", str(tmp_path / "lora")]
+    sampling = ["--temperature", "0.7", "--top-k", "3", "--top-p", "0.9", "--seed", "5"]
+    draw = ["--prompt", "red apple", "blue car", "--out", str(tmp_path / "out"), "--num-images-per-prompt", "2",
+            "--negative-prompt", "dog", "--guidance-scale", "2.5", "--guidance-schedule", "cosine",
+            "--decoding", "sjd"]  # fmt: skip
+    files = ["--image", str(tmp_path / "picture.png"), "--mask", str(tmp_path / "mask.png")]
+    assert main(["generate", *start, *draw, *sampling, "--height", "16", "--width", "32", "--int8"]) == 0
+    assert main(["inpaint", *start, *draw, *sampling, *files, "--compile"]) == 0
+    caption = ["--prompt", "a", "--max-new-tokens", "4", str(tmp_path / "picture.png")]
+    assert main(["caption", *start, *sampling, *caption]) == 0
+    generate, inpaint, words = calls
+    drawn = {"prompt": ["red apple", "blue car"], "negative_prompt": "dog", "num_images_per_prompt": 2, "guidance_scale": 2.5,
+             "guidance_schedule": "cosine", "decoding": "sjd"}  # fmt: skip
+    shared = {"adapters": ["default"], "temperature": 0.7, "top_k": 3, "top_p": 0.9}
+    for call, seeds in ((generate, 4), (inpaint, 4), (words, 1)):
+        assert [g.initial_seed() for g in call.pop("generator")] == [5, 6, 7, 8][:seeds]
+    assert generate == {**shared, **drawn, "height": 16, "width": 32}
+    assert (inpaint.pop("image").size, inpaint.pop("mask_image").mode) == ((16, 16), "L")
+    assert inpaint == {**shared, **drawn} and words == {**shared, "prompt": "a", "max_new_tokens": 4}
+    assert switches == [{"compile": False, "int8": True}, {"compile": True, "int8": False}]
 
 
 def test_mistakes_of_files_seeds_and_compilers(folder, tmp_path, capsys, monkeypatch):

@@ -1,5 +1,7 @@
 """Drawing on the way, with known codes, in parts; words from pictures; conversations."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,9 @@ from conftest import generators
 from PIL import Image
 from test_lora import noisy_adapter
 
-from unified.decoding import Sampling
+from unified.decoding import Sampling, make_decoder
 from unified.inpainting import outpainting_canvas
+from unified.lora import base_of
 from unified.prompting import per_image
 from unified_tokenizers.images import to_tensor
 
@@ -17,6 +20,47 @@ PROMPTS = ["red apple", "a cat and a dog"]
 
 def seeded(seed):
     return torch.Generator().manual_seed(seed)
+
+
+def test_arguments_reach_the_sampler(pipeline, photo):
+    """A tiny top-p leaves the likeliest code, as top-k 1 does; every caption has its own negative prompt."""
+    draw = lambda **options: pipeline(PROMPTS, generator=generators(0, 1), guidance_scale=2.0, **options).codes  # noqa: E731
+    likeliest = draw(top_k=1)
+    assert torch.equal(draw(top_p=1e-6), likeliest) and not torch.equal(draw(), likeliest)
+    *_, last = pipeline.stream(PROMPTS, generator=generators(0, 1), guidance_scale=2.0, top_p=1e-6)
+    assert torch.equal(last.codes, likeliest)
+    hot = {"temperature": 9.0, "max_new_tokens": 8}
+    assert pipeline.caption(photo, top_p=1e-6, generator=seeded(0), **hot) == pipeline.caption(photo, top_k=1, **hot)
+    negatives = ["blue car", "dog"]
+    both = draw(negative_prompt=negatives)
+    for i, negative in enumerate(negatives):
+        same = draw(negative_prompt=negative)
+        assert torch.equal(both[i], same[i]) and not torch.equal(both[1 - i], same[1 - i])
+
+
+def test_interrupt_from_another_thread(pipeline):
+    begun, told = threading.Event(), threading.Event()
+
+    def interrupt():
+        begun.wait(30)
+        pipeline.interrupt()
+        told.set()
+
+    def callback(pipe, step, timestep, tensors):
+        begun.set()
+        if step == 3:
+            told.wait(30)
+
+    threading.Thread(target=interrupt).start()
+    output = pipeline("red apple", generator=generators(0), callback_on_step_end=callback)
+    assert output.interrupted and (output.codes < 0).sum() >= 12
+
+
+def test_guidance_schedules_by_hand():
+    scales = Sampling(guidance_scale=5.0, guidance_schedule="cosine").scales(5)
+    half = 2**0.5 / 2  # cosine of 45 degrees
+    assert scales == pytest.approx([1, 1 + 2 * (1 - half), 3, 1 + 2 * (1 + half), 5])
+    assert Sampling(guidance_scale=5.0, guidance_schedule="linear").scales(5) == [1, 2, 3, 4, 5]
 
 
 # One generator, many pictures
@@ -340,8 +384,11 @@ def test_fast_decoding_follows_adapters(pipeline, tmp_path):
         pipeline.enable_fast_decoding(compile=True, int8=True)
     assert torch.equal(draw(), fast)  # a refusal changes nothing
     pipeline.enable_fast_decoding(int8=True)
-    assert draw().shape == base.shape
+    rounded = make_decoder(base_of(pipeline.model), int8=True)
+    state = torch.randn(3, 32, generator=seeded(0))
+    assert torch.equal(pipeline._decoder().image_logits(state), rounded.image_logits(state))
     pipeline.disable_fast_decoding()
+    assert not torch.equal(pipeline._decoder().image_logits(state), rounded.image_logits(state))
     pipeline.fuse_lora()
     assert torch.equal(draw(), fast)
     pipeline.enable_fast_decoding()
