@@ -40,7 +40,7 @@ def speculate_codes(
     generators: Sequence[torch.Generator],
     known: Tensor | None = None,
     mode: str = "sjd",
-    window: int = 8,
+    window: int = 16,
     group_size: int = 8,
 ) -> Iterator[Tensor]:
     """Decode one image span after every prompt, one picture after the other.
