@@ -30,6 +30,7 @@ from unified.decoding.prefill import causal_bias, prefill
 from unified.decoding.sampler import PositionNoise, draw, filter_logits, guide
 from unified.decoding.speculative import MODES, speculate_codes
 from unified.lora import base_of
+from unified.sequence import ImageSegment
 from unified_eval.sheets import captioned_grid
 from unified_eval.timing import compared, interleaved
 from unified_tokenizers import VQGAN, VQGANConfig
@@ -37,7 +38,10 @@ from unified_tokenizers import VQGAN, VQGANConfig
 GOALS = {"G1": 1.4, "G1_llamagen": 1.5, "G2": 1.9, "G3": 2.5, "G4": 1.3, "G5": 5.0, "G6": 6.0}
 SAMPLING = Sampling(guidance_scale=3.0, top_k=2000)
 GREEDY = Sampling(guidance_scale=3.0, top_k=1)
-EXACT, PARALLEL = "sjd 16", "gsd 16 int8"  # what G4 and G6 measure, chosen beforehand; other modes and windows are listed
+EXACT, PARALLEL = (
+    "sjd 16",
+    "gsd 16 int8",
+)  # what G4 and G6 measure, chosen beforehand; other modes and windows are listed
 START, NOTHING = [1, 0, 0, 2], [1, 2]  # <bos>, two words and <boi>; the unconditional side
 
 
@@ -153,9 +157,8 @@ def measure(rounds: int, llamagen: str | None, grid: int, codebook: int, compile
         for batch in (4, 16):
             steps[f"llamagen{batch}"] = llamagen_generate(generate, peer, grid, SAMPLING, batch)
             steps[f"twin{batch}"] = ours_as_llamagen(twins["G1_llamagen"], grid, batch=batch)
-            pair = (llamagen_generate(generate, peer, grid, GREEDY, batch),
-                    ours_as_llamagen(twins["G1_llamagen"], grid, GREEDY, batch))  # fmt: skip
-            check_equal(f"LlamaGen, batch {batch}", *(draw() for draw in pair))
+            greedy = ours_as_llamagen(twins["G1_llamagen"], grid, GREEDY, batch)()
+            check_equal(f"LlamaGen, batch {batch}", llamagen_generate(generate, peer, grid, GREEDY, batch)(), greedy)
     steps["queue"], steps["queue_one_by_one"] = serving(eager, grid)
     check_equal("requests in a batch and one by one", steps["queue"](), steps["queue_one_by_one"]())
     timings = interleaved(steps, rounds)
@@ -198,7 +201,7 @@ def serving(decoder: Any, grid: int, count: int = 8) -> tuple[Callable[[], Tenso
             done += batcher.step()
         while batcher.busy:
             done += batcher.step()
-        found = {id(request): segments[0].codes for request, segments in done}
+        found = {id(request): picture.codes for request, (picture,) in done if isinstance(picture, ImageSegment)}
         return torch.stack([found[id(request)] for request in requests])
 
     def in_turn() -> Tensor:

@@ -134,10 +134,10 @@ def parse_arguments() -> argparse.Namespace:
         )
     if "diversity" in args.metrics and args.samples_per_caption < 2:
         parser.error("--metrics diversity needs --samples-per-caption 2 or more")
-    systems = 2 if args.compare else 1
-    if len(args.decoding) not in (1, systems):
-        parser.error(f"--decoding: {len(args.decoding)} modes for {systems} pipeline(s)")
-    args.decoding = (args.decoding * systems)[:systems]
+    count = 2 if args.compare else 1
+    if len(args.decoding) not in (1, count):
+        parser.error(f"--decoding: {len(args.decoding)} modes for {count} pipeline(s)")
+    args.decoding = (args.decoding * count)[:count]
     if args.lora and args.compare:
         parser.error("--lora is for --pipeline; with --compare write PIPELINE+LORA")
     return args

@@ -125,8 +125,8 @@ def training_flops(config: TrainConfig, pipeline: UnifiedPipeline) -> float:
     captions = load_codes(str(config.data.train), config.data.train_split, None)["caption"]
     text_slots = sum(len(pipeline.text_tokenizer.encode(caption)) for caption in captions) / len(captions) + 3
     model_config = base_of(pipeline.model).config
-    (grid,) = model_config.image_grids
-    per_picture = schedule_flops(config.patch_schedule(), model_config, tuple(grid), text_slots)
+    ((height, width),) = model_config.image_grids or []
+    per_picture = schedule_flops(config.patch_schedule(), model_config, (height, width), text_slots)
     return per_picture * config.steps * config.batch_size
 
 

@@ -80,7 +80,7 @@ def text_figures(pipe: UnifiedPipeline, backbone: str, expect: str) -> tuple[dic
     spoken["adapter_off"] = speak(base_of(pipe.model))
     pipe.enable_lora()
     spoken["adapter_on"] = speak(base_of(pipe.model))
-    figures = {
+    figures: dict[str, Any] = {
         "question": QUESTION,
         "perplexity": {name: perplexity(logits, ids) for name, (logits, _) in spoken.items()},
         "answer": {name: tokenizer.decode(answer, skip_special_tokens=True) for name, (_, answer) in spoken.items()},

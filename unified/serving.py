@@ -10,6 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,11 +58,14 @@ class Job:
         state, ended = None, False
         while not ended:
             with self._changed:
-                news = self._changed.wait_for(lambda seen=state: self._state is not seen or self._ended, patience)
+                news = self._changed.wait_for(partial(self._is_newer, state), patience)
                 state, ended = self._state, self._ended
             if self._error is not None:
                 raise self._error
             yield self._show(state) if news else None
+
+    def _is_newer(self, seen: Any) -> bool:
+        return self._state is not seen or self._ended
 
     def result(self, timeout: float | None = None) -> Any:
         """The complete result; raises as :meth:`previews`, and TimeoutError after ``timeout`` seconds."""

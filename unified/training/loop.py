@@ -87,8 +87,9 @@ def train(config: TrainConfig, measure: Measure | None = None) -> Path:
     learn_grids(layout_config, data.grids, fixed=config.lora is not None and config.model.pipeline is not None)
     model: UnifiedForCausalLM | PeftModel = adapt(config, base, image_tokenizer, text_tokenizer)
     if config.sample.every and layout_config.image_grids:  # fails here rather than after the coarse stages
-        grid, sampling = tuple(layout_config.image_grids[0]), Sampling(config.sample.guidance_scale)
-        plan_drawing(layout_config, text_tokenizer, grid, config.sample.prompts, None, 1, sampling, None, None, "plain")
+        (height, width), sampling = layout_config.image_grids[0], Sampling(config.sample.guidance_scale)
+        prompts = config.sample.prompts
+        plan_drawing(layout_config, text_tokenizer, (height, width), prompts, None, 1, sampling, None, None, "plain")
     inputs = describe_inputs(data.rows, model, accelerator, text_tokenizer)
     if checkpoint:
         check_inputs(checkpoint, inputs, config.allow_changes)
