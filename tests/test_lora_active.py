@@ -282,3 +282,19 @@ def test_the_card_of_a_fused_pipeline_keeps_all_terms(pipeline, tmp_path):
     pipe.fuse_lora()
     pipe.save_pretrained(tmp_path / "silent")
     assert ModelCard.load(tmp_path / "silent" / "README.md").data.license == "unknown"
+
+
+@pytest.mark.parametrize("theirs", ["---\nlicense: unknown\n---\n# Outlines\n", None])
+def test_a_part_of_unknown_terms_makes_the_sum_unknown(pipeline, tmp_path, theirs):
+    """Of a card that says so, and of an adapter that came without a card, past load_lora_weights."""
+    pipeline.model = noisy_adapter(pipeline.model, tmp_path / "one", 1)
+    pipeline._card = "---\nlicense: mit\n---\n# Emoji\n"
+    if theirs is None:
+        pipeline.model = load_lora(pipeline.model, tmp_path / "one", "x").eval()
+    else:
+        (tmp_path / "one" / "README.md").write_text(theirs)
+        pipeline.load_lora_weights(tmp_path / "one", "x")
+    pipeline.fuse_lora()
+    pipeline.save_pretrained(tmp_path / "fused")
+    card = ModelCard.load(tmp_path / "fused" / "README.md")
+    assert card.data.license == "unknown" and "# Emoji" in card.text and "The adapter 'x'" in card.text

@@ -396,3 +396,20 @@ def test_fast_decoding_follows_adapters(pipeline, tmp_path):
     pipeline.unfuse_lora()
     pipeline.disable_lora()
     assert torch.equal(draw(), base)
+
+
+def test_compiled_decoding_is_what_draws(pipeline, monkeypatch):
+    """The decoder's step goes through the compiler, and draws the same; code generation is left out."""
+    compiled, graphs = torch.compile, []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    plain = pipeline("red apple", generator=generators(0)).codes
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compiled(f, backend=backend, **options))
+    pipeline.enable_fast_decoding(compile=True)
+    assert torch.equal(pipeline("red apple", generator=generators(0)).codes, plain) and graphs
+    pipeline.disable_fast_decoding()
+    graphs.clear()
+    assert torch.equal(pipeline("red apple", generator=generators(0)).codes, plain) and not graphs

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 def combined_card(base: str | None, adapters: Mapping[str, str | None]) -> str | None:
     """Text of a ``README.md`` for a model that adapters were fused into, given the texts of its own and of theirs.
 
-    Without adapters it is the model's own. A part without a card makes the licence ``unknown``.
+    Without adapters it is the model's own. A part without a card or a known licence makes the licence ``unknown``.
     """
     if not adapters:
         return base
@@ -19,9 +19,10 @@ def combined_card(base: str | None, adapters: Mapping[str, str | None]) -> str |
         title: ModelCard(text or "---\n{}\n---\nNo card.", ignore_metadata_errors=True) for title, text in parts.items()
     }
     terms = [card.data.to_dict() for card in cards.values()]
+    licences = [None if term.get("license") == "unknown" else term.get("license") for term in terms]
     attributions = [term["attribution"] for term in terms if term.get("attribution")]
     data = ModelCardData(
-        license=one_or_all([term.get("license") for term in terms]),
+        license=one_or_all(licences),
         attribution=one_or_all(attributions) if attributions else None,
         library_name="unified",
         pipeline_tag="text-to-image",

@@ -130,7 +130,9 @@ class UnifiedPipeline(LoraMethods, TextMethods):
         }
         (folder / PIPELINE_FILE).write_text(json.dumps(description, indent=2))
         if card is None:
-            card = combined_card(self._card, {name: self._adapter_cards[name] for name in self.get_active_adapters()})
+            card = combined_card(
+                self._card, {name: self._adapter_cards.get(name) for name in self.get_active_adapters()}
+            )
         if card is not None:
             (folder / "README.md").write_text(card, encoding="utf-8")
 
