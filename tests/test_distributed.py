@@ -215,7 +215,7 @@ def test_deepspeed_learns_what_it_cannot_see(config_file):
     [
         ("optimizer.ema_decay=0.9", "optimizer.ema_decay"),
         ("optimizer.name=muon", "optimizer.name=muon"),
-        ("sample.every=5", "sample.every"),
+        ("sample={every: 5, prompts: [a]}", "sample.every"),
         ("evaluation={every: 5, data: d, clip: c}", "evaluation"),
     ],
 )

@@ -218,7 +218,7 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
         index = running_index(plan) if position_ids is None and cache is None else position_ids
         coordinates, image_slots = plan.coordinates, plan.image_slots()
         if labels is not None and plan.length > 1:  # the last slot predicts nothing
-            embeds, image_slots = embeds[:, :-1], image_slots[:, :-1]
+            embeds, image_slots = embeds[:, :-1].contiguous(), image_slots[:, :-1]
             mask, index, coordinates = (None if x is None else x[:, :-1] for x in (mask, index, coordinates))
         outputs = self.run_backbone(
             embeds,
