@@ -1,6 +1,7 @@
 """The engine: callers share one batch, and each gets what the pipeline draws for it alone."""
 
 import threading
+import time
 from concurrent.futures import CancelledError
 from contextlib import closing
 
@@ -179,6 +180,30 @@ def test_a_failing_batch_tells_its_callers_and_the_next_one_works(pipeline, monk
             engine.submit("red apple", SAMPLING).result(WAIT)
         monkeypatch.undo()
         assert torch.equal(engine.submit("red apple", SAMPLING, generator=generators(1)).result(WAIT).codes, expected)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_picture_that_fails_leaves_the_others_alone(pipeline, own):
+    """NaN in the rows of one job, of the others' settings or its own; its slots draw the next pictures as ever."""
+    expected = [alone(pipeline, "red apple", 1), alone(pipeline, "blue car", 2)]
+    with closing(Engine(pipeline, slots=6)) as engine:
+        gate, batcher = Gate(engine), engine._batcher
+        first = engine.submit("red apple", SAMPLING, generator=generators(1))
+        bad = engine.submit("yellow sun", Sampling(2.0, 0.8) if own else SAMPLING, num_images_per_prompt=2)
+        gate.open(2)
+        deadline = time.monotonic() + WAIT
+        while not batcher.partial(bad.requests[0]) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        (row,) = [row for row in batcher.rows if row.request is bad.requests[0]]
+        with torch.inference_mode():
+            batcher._cache.values[0][row.slots] = float("nan")
+        gate.open()
+        with pytest.raises(ValueError, match="logits: NaN"):
+            bad.result(WAIT)
+        assert torch.equal(first.result(WAIT).codes, expected[0])
+        for job in [engine.submit("blue car", SAMPLING, generator=generators(2)) for _ in range(3)]:
+            assert torch.equal(job.result(WAIT).codes, expected[1])
+        assert engine._batcher is batcher and sorted(batcher.free) == list(range(6)) and not batcher.failed
 
 
 def test_bad_requests_are_named(pipeline):

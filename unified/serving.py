@@ -269,6 +269,13 @@ class Engine:
             self._running.clear()
             self._batcher = Batcher(self._batcher.decoder, self.slots, self._length)
             return
+        for request, reason in self._batcher.failed.items():
+            for job in [each for each in self._running if request in each.requests]:
+                self._running.remove(job)
+                for other in job.requests:
+                    self._batcher.cancel(other)
+                job.update(None, error=reason)
+        self._batcher.failed.clear()
         for job in list(self._running):
             codes = [self._batcher.partial(request) for request in job.requests]
             for index, request in enumerate(job.requests):

@@ -115,6 +115,7 @@ class Batcher:
         self.slots = slots
         self.waiting: deque[Request] = deque()
         self.rows: list[_Row] = []
+        self.failed: dict[Request, ValueError] = {}  # what :meth:`step` gave up
         self._cache = KeyValueCache(length)
         self._column = 0
         dtype, device = decoder.model.dtype, decoder.model.device
@@ -169,17 +170,22 @@ class Batcher:
         return bool(self.rows or self.waiting)
 
     def run(self, requests: Sequence[Request]) -> list[list[Segment]]:
-        """Segments that each request produced, in the order given."""
+        """Segments that each request produced, in the order given. Raises ValueError if one of them failed."""
         for request in requests:
             self.submit(request)
         results: dict[Request, list[Segment]] = {}
         while self.busy:
             results.update(self.step())
+            for error in self.failed.values():
+                raise error
         return [results[request] for request in requests]
 
     @torch.inference_mode()
     def step(self) -> list[tuple[Request, list[Segment]]]:
-        """Admit what fits, give every row one token; returns the requests that this finished."""
+        """Admit what fits, give every row one token; returns the requests that this finished.
+
+        A request whose codes have no finite logits moves to :attr:`failed`; the others go on.
+        """
         self._admit()
         for kind in (True, False):
             rows = [row for row in self.rows if (row.places is not None) is kind and row.next is None]
@@ -233,19 +239,35 @@ class Batcher:
 
     def _draw_codes(self, rows: list[_Row]) -> None:
         for sampling, alike in _grouped(rows, lambda row: row.request.image_sampling):
-            hidden = self._hidden[[row.slots[0] for row in alike]]
-            if sampling.guided:
-                scale = torch.tensor([row.scales[len(row.codes)] for row in alike], device=hidden.device)
-                hidden = guide(hidden, self._hidden[[row.slots[1] for row in alike]], scale[:, None])
-            noise = []
-            for row in alike:
-                assert row.image_noise is not None  # set when the picture opened
-                noise.append(row.image_noise.at(len(row.codes))[:, 0])
-            drawn = self.decoder.draw(hidden, sampling, torch.cat(noise))
-            for row, code in zip(alike, drawn.tolist(), strict=True):
-                row.codes.append(code)
-                if len(row.codes) == len(row.scales):
-                    row.close_picture()
+            try:
+                self._draw_alike(alike, sampling)
+            except ValueError:  # of one row or more, which shall not take the others with it
+                for row in alike:
+                    try:
+                        self._draw_alike([row], sampling)
+                    except ValueError as error:
+                        self._give_up(row, error)
+
+    def _draw_alike(self, rows: list[_Row], sampling: Sampling) -> None:
+        hidden = self._hidden[[row.slots[0] for row in rows]]
+        if sampling.guided:
+            scale = torch.tensor([row.scales[len(row.codes)] for row in rows], device=hidden.device)
+            hidden = guide(hidden, self._hidden[[row.slots[1] for row in rows]], scale[:, None])
+        noise = []
+        for row in rows:
+            assert row.image_noise is not None  # set when the picture opened
+            noise.append(row.image_noise.at(len(row.codes))[:, 0])
+        drawn = self.decoder.draw(hidden, sampling, torch.cat(noise))
+        for row, code in zip(rows, drawn.tolist(), strict=True):
+            row.codes.append(code)
+            if len(row.codes) == len(row.scales):
+                row.close_picture()
+
+    def _give_up(self, row: _Row, error: ValueError) -> None:
+        self.failed[row.request] = error
+        self._release(row)
+        for kept in (*self._cache.keys, *self._cache.values):
+            kept[row.slots] = 0.0  # a bias of -inf would not hide NaN from the next request there
 
     def _draw_text(self, rows: list[_Row]) -> None:
         layout = self.decoder.model.config.layout
