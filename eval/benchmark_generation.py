@@ -38,10 +38,8 @@ from unified_tokenizers import VQGAN, VQGANConfig
 GOALS = {"G1": 1.4, "G1_llamagen": 1.5, "G2": 1.9, "G3": 2.5, "G4": 1.3, "G5": 5.0, "G6": 6.0}
 SAMPLING = Sampling(guidance_scale=3.0, top_k=2000)
 GREEDY = Sampling(guidance_scale=3.0, top_k=1)
-EXACT, PARALLEL = (
-    "sjd 16",
-    "gsd 16 int8",
-)  # what G4 and G6 measure, chosen beforehand; other modes and windows are listed
+# What G4 and G6 measure, chosen beforehand; other modes and windows are listed.
+EXACT, PARALLEL = "sjd 16", "gsd 16 int8"
 START, NOTHING = [1, 0, 0, 2], [1, 2]  # <bos>, two words and <boi>; the unconditional side
 
 
@@ -201,8 +199,8 @@ def serving(decoder: Any, grid: int, count: int = 8) -> tuple[Callable[[], Tenso
             done += batcher.step()
         while batcher.busy:
             done += batcher.step()
-        found = {id(request): picture.codes for request, (picture,) in done if isinstance(picture, ImageSegment)}
-        return torch.stack([found[id(request)] for request in requests])
+        found = {request: picture.codes for request, (picture,) in done if isinstance(picture, ImageSegment)}
+        return torch.stack([found[request] for request in requests])
 
     def in_turn() -> Tensor:
         options = ((grid, grid), SAMPLING)

@@ -123,9 +123,8 @@ def train_and_measure(run: Run) -> dict[str, Any]:
 def training_flops(config: TrainConfig, pipeline: UnifiedPipeline) -> float:
     """FLOPs of the whole training by the formula of ``unified.training.flops``, with the captions' mean length."""
     captions = load_codes(str(config.data.train), config.data.train_split, None)["caption"]
-    text_slots = (
-        sum(len(pipeline.text_tokenizer.encode(caption)) for caption in captions) / len(captions) + 2
-    )  # <bos>, <boi>
+    lengths = [len(pipeline.text_tokenizer.encode(caption)) for caption in captions]
+    text_slots = sum(lengths) / len(lengths) + 2  # <bos>, <boi>
     model_config = base_of(pipeline.model).config
     ((height, width),) = model_config.image_grids or []
     per_picture = schedule_flops(config.patch_schedule(), model_config, (height, width), text_slots)

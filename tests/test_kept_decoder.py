@@ -1,10 +1,15 @@
-"""The pipeline keeps its decoder between calls and notices when it is out of date."""
+"""The pipeline keeps its decoder between calls, notices when it is out of date, and may be told to make a faster one."""
 
+import pytest
 import torch
 from conftest import generators
 from peft.tuners.lora import LoraLayer
+from test_lora import noisy_adapter
 
-from unified.lora import attach_lora
+from unified.decoding import make_decoder
+from unified.lora import attach_lora, base_of
+
+PROMPTS = ["red apple", "a cat and a dog"]
 
 
 def test_the_decoder_is_kept_until_weights_or_adapters_change(pipeline):
@@ -41,3 +46,50 @@ def test_the_decoder_is_kept_until_weights_or_adapters_change(pipeline):
     assert renewed(pipeline.model.base_model.disable_adapter_layers) and torch.equal(draw(), base)
     pipeline.disable_fast_decoding()
     assert pipeline._kept is None
+
+
+def test_fast_decoding_follows_adapters(pipeline, tmp_path):
+    draw = lambda: pipeline(PROMPTS, generator=generators(1, 2), guidance_scale=2.0).codes  # noqa: E731
+    base = draw()
+    pipeline.model = noisy_adapter(pipeline.model, tmp_path, 1)
+    pipeline.enable_fast_decoding()
+    assert torch.equal(draw(), base)
+    kept = pipeline._decoder()
+    assert pipeline._decoder() is kept
+    pipeline.load_lora_weights(tmp_path, "a")
+    fast = draw()
+    pipeline.disable_fast_decoding()
+    assert torch.equal(draw(), fast) and not torch.equal(fast, base)
+    with pytest.raises(ValueError, match="compile, int8: "):
+        pipeline.enable_fast_decoding(compile=True, int8=True)
+    assert torch.equal(draw(), fast)  # a refusal changes nothing
+    pipeline.enable_fast_decoding(int8=True)
+    rounded = make_decoder(base_of(pipeline.model), int8=True)
+    state = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(pipeline._decoder().image_logits(state), rounded.image_logits(state))
+    pipeline.disable_fast_decoding()
+    assert not torch.equal(pipeline._decoder().image_logits(state), rounded.image_logits(state))
+    pipeline.fuse_lora()
+    assert torch.equal(draw(), fast)
+    pipeline.enable_fast_decoding()
+    assert torch.equal(draw(), fast)
+    pipeline.unfuse_lora()
+    pipeline.disable_lora()
+    assert torch.equal(draw(), base)
+
+
+def test_compiled_decoding_is_what_draws(pipeline, monkeypatch):
+    """The decoder's step goes through the compiler, and draws the same; code generation is left out."""
+    compiled, graphs = torch.compile, []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    plain = pipeline("red apple", generator=generators(0)).codes
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compiled(f, backend=backend, **options))
+    pipeline.enable_fast_decoding(compile=True)
+    assert torch.equal(pipeline("red apple", generator=generators(0)).codes, plain) and graphs
+    pipeline.disable_fast_decoding()
+    graphs.clear()
+    assert torch.equal(pipeline("red apple", generator=generators(0)).codes, plain) and not graphs

@@ -7,11 +7,9 @@ import pytest
 import torch
 from conftest import generators
 from PIL import Image
-from test_lora import noisy_adapter
 
-from unified.decoding import Sampling, make_decoder
+from unified.decoding import Sampling
 from unified.inpainting import outpainting_canvas
-from unified.lora import base_of
 from unified.prompting import per_image
 from unified_tokenizers.images import to_tensor
 
@@ -363,53 +361,3 @@ def test_chat_answers_in_both(pipeline, photo, monkeypatch):
     assert [m if isinstance(m, str) else m.tobytes() for m in alone] == [
         m if isinstance(m, str) else m.tobytes() for m in replies[1]
     ]
-
-
-# Switches
-
-
-def test_fast_decoding_follows_adapters(pipeline, tmp_path):
-    draw = lambda: pipeline(PROMPTS, generator=generators(1, 2), guidance_scale=2.0).codes  # noqa: E731
-    base = draw()
-    pipeline.model = noisy_adapter(pipeline.model, tmp_path, 1)
-    pipeline.enable_fast_decoding()
-    assert torch.equal(draw(), base)
-    kept = pipeline._decoder()
-    assert pipeline._decoder() is kept
-    pipeline.load_lora_weights(tmp_path, "a")
-    fast = draw()
-    pipeline.disable_fast_decoding()
-    assert torch.equal(draw(), fast) and not torch.equal(fast, base)
-    with pytest.raises(ValueError, match="compile, int8: "):
-        pipeline.enable_fast_decoding(compile=True, int8=True)
-    assert torch.equal(draw(), fast)  # a refusal changes nothing
-    pipeline.enable_fast_decoding(int8=True)
-    rounded = make_decoder(base_of(pipeline.model), int8=True)
-    state = torch.randn(3, 32, generator=seeded(0))
-    assert torch.equal(pipeline._decoder().image_logits(state), rounded.image_logits(state))
-    pipeline.disable_fast_decoding()
-    assert not torch.equal(pipeline._decoder().image_logits(state), rounded.image_logits(state))
-    pipeline.fuse_lora()
-    assert torch.equal(draw(), fast)
-    pipeline.enable_fast_decoding()
-    assert torch.equal(draw(), fast)
-    pipeline.unfuse_lora()
-    pipeline.disable_lora()
-    assert torch.equal(draw(), base)
-
-
-def test_compiled_decoding_is_what_draws(pipeline, monkeypatch):
-    """The decoder's step goes through the compiler, and draws the same; code generation is left out."""
-    compiled, graphs = torch.compile, []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    plain = pipeline("red apple", generator=generators(0)).codes
-    monkeypatch.setattr(torch, "compile", lambda f, **options: compiled(f, backend=backend, **options))
-    pipeline.enable_fast_decoding(compile=True)
-    assert torch.equal(pipeline("red apple", generator=generators(0)).codes, plain) and graphs
-    pipeline.disable_fast_decoding()
-    graphs.clear()
-    assert torch.equal(pipeline("red apple", generator=generators(0)).codes, plain) and not graphs

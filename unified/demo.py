@@ -1,9 +1,9 @@
 """A web page for a pipeline: prompt in, the picture out as it is drawn; edits of a mask; captions. Needs gradio."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +54,12 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER) -> Any:
     pipe.set_progress_bar_config(disable=True)
     height, width = pipe.default_size
 
-    @contextmanager
-    def watched(job: Job) -> Iterator[Job]:
-        """A job that is stopped when nobody looks any more."""
+    def followed(job: Job, show: Callable[[Any], Any]) -> Iterator[Any]:
+        """What a page shows of a job, which is stopped when nobody looks any more; without news, something to go on with."""
         try:
-            yield job
+            yield gradio.skip(), waiting_text(job)
+            for output in job.previews(PATIENCE):
+                yield (gradio.skip(), gradio.skip()) if output is None else show(output)
         finally:
             job.cancel()
 
@@ -90,13 +91,9 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER) -> Any:
                 job = engine.alone(lambda: pipe.stream(**options), adapter_of(lora))
             captions = [f"seed {int(seed) + i}" for i in range(int(count))]
             about = f"guidance {guidance:g}, temperature {temperature:g}, LoRA {lora}"
-            with watched(job):
-                yield gradio.skip(), waiting_text(job)
-                for output in job.previews(PATIENCE):
-                    if output is None:  # nothing new; lets a stopped page go
-                        yield gradio.skip(), gradio.skip()
-                        continue
-                    yield list(zip(output.images, captions, strict=True)), drawn_text(output.codes, about)
+            yield from followed(
+                job, lambda output: (list(zip(output.images, captions, strict=True)), drawn_text(output.codes, about))
+            )
         except CancelledError:
             yield gradio.skip(), "Stopped."
         except ValueError as error:
@@ -112,13 +109,7 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER) -> Any:
             options |= {"image": image, "mask_image": mask, "guidance_scale": guidance, "temperature": temperature}
             job = engine.alone(lambda: pipe.stream(**options), adapter_of(lora))
             about = f"seed {int(seed)}, guidance {guidance:g}, temperature {temperature:g}, LoRA {lora}"
-            with watched(job):
-                yield gradio.skip(), waiting_text(job)
-                for output in job.previews(PATIENCE):
-                    if output is None:
-                        yield gradio.skip(), gradio.skip()
-                        continue
-                    yield output.images[0], drawn_text(output.codes, about)
+            yield from followed(job, lambda output: (output.images[0], drawn_text(output.codes, about)))
         except CancelledError:
             yield gradio.skip(), "Stopped."
         except ValueError as error:

@@ -216,10 +216,12 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
         # Packed rows are told apart by restarting position ids, which needs the mask argument to be empty.
         mask = None if plan.documents is not None else attention_mask if cache is not None else plan.attention_mask
         index = running_index(plan) if position_ids is None and cache is None else position_ids
-        coordinates, image_slots = plan.coordinates, plan.image_slots()
+        coordinates, image_slots = plan.coordinates, None if self.slot_gate is None else plan.image_slots()
         if labels is not None and plan.length > 1:  # the last slot predicts nothing
-            embeds, image_slots = embeds[:, :-1].contiguous(), image_slots[:, :-1]
-            mask, index, coordinates = (None if x is None else x[:, :-1] for x in (mask, index, coordinates))
+            embeds = embeds[:, :-1].contiguous()
+            mask, index, coordinates, image_slots = (
+                None if each is None else each[:, :-1] for each in (mask, index, coordinates, image_slots)
+            )
         outputs = self.run_backbone(
             embeds,
             coordinates,

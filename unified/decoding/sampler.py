@@ -36,7 +36,7 @@ class Sampling:
             raise ValueError(f"guidance_scale: {self.guidance_scale} must be at least 1; 1 switches guidance off.")
         if self.guidance_scale > _MOST:
             raise ValueError(f"guidance_scale: {self.guidance_scale} must be at most {_MOST:g}.")
-        if self.temperature <= 0 or self.temperature < 1 / _MOST:  # logits have to stay finite
+        if self.temperature < 1 / _MOST:  # logits have to stay finite
             least = "above 0" if self.temperature <= 0 else f"at least {1 / _MOST:g}"
             raise ValueError(f"temperature: {self.temperature} must be {least}; use top_k=1 for the most likely code.")
         if self.top_k < 0 or int(self.top_k) != self.top_k:

@@ -25,7 +25,7 @@ def learned_slots(batch: dict[str, Tensor], patch_size: int, layout: TokenLayout
     labels = batch["labels"][:, 1:]  # nothing predicts the first token, nor a document's first one
     if "document_ids" in batch:
         documents = batch["document_ids"]
-        labels = labels.where(documents[:, 1:] == documents[:, :-1], torch.tensor(IGNORE))
+        labels = labels.masked_fill(documents[:, 1:] != documents[:, :-1], IGNORE)
     images = int((labels >= layout.text_vocab_size).sum())
     return int((labels != IGNORE).sum()) - images, images / patch_size**2
 
