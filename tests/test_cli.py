@@ -9,6 +9,7 @@ import torch
 from conftest import generators
 from PIL import Image
 from test_lora import noisy_adapter
+from torch._inductor.exc import InductorError
 
 from unified import UnifiedPipeline
 from unified.cli import main
@@ -123,14 +124,18 @@ def test_mistakes_of_files_seeds_and_compilers(folder, tmp_path, capsys, monkeyp
     assert main([*start, str(tmp_path / "cut")]) == 2
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith("unified generate: ")
 
-    def no_compiler(*args, **kwargs):
-        raise RuntimeError("no working C++ compiler\nmore")
+    def failing(error):
+        def call(*args, **kwargs):
+            raise error
 
-    monkeypatch.setattr("unified.pipeline.UnifiedPipeline.__call__", no_compiler)
+        monkeypatch.setattr("unified.pipeline.UnifiedPipeline.__call__", call)
+
+    failing(InductorError(RuntimeError("no working C++ compiler\nmore"), None))
     assert main([*start, folder, "--compile"]) == 2
-    assert "unified generate: compile: no working C++ compiler more; needs" in capsys.readouterr().err
-    with pytest.raises(RuntimeError, match="no working"):
-        main([*start, folder])
+    assert "unified generate: compile: RuntimeError: no working C++ compiler more; needs" in capsys.readouterr().err
+    failing(RuntimeError("out of memory"))  # is nobody's compiler
+    with pytest.raises(RuntimeError, match="out of memory"):
+        main([*start, folder, "--compile"])
 
 
 def test_machine_options(pipeline, folder, tmp_path, capsys, monkeypatch):

@@ -27,9 +27,9 @@ class Page:
         self._seen = {}
         tab.set_default_timeout(WAIT)
 
-    def picture(self, place):
-        """The picture in an element as RGB bytes, None without one."""
-        image = self.tab.locator(f"{place} img").first
+    def picture(self, place, index=0):
+        """A picture in an element as RGB bytes, None without one."""
+        image = self.tab.locator(f"{place} img").nth(index)
         source = image.get_attribute("src") if image.count() else None
         if source is None:
             return None
@@ -38,11 +38,11 @@ class Page:
             self._seen[source] = Image.open(io.BytesIO(body)).convert("RGB").tobytes()
         return self._seen[source]
 
-    def wait_for(self, place, wanted, seconds=60):
+    def wait_for(self, place, wanted, index=0, seconds=60):
         """Wait for a picture; returns the different ones that were there on the way."""
         seen = []
         for _ in range(seconds * 20):
-            if (now := self.picture(place)) is not None and now not in seen:
+            if (now := self.picture(place, index)) is not None and now not in seen:
                 seen.append(now)
             if now == wanted:
                 return seen
@@ -54,8 +54,8 @@ class Page:
             self.tab.locator(f"#{name} input[type=number], #{name} textarea").first.fill(str(value))
             self.tab.keyboard.press("Tab")
 
-    def choose_lora(self, name):
-        self.tab.locator("#lora input").click()
+    def choose(self, what, name):
+        self.tab.locator(f"#{what} input").click()
         self.tab.get_by_role("option", name=name).click()
 
     def open(self, name):
@@ -84,11 +84,16 @@ def page(text_tokenizer, image_tokenizer, tmp_path_factory):
     expected = {"7": draw(7), "8": draw(8), "guided": draw(7, guidance_scale=6.0)}
     picture = Image.effect_mandelbrot((480, 320), (-2, -1, 1, 1), 50).convert("RGB")
     picture.save(folder / "picture.png")
+    wide = {"negative_prompt": "blue car", "num_images_per_prompt": 2, "guidance_scale": 1.5, "temperature": 1.2}
+    for mode in ("plain", "jacobi", "sjd", "gsd"):
+        images = pipe("red apple", decoding=mode, generator=generators(7, 8), **wide).images
+        expected[f"{mode} 7"], expected[f"{mode} 8"] = (image.tobytes() for image in images)
     expected["caption"] = pipe.caption(fit(picture, (16, 16)), temperature=0.85, generator=generators(7)[0])[0]
     pipe.model = noisy_adapter(pipe.model, folder / "outline", 1)
     load_adapters(pipe, [folder / "outline"])
     expected["outline"] = draw(7)
-    assert len(set(expected.values())) == 5
+    assert len({expected[name] for name in ("7", "8", "guided", "outline", "plain 7", "sjd 7", "gsd 7")}) == 7
+    assert expected["jacobi 7"] == expected["plain 7"]
 
     connected, connect = set(), socket.socket.connect
     socket.socket.connect = lambda self, address: connected.add(address) or connect(self, address)
@@ -131,10 +136,10 @@ def test_seed_guidance_and_adapter_decide(page):
     page.tab.locator("#draw").click()
     page.wait_for("#pictures", page.expected["guided"])
     page.set(guidance=1.5)
-    page.choose_lora("outline")
+    page.choose("lora", "outline")
     page.tab.locator("#draw").click()
     page.wait_for("#pictures", page.expected["outline"])
-    page.choose_lora("none")
+    page.choose("lora", "none")
 
 
 def test_stop_frees_the_batch(page, monkeypatch):
@@ -150,6 +155,24 @@ def test_stop_frees_the_batch(page, monkeypatch):
         page.tab.wait_for_timeout(500)
     assert not page.engine._running and page.picture("#pictures") != page.expected["8"]
     gate.release(1000)
+
+
+def test_more_options_decide(page):
+    """Two pictures steered away from something, in every way of decoding."""
+    page.tab.get_by_text("More options").click()
+    page.set(prompt="red apple", seed=7, temperature=1.2, negative="blue car", count=2)
+    for mode, text in (
+        ("sjd", "same distribution"),
+        ("jacobi", "same picture"),
+        ("gsd", "fastest"),
+        ("plain", "one code"),
+    ):
+        page.choose("decoding", text)
+        page.tab.locator("#draw").click()
+        for index in (0, 1):
+            page.wait_for("#pictures", page.expected[f"{mode} {7 + index}"], index)
+    page.tab.locator("#status", has_text="Done: guidance 1.5, temperature 1.2, LoRA none.").wait_for()
+    page.set(temperature=0.85, negative="", count=1)
 
 
 def test_edit_redraws_what_is_painted(page, monkeypatch):
@@ -204,6 +227,25 @@ def test_describe_writes_the_caption(page):
             break
         page.tab.wait_for_timeout(100)
     assert text.input_value().split() == page.expected["caption"].split()
+    page.tab.locator("#describe-status", has_text="Done: seed 7").wait_for()
+
+
+def test_stop_lets_a_waiting_description_go(page):
+    hold = threading.Event()
+    job = page.engine.alone(lambda: [hold.wait(60)])
+    while page.engine._waiting:
+        time.sleep(0.01)
+    page.tab.locator("#describe").click()
+    page.tab.locator("#describe-status", has_text="Working ...").wait_for()
+    (waiting,) = page.engine._waiting
+    page.tab.locator("#stop-describe").click()
+    for _ in range(600):
+        if waiting.cancelled:
+            break
+        page.tab.wait_for_timeout(100)
+    assert waiting.cancelled
+    hold.set()
+    job.result(60)
 
 
 def test_mistakes_are_clear_messages(page):

@@ -43,6 +43,16 @@ def test_loss_and_gradients_equal_those_from_all_scores(rows_at_once, patch_code
         torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6)
 
 
+def test_large_scores_neither_overflow_nor_vanish(rows_at_once):
+    head, hidden, targets = inputs(1, torch.float32)
+    large = (hidden.detach() * 300).requires_grad_()  # scores of some hundred nats: exp alone would be inf or 0
+    expected = torch.nn.functional.cross_entropy(large @ head.weight.T, targets[:, 0], reduction="sum")
+    loss = head(large, targets)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    for ours, theirs in zip(gradients(loss, large, head.weight), gradients(expected, large, head.weight), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
+
+
 def test_a_frozen_head_passes_the_gradient_on(rows_at_once):
     head, hidden, targets = inputs(4)
     expected = gradients(patch_cross_entropy(hidden @ head.weight.T, targets).sum(), hidden)

@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"unified {args.command}: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        if not getattr(args, "compile", False):
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):  # of a failed compilation
             raise
         reason = " ".join(str(error).splitlines()[:2])
         print(f"unified {args.command}: compile: {reason}; needs a C++ compiler, or leave it out.", file=sys.stderr)

@@ -30,7 +30,7 @@ CSS = """
 #pictures {min-height: 390px;}
 #pictures .grid-wrap {max-height: none;}
 #pictures img, #edited img {image-rendering: pixelated;}
-#status p, #edit-status p {opacity: .75; font-size: .9em;}
+#status p, #edit-status p, #describe-status p {opacity: .75; font-size: .9em;}
 """
 
 
@@ -57,7 +57,7 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER) -> Any:
     def followed(job: Job, show: Callable[[Any], Any]) -> Iterator[Any]:
         """What a page shows of a job, which is stopped when nobody looks any more; without news, something to go on with."""
         try:
-            yield gradio.skip(), waiting_text(job)
+            yield gradio.skip(), f"Waiting: {job.ahead} before you." if job.ahead else "Working ..."
             for output in job.previews(PATIENCE):
                 yield (gradio.skip(), gradio.skip()) if output is None else show(output)
         finally:
@@ -115,14 +115,17 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER) -> Any:
         except ValueError as error:
             raise told(error) from error
 
-    def describe(file: str | None, seed: float, temperature: float, lora: str) -> str:
+    def describe(file: str | None, seed: float, temperature: float, lora: str) -> Iterator[Any]:
         try:
             image = fit(opened(file), (height, width))
             (generator,) = checked("-", "", seed, 1)["generator"]
             job = engine.alone(
                 lambda: pipe.caption(image, temperature=temperature, generator=generator), adapter_of(lora)
             )
-            return job.result()
+            about = f"Done: seed {int(seed)}, temperature {temperature:g}, LoRA {lora}."
+            yield from followed(job, lambda text: (text, about))
+        except CancelledError:
+            yield gradio.skip(), "Stopped."
         except ValueError as error:
             raise told(error) from error
 
@@ -172,7 +175,9 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER) -> Any:
                     )  # fmt: skip
                     status = gradio.Markdown(elem_id="status")
                     with gradio.Accordion("More options", open=False):
-                        negative = gradio.Textbox(label="Negative prompt", info="What to steer away from.")
+                        negative = gradio.Textbox(
+                            label="Negative prompt", info="What to steer away from.", elem_id="negative"
+                        )
                         count = gradio.Slider(
                             1,
                             IMAGES_LIMIT,
@@ -182,13 +187,15 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER) -> Any:
                             info="Each has the next seed.",
                             elem_id="count",
                         )
-                        decoding = gradio.Dropdown(DECODING, value="plain", label="Decoding")
+                        decoding = gradio.Dropdown(DECODING, value="plain", label="Decoding", elem_id="decoding")
                 with gradio.Tab("Edit"):
                     gradio.Markdown(
                         "Upload a picture, paint over what is to be redrawn, and say what the whole picture shows."
                     )
                     change = gradio.Textbox(label="Prompt", placeholder="green apple", elem_id="change")
-                    redraw = gradio.Button("Redraw", variant="primary", elem_id="redraw")
+                    with gradio.Row():
+                        redraw = gradio.Button("Redraw", variant="primary", elem_id="redraw", scale=3)
+                        stop_edit = gradio.Button("Stop", elem_id="stop-edit", scale=1)
                     with gradio.Row():
                         canvas = gradio.ImageEditor(
                             type="pil", label="Picture", sources=["upload", "clipboard"],
@@ -204,20 +211,24 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER) -> Any:
                         type="filepath", image_mode=None, label="Picture", sources=["upload", "clipboard"], elem_id="upload",
                         height=400,
                     )  # fmt: skip
-                    ask = gradio.Button("Describe", variant="primary", elem_id="describe")
+                    with gradio.Row():
+                        ask = gradio.Button("Describe", variant="primary", elem_id="describe", scale=3)
+                        stop_describe = gradio.Button("Stop", elem_id="stop-describe", scale=1)
                     text = gradio.Textbox(label="Description", elem_id="description")
+                    described = gradio.Markdown(elem_id="describe-status")
         fresh.click(lambda: random.randrange(2**31), outputs=seed, show_progress="hidden", api_visibility="private")
         shown: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden"}
         drawing = gradio.on(
             [button.click, prompt.submit], draw,
             [prompt, negative, seed, count, guidance, temperature, decoding, lora], [gallery, status], **shown,
         )  # fmt: skip
-        stop.click(None, cancels=[drawing])
-        gradio.on(
+        editing = gradio.on(
             [redraw.click, change.submit], edit, [change, canvas, seed, guidance, temperature, lora],
             [edited, edit_status], **shown,
         )  # fmt: skip
-        ask.click(describe, [upload, seed, temperature, lora], text, concurrency_limit=None)
+        describing = ask.click(describe, [upload, seed, temperature, lora], [text, described], **shown)
+        for halt, event in ((stop, drawing), (stop_edit, editing), (stop_describe, describing)):
+            halt.click(None, cancels=[event])
     return page.queue(max_size=None)
 
 
@@ -237,11 +248,6 @@ def parameters(pipe: UnifiedPipeline) -> str:
         if count >= size:
             return f"{count / size:.1f} {name} parameters"
     return f"{count} parameters"
-
-
-def waiting_text(job: Job) -> str:
-    """What to tell somebody whose job has been queued."""
-    return f"Waiting: {job.ahead} before you." if job.ahead else "Drawing ..."
 
 
 def drawn_text(codes: torch.Tensor, about: str) -> str:

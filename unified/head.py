@@ -55,23 +55,30 @@ class _PatchLoss(torch.autograd.Function):
         by_hidden = torch.empty_like(hidden) if wants_hidden else None
         by_weight = torch.zeros_like(weight) if wants_weight else None
         rows = max(1, _SCORES_AT_ONCE // weight.shape[0])
+        buffer = hidden.new_empty(min(rows, len(hidden)), weight.shape[0], dtype=torch.float32)
         losses = [hidden.new_zeros(0, dtype=torch.float32)]
         with torch.autocast(hidden.device.type, enabled=False):
             matrix = weight.to(dtype)
             for start in range(0, len(hidden), rows):
                 part, codes = hidden[start : start + rows].to(dtype), targets[start : start + rows]
-                scores = torch.log_softmax((part @ matrix.T).float(), dim=-1)
-                losses.append(-scores.gather(1, codes).mean(dim=1))
+                if dtype == torch.float32:
+                    scores = torch.mm(part, matrix.T, out=buffer[: len(part)])
+                else:
+                    scores = buffer[: len(part)].copy_(part @ matrix.T)
+                peak = scores.amax(dim=1, keepdim=True)
+                of_targets = scores.gather(1, codes).mean(dim=1, keepdim=True)
+                total = scores.sub_(peak).exp_().sum(dim=1, keepdim=True)
+                losses.append((peak + total.log() - of_targets).squeeze(1))
                 if not (wants_hidden or wants_weight):
                     continue
-                share = scores.new_full((), -1 / codes.shape[1]).expand(codes.shape)
-                gradient = scores.exp_().scatter_add_(1, codes, share).to(dtype)
+                # Probabilities less the targets' share, times total: dividing the small factors saves a pass.
+                gradient = scores.scatter_add_(1, codes, (-total / codes.shape[1]).expand(codes.shape)).to(dtype)
                 if by_hidden is not None:
-                    by_hidden[start : start + rows] = gradient @ matrix
+                    by_hidden[start : start + rows] = (gradient @ matrix) / total
                 if by_weight is not None and by_weight.dtype == dtype:
-                    by_weight.addmm_(gradient.T, part)
+                    by_weight.addmm_(gradient.T, part / total)
                 elif by_weight is not None:
-                    by_weight += gradient.T @ part
+                    by_weight += gradient.T @ (part / total).to(dtype)
         ctx.save_for_backward(by_hidden, by_weight)
         return torch.cat(losses).sum()
 
