@@ -140,7 +140,7 @@ def test_forced_codes_stay_and_a_picture_is_its_own(mode):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"mode": "magic"}, "decoding: 'magic' is unknown"), ({"window": 1}, "window, group_size: 1 and 8"),
+    [({"mode": "magic"}, "decoding: 'magic' is unknown"), ({"window": 1}, "window, group_size: 1 and 16"),
      ({"group_size": 0}, "window, group_size: 16 and 0")],
 )  # fmt: skip
 def test_bad_options_are_named(options, message):

@@ -41,7 +41,7 @@ def speculate_codes(
     known: Tensor | None = None,
     mode: str = "sjd",
     window: int = 16,
-    group_size: int = 8,
+    group_size: int = 16,
 ) -> Iterator[Tensor]:
     """Decode one image span after every prompt, one picture after the other.
 
