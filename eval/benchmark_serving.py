@@ -157,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "torch": torch.__version__, "threads": args.threads, "requests": args.requests, "slots": args.slots,
         "rounds": args.rounds, "guidance": SAMPLING.guidance_scale, "dtype": "float32",
         "model": args.pipeline or f"Llama, width {args.width}, {args.layers} layers, random weights",
-        "codes": f"{args.grid}x{args.grid}", "vq_decoding": "included",
+        "codes": "x".join(str(side // pipe.image_tokenizer.downsample) for side in pipe.default_size), "vq_decoding": "included",
         "ratios": "engine against one request at a time, same arrivals; above 1 where the engine is better",
     }  # fmt: skip
     if args.json:

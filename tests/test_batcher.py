@@ -22,7 +22,7 @@ def picture_requests(sampling, grid=(4, 4)):
 @pytest.mark.parametrize("positions", ["1d", "2d"])
 @pytest.mark.parametrize("sampling", [Sampling(top_k=8), Sampling(guidance_scale=2.0, guidance_schedule="cosine")])
 def test_pictures_are_those_of_the_plain_loop_whenever_they_arrive(positions, sampling):
-    """Five requests, two at a time, the last ones submitted while the first are running; the ring goes round often."""
+    """Five requests, two at a time, the last ones submitted while the first are running; columns move back."""
     decoder = make_decoder(tiny_model(positions=positions))
     batcher = Batcher(decoder, slots=2 * (1 + sampling.guided), length=25)
     requests, results = picture_requests(sampling), {}
@@ -39,6 +39,29 @@ def test_pictures_are_those_of_the_plain_loop_whenever_they_arrive(positions, sa
     for i, request in enumerate(requests):
         (segment,) = results[request]
         alone = generate_codes(decoder, [PICTURES[i]], [[1, 3]], (4, 4), sampling, generators(i))
+        assert torch.equal(segment.codes, alone[0])
+
+
+def test_a_long_prompt_joins_a_row_that_has_just_begun(monkeypatch):
+    """Columns move on to make room before it, and back when the last one is written."""
+    decoder = make_decoder(tiny_model(positions="2d"))
+    batcher, sampling, grid = Batcher(decoder, slots=4, length=36), Sampling(guidance_scale=2.0), (4, 4)
+    moved, move = [], batcher._move
+    monkeypatch.setattr(batcher, "_move", lambda by: moved.append(by) or move(by))
+    prompts = [(1, 3), (1, *range(5, 20), 3), (1, 6, 3), (1, 7, 8, 3)]
+    requests = [
+        Request(Prompt(p), grid, *generators(i), image_sampling=sampling, negative=Prompt((1, 3)))
+        for i, p in enumerate(prompts)
+    ]
+    results = {}
+    for step in range(60):
+        if step in (0, 1, 12, 20):
+            batcher.submit(requests[(0, 1, 12, 20).index(step)])
+        results.update(batcher.step())
+    assert [by > 0 for by in moved] == [True, True, False] and not batcher.busy
+    for i, (prompt, request) in enumerate(zip(prompts, requests, strict=True)):
+        (segment,) = results[request]
+        alone = generate_codes(decoder, [prompt], [[1, 3]], grid, sampling, generators(i))
         assert torch.equal(segment.codes, alone[0])
 
 

@@ -96,10 +96,10 @@ class BackboneDecoder(Decoder):
         return self.model.image_head(hidden)
 
     def _sliding(self, embeds: Tensor, cache: KeyValueCache, bias: Tensor | None) -> Tensor:
-        """The bias with columns outside the window hidden; a column's age counts back round the end of the cache."""
+        """The bias with columns outside the window hidden."""
         assert self._window is not None
         queries = torch.arange(cache.column, cache.column + embeds.shape[1], device=embeds.device)
-        age = (queries[:, None] - torch.arange(cache.end, device=embeds.device)) % cache.length
+        age = queries[:, None] - torch.arange(cache.end, device=embeds.device)
         far = torch.zeros(age.shape, dtype=embeds.dtype, device=embeds.device).masked_fill(
             age >= self._window, float("-inf")
         )

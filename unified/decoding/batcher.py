@@ -1,8 +1,9 @@
 """Continuous batching: requests join and leave a running batch, each row in its own modality.
 
-All rows share the cache column that is written next. The cache is a ring, so a request may join at any step: its prompt
-is copied to the columns just before, and a bias hides what other requests left there. A guided request holds a second
-row for its unconditional side.
+All rows share the cache column that is written next. A request may join at any step: its prompt is copied to the columns
+just before, and a bias hides what other requests left there. A step reads the columns from the oldest running request on;
+when the last column is written, those move back to the front. A guided request holds a second row for its unconditional
+side.
 """
 
 from collections import deque
@@ -67,6 +68,7 @@ class _Row:
         self.text: list[int] = []
         self.codes: list[int] = []
         self.written = self.pictures = 0
+        self.first = 0  # column of the cache where it begins
         self.position = [0.0, 0.0]  # next coordinate of the row and of its unconditional side
         self.places: Tensor | None = None  # (rows, h*w, ...) positions in the picture being drawn
         self.scales: list[float] = []  # guidance of its codes
@@ -116,10 +118,10 @@ class Batcher:
         self.waiting: deque[Request] = deque()
         self.rows: list[_Row] = []
         self.failed: dict[Request, ValueError] = {}  # what :meth:`step` gave up
-        self._cache = KeyValueCache(length)
+        self._cache = KeyValueCache(length + max(1, length // 4))  # columns move back every length // 4 steps or later
         self._column = 0
         dtype, device = decoder.model.dtype, decoder.model.device
-        self._bias = torch.full((slots, 1, 1, length), float("-inf"), dtype=dtype, device=device)
+        self._bias = torch.full((slots, 1, 1, self._cache.length), float("-inf"), dtype=dtype, device=device)
         self._hidden = torch.zeros(slots, decoder.model.backbone.config.hidden_size, dtype=dtype, device=device)
         self._nowhere = decoder.positions(torch.zeros(slots, 1, 2, device=device))
 
@@ -223,19 +225,37 @@ class Batcher:
             return
         state = prefill(self.decoder, [prompt for _, _, prompt in placed], 0)
         end = state.cache.end
+        if not self.rows:
+            self._column = 0
         if not self._cache.keys:
             for mine, theirs in ((self._cache.keys, state.cache.keys), (self._cache.values, state.cache.values)):
-                mine += [t.new_zeros(self.slots, t.shape[1], self.length, t.shape[3]) for t in theirs]
+                mine += [t.new_zeros(self.slots, t.shape[1], self._cache.length, t.shape[3]) for t in theirs]
+        longest = max(len(prompt.ids) for _, _, prompt in placed)
+        if longest > self._column:
+            self._move(longest - self._column)
         for i, (row, side, prompt) in enumerate(placed):
             slot, count = row.slots[side], len(prompt.ids)
-            columns = torch.arange(self._column - count, self._column, device=state.hidden.device) % self.length
+            columns = slice(self._column - count, self._column)
+            row.first = columns.start if side == 0 else min(row.first, columns.start)
             for mine, theirs in ((self._cache.keys, state.cache.keys), (self._cache.values, state.cache.values)):
                 for target, source in zip(mine, theirs, strict=True):
-                    target[slot][:, columns] = source[i, :, end - count : end]
+                    target[slot, :, columns] = source[i, :, end - count : end]
             self._bias[slot] = float("-inf")
             self._bias[slot, :, :, columns] = 0.0
             self._hidden[slot] = state.hidden[i]
             row.position[side] = float(state.position[i])
+
+    def _move(self, by: int) -> None:
+        """Move the columns that are still read."""
+        first, stop = min((row.first for row in self.rows), default=self._column), self._column
+        bias = self._bias[..., first:stop].clone()
+        self._bias.fill_(float("-inf"))
+        self._bias[..., first + by : stop + by] = bias
+        for kept in (*self._cache.keys, *self._cache.values):
+            kept[:, :, first + by : stop + by] = kept[:, :, first:stop].clone()
+        for row in self.rows:
+            row.first += by
+        self._column += by
 
     def _draw_codes(self, rows: list[_Row]) -> None:
         for sampling, alike in _grouped(rows, lambda row: row.request.image_sampling):
@@ -319,15 +339,21 @@ class Batcher:
             embeds[slots] = self.decoder.embed(torch.tensor(codes, device=device)).to(embeds.dtype)
             positions[slots] = torch.cat(places)[:, None]
             image_slots[slots] = True
+        first = min(row.first for row in self.rows)
+        if self._column == self._cache.length:
+            self._move(-first)
+            first = 0
         self._bias[..., self._column] = 0.0
         used = 1 + max(slot for row in self.rows for slot in row.slots)  # the free rows above cost nothing
+        read = (slice(used), slice(None), slice(first, self._column + 1))
         cache = KeyValueCache(self.length)
-        cache.keys, cache.values = [k[:used] for k in self._cache.keys], [v[:used] for v in self._cache.values]
-        cache.column, cache.end = self._column, self.length
-        self._hidden[:used] = self.decoder(
-            embeds[:used, None], positions[:used], cache, self._bias[:used], image_slots[:used]
-        )[:, -1]
-        self._column = (self._column + 1) % self.length
+        cache.keys, cache.values = [k[read] for k in self._cache.keys], [v[read] for v in self._cache.values]
+        cache.column = self._column - first
+        bias = self._bias[:used, ..., first : self._column + 1]
+        self._hidden[:used] = self.decoder(embeds[:used, None], positions[:used], cache, bias, image_slots[:used])[
+            :, -1
+        ]
+        self._column += 1
         self._place([(row, 1, row.request.negative) for row in opening if len(row.slots) == 2 and row.request.negative])
         for row in opening:
             row.open_picture()

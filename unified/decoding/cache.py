@@ -10,7 +10,7 @@ class KeyValueCache(Cache):
     """Keys and values of every layer, ``(B, heads, length, head_dim)``; all rows share the column that is written next.
 
     Rows of different lengths end in the same column, so a row's first columns may be empty; the attention bias hides
-    them. ``column`` may be set back to write anew what speculation got wrong, or to 0 to go round.
+    them. ``column`` may be set back to write anew what speculation got wrong.
 
     Args:
         length: number of columns.
