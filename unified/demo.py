@@ -207,6 +207,10 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER) -> Any:
                         )  # fmt: skip
                     edit_status = gradio.Markdown(elem_id="edit-status")
                 with gradio.Tab("Describe"):
+                    gradio.Markdown(
+                        "For models trained on pictures followed by their captions (`data.captioning`); others have not "
+                        "learned to, and write nonsense."
+                    )
                     upload = gradio.Image(
                         type="filepath", image_mode=None, label="Picture", sources=["upload", "clipboard"], elem_id="upload",
                         height=400,
