@@ -6,6 +6,7 @@ from concurrent.futures import CancelledError
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -92,7 +93,14 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER) -> Any:
             captions = [f"seed {int(seed) + i}" for i in range(int(count))]
             about = f"guidance {guidance:g}, temperature {temperature:g}, LoRA {lora}"
             yield from followed(
-                job, lambda output: (list(zip(output.images, captions, strict=True)), drawn_text(output.codes, about))
+                job,
+                lambda output: (
+                    [
+                        (stored(image, gallery.GRADIO_CACHE), text)
+                        for image, text in zip(output.images, captions, strict=True)
+                    ],
+                    drawn_text(output.codes, about),
+                ),
             )
         except CancelledError:
             yield gradio.skip(), "Stopped."
@@ -252,6 +260,20 @@ def parameters(pipe: UnifiedPipeline) -> str:
         if count >= size:
             return f"{count / size:.1f} {name} parameters"
     return f"{count} parameters"
+
+
+def stored(image: Image.Image, cache: str) -> str:
+    """Path of a picture in gradio's cache. Gradio itself writes one anew that is there, while a browser may be reading it."""
+    from gradio.processing_utils import encode_pil_to_bytes, hash_bytes
+
+    data = encode_pil_to_bytes(image, "png")
+    path = Path(cache) / hash_bytes(data) / "image.png"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(uuid4().hex)
+        part.write_bytes(data)
+        part.replace(path)
+    return str(path)
 
 
 def drawn_text(codes: torch.Tensor, about: str) -> str:
