@@ -43,6 +43,18 @@ def test_loss_and_gradients_equal_those_from_all_scores(rows_at_once, patch_code
         torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6)
 
 
+def test_weights_in_bfloat16(rows_at_once):
+    head, hidden, targets = inputs(4, torch.bfloat16)
+    expected = patch_cross_entropy(hidden @ head.weight.T, targets).sum()
+    loss = head(hidden, targets)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    for ours, theirs in zip(
+        gradients(loss, hidden, head.weight), gradients(expected, hidden, head.weight), strict=True
+    ):
+        assert ours.dtype == torch.bfloat16
+        torch.testing.assert_close(ours, theirs, rtol=0.03, atol=0.03)
+
+
 def test_large_scores_neither_overflow_nor_vanish(rows_at_once):
     head, hidden, targets = inputs(1, torch.float32)
     large = (hidden.detach() * 300).requires_grad_()  # scores of some hundred nats: exp alone would be inf or 0

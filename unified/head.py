@@ -75,10 +75,13 @@ class _PatchLoss(torch.autograd.Function):
                 gradient = scores.scatter_add_(1, codes, (-total / codes.shape[1]).expand(codes.shape)).to(dtype)
                 if by_hidden is not None:
                     by_hidden[start : start + rows] = (gradient @ matrix) / total
-                if by_weight is not None and by_weight.dtype == dtype:
-                    by_weight.addmm_(gradient.T, part / total)
-                elif by_weight is not None:
-                    by_weight += gradient.T @ (part / total).to(dtype)
+                if by_weight is None:
+                    continue
+                shared = (part / total).to(dtype)
+                if by_weight.dtype == dtype:
+                    by_weight.addmm_(gradient.T, shared)
+                else:
+                    by_weight += gradient.T @ shared
         ctx.save_for_backward(by_hidden, by_weight)
         return torch.cat(losses).sum()
 

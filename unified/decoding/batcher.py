@@ -350,9 +350,8 @@ class Batcher:
         cache.keys, cache.values = [k[read] for k in self._cache.keys], [v[read] for v in self._cache.values]
         cache.column = self._column - first
         bias = self._bias[:used, ..., first : self._column + 1]
-        self._hidden[:used] = self.decoder(embeds[:used, None], positions[:used], cache, bias, image_slots[:used])[
-            :, -1
-        ]
+        hidden = self.decoder(embeds[:used, None], positions[:used], cache, bias, image_slots[:used])
+        self._hidden[:used] = hidden[:, -1]
         self._column += 1
         self._place([(row, 1, row.request.negative) for row in opening if len(row.slots) == 2 and row.request.negative])
         for row in opening:
