@@ -49,6 +49,13 @@ class Page:
             self.tab.wait_for_timeout(50)
         raise AssertionError("the picture did not appear")
 
+    def until(self, condition):
+        """Let the page go on until something holds, for a minute at most."""
+        for _ in range(600):
+            if condition():
+                break
+            self.tab.wait_for_timeout(100)
+
     def set(self, **fields):
         for name, value in fields.items():
             self.tab.locator(f"#{name} input[type=number], #{name} textarea").first.fill(str(value))
@@ -222,10 +229,7 @@ def test_describe_writes_the_caption(page):
     page.set(seed=7)
     page.tab.locator("#describe").click()
     text = page.tab.locator("#description textarea")
-    for _ in range(600):
-        if text.input_value():
-            break
-        page.tab.wait_for_timeout(100)
+    page.until(text.input_value)
     assert text.input_value().split() == page.expected["caption"].split()
     page.tab.locator("#describe-status", has_text="Done: seed 7").wait_for()
 
@@ -239,10 +243,7 @@ def test_stop_lets_a_waiting_description_go(page):
     page.tab.locator("#describe-status", has_text="Working ...").wait_for()
     (waiting,) = page.engine._waiting
     page.tab.locator("#stop-describe").click()
-    for _ in range(600):
-        if waiting.cancelled:
-            break
-        page.tab.wait_for_timeout(100)
+    page.until(lambda: waiting.cancelled)
     assert waiting.cancelled
     hold.set()
     job.result(60)

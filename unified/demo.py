@@ -14,7 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from unified.crops import fit
 from unified.decoding import Sampling
 from unified.lora import base_of, check_layout
-from unified.pipeline import UnifiedPipeline
+from unified.pipeline import UnifiedPipeline, UnifiedPipelineOutput
 from unified.serving import Engine, Job
 from unified_tokenizers.images import as_rgb
 
@@ -61,6 +61,8 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER) -> Any:
             yield gradio.skip(), f"Waiting: {job.ahead} before you." if job.ahead else "Working ..."
             for output in job.previews(PATIENCE):
                 yield (gradio.skip(), gradio.skip()) if output is None else show(output)
+        except CancelledError:
+            yield gradio.skip(), "Stopped."
         finally:
             job.cancel()
 
@@ -92,18 +94,12 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER) -> Any:
                 job = engine.alone(lambda: pipe.stream(**options), adapter_of(lora))
             captions = [f"seed {int(seed) + i}" for i in range(int(count))]
             about = f"guidance {guidance:g}, temperature {temperature:g}, LoRA {lora}"
-            yield from followed(
-                job,
-                lambda output: (
-                    [
-                        (stored(image, gallery.GRADIO_CACHE), text)
-                        for image, text in zip(output.images, captions, strict=True)
-                    ],
-                    drawn_text(output.codes, about),
-                ),
-            )
-        except CancelledError:
-            yield gradio.skip(), "Stopped."
+
+            def show(output: UnifiedPipelineOutput) -> tuple[list[tuple[str, str]], str]:
+                paths = [stored(image, gallery.GRADIO_CACHE) for image in output.images]
+                return list(zip(paths, captions, strict=True)), drawn_text(output.codes, about)
+
+            yield from followed(job, show)
         except ValueError as error:
             raise told(error) from error
 
@@ -118,8 +114,6 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER) -> Any:
             job = engine.alone(lambda: pipe.stream(**options), adapter_of(lora))
             about = f"seed {int(seed)}, guidance {guidance:g}, temperature {temperature:g}, LoRA {lora}"
             yield from followed(job, lambda output: (output.images[0], drawn_text(output.codes, about)))
-        except CancelledError:
-            yield gradio.skip(), "Stopped."
         except ValueError as error:
             raise told(error) from error
 
@@ -132,8 +126,6 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER) -> Any:
             )
             about = f"Done: seed {int(seed)}, temperature {temperature:g}, LoRA {lora}."
             yield from followed(job, lambda text: (text, about))
-        except CancelledError:
-            yield gradio.skip(), "Stopped."
         except ValueError as error:
             raise told(error) from error
 

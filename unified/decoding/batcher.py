@@ -178,8 +178,8 @@ class Batcher:
         results: dict[Request, list[Segment]] = {}
         while self.busy:
             results.update(self.step())
-            for error in self.failed.values():
-                raise error
+            if self.failed:
+                raise next(iter(self.failed.values()))
         return [results[request] for request in requests]
 
     @torch.inference_mode()
@@ -245,9 +245,14 @@ class Batcher:
             self._hidden[slot] = state.hidden[i]
             row.position[side] = float(state.position[i])
 
+    @property
+    def _first(self) -> int:
+        """The first column that is still read."""
+        return min((row.first for row in self.rows), default=self._column)
+
     def _move(self, by: int) -> None:
         """Move the columns that are still read."""
-        first, stop = min((row.first for row in self.rows), default=self._column), self._column
+        first, stop = self._first, self._column
         bias = self._bias[..., first:stop].clone()
         self._bias.fill_(float("-inf"))
         self._bias[..., first + by : stop + by] = bias
@@ -339,10 +344,9 @@ class Batcher:
             embeds[slots] = self.decoder.embed(torch.tensor(codes, device=device)).to(embeds.dtype)
             positions[slots] = torch.cat(places)[:, None]
             image_slots[slots] = True
-        first = min(row.first for row in self.rows)
         if self._column == self._cache.length:
-            self._move(-first)
-            first = 0
+            self._move(-self._first)
+        first = self._first
         self._bias[..., self._column] = 0.0
         used = 1 + max(slot for row in self.rows for slot in row.slots)  # the free rows above cost nothing
         read = (slice(used), slice(None), slice(first, self._column + 1))
