@@ -8,7 +8,7 @@ from test_decoding import naive_codes
 from unified.decoding import Sampling, generate_codes, make_decoder
 from unified.decoding.backbone import BackboneDecoder
 from unified.decoding.lean import LeanDecoder
-from unified.decoding.linear import LEVELS, Dense, Int8
+from unified.decoding.linear import LEVELS, Dense, Int8, Packed
 from unified.decoding.speculative import speculate_codes
 from unified.lora import attach_lora, base_of
 
@@ -106,6 +106,23 @@ def test_compiled_equals_eager(monkeypatch):
         *_, codes = speculate_codes(decoder, *options, generators(0, 1), mode="jacobi", window=window)
         assert torch.equal(codes.reshape(2, 4, 4), eager)
     assert one_by_one < len(graphs) <= one_by_one + 5  # windows are compiled too, not once for each width
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [None, torch.randn(40)])
+def test_packed_weights_compute_what_dense_ones_do(dtype, bias):
+    weight, bias = torch.randn(40, 64).to(dtype), None if bias is None else bias.to(dtype)
+    if not Packed.takes(weight):
+        pytest.skip("oneDNN has no quick products for this here")
+    packed, dense = Packed(weight, bias), Dense(weight, bias)
+    tolerance = {"rtol": 1e-5, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.1}
+    for shape in ((1,), (2,), (3,), (5,), (1, 1), (2, 3), ()):
+        x = torch.randn(*shape, 64).to(dtype)
+        torch.testing.assert_close(packed(x), dense(x), **tolerance)
+    x, residual = torch.randn(2, 64).to(dtype), torch.randn(2, 40).to(dtype)
+    kept = residual.clone()
+    torch.testing.assert_close(packed.add_to(residual, x), dense.add_to(residual, x), **tolerance)
+    assert torch.equal(residual, kept)
 
 
 def test_int8_rounds_weights_per_output_and_inputs_per_row():

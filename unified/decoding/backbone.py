@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from unified.decoding.cache import KeyValueCache
-from unified.decoding.sampler import Sampling, draw_filtered
 from unified.model import UnifiedForCausalLM
 
 
@@ -38,10 +37,6 @@ class Decoder(Protocol):
     def embed(self, codes: Tensor) -> Tensor:
         """Image codes ``(...)`` to ``(..., D)``."""
         return self.model.image_embed(codes)
-
-    def draw(self, hidden: Tensor, sampling: Sampling, noise: Tensor) -> Tensor:
-        """One code for each final state ``(B, D)`` with the noise ``(B, K)`` of its place."""
-        return draw_filtered(self.image_logits(hidden), sampling, noise)
 
 
 class BackboneDecoder(Decoder):

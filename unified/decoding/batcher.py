@@ -17,7 +17,7 @@ from unified.decoding.backbone import Decoder
 from unified.decoding.cache import KeyValueCache
 from unified.decoding.engine import span_coordinates
 from unified.decoding.prefill import Prompt, prefill
-from unified.decoding.sampler import PositionNoise, Sampling, draw, filter_logits, guide
+from unified.decoding.sampler import PositionNoise, Sampling, draw, draw_filtered, filter_logits, guide
 from unified.npp import Grid
 from unified.rope import span_offsets
 from unified.sequence import ImageSegment, Segment, TextSegment
@@ -282,7 +282,7 @@ class Batcher:
         for row in rows:
             assert row.image_noise is not None  # set when the picture opened
             noise.append(row.image_noise.at(len(row.codes))[:, 0])
-        drawn = self.decoder.draw(hidden, sampling, torch.cat(noise))
+        drawn = draw_filtered(self.decoder.image_logits(hidden), sampling, torch.cat(noise))
         for row, code in zip(rows, drawn.tolist(), strict=True):
             row.codes.append(code)
             if len(row.codes) == len(row.scales):

@@ -8,7 +8,7 @@ from torch import Tensor
 from unified.decoding.backbone import Decoder
 from unified.decoding.lean import make_decoder
 from unified.decoding.prefill import Prefilled, Prompt, causal_bias, prefill
-from unified.decoding.sampler import PositionNoise, Sampling, guide
+from unified.decoding.sampler import PositionNoise, Sampling, draw_filtered, guide
 from unified.model import UnifiedForCausalLM
 from unified.npp import Grid
 from unified.rope import span_offsets
@@ -102,7 +102,7 @@ def continue_span(
             if sampling.guided:
                 conditional, unconditional = hidden.chunk(2)
                 hidden = guide(conditional, unconditional, scales[step])
-            drawn = decoder.draw(hidden, sampling, noise.at(step)[:, 0])
+            drawn = draw_filtered(decoder.image_logits(hidden), sampling, noise.at(step)[:, 0])
             codes[:, step] = torch.where(codes[:, step] < 0, drawn, codes[:, step])
         first, step = step, step + 1
         yield codes[:, :step]

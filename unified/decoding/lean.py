@@ -19,27 +19,24 @@ from torch import Tensor, nn
 
 from unified.decoding.backbone import BackboneDecoder, Decoder
 from unified.decoding.cache import KeyValueCache
-from unified.decoding.linear import Dense, Int8
-from unified.decoding.sampler import Sampling
-from unified.decoding.screen import Screen
+from unified.decoding.linear import Dense, Int8, Packed
 from unified.head import ImageHead
 from unified.lora_active import active_table
 from unified.model import UnifiedForCausalLM
 
 FAMILIES = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
-SCREENED_FROM = 4096  # codes from which on screening pays
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # their angles depend on the position alone
 
 
 @dataclass
 class _Layer:
     attention_norm: Tensor
-    qkv: Dense | Int8
+    qkv: Dense | Packed | Int8
     head_norms: Tensor | None  # (query heads + key heads, head_dim)
-    output: Dense | Int8
+    output: Dense | Packed | Int8
     mlp_norm: Tensor
-    gate_up: Dense | Int8
-    down: Dense | Int8
+    gate_up: Dense | Packed | Int8
+    down: Dense | Packed | Int8
 
 
 def make_decoder(model: UnifiedForCausalLM, compile: bool = False, int8: bool = False) -> Decoder:
@@ -106,17 +103,16 @@ class LeanDecoder(Decoder):
         self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
         self._activation = decoder.layers[0].mlp.act_fn
         self._norm, self._epsilon = decoder.norm.weight.detach(), config.rms_norm_eps
-        self._kind: type[Dense] | type[Int8] = Int8 if int8 else Dense
+        weight = _weights(model.image_head)[0]
+        dense = Packed if Packed.takes(weight) and not compile else Dense
+        self._kind: type[Dense | Packed | Int8] = Int8 if int8 else dense
         with torch.no_grad():
             self._layers = [self._fuse(layer, self._kind) for layer in decoder.layers]
-            weight, _ = _weights(model.image_head)
             self._head = self._kind(weight)
-            exact = self._kind is Dense and weight.dtype == torch.float32 and weight.device.type == "cpu"
-            self._screen = Screen(weight) if exact and len(weight) >= SCREENED_FROM else None
             self._table = _weights(model.image_embed)[0].detach()
         self._compiled = torch.compile(self._step, dynamic=True) if compile else None
 
-    def _fuse(self, layer: Any, kind: type[Dense] | type[Int8]) -> _Layer:
+    def _fuse(self, layer: Any, kind: type[Dense | Packed | Int8]) -> _Layer:
         attention, mlp = layer.self_attn, layer.mlp
         query, key = (self._paired(*_weights(module)) for module in (attention.q_proj, attention.k_proj))
         norms = None
@@ -172,21 +168,12 @@ class LeanDecoder(Decoder):
         """See :class:`Decoder`."""
         return self._head(hidden)
 
-    def draw(self, hidden: Tensor, sampling: Sampling, noise: Tensor) -> Tensor:
-        """See :class:`Decoder`; one or two rows are drawn by screening, with the same codes."""
-        if self._screen is not None and len(hidden) <= 2 and sampling.top_p == 1:
-            drawn = [self._screen.draw(state, sampling, own) for state, own in zip(hidden, noise, strict=True)]
-            codes = [code for code in drawn if code is not None]
-            if len(codes) == len(drawn):
-                return torch.stack(codes)
-        return super().draw(hidden, sampling, noise)
-
     def text_logits(self, hidden: Tensor) -> Tensor:
         """See :class:`Decoder`."""
         return self._text_head(hidden)
 
     @cached_property
-    def _text_head(self) -> Dense | Int8:
+    def _text_head(self) -> Dense | Packed | Int8:
         """The text head, often the largest matrix, copied once text is written."""
         with torch.no_grad():
             return self._kind(*_weights(self.model.get_output_embeddings()))

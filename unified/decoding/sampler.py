@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_TRIED = 32  # best codes that are tried before the top-k is selected
 _MOST = 1e4  # of a guidance scale, and of what a temperature multiplies logits by
 
 
@@ -126,8 +127,8 @@ def draw(logits: Tensor, noise: Tensor) -> Tensor:
 def draw_filtered(logits: Tensor, sampling: Sampling, noise: Tensor) -> Tensor:
     """``draw(filter_logits(logits, sampling), noise)`` of ``(B, K)``; on a CPU a large top-k without its threshold.
 
-    If the best of all codes has fewer than k likelier ones, it is the best of the top-k. Otherwise it and every code that
-    is not likelier are out, and the best of the rest is looked at: a few passes over a row instead of a selection.
+    The best code of all, noise included, is that of the top-k if fewer than k codes are likelier. Otherwise it and every
+    code that is not likelier are out, and the next best is looked at: a few passes over a row instead of a selection.
     """
     size, top_k = logits.shape[-1], int(sampling.top_k)
     if logits.device.type != "cpu" or sampling.top_p < 1 or not size // 16 < top_k < size:
@@ -135,16 +136,20 @@ def draw_filtered(logits: Tensor, sampling: Sampling, noise: Tensor) -> Tensor:
     logits = logits.float()
     if sampling.temperature != 1:
         logits = logits / sampling.temperature
-    codes = []
-    for row, scores in zip(logits, logits + noise, strict=True):
-        while True:
-            code = scores.argmax()
-            check_finite(scores[code])
-            if int((row > row[code]).sum()) < top_k:
-                break
-            scores.masked_fill_(row <= row[code], float("-inf"))
-        codes.append(code)
-    return torch.stack(codes)
+    highest, best = (logits + noise).topk(min(_TRIED, size), dim=-1)
+    check_finite(highest[:, 0])
+    codes = torch.empty(len(logits), dtype=torch.int64)
+    for i, (row, own, values) in enumerate(zip(logits, best.tolist(), logits.gather(1, best).tolist(), strict=True)):
+        out = -math.inf
+        for code, value in zip(own, values, strict=True):
+            if value > out:
+                if int(torch.count_nonzero(row > value)) < top_k:
+                    codes[i] = code
+                    break
+                out = value
+        else:
+            codes[i] = draw(filter_logits(row[None], Sampling(top_k=top_k)), noise[i : i + 1])
+    return codes
 
 
 def check_finite(highest: Tensor) -> None:
@@ -160,8 +165,10 @@ def gumbel_noise(generators: Sequence[torch.Generator], size: int, device: torch
 
     Adding it to logits and taking the argmax draws from their softmax, and a row does not depend on its batch.
     """
-    rows = [torch.rand(size, generator=g, device=g.device, dtype=torch.float64) for g in generators]
-    uniform = torch.stack([row.to(device) for row in rows]).clamp_min_(torch.finfo(torch.float64).tiny)
+    uniform = torch.empty(len(generators), size, device=device, dtype=torch.float64)
+    for row, generator in zip(uniform, generators, strict=True):
+        row.copy_(torch.rand(size, generator=generator, device=generator.device, dtype=torch.float64))
+    uniform.clamp_min_(torch.finfo(torch.float64).tiny)
     # The first logarithm needs float64 near 1; its result has the range of float32, where the second costs half.
     return uniform.log_().float().neg_().log_().neg_()
 
