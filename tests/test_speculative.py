@@ -50,7 +50,7 @@ def test_jacobi_saves_passes_where_the_context_hardly_matters():
 
 
 def tiny_world():
-    """A model of 4 codes on a grid of 1 x 4, and the exact probability of each of its 256 pictures."""
+    """A model of 4 codes on a grid of 2 x 2, and the exact probability of each of its 256 pictures."""
     model = tiny_model(codebook_size=4, text={"num_hidden_layers": 1, "hidden_size": 16, "initializer_range": 0.8})
     sampling = Sampling(guidance_scale=1.5, temperature=6.0, top_k=3)
     pictures = list(itertools.product(range(4), repeat=4))
@@ -58,7 +58,7 @@ def tiny_world():
     for prompt in (PROMPTS[0], NEGATIVES[0]):
         ids = torch.tensor([[*prompt, *(50 + c for c in picture)] for picture in pictures])
         with torch.no_grad():
-            output = model(ids, image_grids=torch.tensor([[1, 4]] * len(pictures)))
+            output = model(ids, image_grids=torch.tensor([[2, 2]] * len(pictures)))
         sides.append(output.image_logits[:, len(prompt) - 1 : -1])
     log_probability = filter_logits(guide(*sides, sampling.guidance_scale), sampling).log_softmax(-1)
     probability = log_probability.gather(-1, torch.tensor(pictures)[..., None]).squeeze(-1).sum(1).exp()
@@ -81,7 +81,7 @@ def chi_square_p(draws, probability):
 def draws(decoder, sampling, count, **options):
     """Pictures as numbers in base 4, from seeds 0, 1, 2, ..."""
     codes = last(
-        speculate_codes(decoder, PROMPTS[:1] * count, NEGATIVES[:1] * count, (1, 4), sampling,
+        speculate_codes(decoder, PROMPTS[:1] * count, NEGATIVES[:1] * count, (2, 2), sampling,
                         generators(*range(count)), **options)
     )  # fmt: skip
     return (codes * torch.tensor([64, 16, 4, 1])).sum(1)
@@ -92,8 +92,18 @@ def test_sjd_draws_from_the_distribution_and_the_test_can_fail(monkeypatch):
     assert float(probability.sum()) == pytest.approx(1, abs=1e-5)
     assert int((probability * 1000 >= 5).sum()) > 20  # enough cells to tell distributions apart
     assert chi_square_p(draws(decoder, sampling, 1000, mode="sjd", window=3), probability) > 0.01
-    # The inexact mode must be found out, and so must a slip: redrawing from p instead of what p has more than q.
+    # The inexact mode must be found out, and so must slips: another q than new places were drawn from, and redrawing from
+    # p instead of what p has more than q.
     assert chi_square_p(draws(decoder, sampling, 1000, mode="gsd", window=3, group_size=2), probability) < 1e-4
+    draft = speculative._Judge._draft
+
+    def draft_with_another_proposal(self, places, known, first):
+        draft(self, places, known, first)
+        self.proposal[-len(places) :] = self.proposal[-len(places) :].flip(-1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(speculative._Judge, "_draft", draft_with_another_proposal)
+        assert chi_square_p(draws(decoder, sampling, 1000, mode="sjd", window=3), probability) < 1e-4
     redrawn = speculative._Judge._redrawn
     monkeypatch.setattr(speculative._Judge, "_redrawn", lambda self, p, q: redrawn(self, p, torch.zeros_like(q)))
     assert chi_square_p(draws(decoder, sampling, 1000, mode="sjd", window=3), probability) < 1e-4

@@ -61,7 +61,9 @@ class Packed:
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
         """``residual + x W^T + b``; ``(N, out)`` and ``(N, in)``."""
-        return self(x).add_(residual)
+        if len(x) < _FEWEST_ROWS:
+            return self(x).add_(residual)
+        return torch.ops.mkldnn._linear_pointwise(x, residual, self._packed, self._bias, "add")
 
 
 def round_rows(weight: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 All modes guess a window of codes, run it through the model at once and keep the leading codes that the model confirms.
 What it says about the rest of the window, on a context that was partly wrong, becomes the next draft (Jacobi
-iteration). They differ in what counts as confirmed:
+iteration); a place new in the window is guessed from the one above it in the picture. They differ in what counts as
+confirmed:
 
 ``jacobi``
     The draft equals the code that plain decoding draws with the noise of that place. The picture is that of plain
@@ -75,7 +76,7 @@ def speculate_codes(
     furthest = 0
     for index in range(count):
         state = prefill(decoder, rows[index::count], steps)
-        judge = _Judge(mode, generators[index], groups, decoder.model.config.codebook_size, codes.device)
+        judge = _Judge(mode, generators[index], groups, decoder.model.config.codebook_size, grid[1], codes.device)
         for drawn in _one_picture(decoder, state, grid, sampling, judge, forced[index].to(codes.device), window):
             codes[index, : len(drawn)] = drawn
             furthest = max(furthest, len(drawn))
@@ -116,19 +117,27 @@ class _Judge:
     """
 
     def __init__(
-        self, mode: str, generator: torch.Generator, groups: Tensor | None, codebook_size: int, device: torch.device
+        self,
+        mode: str,
+        generator: torch.Generator,
+        groups: Tensor | None,
+        codebook_size: int,
+        columns: int,
+        device: torch.device,
     ):
-        self.exact_picture, self.groups = mode == "jacobi", groups
+        self.exact_picture, self.groups, self.columns = mode == "jacobi", groups, columns
         seed = int(torch.randint(2**63 - 1, (), generator=generator.clone_state(), device=generator.device))
         self.verdicts = torch.Generator(generator.device).manual_seed(seed)
         self.noise = PositionNoise([generator], codebook_size, device)
         self.drafts = torch.empty(0, dtype=torch.int64, device=device)
         self.proposal = torch.empty(0, codebook_size, device=device)  # distributions that the drafts were drawn from
+        self.seen = torch.empty(0, codebook_size, device=device)  # latest logits of places, a row of the picture back
+        self.first = 0  # the place of the first of them
 
     def __call__(self, logits: Tensor, place: int, known: Tensor, window: int) -> Tensor:
         """Confirm the leading drafts by filtered ``logits (T, K)`` of the codes from ``place`` on; at least one code.
 
-        The next drafts are drawn from the same logits; places beyond them borrow the last ones.
+        The next drafts are drawn from the same logits, those of further places from the logits of the place above.
         """
         width = len(logits)
         forced = known[place : place + width]
@@ -143,16 +152,28 @@ class _Judge:
             if kept < width - 1 and forced[kept] < 0:
                 last = self._redrawn(probability[kept], self.proposal[kept])
             confirmed = torch.cat([self.drafts[:kept], last])
-            self.proposal = torch.cat([probability[kept + 1 :], probability[-1:].expand(window, -1)])[: window - 1]
+            self.proposal = probability[kept + 1 :]
+        self.drafts = drawn[kept + 1 :]
+        self.seen = torch.cat([self.seen[: place - self.first], logits])
         beyond = place + len(confirmed)  # first place to be drafted anew
-        drafts = drawn[kept + 1 :]
-        missing = range(beyond + len(drafts), min(beyond + window - 1, len(known)))
+        missing = range(beyond + len(self.drafts), min(beyond + window - 1, len(known)))
         if missing:
-            noise = self.noise.at(beyond, missing.stop - beyond)[0, len(drafts) :]
-            forced = known[missing.start : missing.stop]
-            drafts = torch.cat([drafts, torch.where(forced < 0, draw(logits[-1:], noise), forced)])
-        self.drafts = drafts
+            self._draft(missing, known, beyond)
+        behind = max(0, beyond - self.columns - self.first)
+        self.seen, self.first = self.seen[behind:], self.first + behind
         return confirmed
+
+    def _draft(self, places: range, known: Tensor, first: int) -> None:
+        """Add drafts of places that no logits have been seen of, with noise from place ``first`` on."""
+        newest = self.first + len(self.seen) - 1
+        above = torch.arange(places.start, places.stop, device=known.device) - self.columns
+        above = above.clamp_max(newest).where(above >= 0, newest)  # the first row has none above it
+        logits = self.seen[above - self.first]
+        forced, noise = known[places.start : places.stop], self.noise.at(first, places.stop - first)[0]
+        drawn = torch.where(forced < 0, draw(logits, noise[places.start - first :]), forced)
+        self.drafts = torch.cat([self.drafts, drawn])
+        if not self.exact_picture:
+            self.proposal = torch.cat([self.proposal, logits.softmax(dim=-1)])
 
     def _accepted(self, probability: Tensor, forced: Tensor) -> int:
         """Number of leading drafts that speculative sampling keeps."""
