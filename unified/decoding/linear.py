@@ -44,7 +44,8 @@ class Packed:
     @staticmethod
     def takes(weight: Tensor) -> bool:
         """Whether oneDNN has quick products for the weight's dtype on its device."""
-        if weight.device.type != "cpu" or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        known = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+        if weight.device.type != "cpu" or not known:
             return False
         if weight.dtype == torch.bfloat16:
             return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
