@@ -19,6 +19,19 @@ def test_equal_row_and_column_is_the_original_bitwise():
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_frequencies_stay_in_float32(dtype):
+    model = tiny_model()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers() if "inv_freq" in name}
+    assert before and any(not torch.equal(b, b.to(dtype).float()) for b in before.values())  # they would be rounded
+    model.to(dtype)
+    assert next(model.parameters()).dtype == dtype
+    for moved in (model, model.to(torch.float32)):
+        after = dict(moved.named_buffers())
+        assert all(torch.equal(after[name], buffer) for name, buffer in before.items())
+        assert not any("inv_freq" in name for name in moved.state_dict())
+
+
 def test_frequencies_alternate_between_row_and_column():
     wrapper = tiny_model().backbone.base_model.rotary_emb  # head_dim 8: four frequencies, twice
     wrapper.coordinates = torch.tensor([[[2.0, 5.0]]])

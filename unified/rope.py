@@ -1,5 +1,7 @@
 """Positions: a running index for text, row and column for image codes, on any backbone's rotary embedding."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -60,6 +62,15 @@ class GridRotary(nn.Module):
         self.rotary = rotary
         self.llamagen = llamagen
         self.coordinates: Tensor | None = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GridRotary":
+        """Move to a device or dtype; frequencies never go to 16 bits, which would round away positions."""
+        before = dict(self.rotary.named_buffers())
+        super()._apply(fn, recurse)
+        for name, moved in dict(self.rotary.named_buffers()).items():
+            if moved.dtype in (torch.bfloat16, torch.float16):
+                self.rotary.register_buffer(name, before[name].to(moved.device), persistent=False)
+        return self
 
     def forward(self, x: Tensor, position_ids: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
         """Cos and sin, each ``(B, T, head_dim)``."""
