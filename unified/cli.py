@@ -108,7 +108,7 @@ def _drawing_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance-schedule", default="constant", choices=["constant", "linear", "cosine"])
     parser.add_argument("--decoding", default="plain", choices=DECODING)
     parser.add_argument("--int8", action="store_true", help="8-bit weights: faster on a CPU, not exact")
-    parser.add_argument("--compile", action="store_true", help="torch.compile; pays for many pictures")
+    parser.add_argument("--compile", action="store_true", help="torch.compile; on an x86 CPU no faster than without")
     _sampling_options(parser)
 
 
