@@ -167,7 +167,10 @@ def gumbel_noise(generators: Sequence[torch.Generator], size: int, device: torch
     """
     uniform = torch.empty(len(generators), size, device=device, dtype=torch.float64)
     for row, generator in zip(uniform, generators, strict=True):
-        row.copy_(torch.rand(size, generator=generator, device=generator.device, dtype=torch.float64))
+        if generator.device == device:
+            row.uniform_(generator=generator)  # the numbers of torch.rand, without a copy
+        else:
+            row.copy_(torch.rand(size, generator=generator, device=generator.device, dtype=torch.float64))
     uniform.clamp_min_(torch.finfo(torch.float64).tiny)
     # The first logarithm needs float64 near 1; its result has the range of float32, where the second costs half.
     return uniform.log_().float().neg_().log_().neg_()
