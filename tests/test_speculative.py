@@ -97,8 +97,8 @@ def test_sjd_draws_from_the_distribution_and_the_test_can_fail(monkeypatch):
     assert chi_square_p(draws(decoder, sampling, 1000, mode="gsd", window=3, group_size=2), probability) < 1e-4
     draft = speculative._Judge._draft
 
-    def draft_with_another_proposal(self, places, known, first):
-        draft(self, places, known, first)
+    def draft_with_another_proposal(self, places, *given):
+        draft(self, places, *given)
         self.proposal[-len(places) :] = self.proposal[-len(places) :].flip(-1)
 
     with monkeypatch.context() as patch:

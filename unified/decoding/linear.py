@@ -54,11 +54,11 @@ class Packed:
 
     def __call__(self, x: Tensor) -> Tensor:
         """``(..., in)`` to ``(..., out)``."""
-        count = x.shape[:-1].numel()
-        if count >= _FEWEST_ROWS:
-            return torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
-        padded = F.pad(x.reshape(count, -1), (0, 0, 0, _FEWEST_ROWS - count))
-        product = torch.ops.mkldnn._linear_pointwise(padded, self._packed, self._bias, "none", [], "")
+        rows = x.reshape(-1, x.shape[-1])
+        count = len(rows)
+        if count < _FEWEST_ROWS:
+            rows = F.pad(rows, (0, 0, 0, _FEWEST_ROWS - count))
+        product = torch.ops.mkldnn._linear_pointwise(rows, self._packed, self._bias, "none", [], "")
         return product[:count].view(*x.shape[:-1], -1)
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:

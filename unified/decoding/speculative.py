@@ -131,8 +131,7 @@ class _Judge:
         self.noise = PositionNoise([generator], codebook_size, device)
         self.drafts = torch.empty(0, dtype=torch.int64, device=device)
         self.proposal = torch.empty(0, codebook_size, device=device)  # distributions that the drafts were drawn from
-        self.seen = torch.empty(0, codebook_size, device=device)  # latest logits of places, a row of the picture back
-        self.first = 0  # the place of the first of them
+        self.seen = torch.empty(0, codebook_size, device=device)  # latest logits of places, from one row back on
 
     def __call__(self, logits: Tensor, place: int, known: Tensor, window: int) -> Tensor:
         """Confirm the leading drafts by filtered ``logits (T, K)`` of the codes from ``place`` on; at least one code.
@@ -154,21 +153,19 @@ class _Judge:
             confirmed = torch.cat([self.drafts[:kept], last])
             self.proposal = probability[kept + 1 :]
         self.drafts = drawn[kept + 1 :]
-        self.seen = torch.cat([self.seen[: place - self.first], logits])
         beyond = place + len(confirmed)  # first place to be drafted anew
         missing = range(beyond + len(self.drafts), min(beyond + window - 1, len(known)))
+        first, newest = max(0, place - self.columns), place + width - 1  # the places that `seen` reaches from and to
+        seen = torch.cat([self.seen[: place - first], logits])
         if missing:
-            self._draft(missing, known, beyond)
-        behind = max(0, beyond - self.columns - self.first)
-        self.seen, self.first = self.seen[behind:], self.first + behind
+            above = torch.arange(missing.start, missing.stop, device=known.device) - self.columns
+            above = above.clamp_max(newest).where(above >= 0, newest)  # the first row has none above it
+            self._draft(missing, seen[above - first], known, beyond)
+        self.seen = seen[max(0, beyond - self.columns) - first :]
         return confirmed
 
-    def _draft(self, places: range, known: Tensor, first: int) -> None:
-        """Add drafts of places that no logits have been seen of, with noise from place ``first`` on."""
-        newest = self.first + len(self.seen) - 1
-        above = torch.arange(places.start, places.stop, device=known.device) - self.columns
-        above = above.clamp_max(newest).where(above >= 0, newest)  # the first row has none above it
-        logits = self.seen[above - self.first]
+    def _draft(self, places: range, logits: Tensor, known: Tensor, first: int) -> None:
+        """Add drafts of places by ``logits`` of others, with noise from place ``first`` on."""
         forced, noise = known[places.start : places.stop], self.noise.at(first, places.stop - first)[0]
         drawn = torch.where(forced < 0, draw(logits, noise[places.start - first :]), forced)
         self.drafts = torch.cat([self.drafts, drawn])
