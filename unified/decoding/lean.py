@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from unified.decoding.attention import attend
 from unified.decoding.backbone import BackboneDecoder, Decoder
 from unified.decoding.cache import KeyValueCache
 from unified.decoding.linear import Dense, Int8, Packed
@@ -220,7 +221,7 @@ class LeanDecoder(Decoder):
                 qk = F.rms_norm(qk, (self._head_dim,), eps=self._epsilon) * layer.head_norms
             query, key = _rotate(qk, rotation).split([heads, kv_heads], dim=2)
             keys, values = update(key.transpose(1, 2), value.transpose(1, 2), index)
-            attended = _attend(query.transpose(1, 2), keys, values, bias)
+            attended = attend(query.transpose(1, 2), keys, values, bias)
             x = layer.output.add_to(x, attended.reshape(batch * width, -1))
             gate, up = layer.gate_up(F.rms_norm(x, (dim,), layer.mlp_norm, self._epsilon)).chunk(2, dim=-1)
             x = layer.down.add_to(x, self._activation(gate) * up)
@@ -236,21 +237,6 @@ def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
         (a, b), (cos, sin) = pairs.unbind(-1), rotation.unbind(-1)
         turned = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
     return turned.flatten(-2).to(x.dtype)
-
-
-def _attend(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
-    """Attention of ``(B, heads, T, d)`` over ``(B, kv_heads, C, d)``; returns ``(B, T, heads, d)``.
-
-    Query heads that share a key head become further queries of it, so keys and values are never repeated.
-    """
-    batch, heads, width, dim = query.shape
-    shared = heads // keys.shape[1]
-    if shared > 1:
-        query = query.reshape(batch, keys.shape[1], shared * width, dim)
-        if bias is not None and width > 1:
-            bias = bias.repeat(1, 1, shared, 1)
-    attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=bias)
-    return attended.reshape(batch, heads, width, dim).transpose(1, 2)
 
 
 def _weights(module: Any) -> tuple[Tensor, Tensor | None]:
