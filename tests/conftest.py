@@ -161,3 +161,12 @@ def finished(config_file, tmp_path_factory):
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     return output
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    """One thread and two, on which decoding goes different ways."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)

@@ -21,7 +21,7 @@ def picture_requests(sampling, grid=(4, 4)):
 
 @pytest.mark.parametrize("positions", ["1d", "2d"])
 @pytest.mark.parametrize("sampling", [Sampling(top_k=8), Sampling(guidance_scale=2.0, guidance_schedule="cosine")])
-def test_pictures_are_those_of_the_plain_loop_whenever_they_arrive(positions, sampling):
+def test_pictures_are_those_of_the_plain_loop_whenever_they_arrive(threads, positions, sampling):
     """Five requests, two at a time, the last ones submitted while the first are running; columns move back."""
     decoder = make_decoder(tiny_model(positions=positions))
     batcher = Batcher(decoder, slots=2 * (1 + sampling.guided), length=25)
@@ -113,7 +113,7 @@ def flat(segments):
 
 @pytest.mark.parametrize("positions", ["1d", "2d"])
 @pytest.mark.parametrize("text", [{}, {"model_type": "gemma2", "sliding_window": 6, "head_dim": 8}])
-def test_interleaved_rows_equal_full_forward_passes(positions, text):
+def test_interleaved_rows_equal_full_forward_passes(threads, positions, text):
     """Rows that write, rows that draw, pictures in the prompt: one batch, each row in its own modality."""
     model = tiny_model(positions=positions, text=text)
     layout = model.config.layout

@@ -27,7 +27,7 @@ def naive_codes(model, prompt, negative, grid, sampling, generator, known=None):
 @pytest.mark.parametrize("positions", ["1d", "2d"])
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(guidance_scale=2.5, top_k=7, temperature=0.8)])
 @torch.no_grad()
-def test_cached_equals_full_forward(positions, sampling):
+def test_cached_equals_full_forward(threads, positions, sampling):
     model = tiny_model(positions=positions)
     prompts, negatives = [[1, 5, 6, 7, 3], [1, 8, 3]], [[1, 3], [1, 9, 9, 9, 9, 9, 3]]
     grid = (2, 4)
