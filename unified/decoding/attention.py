@@ -32,7 +32,7 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> 
 
 
 def _waits_for_memory(query: Tensor) -> bool:
-    """Whether one thread of a CPU does all the work; with more, the three parts of the other way wait for all of them."""
+    """Whether one thread of a CPU does all the work. With more, each of the three steps by rows waits for all threads."""
     one_thread = not torch.compiler.is_compiling() and torch.get_num_threads() == 1
     return one_thread and query.device.type == "cpu" and query.dtype == torch.float32
 
