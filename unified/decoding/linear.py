@@ -66,7 +66,7 @@ class Packed:
         return self(x).add_(residual)
 
 
-def round_rows(weight: Tensor) -> Tensor:
+def _round_rows(weight: Tensor) -> Tensor:
     """``(out, in)`` in 8 bits, the largest of each row at 127."""
     scale = (weight.abs().amax(dim=1) / 127).clamp_min(_TINY).double()
     with warnings.catch_warnings():
@@ -86,7 +86,7 @@ class Int8:
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
         if weight.device.type != "cpu" or weight.dtype != torch.float32:
             raise ValueError(f"int8: needs float32 weights on the CPU, got {weight.dtype} on {weight.device}.")
-        self._packed = torch.ops.quantized.linear_prepack(round_rows(weight.detach()), None)
+        self._packed = torch.ops.quantized.linear_prepack(_round_rows(weight.detach()), None)
         self.bias = None if bias is None else bias.detach()
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -99,9 +99,7 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> 
 
 def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
     """Apply temperature, then top-k, then top-p to ``(..., K)``; removed codes become -inf, NaN stays NaN."""
-    logits = logits.float()
-    if sampling.temperature != 1:
-        logits = logits / sampling.temperature
+    logits = _tempered(logits, sampling)
     if 0 < sampling.top_k < logits.shape[-1]:
         threshold = logits.topk(sampling.top_k, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
         logits = logits.masked_fill(logits < threshold, float("-inf"))
@@ -113,6 +111,11 @@ def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
     return logits
 
 
+def _tempered(logits: Tensor, sampling: Sampling) -> Tensor:
+    logits = logits.float()
+    return logits if sampling.temperature == 1 else logits / sampling.temperature
+
+
 def draw(logits: Tensor, noise: Tensor) -> Tensor:
     """Gumbel-max: draw from the softmax of filtered logits ``(..., K)`` with standard Gumbel noise of the same shape.
 
@@ -122,7 +125,10 @@ def draw(logits: Tensor, noise: Tensor) -> Tensor:
     total = logits + noise
     # On a CPU NumPy finds the place of a maximum several times as fast.
     codes = torch.as_tensor(total.numpy().argmax(axis=-1)) if total.device.type == "cpu" else total.argmax(dim=-1)
-    check_finite(total.amax(dim=-1))
+    if not bool(torch.isfinite(total.amax(dim=-1)).all()):  # a maximum is NaN if any of its values is
+        raise ValueError(
+            "logits: NaN or infinite; the model's weights or activations overflow, load it in float32 or bfloat16."
+        )
     return codes
 
 
@@ -135,22 +141,12 @@ def draw_filtered(logits: Tensor, sampling: Sampling, noise: Tensor) -> Tensor:
     size, top_k = logits.shape[-1], int(sampling.top_k)
     if logits.device.type != "cpu" or sampling.top_p < 1 or not size // 16 < top_k < size:
         return draw(filter_logits(logits, sampling), noise)
-    logits = logits.float()
-    if sampling.temperature != 1:
-        logits = logits / sampling.temperature
+    logits = _tempered(logits, sampling)
     codes = draw(logits, noise)
     for i, (row, own_noise) in enumerate(zip(logits.numpy(), noise.numpy(), strict=True)):
-        while np.count_nonzero(row > row[codes[i]]) >= top_k:
-            codes[i] = int(np.where(row > row[codes[i]], row + own_noise, -np.inf).argmax())
+        while np.count_nonzero(likelier := row > row[codes[i]]) >= top_k:
+            codes[i] = int(np.where(likelier, row + own_noise, -np.inf).argmax())
     return codes
-
-
-def check_finite(highest: Tensor) -> None:
-    """Refuse largest values of logits that are not finite; a maximum is NaN if any of its values is."""
-    if not bool(torch.isfinite(highest).all()):
-        raise ValueError(
-            "logits: NaN or infinite; the model's weights or activations overflow, load it in float32 or bfloat16."
-        )
 
 
 def gumbel_noise(generators: Sequence[torch.Generator], size: int, device: torch.device) -> Tensor:

@@ -140,7 +140,7 @@ class _Judge:
         """
         width = len(logits)
         forced = known[place : place + width]
-        drawn = torch.where(forced < 0, draw(logits, self.noise.at(place, width)[0]), forced)
+        drawn = self._drawn(range(place, place + width), logits, known, place)
         if self.exact_picture:
             kept = _leading(drawn[:-1] == self.drafts[: width - 1])
             confirmed = drawn[: kept + 1]
@@ -160,17 +160,17 @@ class _Judge:
         if missing:
             above = torch.arange(missing.start, missing.stop, device=known.device) - self.columns
             above = above.clamp_max(newest).where(above >= 0, newest)  # the first row has none above it
-            self._draft(missing, seen[above - first], known, beyond)
+            guesses = seen[above - first]
+            self.drafts = torch.cat([self.drafts, self._drawn(missing, guesses, known, beyond)])
+            if not self.exact_picture:
+                self.proposal = torch.cat([self.proposal, guesses.softmax(dim=-1)])
         self.seen = seen[max(0, beyond - self.columns) - first :]
         return confirmed
 
-    def _draft(self, places: range, logits: Tensor, known: Tensor, first: int) -> None:
-        """Add drafts of places by ``logits`` of others, with noise from place ``first`` on."""
+    def _drawn(self, places: range, logits: Tensor, known: Tensor, first: int) -> Tensor:
+        """Codes of places, the known ones or drawn from ``logits``; the noise from place ``first`` on is kept."""
         forced, noise = known[places.start : places.stop], self.noise.at(first, places.stop - first)[0]
-        drawn = torch.where(forced < 0, draw(logits, noise[places.start - first :]), forced)
-        self.drafts = torch.cat([self.drafts, drawn])
-        if not self.exact_picture:
-            self.proposal = torch.cat([self.proposal, logits.softmax(dim=-1)])
+        return torch.where(forced < 0, draw(logits, noise[places.start - first :]), forced)
 
     def _accepted(self, probability: Tensor, forced: Tensor) -> int:
         """Number of leading drafts that speculative sampling keeps."""
