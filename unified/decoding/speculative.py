@@ -160,12 +160,15 @@ class _Judge:
         if missing:
             above = torch.arange(missing.start, missing.stop, device=known.device) - self.columns
             above = above.clamp_max(newest).where(above >= 0, newest)  # the first row has none above it
-            guesses = seen[above - first]
-            self.drafts = torch.cat([self.drafts, self._drawn(missing, guesses, known, beyond)])
-            if not self.exact_picture:
-                self.proposal = torch.cat([self.proposal, guesses.softmax(dim=-1)])
+            self._draft(missing, seen[above - first], known, beyond)
         self.seen = seen[max(0, beyond - self.columns) - first :]
         return confirmed
+
+    def _draft(self, places: range, logits: Tensor, known: Tensor, first: int) -> None:
+        """Add drafts of places by ``logits`` of others, with noise from place ``first`` on."""
+        self.drafts = torch.cat([self.drafts, self._drawn(places, logits, known, first)])
+        if not self.exact_picture:
+            self.proposal = torch.cat([self.proposal, logits.softmax(dim=-1)])
 
     def _drawn(self, places: range, logits: Tensor, known: Tensor, first: int) -> Tensor:
         """Codes of places, the known ones or drawn from ``logits``; the noise from place ``first`` on is kept."""
