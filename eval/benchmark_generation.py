@@ -24,12 +24,12 @@ from benchmark_peers import llamagen_generate, load_llamagen, transformers_gener
 from benchmark_training import SPECIAL, our_model, plain_llama
 from unified import UnifiedPipeline
 from unified.decoding import Prompt, Sampling, generate_codes, generate_conditioned, make_decoder
-from unified.decoding.batcher import Batcher, Request
-from unified.decoding.engine import span_coordinates
+from unified.decoding.continuous_batching import Batcher, Request
+from unified.decoding.decode import span_coordinates
 from unified.decoding.prefill import causal_bias, prefill
-from unified.decoding.sampler import PositionNoise, draw, filter_logits, guide
+from unified.decoding.sampling import PositionNoise, draw, filter_logits, guide
 from unified.decoding.speculative import MODES, speculate_codes
-from unified.lora import base_of
+from unified.lora.adapters import base_of
 from unified.sequence import ImageSegment
 from unified_eval.sheets import captioned_grid
 from unified_eval.timing import compared, interleaved

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unified.conditioning import condition_slots
 from unified.convert import llamagen_from_weights
 from unified.decoding import Sampling
+from unified.model.prefix import condition_slots
 from unified.sequence import ImageSegment, build_sequence, collate
 
 Trainer = Callable[[nn.Module, Callable[[], Tensor]], Callable[[], None]]

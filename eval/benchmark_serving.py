@@ -24,7 +24,7 @@ from torch import Tensor
 
 from unified import UnifiedConfig, UnifiedForCausalLM, UnifiedPipeline
 from unified.decoding import Sampling
-from unified.serving import Engine
+from unified.serving.engine import Engine
 from unified_tokenizers import VQConfig, VQModel, train_sentencepiece
 
 CAPTIONS = ["red apple", "a green tree", "the small dog", "blue car", "a cat and a dog", "yellow sun over the sea"]

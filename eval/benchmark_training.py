@@ -21,9 +21,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmark_peers import load_peer
 from unified import UnifiedConfig, UnifiedForCausalLM
-from unified.npp import patch_grid
+from unified.prediction.flops import training_flops
+from unified.prediction.npp import patch_grid
 from unified.sequence import ImageSegment, TextSegment, TokenSequence, build_sequence, collate, pack
-from unified.training.flops import training_flops
 from unified_eval.timing import compared, interleaved
 from unified_tokenizers import VQGAN, VQGANConfig
 

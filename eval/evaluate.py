@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from unified import UnifiedPipeline
-from unified.data import CaptionedImage, fit_square
-from unified.prompting import DECODING as MODES
+from unified.data.sources import CaptionedImage, fit_square
+from unified.pipeline.arguments import DECODING as MODES
 from unified_eval.clip import load_clip
 from unified_eval.diversity import nearest_neighbours
 from unified_eval.drawing import content_hash, draw_pictures

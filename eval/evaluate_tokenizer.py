@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from unified.data import fit_square
+from unified.data.sources import fit_square
 from unified_eval.features import EXTRACTORS, Extractor, load_extractor
 from unified_eval.frechet import frechet_distance
 from unified_eval.reconstruction import psnr_summary

@@ -10,7 +10,7 @@ import argparse
 import time
 from pathlib import Path
 
-from unified.data import CaptionedImage
+from unified.data.sources import CaptionedImage
 from unified_eval.nano_clip import grouped_retrieval, save_nano_clip, train_nano_clip
 from unified_eval.selection import first_usable_rows, unique_captions
 

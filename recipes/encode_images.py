@@ -16,9 +16,9 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
-from unified.codes import encode_source
-from unified.crops import CROPS, Views
-from unified.interleaved import encode_interleaved
+from unified.data.code_cache import encode_source
+from unified.data.crops import CROPS, Views
+from unified.data.interleaved import encode_interleaved
 from unified_tokenizers import AutoImageTokenizer
 
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from unified import PatchSchedule, UnifiedPipeline
-from unified.data import SkipReport, captioned_images, load_source
+from unified.data.sources import SkipReport, captioned_images, load_source
 from unified.settings import load_settings
 from unified.training.config import TrainConfig
 from unified.training.tracking import read_log

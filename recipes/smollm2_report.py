@@ -21,10 +21,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from unified import UnifiedPipeline
-from unified.lora import base_of
-from unified.training.batches import CaptionedBatches
-from unified.training.build import open_codes
+from unified.data.batches import CaptionedBatches
+from unified.lora.adapters import base_of
 from unified.training.config import TrainConfig, load_config
+from unified.training.setup import open_codes
 from unified.training.tracking import read_log
 from unified.training.validation import image_loss
 from unified_eval.curves import plot_loss

@@ -5,7 +5,7 @@ python recipes/train_text_tokenizer.py --source data/openmoji --out runs/text_to
 
 import argparse
 
-from unified.data import load_source
+from unified.data.sources import load_source
 from unified_tokenizers import train_sentencepiece
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from unified.data import SkipReport, captioned_images, fit_square, load_source
+from unified.data.sources import SkipReport, captioned_images, fit_square, load_source
 from unified.settings import dump_settings, load_settings, parse_command_line
 from unified.training.checkpoint import (
     check_inputs,

@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 from unified import UnifiedConfig, UnifiedForCausalLM, UnifiedPipeline
-from unified.codes import encode_source
+from unified.data.code_cache import encode_source
 from unified_tokenizers import SentencePieceTokenizer, VQConfig, VQModel, train_sentencepiece
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -6,7 +6,7 @@ from conftest import tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from unified import UnifiedConfig, UnifiedForCausalLM
-from unified.lora import attach_lora
+from unified.lora.adapters import attach_lora
 from unified.sequence import ImageSegment, TextSegment, build_sequence, collate, pack
 from unified.training.step import learned_weight
 
@@ -69,7 +69,7 @@ def test_families_with_ways_of_their_own(tmp_path, monkeypatch):
         unified(tmp_path)
     ids = torch.randint(5, 50, (2, 9), generator=torch.Generator().manual_seed(2))
     assert torch.equal(unified(tmp_path, positions="1d")(ids).logits, plain(ids).logits)
-    monkeypatch.setattr("unified.model.LOGIT_SCALES", ("none", "none", "none"))
+    monkeypatch.setattr("unified.model.modeling.LOGIT_SCALES", ("none", "none", "none"))
     with pytest.raises(ValueError, match="backbone: CohereForCausalLM makes its text logits in a way of its own"):
         unified(tmp_path, positions="1d")
 
@@ -214,7 +214,7 @@ def test_the_loaded_module_is_taken_over(backbone, monkeypatch):
     _, folder = backbone
     loaded = []
     monkeypatch.setattr(
-        "unified.model.load_language_model",
+        "unified.model.modeling.load_language_model",
         lambda *options: loaded.append(plain_copy(folder, *options[1:])) or loaded[0],
     )
     model = unified(folder, dtype=torch.bfloat16, attn_implementation="eager")

@@ -5,8 +5,8 @@ import torch
 from conftest import generators, tiny_model
 
 from unified.decoding import Prompt, Sampling, generate_codes, make_decoder
-from unified.decoding.batcher import Batcher, Request
-from unified.decoding.sampler import PositionNoise, draw, filter_logits
+from unified.decoding.continuous_batching import Batcher, Request
+from unified.decoding.sampling import PositionNoise, draw, filter_logits
 from unified.sequence import ImageSegment, TextSegment, build_sequence
 
 PICTURES = [[1, 5, 6, 7, 3], [1, 8, 3], [1, 9, 10, 3], [1, 11, 12, 13, 14, 3], [1, 3]]

@@ -13,7 +13,7 @@ from torch._inductor.exc import InductorError
 
 from unified import UnifiedPipeline
 from unified.cli import main
-from unified.pipeline import UnifiedPipelineOutput
+from unified.pipeline.pipeline import UnifiedPipelineOutput
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def test_mistakes_of_files_seeds_and_compilers(folder, tmp_path, capsys, monkeyp
         def call(*args, **kwargs):
             raise error
 
-        monkeypatch.setattr("unified.pipeline.UnifiedPipeline.__call__", call)
+        monkeypatch.setattr("unified.pipeline.pipeline.UnifiedPipeline.__call__", call)
 
     failing(InductorError(RuntimeError("no working C++ compiler\nmore"), None))
     assert main([*start, folder, "--compile"]) == 2

@@ -19,9 +19,9 @@ from transformers import (
 )
 
 from unified import UnifiedForCausalLM
-from unified.conditioning import condition_slots
 from unified.convert import emu3_generation, janus_generation, llamagen_from_weights, split_joint_table
 from unified.decoding import Sampling, generate_codes, generate_conditioned
+from unified.model.prefix import condition_slots
 from unified.sequence import ImageSegment, TextSegment, build_sequence, collate
 
 WIDTH, HEADS, LAYERS, HIDDEN, CODES, CLASSES = 32, 4, 2, 48, 20, 5

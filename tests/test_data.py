@@ -9,7 +9,7 @@ import fsspec
 import pytest
 from PIL import Image
 
-from unified.data import SkipReport, captioned_images, fit_square, load_source
+from unified.data.sources import SkipReport, captioned_images, fit_square, load_source
 
 
 def png(color, size=(8, 8), mode="RGB", form="PNG"):

@@ -6,11 +6,11 @@ from conftest import generators, tiny_model
 from test_decoding import naive_codes
 
 from unified.decoding import Sampling, generate_codes, make_decoder
-from unified.decoding.backbone import BackboneDecoder
-from unified.decoding.lean import LeanDecoder
-from unified.decoding.linear import LEVELS, Dense, Int8, Packed
+from unified.decoding.cpu_kernels import LEVELS, Dense, Int8, Packed
+from unified.decoding.decoder import BackboneDecoder
+from unified.decoding.fused_llama import LeanDecoder
 from unified.decoding.speculative import speculate_codes
-from unified.lora import attach_lora, base_of
+from unified.lora.adapters import attach_lora, base_of
 
 FAMILIES = {
     "llama": {},

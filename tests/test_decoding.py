@@ -5,7 +5,7 @@ import torch
 from conftest import generators, tiny_model
 
 from unified.decoding import Sampling, generate_codes, make_decoder
-from unified.decoding.sampler import draw, draw_filtered, filter_logits, guide, gumbel_noise
+from unified.decoding.sampling import draw, draw_filtered, filter_logits, guide, gumbel_noise
 
 
 def naive_codes(model, prompt, negative, grid, sampling, generator, known=None):

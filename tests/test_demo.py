@@ -5,10 +5,10 @@ from browsing import need_gradio
 from PIL import Image
 from test_lora import noisy_adapter
 
-from unified import demo
+from unified.serving import web as demo
 from unified.cli import main
-from unified.demo import build_demo, checked, load_adapters, opened, painted
-from unified.serving import Engine
+from unified.serving.engine import Engine
+from unified.serving.web import build_demo, checked, load_adapters, opened, painted
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ from conftest import generators, tiny_pipeline
 from PIL import Image
 from test_lora import noisy_adapter
 
-from unified.crops import fit
-from unified.demo import build_demo, launch, load_adapters
-from unified.serving import Engine
+from unified.data.crops import fit
+from unified.serving.engine import Engine
+from unified.serving.web import build_demo, launch, load_adapters
 
 OPTIONS = {"guidance_scale": 1.5, "temperature": 0.85}
 WAIT = 60_000  # ms, for a busy machine

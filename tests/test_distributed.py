@@ -15,10 +15,10 @@ from accelerate.utils import DeepSpeedPlugin, DistributedType
 from conftest import CAPTIONS, ROOT, tiny_config, tiny_model
 from safetensors.torch import load_file
 
+from unified.data.mixture import MixedBatches, Source
 from unified.sequence import ImageSegment, TextSegment, build_sequence, collate
 from unified.training.config import load_config
 from unified.training.loop import train
-from unified.training.mixture import MixedBatches, Source
 from unified.training.sharding import check_sharding, configure_deepspeed
 from unified.training.step import learned_weight
 from unified.training.tracking import read_log

@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-import unified.encoding
-from unified.codes import encode_source, load_codes
-from unified.crops import Views, cover, nearest_aspect
-from unified.data import open_rgb
+import unified.data.encoding
+from unified.data.code_cache import encode_source, load_codes
+from unified.data.crops import Views, cover, nearest_aspect
+from unified.data.sources import open_rgb
 from unified_tokenizers.images import to_tensor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -123,7 +123,7 @@ def test_blocks_streaming_and_batches_do_not_matter(image_tokenizer, mixed_sourc
 
 def test_a_killed_run_goes_on_without_loss_or_duplicates(image_tokenizer, mixed_source, tmp_path, monkeypatch):
     encode(image_tokenizer, mixed_source, tmp_path / "whole")
-    write, written = unified.encoding._write, []
+    write, written = unified.data.encoding._write, []
 
     def killed(file, *rest):
         if len(written) == 2:
@@ -132,13 +132,13 @@ def test_a_killed_run_goes_on_without_loss_or_duplicates(image_tokenizer, mixed_
         written.append(file)
         write(file, *rest)
 
-    monkeypatch.setattr(unified.encoding, "_write", killed)
+    monkeypatch.setattr(unified.data.encoding, "_write", killed)
     with pytest.raises(KeyboardInterrupt):
         encode(image_tokenizer, mixed_source, tmp_path / "codes")
     assert not (tmp_path / "codes").exists()
     with pytest.raises(ValueError, match=r"was made with other settings \(block_rows: 4 then, 5 now\); set them back"):
         encode(image_tokenizer, mixed_source, tmp_path / "codes", block_rows=5)
-    monkeypatch.setattr(unified.encoding, "_write", lambda file, *rest: (written.append(file), write(file, *rest)))
+    monkeypatch.setattr(unified.data.encoding, "_write", lambda file, *rest: (written.append(file), write(file, *rest)))
     report = encode(image_tokenizer, mixed_source, tmp_path / "codes")["train"]
     assert [file.name for file in written] == [
         f"block-{b:08d}.arrow" for b in range(3)

@@ -5,9 +5,9 @@ import torch
 from conftest import tiny_model
 from peft import LoraConfig, get_peft_model
 
-import unified.head
+import unified.model.image_head
 from unified import patch_cross_entropy
-from unified.head import ImageHead, patch_losses
+from unified.model.image_head import ImageHead, patch_losses
 from unified.sequence import ImageSegment, TextSegment, build_sequence, collate
 
 WIDTH, CODES, PATCHES = 8, 20, 13
@@ -15,7 +15,7 @@ WIDTH, CODES, PATCHES = 8, 20, 13
 
 @pytest.fixture(params=[1, 3, 1000], ids=lambda rows: f"{rows} rows at once")
 def rows_at_once(request, monkeypatch):
-    monkeypatch.setattr(unified.head, "_SCORES_AT_ONCE", request.param * CODES)
+    monkeypatch.setattr(unified.model.image_head, "_SCORES_AT_ONCE", request.param * CODES)
 
 
 def inputs(patch_codes, dtype=torch.float64):

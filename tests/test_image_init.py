@@ -7,10 +7,10 @@ import torch
 from conftest import tiny_model
 from scipy.stats import spearmanr
 
-from unified.image_init import EMBED_KINDS, HEAD_KINDS, initialize_image_tables
+from unified.model.init import EMBED_KINDS, HEAD_KINDS, initialize_image_tables
 from unified.sequence import ImageSegment, TextSegment, build_sequence, collate
-from unified.training.build import build_parts
 from unified.training.config import load_config
+from unified.training.setup import build_parts
 
 CODES = 600
 

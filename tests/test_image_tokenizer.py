@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from unified.codes import encode_source, load_codes
-from unified.data import load_source
+from unified.data.code_cache import encode_source, load_codes
+from unified.data.sources import load_source
 from unified_tokenizers import AutoImageTokenizer, ImageTokenizer, VQConfig, VQModel
 from unified_tokenizers.images import to_pil, to_tensor
 

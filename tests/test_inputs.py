@@ -7,8 +7,8 @@ from conftest import tiny_config
 from safetensors.torch import load_file
 
 from unified import UnifiedPipeline
-from unified.codes import load_codes
-from unified.training.batches import CaptionedBatches
+from unified.data.batches import CaptionedBatches
+from unified.data.code_cache import load_codes
 from unified.training.config import load_config
 from unified.training.inputs import check_grids, check_lengths, code_grids, learn_grids
 from unified.training.loop import train

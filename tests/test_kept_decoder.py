@@ -7,7 +7,7 @@ from peft.tuners.lora import LoraLayer
 from test_lora import noisy_adapter
 
 from unified.decoding import make_decoder
-from unified.lora import attach_lora, base_of
+from unified.lora.adapters import attach_lora, base_of
 
 PROMPTS = ["red apple", "a cat and a dog"]
 

@@ -7,7 +7,7 @@ import torch
 from conftest import CAPTIONS, generators, tiny_model
 
 from unified import UnifiedPipeline
-from unified.lora import attach_lora, base_of, check_layout, load_lora, save_lora, unload_lora
+from unified.lora.adapters import attach_lora, base_of, check_layout, load_lora, save_lora, unload_lora
 from unified.sequence import ImageSegment, TextSegment, build_sequence, collate
 from unified_tokenizers import train_sentencepiece
 

@@ -8,8 +8,8 @@ from peft import PeftModel
 from test_lora import noisy_adapter
 
 from unified import UnifiedForCausalLM, UnifiedPipeline
-from unified.lora import attach_lora, base_of, load_lora, save_lora, unload_lora
-from unified.lora_active import adapter_state, fuse_lora, plain_state, set_adapters, unfuse_lora
+from unified.lora.adapters import attach_lora, base_of, load_lora, save_lora, unload_lora
+from unified.lora.switching import adapter_state, fuse_lora, plain_state, set_adapters, unfuse_lora
 from unified.sequence import ImageSegment, TextSegment, build_sequence, collate
 
 KINDS = [{}, {"use_rslora": True}, {"use_dora": True}, {"train_image_tables": True}]

@@ -9,12 +9,12 @@ from test_lora import noisy_adapter
 from test_lora_active import logits
 
 from unified.decoding import Prompt, Sampling, generate_codes, make_decoder
-from unified.decoding.backbone import BackboneDecoder
-from unified.decoding.lean import LeanDecoder
+from unified.decoding.decoder import BackboneDecoder
+from unified.decoding.fused_llama import LeanDecoder
 from unified.decoding.prefill import prefill
 from unified.decoding.speculative import speculate_codes
-from unified.lora import attach_lora, base_of, load_lora, save_lora, unload_lora
-from unified.lora_active import delete_adapters, fuse_lora, set_adapters
+from unified.lora.adapters import attach_lora, base_of, load_lora, save_lora, unload_lora
+from unified.lora.switching import delete_adapters, fuse_lora, set_adapters
 from unified.sequence import ImageSegment, TextSegment, build_sequence, collate
 from unified_tokenizers.images import to_tensor
 

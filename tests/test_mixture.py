@@ -12,15 +12,15 @@ from conftest import ROOT, tiny_config
 from PIL import Image
 
 from unified import UnifiedPipeline
-from unified.codes import encode_source, load_codes
-from unified.crops import fit
-from unified.data import fit_square
-from unified.interleaved import encode_interleaved, interleaved_sequence
+from unified.data.batches import loader
+from unified.data.code_cache import encode_source, load_codes
+from unified.data.crops import fit
+from unified.data.interleaved import encode_interleaved, interleaved_sequence
+from unified.data.mixture import MixedBatches, block_shares, image_source, text_source
+from unified.data.sources import fit_square
 from unified.sequence import ImageSegment, TextSegment, build_sequence, split_sequence
-from unified.training.batches import loader
 from unified.training.config import load_config
 from unified.training.loop import train
-from unified.training.mixture import MixedBatches, block_shares, image_source, text_source
 from unified.training.tracking import read_log
 from unified.training.validation import mean_loss
 from unified_tokenizers.images import to_tensor

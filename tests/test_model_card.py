@@ -12,8 +12,8 @@ from huggingface_hub import ModelCard
 
 import prepare_openmoji
 from unified import model_card
-from unified.codes import encode_source
-from unified.data import terms_of
+from unified.data.code_cache import encode_source
+from unified.data.sources import terms_of
 from unified.model_card import code_version, run_card
 from unified.training.config import load_config
 from unified.training.loop import train

@@ -11,10 +11,10 @@ import unified_eval
 from npp_study import VARIANTS, parse_arguments, plan, train_and_measure
 from npp_study_report import relative_to_baseline, summarise, table, write_study
 from unified import PatchSchedule, UnifiedForCausalLM, UnifiedPipeline
-from unified.codes import load_codes
+from unified.data.batches import CaptionedBatches
+from unified.data.code_cache import load_codes
+from unified.prediction.flops import schedule_flops, training_flops
 from unified.sequence import ImageSegment, TextSegment, build_sequence, collate
-from unified.training.batches import CaptionedBatches
-from unified.training.flops import schedule_flops, training_flops
 from unified.training.validation import image_loss
 from unified_eval.clip import clip_features, load_clip, retrieval_at_1
 from unified_eval.selection import choose_evenly, first_usable_rows, unique_captions

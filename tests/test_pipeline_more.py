@@ -9,8 +9,8 @@ from conftest import generators
 from PIL import Image
 
 from unified.decoding import Sampling
-from unified.inpainting import outpainting_canvas
-from unified.prompting import per_image
+from unified.pipeline.arguments import per_image
+from unified.pipeline.editing import outpainting_canvas
 from unified_tokenizers.images import to_tensor
 
 PROMPTS = ["red apple", "a cat and a dog"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from unified.codes import load_codes
+from unified.data.code_cache import load_codes
 from unified_tokenizers import AutoImageTokenizer, load_text_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -19,8 +19,8 @@ from conftest import LAUNCH, ROOT, tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from unified.codes import encode_source
-from unified.crops import Views
+from unified.data.code_cache import encode_source
+from unified.data.crops import Views
 from unified.sequence import ImageSegment, TextSegment, build_sequence, collate
 from unified.training import loop
 from unified.training.checkpoint import list_checkpoints, save_checkpoint

@@ -4,9 +4,9 @@ import pytest
 import torch
 from conftest import tiny_config, tiny_model
 
-from unified.rope import GridRotary, span_offsets
+from unified.model.rotary import GridRotary, span_offsets
+from unified.prediction.slots import plan_slots
 from unified.sequence import ImageSegment, TextSegment, build_sequence, collate, pack
-from unified.slots import plan_slots
 
 
 def test_equal_row_and_column_is_the_original_bitwise():

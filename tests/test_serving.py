@@ -11,7 +11,7 @@ from conftest import generators
 from test_lora import noisy_adapter
 
 from unified.decoding import Sampling
-from unified.serving import Engine
+from unified.serving.engine import Engine
 
 SAMPLING = Sampling(guidance_scale=2.0, temperature=0.9)
 WAIT = 30  # seconds, far more than anything here takes

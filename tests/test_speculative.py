@@ -7,7 +7,7 @@ import torch
 from conftest import generators, tiny_model
 
 from unified.decoding import Sampling, generate_codes, make_decoder, speculative
-from unified.decoding.sampler import filter_logits, guide
+from unified.decoding.sampling import filter_logits, guide
 from unified.decoding.speculative import speculate_codes
 
 PROMPTS, NEGATIVES = [[1, 5, 6, 7, 3], [1, 8, 3]], [[1, 3], [1, 9, 9, 9, 3]]

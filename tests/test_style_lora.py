@@ -7,7 +7,7 @@ from conftest import ROOT, generators
 from PIL import Image
 
 from unified import UnifiedPipeline
-from unified.codes import load_codes
+from unified.data.code_cache import load_codes
 from unified.training.config import load_config
 from unified.training.loop import train
 from unified.training.tracking import read_log

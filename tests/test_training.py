@@ -14,9 +14,9 @@ from torch.optim.swa_utils import AveragedModel
 from transformers import AutoModelForCausalLM
 
 from unified import UnifiedPipeline
-from unified.codes import load_codes
-from unified.lora import base_of
-from unified.training.batches import CaptionedBatches, bucketed_order, loader
+from unified.data.batches import CaptionedBatches, bucketed_order, loader
+from unified.data.code_cache import load_codes
+from unified.lora.adapters import base_of
 from unified.training.config import OptimizerConfig, load_config
 from unified.training.loop import train
 from unified.training.optimizer import build_optimizers

@@ -7,8 +7,8 @@ from conftest import generators
 from PIL import Image
 
 from unified.cli import main
-from unified.demo import painted
-from unified.inpainting import outpainting_canvas
+from unified.pipeline.editing import outpainting_canvas
+from unified.serving.web import painted
 from unified_tokenizers.images import as_rgb, to_tensor
 
 

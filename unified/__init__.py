@@ -1,9 +1,9 @@
 """One language model that reads and writes text and pictures, trained with next-patch prediction."""
 
 from unified.config import TokenLayout, UnifiedConfig
-from unified.model import UnifiedForCausalLM, UnifiedOutput
-from unified.npp import PatchSchedule, group_embeddings, group_targets, patch_cross_entropy
-from unified.pipeline import UnifiedPipeline, UnifiedPipelineOutput
+from unified.model.modeling import UnifiedForCausalLM, UnifiedOutput
+from unified.pipeline.pipeline import UnifiedPipeline, UnifiedPipelineOutput
+from unified.prediction.npp import PatchSchedule, group_embeddings, group_targets, patch_cross_entropy
 
 __version__ = "0.1.0"
 

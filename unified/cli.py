@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 
-from unified.pipeline import UnifiedPipeline
-from unified.prompting import DECODING, GUIDANCE_SCALE, check_whole
+from unified.pipeline.arguments import DECODING, GUIDANCE_SCALE, check_whole
+from unified.pipeline.pipeline import UnifiedPipeline
 from unified_tokenizers.images import as_rgb
 
 
@@ -165,7 +165,7 @@ def _caption(args: argparse.Namespace) -> None:
 
 
 def _serve(args: argparse.Namespace) -> None:
-    from unified.demo import serve  # gradio is an extra
+    from unified.serving.web import serve  # gradio is an extra
 
     chosen, args.lora = args.lora, None  # loaded by name, with the others
     serve(_load(args), args.loras, chosen, args.host, args.port, args.slots, args.queue)

@@ -38,13 +38,13 @@ class UnifiedConfig(PreTrainedConfig):
             its own then. Training them clears it.
         image_grids: code grids ``[h, w]`` that the model was trained on.
         positions: ``1d`` (running index) or ``2d`` (row and column) inside image spans; ``llamagen`` as LlamaGen has it
-            (see :class:`unified.rope.GridRotary`).
+            (see :class:`unified.model.rotary.GridRotary`).
         coarse_positions: where a patch of a coarse stage sits: ``center`` of its fine-grid cells, ``unit`` stride as
             in the paper (arXiv 2412.15321), or ``normalized`` to ``normalized_range`` (arXiv 2406.10797).
         normalized_range: extent of the grid's longer side for ``normalized``.
         loss_normalization: ``slot`` weighs every predicted slot alike, ``token`` weighs a patch by its p*p codes.
         text_loss_weight, image_loss_weight: weights of the two parts in the mean.
-        conditioning: the condition in front of a picture that is no text (see :mod:`unified.conditioning`):
+        conditioning: the condition in front of a picture that is no text (see :mod:`unified.model.prefix`):
             ``{"kind": "class", "classes": N}`` or ``{"kind": "features", "length": P, "features": F}``; None without.
     """
 

@@ -10,8 +10,8 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from unified.cards import one_or_all
-from unified.codes import CACHE_FILE, is_codes_cache
-from unified.data import terms_of
+from unified.data.code_cache import CACHE_FILE, is_codes_cache
+from unified.data.sources import terms_of
 from unified.settings import dump_settings
 from unified.training.config import TrainConfig
 from unified.training.tracking import read_log

@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
-from unified.data import load_source, open_rgb
+from unified.data.sources import load_source, open_rgb
 from unified_eval.features import Extractor
 from unified_eval.npz import load_npz
 
@@ -32,7 +32,7 @@ def open_pictures(source: str | Path, split: str = "train", image_column: str = 
 
     Args:
         source: a folder with picture files (taken by name, subfolders left out), an ``.npz`` file, or anything that
-            :func:`unified.data.load_source` opens.
+            :func:`unified.data.sources.load_source` opens.
         split: split of a data set.
         image_column: column of a data set.
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unified.data import CaptionedImage, fit_square
+from unified.data.sources import CaptionedImage, fit_square
 from unified_eval.clip import Clip
 from unified_eval.drawing import stream_drawings
 from unified_eval.evaluate import DEFAULT_METRICS, measure_pictures

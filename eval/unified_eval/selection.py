@@ -4,7 +4,7 @@ import random
 from itertools import islice, pairwise
 from typing import TypeVar
 
-from unified.data import CaptionedImage, SkipReport, captioned_images, load_source
+from unified.data.sources import CaptionedImage, SkipReport, captioned_images, load_source
 from unified_eval.clip import caption_key
 
 T = TypeVar("T")
@@ -20,7 +20,7 @@ def first_usable_rows(
     """Read the first ``max_samples`` usable rows of a split, in order (all of them for None).
 
     Args:
-        source: anything :func:`unified.data.load_source` opens.
+        source: anything :func:`unified.data.sources.load_source` opens.
         split: name of the split.
         max_samples: how many rows to keep; a shorter split gives what it has.
         image_column: column of the pictures.

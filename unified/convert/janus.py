@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import JanusForConditionalGeneration
 
 from unified.convert.output import GenerationOutput, check_pictures
-from unified.npp import group_embeddings, group_targets, patch_cross_entropy
+from unified.prediction.npp import group_embeddings, group_targets, patch_cross_entropy
 
 
 def janus_generation(

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from unified.config import UnifiedConfig
-from unified.model import UnifiedForCausalLM, _with_wrapped_rotary
+from unified.model.modeling import UnifiedForCausalLM, _with_wrapped_rotary
 
 
 def split_joint_table(

@@ -5,8 +5,8 @@ import re
 from torch import Tensor
 
 from unified.config import UnifiedConfig
-from unified.model import UnifiedForCausalLM
-from unified.npp import Grid
+from unified.model.modeling import UnifiedForCausalLM
+from unified.prediction.npp import Grid
 from unified_tokenizers.weights import load_exactly, shape_of
 
 # Heads cannot be read from the weights; these are the published sizes, by width.
@@ -31,9 +31,9 @@ def llamagen_from_weights(
 ) -> UnifiedForCausalLM:
     """Build the unified model that a LlamaGen checkpoint describes; its logits are equal.
 
-    Class-conditional checkpoints get a :class:`unified.conditioning.ClassCondition`, text-conditional ones a
-    :class:`unified.conditioning.FeatureCondition` (120 left-padded Flan-T5-XL vectors). Call the model with
-    ``condition=`` and sequences that start with :func:`unified.conditioning.condition_slots`. Its text head is new and
+    Class-conditional checkpoints get a :class:`unified.model.prefix.ClassCondition`, text-conditional ones a
+    :class:`unified.model.prefix.FeatureCondition` (120 left-padded Flan-T5-XL vectors). Call the model with
+    ``condition=`` and sequences that start with :func:`unified.model.prefix.condition_slots`. Its text head is new and
     not part of the loss.
 
     Args:

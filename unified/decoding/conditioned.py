@@ -5,14 +5,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from unified.decoding.backbone import Decoder
-from unified.decoding.engine import continue_span
-from unified.decoding.lean import make_decoder
+from unified.decoding.decode import continue_span
+from unified.decoding.decoder import Decoder
+from unified.decoding.fused_llama import make_decoder
 from unified.decoding.prefill import read
-from unified.decoding.sampler import Sampling
-from unified.model import UnifiedForCausalLM
-from unified.npp import Grid
-from unified.rope import span_offsets
+from unified.decoding.sampling import Sampling
+from unified.model.modeling import UnifiedForCausalLM
+from unified.model.rotary import span_offsets
+from unified.prediction.npp import Grid
 
 
 @torch.inference_mode()

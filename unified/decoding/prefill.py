@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unified.decoding.backbone import Decoder
-from unified.decoding.cache import KeyValueCache
-from unified.npp import Grid
-from unified.slots import plan_slots, running_index
+from unified.decoding.decoder import Decoder
+from unified.decoding.kv_cache import KeyValueCache
+from unified.prediction.npp import Grid
+from unified.prediction.slots import plan_slots, running_index
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from unified.decoding.backbone import Decoder
-from unified.decoding.engine import check_known, paired_prompts, span_coordinates
+from unified.decoding.decode import check_known, paired_prompts, span_coordinates
+from unified.decoding.decoder import Decoder
 from unified.decoding.prefill import Prefilled, Prompt, causal_bias, prefill
-from unified.decoding.sampler import PositionNoise, Sampling, draw, filter_logits, guide, gumbel_noise
-from unified.npp import Grid
+from unified.decoding.sampling import PositionNoise, Sampling, draw, filter_logits, guide, gumbel_noise
+from unified.prediction.npp import Grid
 
 MODES = ("jacobi", "sjd", "gsd")
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from unified.image_init import EMBED_KINDS, HEAD_KINDS
-from unified.lora import ATTENTION_AND_MLP
-from unified.npp import PatchSchedule
+from unified.lora.adapters import ATTENTION_AND_MLP
+from unified.model.init import EMBED_KINDS, HEAD_KINDS
+from unified.prediction.npp import PatchSchedule
 from unified.settings import load_settings
 
 KINDS = ("image", "text", "interleaved")
@@ -19,7 +19,7 @@ KINDS = ("image", "text", "interleaved")
 class SourceConfig:
     """One of several sources that are mixed by weight."""
 
-    path: str = MISSING  # a codes cache, or any source of `unified.data.load_source`; pictures are encoded once
+    path: str = MISSING  # a codes cache, or any source of `unified.data.sources.load_source`; pictures are encoded once
     kind: str = "image"  # image: captioned pictures; text: plain texts; interleaved: lists of texts and pictures
     weight: float = 1.0  # its share of the rows that are learned, relative to the weights of the other sources
     split: str = "train"
@@ -84,7 +84,7 @@ class ModelConfig:
 
 @dataclass
 class LoraSettings:
-    """Train an adapter instead of the model; see ``unified.lora.attach_lora``."""
+    """Train an adapter instead of the model; see ``unified.lora.adapters.attach_lora``."""
 
     rank: int = 16
     alpha: int | None = None
@@ -100,7 +100,7 @@ class LoraSettings:
 
 @dataclass
 class ScheduleConfig:
-    """Fields of ``unified.npp.PatchSchedule``; ``levels`` and ``ratio`` give the paper's stages instead of explicit ones."""
+    """Fields of ``PatchSchedule``; ``levels`` and ``ratio`` give the paper's stages instead of explicit ones."""
 
     levels: int | None = None  # 2: patch sizes 2 and 1; 3: 4, 2 and 1; ...
     ratio: float = 0.5  # with levels: every boundary lies at this share of the next one

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from unified.config import UnifiedConfig
-from unified.npp import Grid
+from unified.prediction.npp import Grid
 from unified_tokenizers import TextTokenizer
 
 

@@ -14,15 +14,14 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from unified.data.batches import loader
 from unified.decoding import Sampling
-from unified.lora import base_of, save_lora
-from unified.model import UnifiedForCausalLM
+from unified.lora.adapters import base_of, save_lora
+from unified.model.modeling import UnifiedForCausalLM
 from unified.model_card import run_card
-from unified.pipeline import UnifiedPipeline
-from unified.prompting import plan_drawing
+from unified.pipeline.arguments import plan_drawing
+from unified.pipeline.pipeline import UnifiedPipeline
 from unified.settings import dump_settings
-from unified.training.batches import loader
-from unified.training.build import adapt, build_parts
 from unified.training.checkpoint import (
     check_inputs,
     check_settings,
@@ -34,9 +33,10 @@ from unified.training.checkpoint import (
 )
 from unified.training.config import TrainConfig
 from unified.training.inputs import check_grids, describe_inputs, learn_grids
+from unified.training.open_data import open_data
 from unified.training.optimizer import build_optimizers
+from unified.training.setup import adapt, build_parts
 from unified.training.sharding import check_sharding, configure_deepspeed
-from unified.training.sources import open_data
 from unified.training.step import check_skipped, kept_on_failure, train_step
 from unified.training.tracking import LossMeter, RunLog, check_trackers, start_trackers
 from unified_tokenizers import ImageTokenizer, TextTokenizer

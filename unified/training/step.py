@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from unified.config import TokenLayout, UnifiedConfig
-from unified.npp import slot_counts
+from unified.prediction.npp import slot_counts
 from unified.sequence import IGNORE
 from unified.training.config import TrainConfig
 from unified.training.tracking import LossMeter, sum_over_processes

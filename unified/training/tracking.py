@@ -15,7 +15,7 @@ from PIL.Image import Image
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid, save_image
 
-from unified.pipeline import UnifiedPipeline
+from unified.pipeline.pipeline import UnifiedPipeline
 from unified.training.checkpoint import write_whole
 from unified.training.config import SampleConfig, TrainConfig
 

@@ -7,7 +7,7 @@ from accelerate.utils import send_to_device
 from torch import nn
 
 from unified.config import TokenLayout
-from unified.training.batches import CaptionedBatches
+from unified.data.batches import CaptionedBatches
 from unified.training.step import learned_slots
 
 

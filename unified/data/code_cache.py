@@ -1,0 +1,202 @@
+"""The codes cache: pictures encoded once, stored with the fingerprint of the tokenizer that made them."""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import datasets
+from accelerate import PartialState
+
+from unified.data.crops import Size, Views
+from unified.data.encoding import MakeRecords, Rows, captioned_records, encode_blocks, read_blocks
+from unified.data.sources import SkipReport, load_source, terms_of, undecoded_rows, with_caption
+from unified.settings import refuse_other
+from unified_tokenizers.base import ImageTokenizer
+
+CACHE_FILE = "codes.json"
+
+
+def is_codes_cache(path: str | Path) -> bool:
+    """Whether a folder was written by :func:`encode_source`."""
+    return (Path(path) / CACHE_FILE).is_file()
+
+
+def encode_source(
+    tokenizer: ImageTokenizer,
+    source: str,
+    out: str | Path,
+    splits: tuple[str, ...] = ("train", "validation"),
+    image_size: int = 64,
+    image_column: str = "image",
+    caption_column: str = "caption",
+    batch_size: int = 64,
+    streaming: bool = False,
+    views: Views | None = None,
+    block_rows: int = 1024,
+    process: PartialState | None = None,
+    caption: str | None = None,
+    storage_options: dict[str, Any] | None = None,
+) -> dict[str, SkipReport]:
+    """Encode the pictures of a source and write an Arrow data set of codes, grids and captions.
+
+    The folder appears only when it is complete. Until then ``<out>.partial`` collects blocks of rows; a run that was killed
+    goes on from there. Rows that cannot be used are skipped and reported per split. Licence and attribution of the source
+    (see :func:`unified.data.sources.terms_of`) are kept beside the codes.
+
+    Args:
+        tokenizer: any image tokenizer.
+        source: any source of :func:`unified.data.sources.load_source`.
+        out: folder to write; a finished cache in it is replaced.
+        splits: splits to encode.
+        image_size: side of the square views, without ``views``: resized on the shorter side, centre-cropped.
+        image_column, caption_column: columns of the source; its further text columns (ids, groups) are kept.
+        batch_size: pictures per encoder call.
+        streaming: read rows as they come.
+        views: sizes, crops and flips; every view becomes a row.
+        block_rows: rows of the source that are encoded between two writes.
+        process: this process's place among several, from Accelerate; without it there is one.
+        caption: caption of all pictures, for a source that has none.
+        storage_options: as in :func:`unified.data.sources.load_source`.
+
+    Returns:
+        What was used and skipped, by split.
+
+    Raises:
+        ValueError: if a size does not divide by the tokenizer's stride, a split or column is missing, no row is left, or the
+            begun ``<out>.partial`` is of other settings.
+    """
+    views = views or Views(((image_size, image_size),))
+    settings = {
+        "source": source,
+        "image_size": image_size,
+        "views": {**asdict(views), "sizes": [list(size) for size in views.sizes]},
+        "block_rows": block_rows,
+        "columns": [image_column, caption_column],
+        "caption": caption,
+    }
+
+    def rows_and_records(split: str) -> tuple[Rows, MakeRecords, datasets.Features]:
+        rows = load_source(source, split, streaming, storage_options)
+        if caption is not None:
+            rows = with_caption(rows, caption, caption_column)
+        rows = undecoded_rows(rows, image_column, caption_column)
+        return rows, *captioned_records(tokenizer, rows, views, image_column, caption_column, batch_size)
+
+    return write_cache(tokenizer, out, splits, views.sizes, settings, rows_and_records, block_rows, batch_size, process)
+
+
+def write_cache(
+    tokenizer: ImageTokenizer,
+    out: str | Path,
+    splits: tuple[str, ...],
+    sizes: Sequence[Size],
+    settings: dict[str, Any],
+    rows_and_records: Callable[[str], tuple[Rows, MakeRecords, datasets.Features]],
+    block_rows: int,
+    batch_size: int,
+    process: PartialState | None,
+) -> dict[str, SkipReport]:
+    """Write a codes cache of any layout; :func:`encode_source` and :func:`unified.data.interleaved.encode_interleaved` use it.
+
+    Args:
+        tokenizer, out, splits, block_rows, batch_size, process: as in :func:`encode_source`.
+        sizes: sizes of the encoded pictures.
+        settings: what the cache depends on; a begun cache of other settings is refused.
+        rows_and_records: for a split its rows, how they become records, and the columns of these.
+
+    Raises:
+        ValueError: as :func:`encode_source`.
+    """
+    for height, width in sizes:
+        if height % tokenizer.downsample or width % tokenizer.downsample:
+            size = f"{height}" if height == width else f"{height}x{width}"
+            raise ValueError(f"image_size: {size} does not divide by the tokenizer's stride {tokenizer.downsample}.")
+    if block_rows < 1 or batch_size < 1:
+        raise ValueError(f"block_rows, batch_size: {block_rows} and {batch_size} must be at least 1.")
+    out = Path(out)
+    partial = out.with_name(out.name + ".partial")
+    settings = {
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "codebook_size": tokenizer.codebook_size,
+        "downsample": tokenizer.downsample,
+        **settings,
+    }
+    opened = {
+        split: rows_and_records(split) for split in splits
+    }  # what is wrong with them shows before anything is written
+    index, count = (process.process_index, process.num_processes) if process is not None else (0, 1)
+    if index == 0:
+        _begin(partial, settings)
+    if process is not None:
+        process.wait_for_everyone()
+    for split in splits:
+        encode_blocks(*opened[split], partial / "blocks" / split, block_rows, index, count, split)
+    if process is not None:
+        process.wait_for_everyone()
+    if index == 0:
+        _finish(out, partial, splits, settings | terms_of(settings["source"], opened[splits[-1]][0].info))
+    if process is not None:
+        process.wait_for_everyone()
+    reports = json.loads((out / CACHE_FILE).read_text())["rows"]
+    return {split: SkipReport(**reports[split]) for split in splits}
+
+
+def _begin(partial: Path, settings: dict[str, Any]) -> None:
+    """Record what the blocks are made with, or compare with what was recorded."""
+    record = partial / CACHE_FILE
+    if record.is_file():
+        refuse_other("out", partial, json.loads(record.read_text()), settings)
+        return
+    partial.mkdir(parents=True, exist_ok=True)
+    beside = record.with_suffix(".new")
+    beside.write_text(json.dumps(settings, indent=2))
+    beside.rename(record)
+
+
+def _finish(out: Path, partial: Path, splits: tuple[str, ...], settings: dict[str, Any]) -> None:
+    """Join the blocks, describe them, and put the folder in its place."""
+    encoded, reports = {}, {}
+    for split in splits:
+        encoded[split], reports[split] = read_blocks(partial / "blocks" / split)
+        if reports[split].used == 0:
+            summary = reports[split].summary()
+            shutil.rmtree(partial)
+            raise ValueError(f"source: no usable row in split {split!r} of {settings['source']!r}; {summary}")
+    whole = partial / "whole"
+    shutil.rmtree(whole, ignore_errors=True)
+    datasets.DatasetDict(encoded).save_to_disk(whole)
+    rows = {split: asdict(report) for split, report in reports.items()}
+    (whole / CACHE_FILE).write_text(json.dumps({**settings, "rows": rows}, indent=2))
+    shutil.rmtree(out, ignore_errors=True)
+    whole.rename(out)
+    shutil.rmtree(partial)
+
+
+def load_codes(path: str | Path, split: str, fingerprint: str | None, kind: str = "captioned") -> datasets.Dataset:
+    """Open one split of a codes cache.
+
+    Args:
+        path: folder written by :func:`encode_source` or :func:`unified.data.interleaved.encode_interleaved`.
+        split: split to open.
+        fingerprint: fingerprint of the tokenizer in use; None skips the comparison.
+        kind: what the rows have to be, ``captioned`` or ``interleaved``.
+
+    Raises:
+        ValueError: if the folder is no cache of this kind, the split is missing, or the codes are of another tokenizer.
+    """
+    if not is_codes_cache(path):
+        raise ValueError(f"codes: {str(path)!r} has no {CACHE_FILE}; write it with recipes/encode_images.py.")
+    description = json.loads((Path(path) / CACHE_FILE).read_text())
+    made_with, holds = description["tokenizer_fingerprint"], description.get("kind", "captioned")
+    if holds != kind:
+        raise ValueError(f"codes: {str(path)!r} holds {holds} rows, not {kind} ones; give another folder.")
+    if fingerprint is not None and made_with != fingerprint:
+        raise ValueError(
+            f"codes: {str(path)!r} was made with tokenizer {made_with}, the one in use is {fingerprint}; encode the pictures again."
+        )
+    dataset = load_source(str(path), split)
+    assert isinstance(dataset, datasets.Dataset)  # a saved data set that is not streamed
+    return dataset.with_format("numpy")

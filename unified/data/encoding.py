@@ -1,0 +1,151 @@
+"""Encoding a source in blocks of rows: each block becomes one file, written whole or not at all.
+
+Block b holds rows ``[b * R, (b + 1) * R)`` of a split and belongs to process ``b mod N``. What a block contains depends on
+nothing but its rows, so a run that was killed goes on with the blocks that are missing, with as many processes as it likes.
+"""
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import datasets
+import numpy as np
+from datasets.arrow_writer import ArrowWriter
+from PIL import Image
+from tqdm import tqdm
+
+from unified.data.crops import Views
+from unified.data.sources import SkipReport, usable_rows
+from unified_tokenizers.base import ImageTokenizer
+from unified_tokenizers.images import to_tensor
+
+Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
+Numbered: TypeAlias = Iterable[tuple[int, dict[str, Any]]]
+MakeRecords: TypeAlias = Callable[[Numbered, SkipReport], Iterable[dict[str, Any]]]
+_COLUMNS = {
+    "codes": datasets.List(datasets.Value("int32")),
+    "height": datasets.Value("int32"),
+    "width": datasets.Value("int32"),
+    "caption": datasets.Value("string"),
+    "source_row": datasets.Value("int64"),
+    "view": datasets.Value("int32"),
+}
+
+
+def encode_blocks(
+    rows: Rows,
+    make: MakeRecords,
+    features: datasets.Features,
+    folder: Path,
+    block_rows: int,
+    process: int,
+    processes: int,
+    name: str,
+) -> None:
+    """Write the blocks of this process that ``folder`` does not have yet; ``make`` turns numbered rows into records."""
+    folder.mkdir(parents=True, exist_ok=True)
+    total = -(-len(rows) // block_rows) if isinstance(rows, datasets.Dataset) else None
+    with tqdm(desc=f"encode {name}", unit="row", disable=process > 0) as bar:
+        for block, numbered in _blocks(rows, block_rows, process, processes, folder):
+            report = SkipReport()
+            made = []
+            for record in make(numbered, report):
+                made.append(record)
+                bar.update()
+            bar.set_postfix(block=f"{block + 1}/{total or '?'}")
+            _write(_file(folder, block), sorted(made, key=lambda r: (r["source_row"], r["view"])), features, report)
+
+
+def captioned_records(
+    tokenizer: ImageTokenizer, rows: Rows, views: Views, image_column: str, caption_column: str, batch_size: int
+) -> tuple[MakeRecords, datasets.Features]:
+    """How rows of :func:`unified.data.sources.undecoded_rows` become records of views with captions, and their columns."""
+    text = _text_columns(rows, image_column, caption_column)
+
+    def make(numbered: Numbered, report: SkipReport) -> Iterator[dict[str, Any]]:
+        usable = usable_rows(numbered, report, image_column, caption_column)
+        return _encode(tokenizer, usable, views, batch_size, text)
+
+    return make, datasets.Features(_COLUMNS | {name: datasets.Value("string") for name in text})
+
+
+def read_blocks(folder: Path) -> tuple[datasets.Dataset, SkipReport]:
+    """All blocks of a finished split in order, and what was skipped in them."""
+    files = sorted(folder.glob("block-*.arrow"))
+    total = SkipReport()
+    for file in files:
+        report = SkipReport(**json.loads(file.with_suffix(".json").read_text()))
+        total.used += report.used
+        total.corrupt_image += report.corrupt_image
+        total.empty_caption += report.empty_caption
+        total.examples = (total.examples + report.examples)[:10]
+    parts = [datasets.Dataset.from_file(str(file)) for file in files]
+    return datasets.concatenate_datasets([part for part in parts if len(part)] or parts[:1]), total
+
+
+def _file(folder: Path, block: int) -> Path:
+    return folder / f"block-{block:08d}.arrow"
+
+
+def _blocks(rows: Rows, block_rows: int, process: int, processes: int, folder: Path) -> Iterator[tuple[int, Numbered]]:
+    """Number and numbered rows of the blocks that this process still has to make."""
+    if isinstance(rows, datasets.Dataset):
+        for block in range(process, -(-len(rows) // block_rows), processes):
+            if not _file(folder, block).exists():
+                start = block * block_rows
+                yield block, enumerate(rows.select(range(start, min(start + block_rows, len(rows)))), start)
+        return
+    stream, block = iter(enumerate(rows)), 0
+    while numbered := list(islice(stream, block_rows)):  # undecoded, so passing over a block is cheap
+        if block % processes == process and not _file(folder, block).exists():
+            yield block, numbered
+        block += 1
+
+
+def _text_columns(rows: Rows, image_column: str, caption_column: str) -> list[str]:
+    """Further columns that hold text, such as ids and groups; the cache keeps them."""
+    taken = {*_COLUMNS, image_column, caption_column}
+    if rows.features is not None:
+        names = [name for name, kind in rows.features.items() if getattr(kind, "dtype", None) == "string"]
+    else:
+        names = [name for name, value in next(iter(rows)).items() if isinstance(value, str)]
+    return [name for name in names if name not in taken]
+
+
+def _encode(
+    tokenizer: ImageTokenizer, rows: Iterable[Any], views: Views, batch_size: int, text: list[str]
+) -> Iterator[dict[str, Any]]:
+    """Records of all views, batched by size, so not in order."""
+    waiting: dict[tuple[int, int], list[tuple[Image.Image, dict[str, Any]]]] = defaultdict(list)
+    for row in rows:
+        shared = {"caption": row.caption, "source_row": row.row, **{name: row.extra.get(name) for name in text}}
+        for number, view in enumerate(views(row.image, row.row)):
+            waiting[view.size].append((view, shared | {"view": number}))
+            if len(waiting[view.size]) == batch_size:
+                yield from _encode_batch(tokenizer, waiting.pop(view.size))
+    for batch in waiting.values():
+        yield from _encode_batch(tokenizer, batch)
+
+
+def _encode_batch(
+    tokenizer: ImageTokenizer, batch: list[tuple[Image.Image, dict[str, Any]]]
+) -> Iterator[dict[str, Any]]:
+    codes = tokenizer.encode(to_tensor([view for view, _ in batch])).cpu().numpy().astype(np.int32)
+    for grid, (_, record) in zip(codes, batch, strict=True):
+        yield {"codes": grid.flatten(), "height": grid.shape[0], "width": grid.shape[1], **record}
+
+
+def _write(file: Path, records: list[dict[str, Any]], features: datasets.Features, report: SkipReport) -> None:
+    """Write beside, then rename: the file exists when it is whole."""
+    partial = file.with_suffix(".partial")
+    with ArrowWriter(path=str(partial), features=features) as writer:
+        for record in records:
+            writer.write(record)
+        writer.finalize()
+    file.with_suffix(".json").write_text(json.dumps(asdict(report)))
+    os.replace(partial, file)

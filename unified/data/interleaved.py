@@ -1,0 +1,191 @@
+"""Interleaved rows, lists of texts and pictures in any order: read, encode once, and lay out as sequences."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from accelerate import PartialState
+from PIL import Image, UnidentifiedImageError
+
+from unified.config import TokenLayout
+from unified.data.code_cache import write_cache
+from unified.data.crops import Size, fit, nearest_aspect
+from unified.data.encoding import MakeRecords, Numbered, Rows
+from unified.data.sources import SkipReport, load_source, open_rgb
+from unified.sequence import ImageSegment, Segment, TextSegment, TokenSequence, build_sequence
+from unified_tokenizers import TextTokenizer
+from unified_tokenizers.base import ImageTokenizer
+from unified_tokenizers.images import to_tensor
+
+_FEATURES = datasets.Features(
+    {
+        "texts": datasets.List(datasets.Value("string")),  # one entry per segment, null for a picture
+        "codes": datasets.List(datasets.Value("int32")),  # of all pictures, one after the other
+        "heights": datasets.List(datasets.Value("int32")),
+        "widths": datasets.List(datasets.Value("int32")),
+        "source_row": datasets.Value("int64"),
+        "view": datasets.Value("int32"),
+    }
+)
+
+
+def encode_interleaved(
+    tokenizer: ImageTokenizer,
+    source: str,
+    out: str | Path,
+    splits: tuple[str, ...] = ("train", "validation"),
+    sizes: Sequence[Size] = ((64, 64),),
+    segments_column: str = "segments",
+    batch_size: int = 64,
+    streaming: bool = False,
+    block_rows: int = 256,
+    process: PartialState | None = None,
+    storage_options: dict[str, Any] | None = None,
+) -> dict[str, SkipReport]:
+    """Encode the pictures of interleaved rows and write an Arrow data set of texts, codes and grids.
+
+    A row of the source holds a list of segments ``{"text": ..., "image": ...}``, one of the two null. Blank texts are left
+    out; a row with a broken picture, or with nothing in it, is skipped and reported.
+
+    Args:
+        tokenizer, source, out, splits, batch_size, streaming, block_rows, process, storage_options: as in
+            :func:`unified.data.code_cache.encode_source`.
+        sizes: sizes ``(height, width)``; a picture is fitted to the one with the most similar aspect ratio.
+        segments_column: column with the lists.
+
+    Raises:
+        ValueError: as :func:`unified.data.code_cache.encode_source`, or if the column holds something else.
+    """
+    settings = {
+        "kind": "interleaved", "source": source, "sizes": [list(size) for size in sizes], "block_rows": block_rows,
+        "columns": [segments_column],
+    }  # fmt: skip
+
+    def make(numbered: Numbered, report: SkipReport) -> list[dict[str, Any]]:
+        return _records(tokenizer, numbered, report, sizes, segments_column, batch_size)
+
+    def rows_and_records(split: str) -> tuple[Rows, MakeRecords, datasets.Features]:
+        return _undecoded(load_source(source, split, streaming, storage_options), segments_column), make, _FEATURES
+
+    return write_cache(tokenizer, out, splits, sizes, settings, rows_and_records, block_rows, batch_size, process)
+
+
+def interleaved_sequence(
+    row: dict[str, Any], text_tokenizer: TextTokenizer, layout: TokenLayout, max_length: int
+) -> TokenSequence:
+    """A row of the cache as one sequence of at most ``max_length`` tokens, all of it learned.
+
+    Texts are cut where the room ends, pictures are kept whole or left out with all that follows. ``<eos>`` is there if
+    nothing was cut.
+
+    Raises:
+        ValueError: if not even the first picture fits.
+    """
+    room = max_length - (layout.bos_token_id is not None)
+    segments: list[Segment] = []
+    pictures = _pictures(row)
+    for text in row["texts"]:
+        segment = TextSegment(text_tokenizer.encode(str(text))) if text is not None else ImageSegment(next(pictures))
+        size = len(segment.ids) if isinstance(segment, TextSegment) else segment.codes.numel() + 2
+        if size > room:
+            if isinstance(segment, TextSegment):
+                segments.append(TextSegment(segment.ids[:room]))
+            room = 0
+            break
+        segments.append(segment)
+        room -= size
+    if not segments:
+        raise ValueError(f"max_length: {max_length} has no room for the first picture of a row; raise it.")
+    return build_sequence(segments, layout, end=room > 0)
+
+
+def _pictures(row: dict[str, Any]) -> Iterator[torch.Tensor]:
+    codes, start = torch.as_tensor(np.asarray(row["codes"])).long(), 0
+    for height, width in zip(row["heights"], row["widths"], strict=True):
+        yield codes[start : start + int(height * width)].reshape(int(height), int(width))
+        start += int(height * width)
+
+
+def _undecoded(rows: Rows, column: str) -> Rows:
+    features = rows.features or {name: None for name in next(iter(rows))}
+    if column not in features:
+        raise ValueError(f"segments_column: {column!r} is not a column of the source; it has {sorted(features)}.")
+    inner = getattr(features[column], "feature", None)
+    if features[column] is not None and (not isinstance(inner, dict) or set(inner) != {"text", "image"}):
+        raise ValueError(
+            f"segments_column: {column!r} must hold lists of {{text, image}}, it holds {features[column]}."
+        )
+    segment = {"text": datasets.Value("string"), "image": datasets.Image(decode=False)}
+    return rows.cast_column(column, datasets.List(segment))
+
+
+def _records(
+    tokenizer: ImageTokenizer,
+    rows: Numbered,
+    report: SkipReport,
+    sizes: Sequence[Size],
+    column: str,
+    batch_size: int,
+) -> list[dict[str, Any]]:
+    """Records of a block; pictures of one size are encoded together, whatever row they are from."""
+    records: list[tuple[int, list[str | None], list[np.ndarray]]] = []
+    waiting: dict[Size, list[tuple[Image.Image, list[np.ndarray], int]]] = defaultdict(list)
+
+    def encode(size: Size) -> None:
+        batch = waiting.pop(size)
+        codes = tokenizer.encode(to_tensor([view for view, _, _ in batch])).cpu().numpy().astype(np.int32)
+        for grid, (_, places, place) in zip(codes, batch, strict=True):
+            places[place] = grid
+
+    for number, row in rows:
+        try:
+            texts, views = _read(row[column], sizes)
+        except (UnidentifiedImageError, OSError, SyntaxError, TypeError, ValueError) as error:
+            report.skip("corrupt_image", number, str(error) or type(error).__name__)
+            continue
+        if not texts:
+            report.skip("empty_caption", number, "no text and no picture")
+            continue
+        report.used += 1
+        grids = [np.empty((0, 0), np.int32) for _ in views]
+        records.append((number, texts, grids))
+        for place, (size, view) in enumerate(views):
+            waiting[size].append((view, grids, place))
+            if len(waiting[size]) == batch_size:
+                encode(size)
+    for size in list(waiting):
+        encode(size)
+    return [
+        {
+            "texts": texts,
+            "codes": np.concatenate([np.empty(0, np.int32), *(grid.flatten() for grid in grids)]),
+            "heights": [grid.shape[0] for grid in grids],
+            "widths": [grid.shape[1] for grid in grids],
+            "source_row": number,
+            "view": 0,
+        }
+        for number, texts, grids in records
+    ]
+
+
+def _read(
+    segments: Sequence[dict[str, Any]], sizes: Sequence[Size]
+) -> tuple[list[str | None], list[tuple[Size, Image.Image]]]:
+    """Texts, None in the places of pictures, and the pictures fitted to their sizes."""
+    texts: list[str | None] = []
+    views = []
+    for segment in segments or ():
+        if segment["image"] is not None:
+            if segment["text"] is not None:
+                raise ValueError("a segment holds both a text and a picture")
+            image = open_rgb(segment["image"])
+            size = nearest_aspect(image, sizes)
+            views.append((size, fit(image, size)))
+            texts.append(None)
+        elif segment["text"] is not None and segment["text"].strip():
+            texts.append(segment["text"])
+    return texts, views

@@ -1,0 +1,161 @@
+"""Decoding image spans code by code with a key-value cache."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from unified.decoding.decoder import Decoder
+from unified.decoding.fused_llama import make_decoder
+from unified.decoding.prefill import Prefilled, Prompt, causal_bias, prefill
+from unified.decoding.sampling import PositionNoise, Sampling, draw_filtered, guide
+from unified.model.modeling import UnifiedForCausalLM
+from unified.model.rotary import span_offsets
+from unified.prediction.npp import Grid
+
+
+def generate_codes(
+    model: UnifiedForCausalLM | Decoder,
+    prompts: Sequence[Sequence[int] | Prompt],
+    negative_prompts: Sequence[Sequence[int] | Prompt] | None,
+    grid: Grid,
+    sampling: Sampling,
+    generators: Sequence[torch.Generator],
+    on_code: Callable[[int, Tensor], None] | None = None,
+    known: Tensor | None = None,
+) -> Tensor:
+    """Decode one image span after every prompt; see :func:`iterate_codes`.
+
+    Args:
+        on_code: called after every code with its index and the codes so far ``(B, h*w)``.
+
+    Returns:
+        Codes ``(B, h, w)``.
+    """
+    decoder = make_decoder(model) if isinstance(model, UnifiedForCausalLM) else model
+    for step, codes in enumerate(iterate_codes(decoder, prompts, negative_prompts, grid, sampling, generators, known)):
+        if on_code is not None:
+            on_code(step, codes)
+    return codes.reshape(-1, *grid)
+
+
+@torch.inference_mode()
+def iterate_codes(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int] | Prompt],
+    negative_prompts: Sequence[Sequence[int] | Prompt] | None,
+    grid: Grid,
+    sampling: Sampling,
+    generators: Sequence[torch.Generator],
+    known: Tensor | None = None,
+) -> Iterator[Tensor]:
+    """Decode one image span after every prompt, all rows together, one code at a time.
+
+    Only image codes can be drawn: the text head is never evaluated inside a span. Conditional and unconditional rows
+    run in one batch; equal prompts are read once.
+
+    Args:
+        decoder: from :func:`unified.decoding.make_decoder`.
+        prompts: ids of each row, ending with ``<boi>``; a :class:`Prompt` if they hold pictures.
+        negative_prompts: as many rows for the unconditional side; needed if ``sampling.guided``.
+        grid: code grid ``(h, w)``.
+        sampling: guidance and filters.
+        generators: one per row.
+        known: ``(B, h, w)`` codes that are forced, -1 where the model draws.
+
+    Yields:
+        The codes so far, ``(B, 1)`` to ``(B, h*w)``, row by row through the grid.
+
+    Raises:
+        ValueError: if the model takes a condition instead of a prompt, or a list has another length.
+    """
+    rows = paired_prompts(decoder.model, prompts, negative_prompts, sampling, generators)
+    forced = None if known is None else check_known(known, len(prompts), grid, decoder.model)
+    state = prefill(decoder, rows, grid[0] * grid[1])
+    yield from continue_span(
+        decoder, state, span_coordinates(decoder.model, state.position, grid), sampling, generators, forced
+    )
+
+
+def continue_span(
+    decoder: Decoder,
+    state: Prefilled,
+    coordinates: Tensor,
+    sampling: Sampling,
+    generators: Sequence[torch.Generator],
+    known: Tensor | None = None,
+) -> Iterator[Tensor]:
+    """The loop itself: codes at ``coordinates (B, n, 2)`` after what ``state`` has read, ``known (B, n)`` forced.
+
+    Codes that are known in every row follow in the forward pass of the code before them.
+    """
+    steps, count, device = coordinates.shape[1], len(generators), coordinates.device
+    cache, hidden, scales = state.cache, state.hidden, sampling.scales(steps)
+    positions = decoder.positions(coordinates)
+    noise = PositionNoise(generators, decoder.model.config.codebook_size, device)
+    codes = torch.full((count, steps), -1, device=device) if known is None else known.clone()
+    fixed = (codes >= 0).all(dim=0).tolist()
+    everywhere = torch.ones(1, 1, dtype=torch.bool, device=device)
+    step = 0
+    while True:
+        if not fixed[step]:
+            if sampling.guided:
+                conditional, unconditional = hidden.chunk(2)
+                hidden = guide(conditional, unconditional, scales[step])
+            drawn = draw_filtered(decoder.image_logits(hidden), sampling, noise.at(step)[:, 0])
+            codes[:, step] = torch.where(codes[:, step] < 0, drawn, codes[:, step])
+        first, step = step, step + 1
+        yield codes[:, :step]
+        while step < steps and fixed[step]:
+            step += 1
+            yield codes[:, :step]
+        if step == steps:
+            return
+        embeds = decoder.embed(codes[:, first:step])
+        if sampling.guided:
+            embeds = embeds.repeat(2, 1, 1)
+        bias = causal_bias(state, step - first) if step - first > 1 else state.bias
+        if bias is not None:
+            bias = bias[..., : cache.column + step - first]
+        hidden = decoder(embeds, positions[:, first:step], cache, bias, everywhere)[:, -1]
+
+
+def paired_prompts(
+    model: UnifiedForCausalLM,
+    prompts: Sequence[Sequence[int] | Prompt],
+    negatives: Sequence[Sequence[int] | Prompt] | None,
+    sampling: Sampling,
+    generators: Sequence[torch.Generator],
+) -> list[Prompt]:
+    """All rows of a batch: the prompts, then their negatives if guidance needs them."""
+    if model.condition is not None or model.config.positions == "llamagen":
+        raise ValueError("model: draws after a class or features, not after a prompt; use generate_conditioned.")
+    rows = list(prompts)
+    if len(generators) != len(rows):
+        raise ValueError(f"generators: {len(generators)} given for {len(rows)} prompts; give one each.")
+    if sampling.guided:
+        if negatives is None or len(negatives) != len(prompts):
+            raise ValueError(f"negative_prompts: guidance needs one row per prompt ({len(prompts)}).")
+        rows += negatives
+    return [row if isinstance(row, Prompt) else Prompt(tuple(row)) for row in rows]
+
+
+def span_coordinates(model: UnifiedForCausalLM, position: Tensor, grid: Grid) -> Tensor:
+    """``(B, h*w, 2)`` rows and columns of a span whose first code sits at ``position (B,)``."""
+    config = model.config
+    offsets, _ = span_offsets(grid, 1, config.positions, config.coarse_positions, config.normalized_range)
+    return position[:, None, None] + offsets.to(position.device)
+
+
+def check_known(known: Tensor, count: int, grid: Grid, model: UnifiedForCausalLM) -> Tensor:
+    """Forced codes as ``(B, h*w)``.
+
+    Raises:
+        ValueError: on another shape or codes outside the codebook.
+    """
+    if tuple(known.shape) != (count, *grid):
+        raise ValueError(f"known: shape {tuple(known.shape)}, need {(count, *grid)}: one grid of codes per picture.")
+    size = model.config.codebook_size
+    if known.numel() and (int(known.min()) < -1 or int(known.max()) >= size):
+        raise ValueError(f"known: values {int(known.min())}..{int(known.max())} leave the codebook [0, {size}).")
+    return known.reshape(count, -1).to(model.device)

@@ -1,0 +1,1 @@
+"""The pipeline: text and images in, images and text out."""

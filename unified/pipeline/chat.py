@@ -1,0 +1,105 @@
+"""Pictures to text, and text and pictures in turn."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+
+from unified.config import UnifiedConfig
+from unified.decoding import Prompt, Sampling
+from unified.decoding.continuous_batching import Batcher, Request
+from unified.decoding.decoder import Decoder
+from unified.pipeline.arguments import check_whole
+from unified.prediction.npp import Grid
+from unified.sequence import ImageSegment, Segment, TextSegment, build_sequence
+from unified_tokenizers import ImageTokenizer, TextTokenizer
+from unified_tokenizers.images import to_pil, to_tensor
+
+Message = str | Image.Image
+
+
+def as_segments(messages: Any, image_tokenizer: ImageTokenizer, text_tokenizer: TextTokenizer) -> list[Segment]:
+    """Messages of one conversation as segments that are not learned.
+
+    Raises:
+        ValueError: for an empty conversation, an empty text, or anything but texts and pictures.
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise ValueError(f"messages: {messages!r} is not a conversation; give a list of texts and PIL pictures.")
+    segments: list[Segment] = []
+    for message in messages:
+        if isinstance(message, Image.Image):
+            segments.append(ImageSegment(image_tokenizer.encode(to_tensor([message]))[0].cpu(), loss=False))
+        elif isinstance(message, str) and message.strip():
+            segments.append(TextSegment(text_tokenizer.encode(message.strip()), loss=False))
+        else:
+            raise ValueError(f"messages: {message!r} is neither a text nor a PIL picture.")
+    return segments
+
+
+def continue_conversations(
+    decoder: Decoder,
+    conversations: Sequence[Sequence[Segment]],
+    grid: Grid,
+    text_tokenizer: TextTokenizer,
+    generators: Sequence[torch.Generator],
+    text_sampling: Sampling,
+    image_sampling: Sampling,
+    max_new_tokens: int,
+    max_images: int,
+    batch_size: int = 16,
+) -> list[list[Segment]]:
+    """What a model says next in each conversation; rows write and draw in one batch.
+
+    Raises:
+        ValueError: if a limit is not a whole number, or a conversation does not fit the model's context.
+    """
+    check_whole("max_new_tokens", max_new_tokens)
+    check_whole("max_images", max_images, least=0)
+    config = decoder.model.config
+    start = [] if config.layout.bos_token_id is None else [config.layout.bos_token_id]
+    negative = Prompt((*start, config.boi_token_id))
+    requests = []
+    for segments, generator in zip(conversations, generators, strict=True):
+        sequence = build_sequence(segments, config.layout)
+        prompt = Prompt(tuple(sequence.input_ids.tolist()), tuple(sequence.image_grids))
+        requests.append(Request(prompt, grid, generator, image_sampling, text_sampling, negative, max_new_tokens,
+                                max_images, text_tokenizer.vocab_size))  # fmt: skip
+    new = max_new_tokens + max_images * (grid[0] * grid[1] + 2)
+    longest = max(len(request.prompt.ids) for request in requests)
+    limit = config.text_config.max_position_embeddings
+    if longest + new > limit:
+        raise ValueError(
+            f"messages: {longest} tokens and up to {new} new ones, the model has room for {limit}; "
+            "shorten the conversation or lower max_new_tokens or max_images."
+        )
+    slots = min(batch_size, len(requests)) * requests[0].rows
+    replies = Batcher(decoder, slots, longest + new).run(requests)
+    for generator in generators:  # texts are drawn from copies; the next call shall say something else
+        torch.rand((), generator=generator, device=generator.device)
+    return replies
+
+
+def as_messages(
+    segments: Sequence[Segment], image_tokenizer: ImageTokenizer, text_tokenizer: TextTokenizer
+) -> list[Message]:
+    """Segments as texts and pictures; a text without visible characters is no message."""
+    messages: list[Message] = []
+    for segment in segments:
+        if isinstance(segment, ImageSegment):
+            messages += to_pil(image_tokenizer.decode(segment.codes[None]))
+        elif text := text_tokenizer.decode(segment.ids).strip():
+            messages.append(text)
+    return messages
+
+
+def check_sizes(images: Sequence[Image.Image], config: UnifiedConfig, stride: int) -> None:
+    """Refuse pictures whose grid the model was not trained on."""
+    known = [(int(h) * stride, int(w) * stride) for h, w in config.image_grids or []]
+    for image in images:
+        if known and (image.height, image.width) not in known:
+            raise ValueError(
+                f"image: {image.height}x{image.width} is not a size that the model was trained on "
+                f"({', '.join(f'{h}x{w}' for h, w in known)}); see unified.data.sources.fit_square."
+            )

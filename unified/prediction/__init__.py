@@ -1,0 +1,1 @@
+"""Next-X prediction: which codes are predicted together, from what, and when."""

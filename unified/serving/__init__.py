@@ -1,0 +1,1 @@
+"""One model for many callers: the engine and the web page."""

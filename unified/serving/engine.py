@@ -1,0 +1,299 @@
+"""Serving many callers with one model: their pictures are drawn together, in one running batch.
+
+transformers has continuous batching too (``generate_batch``). Its requests are independent rows of one vocabulary, which
+pictures are not: a guided picture is a pair of rows whose states become one prediction at every step; inside an image
+span only codes are possible, embedded and scored by tables of their own, while other rows of the batch may write text;
+codes sit at 2D positions; and a picture's noise belongs to its request, so that it is the same picture in any company.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError
+from functools import partial
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from unified.decoding import Sampling
+from unified.decoding.continuous_batching import Batcher, Request
+from unified.lora.adapters import base_of
+from unified.pipeline.arguments import as_prompts, check_whole, known_grid, plan_drawing
+from unified.pipeline.editing import unfinished_pictures
+from unified.pipeline.pipeline import UnifiedPipeline, UnifiedPipelineOutput
+from unified.sequence import ImageSegment
+from unified_tokenizers.images import to_pil
+
+
+class Job:
+    """A request in an :class:`Engine`: watch it grow, wait for it, stop it; from any thread.
+
+    Attributes:
+        ahead: jobs that were waiting before it when it came.
+    """
+
+    def __init__(self, adapter: str | None, show: Callable[[Any], Any]):
+        self.adapter, self.ahead, self.cancelled = adapter, 0, False
+        self.work: Callable[[], Iterable[Any]] | None = None  # what runs alone, or
+        self.requests: list[Request] = []  # pictures for the batch
+        self.codes = torch.empty(0, 0, 0, dtype=torch.int64)  # (N, h, w), -1 in pictures that are not complete
+        self.complete = self.shown = 0  # complete pictures; codes in the last preview
+        self._show, self._changed = show, threading.Condition()
+        self._state: Any = None
+        self._ended = False
+        self._error: BaseException | None = None
+
+    def previews(self, patience: float | None = None) -> Iterator[Any]:
+        """What there is each time there is more, the complete result last; a slow reader skips what is outdated.
+
+        With ``patience``, None whenever so many seconds have passed without news: a reader that is itself waited for can
+        give up then.
+
+        Raises:
+            CancelledError: after :meth:`cancel`.
+            ValueError: what went wrong while it ran.
+        """
+        state, ended = None, False
+        while not ended:
+            with self._changed:
+                news = self._changed.wait_for(partial(self._is_newer, state), patience)
+                state, ended = self._state, self._ended
+            if self._error is not None:
+                raise self._error
+            yield self._show(state) if news else None
+
+    def _is_newer(self, seen: Any) -> bool:
+        return self._state is not seen or self._ended
+
+    def result(self, timeout: float | None = None) -> Any:
+        """The complete result; raises as :meth:`previews`, and TimeoutError after ``timeout`` seconds."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._ended, timeout):
+                raise TimeoutError(f"job: not finished after {timeout} seconds.")
+        if self._error is not None:
+            raise self._error
+        return self._show(self._state)
+
+    def cancel(self) -> None:
+        """Stop it before its next code, or work that runs alone at its next item; nothing happens if it has ended."""
+        self.cancelled = True
+
+    def update(self, state: Any, ended: bool = False, error: BaseException | None = None) -> None:
+        """For the engine: what there is now, and whether that is all."""
+        with self._changed:
+            self._state, self._ended, self._error = state, ended or error is not None, error
+            self._changed.notify_all()
+
+
+class Engine:
+    """One thread that owns a pipeline and draws what many callers ask for.
+
+    Pictures join the running batch at any step and leave it when they are done; each is the one that the pipeline
+    draws alone. Jobs begin in the order in which they came. An adapter belongs to the whole batch: a job that wants
+    another one waits until the batch is empty, and so does work that runs alone.
+
+    Args:
+        pipe: the pipeline; it belongs to the engine until :meth:`close`.
+        slots: rows of the batch; a guided picture takes two.
+        waiting: jobs that may wait to begin.
+        prompt_tokens: tokens of the longest prompt that is taken.
+
+    Raises:
+        ValueError: if a number is too small, or the model does not say which grids it draws.
+    """
+
+    def __init__(self, pipe: UnifiedPipeline, slots: int = 8, waiting: int = 8, prompt_tokens: int = 128):
+        for name, value, least in (("slots", slots, 2), ("waiting", waiting, 1), ("prompt_tokens", prompt_tokens, 1)):
+            check_whole(name, value, least)
+        self.pipe, self.slots, self.limit, self.prompt_tokens = pipe, slots, waiting, prompt_tokens
+        self.adapters: list[str] = list(pipe.model.peft_config) if isinstance(pipe.model, PeftModel) else []
+        self._adapter: str | None = None
+        if self.adapters:
+            pipe.disable_lora()
+        config = base_of(pipe.model).config
+        known_grid(config, pipe.image_tokenizer.downsample, None, None)
+        longest = max(height * width for height, width in config.image_grids or [])
+        self._length = prompt_tokens + longest + 4  # <bos> prompt <boi> codes <eoi> <eos>
+        self._batcher = Batcher(pipe._decoder(), slots, self._length)
+        self._waiting: deque[Job] = deque()
+        self._running: list[Job] = []
+        self._wake, self._closed = threading.Condition(), False
+        self._showing = threading.Lock()  # callers' threads decode one after the other, beside the engine's own
+        self._thread = threading.Thread(target=self._run, name="unified-engine", daemon=True)
+        self._thread.start()
+
+    def submit(
+        self,
+        prompt: str | Sequence[str],
+        sampling: Sampling,
+        adapter: str | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> Job:
+        """Draw pictures in the batch; its job shows a :class:`UnifiedPipelineOutput` for every row of the grid.
+
+        Args:
+            sampling: guidance and filters.
+            adapter: name of the adapter that counts; None for the base model.
+            prompt, negative_prompt, num_images_per_prompt, generator, height, width: as for :class:`UnifiedPipeline`.
+
+        Raises:
+            ValueError: for what the pipeline would refuse, an unknown adapter, or a full queue.
+        """
+        config = base_of(self.pipe.model).config
+        grid = known_grid(config, self.pipe.image_tokenizer.downsample, height, width)
+        plan = plan_drawing(config, self.pipe.text_tokenizer, grid, prompt, negative_prompt, num_images_per_prompt,
+                            sampling, generator, None, "plain")  # fmt: skip
+        for text in as_prompts(prompt):
+            self.check_prompt(text)
+        for text in [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt or ():
+            self.check_prompt(text, "negative_prompt")
+        job = Job(adapter, self._pictures)
+        for row, negative, each in zip(plan.rows, plan.negatives, plan.generators, strict=True):
+            job.requests.append(Request(row, grid, each, sampling, negative=negative))
+            self._batcher.check(job.requests[-1])
+        job.codes = torch.full((len(job.requests), *grid), -1)
+        return self._queue(job)
+
+    def check_prompt(self, text: str, name: str = "prompt") -> None:
+        """Raises ValueError, which calls the text ``name``, if it has more tokens than are taken here."""
+        count = len(self.pipe.text_tokenizer.encode(text.strip())) if text.strip() else 0
+        if count > self.prompt_tokens:
+            raise ValueError(f"{name}: {count} tokens, at most {self.prompt_tokens} are taken here; shorten it.")
+
+    def alone(self, work: Callable[[], Iterable[Any]], adapter: str | None = None) -> Job:
+        """Run ``work`` on the engine's thread while nothing else is drawn; its last item is the job's result.
+
+        Raises:
+            ValueError: for an unknown adapter or a full queue.
+        """
+        job = Job(adapter, lambda state: state)
+        job.work = work
+        return self._queue(job)
+
+    def close(self) -> None:
+        """Cancel everything and stop the thread."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
+        self._thread.join()
+
+    def _queue(self, job: Job) -> Job:
+        if job.adapter is not None and job.adapter not in self.adapters:
+            raise ValueError(f"adapter: {job.adapter!r} is not loaded; loaded are {self.adapters}.")
+        with self._wake:
+            job.ahead = sum(not each.cancelled for each in self._waiting)
+            if self._closed:
+                raise ValueError("engine: it is closed; make another one.")
+            if job.ahead >= self.limit:
+                raise ValueError(
+                    f"queue: {job.ahead} requests are waiting, the limit is {self.limit}; try again later."
+                )
+            self._waiting.append(job)
+            self._wake.notify()
+        return job
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                self._wake.wait_for(lambda: self._closed or self._waiting or self._running)
+                if self._closed:
+                    break
+            self._drop_cancelled()
+            while (job := self._next()) is not None:
+                self._begin(job)
+            if self._running:
+                self._step()
+        for job in (*self._running, *self._waiting):
+            job.update(None, error=CancelledError())
+
+    def _drop_cancelled(self) -> None:
+        with self._wake:
+            dropped = [job for job in (*self._running, *self._waiting) if job.cancelled]
+            for job in dropped:
+                (self._running if job in self._running else self._waiting).remove(job)
+        for job in dropped:
+            for request in job.requests:
+                self._batcher.cancel(request)
+            job.update(None, error=CancelledError())
+
+    def _next(self) -> Job | None:
+        """The job that may begin now: the first one, if the batch has its adapter and a place for it, or is empty."""
+        with self._wake:
+            if not self._waiting or self._closed:
+                return None
+            job = self._waiting[0]
+            shares = job.work is None and job.adapter == self._adapter and not self._batcher.waiting
+            if self._running and not (shares and job.requests[0].rows <= len(self._batcher.free)):
+                return None
+            return self._waiting.popleft()
+
+    def _begin(self, job: Job) -> None:
+        try:
+            self._switch(job.adapter)
+            if job.work is None:
+                for request in job.requests:
+                    self._batcher.submit(request)
+                self._running.append(job)
+                return
+            state = None
+            for state in job.work():
+                if job.cancelled or self._closed:
+                    raise CancelledError
+                job.update(state)
+            job.update(state, ended=True)
+        except Exception as error:  # the caller's, who gets it from the job
+            job.update(None, error=error)
+
+    def _switch(self, adapter: str | None) -> None:
+        if adapter == self._adapter:
+            return
+        if adapter is None:
+            self.pipe.disable_lora()
+        else:
+            self.pipe.set_adapters(adapter)
+        self._batcher.decoder = self.pipe._decoder()
+        self._adapter = adapter
+
+    def _step(self) -> None:
+        try:
+            finished = dict(self._batcher.step())
+        except Exception as error:  # of the whole batch: everybody in it gets to know
+            for job in self._running:
+                job.update(None, error=error)
+            self._running.clear()
+            self._batcher = Batcher(self._batcher.decoder, self.slots, self._length)
+            return
+        for request, reason in self._batcher.failed.items():
+            for job in [each for each in self._running if request in each.requests]:
+                self._running.remove(job)
+                for other in job.requests:
+                    self._batcher.cancel(other)
+                job.update(None, error=reason)
+        self._batcher.failed.clear()
+        for job in list(self._running):
+            codes = [self._batcher.partial(request) for request in job.requests]
+            for index, request in enumerate(job.requests):
+                for segment in finished.get(request, ()):
+                    if isinstance(segment, ImageSegment):
+                        job.codes[index] = segment.codes
+                        job.complete += 1
+            drawn = job.complete * job.codes[0].numel() + sum(map(len, codes))
+            if job.complete == len(codes):
+                self._running.remove(job)
+                job.update(job.codes, ended=True)
+            elif drawn >= job.shown + job.codes.shape[2] * len(codes):  # another row of each picture
+                job.shown = drawn
+                state = job.codes.clone()
+                for picture, some in zip(state, codes, strict=True):
+                    picture.view(-1)[: len(some)] = torch.tensor(some, dtype=torch.int64)
+                job.update(state)
+
+    def _pictures(self, codes: Tensor) -> UnifiedPipelineOutput:
+        with self._showing:
+            return UnifiedPipelineOutput(to_pil(unfinished_pictures(self.pipe.image_tokenizer, codes)), codes)
