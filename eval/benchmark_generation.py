@@ -49,12 +49,12 @@ def seeds(count: int) -> list[torch.Generator]:
 
 
 def ours(decoder: Any, grid: int, batch: int = 1, sampling: Sampling = SAMPLING) -> Callable[[], Tensor]:
-    """Draw ``batch`` pictures after a short prompt."""
+    """Draw ``batch`` images after a short prompt."""
     return lambda: generate_codes(decoder, [START] * batch, [NOTHING] * batch, (grid, grid), sampling, seeds(batch))
 
 
 def ours_as_llamagen(decoder: Any, grid: int, sampling: Sampling = SAMPLING, batch: int = 1) -> Callable[[], Tensor]:
-    """Ours draws class 7 with LlamaGen's weights."""
+    """Ours samples class 7 with LlamaGen's weights."""
     classes = torch.full((batch,), 7)
     return lambda: generate_conditioned(decoder, classes, (grid, grid), sampling, seeds(batch))
 
@@ -68,24 +68,24 @@ def check_equal(name: str, one: Tensor, other: Tensor) -> None:
 def check_against_full_forward(model: Any, codes: Tensor, sampling: Sampling) -> None:
     """Raise RuntimeError unless ``codes (1, h, w)`` of seed 0 are those of a loop without cache under the same noise.
 
-    Such a loop sees the codes before each place and nothing else, so one forward pass over the picture replays it.
+    Such a loop sees the codes before each place and nothing else, so one forward pass over the image replays it.
     """
     grid = (codes.shape[1], codes.shape[2])
-    layout = model.config.layout
+    vocabulary = model.config.vocabulary
     sides = []
     with torch.inference_mode():
         for ids in (START, NOTHING):
-            row = torch.tensor([[*ids, *(layout.text_vocab_size + codes).flatten().tolist()]])
+            row = torch.tensor([[*ids, *(vocabulary.text_vocab_size + codes).flatten().tolist()]])
             sides.append(model(row, image_grids=torch.tensor([grid])).image_logits[0, len(ids) - 1 : -1])
     scales = torch.tensor(sampling.scales(codes.numel()))[:, None]
-    noise = PositionNoise(seeds(1), layout.codebook_size, codes.device).at(0, codes.numel())[0]
+    noise = PositionNoise(seeds(1), vocabulary.codebook_size, codes.device).at(0, codes.numel())[0]
     drawn = draw(filter_logits(guide(sides[0], sides[1], scales), sampling), noise)
     check_equal("a loop without cache", drawn, codes.flatten())
 
 
 @torch.inference_mode()
 def guided_logits_along(decoder: Any, rows: list[Any], codes: Tensor, sampling: Sampling) -> Tensor:
-    """Guided logits ``(h*w, K)`` that a decoder gives along a picture ``(1, h, w)``; rows are a prompt and its opposite."""
+    """Guided logits ``(h*w, K)`` that a decoder gives along an image ``(1, h, w)``; rows are a prompt and its opposite."""
     count = codes.numel()
     state = prefill(decoder, [row if isinstance(row, Prompt) else Prompt(tuple(row)) for row in rows], count)
     places = decoder.positions(span_coordinates(decoder.model, state.position, (codes.shape[1], codes.shape[2])))
@@ -97,7 +97,7 @@ def guided_logits_along(decoder: Any, rows: list[Any], codes: Tensor, sampling: 
 
 
 def int8_quality(model: Any, rows: list[Any], grid: tuple[int, int], sampling: Sampling) -> dict[str, float]:
-    """How far 8-bit weights move the distributions of the codes along one exact picture."""
+    """How far 8-bit weights move the distributions of the codes along one exact image."""
     exact, rounded = make_decoder(model), make_decoder(model, int8=True)
     codes = generate_codes(exact, rows[:1], rows[1:], grid, sampling, seeds(1))
     one, other = (guided_logits_along(d, rows, codes, sampling).log_softmax(-1) for d in (exact, rounded))
@@ -165,7 +165,7 @@ def measure(rounds: int, llamagen: str | None, grid: int, codebook: int, compile
         "int8 against transformers": compared(timings, "hf", "int8"),
         "batch 4 against batch 1, images/s": compared(timings, "eager", "batch4", scale=4),
         "8 requests in a batch of 8 against one by one": compared(timings, "queue_one_by_one", "queue"),
-        "decoding the codes to 256 px (VQ-16) in units of drawing them": vq_share(timings, rounds),
+        "decoding the codes to 256 px (VQ-16) in units of sampling them": vq_share(timings, rounds),
     }
     others |= {f"batch {n} against transformers": compared(timings, f"hf{n}", f"batch{n}") for n in (4, 16)}
     if llamagen:
@@ -199,7 +199,7 @@ def serving(decoder: Any, grid: int, count: int = 8) -> tuple[Callable[[], Tenso
             done += batcher.step()
         while batcher.busy:
             done += batcher.step()
-        found = {request: picture.codes for request, (picture,) in done if isinstance(picture, ImageSegment)}
+        found = {request: image.codes for request, (image,) in done if isinstance(image, ImageSegment)}
         return torch.stack([found[request] for request in requests])
 
     def in_turn() -> Tensor:
@@ -211,7 +211,7 @@ def serving(decoder: Any, grid: int, count: int = 8) -> tuple[Callable[[], Tenso
 
 
 def vq_share(timings: Any, rounds: int) -> dict[str, Any]:
-    """Time of a VQ-16 decoder for one 256 px picture over that of drawing its codes."""
+    """Time of a VQ-16 decoder for one 256 px image over that of sampling its codes."""
     tokenizer, codes = VQGAN(VQGANConfig()).eval(), torch.zeros(1, 16, 16, dtype=torch.int64)
     decode = interleaved({"vq": lambda: tokenizer.decode(codes)}, min(rounds, 3))["vq"]
     ratio = median(wall for wall, _ in decode) / median(wall for wall, _ in timings["eager"])
@@ -226,7 +226,7 @@ def measure_trained(folder: str, rounds: int, llamagen: str | None, pictures: Pa
     config = model.config
     height, width = (side // pipe.image_tokenizer.downsample for side in pipe.default_size)
     sampling, captions = Sampling(1.5, 0.85), ["red apple", "penguin", "house", "airplane"]
-    start = [] if config.layout.bos_token_id is None else [config.layout.bos_token_id]
+    start = [] if config.vocabulary.bos_token_id is None else [config.vocabulary.bos_token_id]
     rows = [Prompt((*start, *pipe.text_tokenizer.encode(c), config.boi_token_id)) for c in captions]
     nothing = [Prompt((*start, config.boi_token_id))] * len(rows)
     decoders = {"": make_decoder(model), " int8": make_decoder(model, int8=True)}
@@ -272,7 +272,7 @@ def measure_trained(folder: str, rounds: int, llamagen: str | None, pictures: Pa
 
 
 def save_modes(pipe: UnifiedPipeline, captions: list[str], path: Path) -> None:
-    """A sheet with one row of pictures for each decoding mode, and one with 8-bit weights."""
+    """A sheet with one row of images for each decoding mode, and one with 8-bit weights."""
 
     def draw(mode: str) -> Any:
         return pipe(
@@ -287,7 +287,7 @@ def save_modes(pipe: UnifiedPipeline, captions: list[str], path: Path) -> None:
 
 
 def sweep(rounds: int, grids: Sequence[int] = (8, 16, 32, 64)) -> list[dict[str, Any]]:
-    """Time per code over the side of the grid, one picture; the first row is 1."""
+    """Time per code over the side of the grid, one image; the first row is 1."""
     rows = []
     for grid in grids:
         draw = ours(make_decoder(our_model(1024, width=256, layers=4, grid=grid).eval()), grid)

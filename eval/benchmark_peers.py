@@ -1,4 +1,4 @@
-"""Training steps and drawing loops of other projects, from a checkout that the user names. Their code runs as it is."""
+"""Training steps and sampling loops of other projects, from a checkout that the user names. Their code runs as it is."""
 
 import importlib
 import sys
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from unified.convert import llamagen_from_weights
 from unified.decoding import Sampling
-from unified.model.prefix import condition_slots
+from unified.model.prefix import condition_positions
 from unified.sequence import ImageSegment, build_sequence, collate
 
 Trainer = Callable[[nn.Module, Callable[[], Tensor]], Callable[[], None]]
@@ -59,7 +59,10 @@ def load_peer(
     peer = gpt.Transformer(arguments).train()
     torch.nn.init.normal_(peer.output.weight, std=0.02)  # theirs starts at zero, where every loss is ln K
     ids = batch["input_ids"]
-    codes = ids[ids >= model.config.layout.text_vocab_size].reshape(len(ids), -1) - model.config.layout.text_vocab_size
+    codes = (
+        ids[ids >= model.config.vocabulary.text_vocab_size].reshape(len(ids), -1)
+        - model.config.vocabulary.text_vocab_size
+    )
     classes = torch.zeros(len(ids), dtype=torch.int64)
     options = {}
     if p > 1:
@@ -72,9 +75,11 @@ def load_peer(
 
     state = {name: value for name, value in peer.state_dict().items() if "kv_cache" not in name}
     twin = llamagen_from_weights(state, "random weights", num_attention_heads=text.num_attention_heads).train()
-    layout = twin.config.layout
-    pictures = codes.reshape(-1, grid, grid)
-    rows = collate([build_sequence([condition_slots(1, layout), ImageSegment(c)], layout) for c in pictures], layout)
+    vocabulary = twin.config.vocabulary
+    images = codes.reshape(-1, grid, grid)
+    rows = collate(
+        [build_sequence([condition_positions(1, vocabulary), ImageSegment(c)], vocabulary) for c in images], vocabulary
+    )
 
     def our_loss() -> Tensor:
         return twin(**rows, condition=classes, patch_size=p).loss
@@ -125,7 +130,7 @@ def load_llamagen(folder: str, width: int, layers: int, heads: int, codebook: in
 
 
 def llamagen_generate(generate: Any, peer: Any, grid: int, sampling: Sampling, batch: int = 1) -> Callable[[], Tensor]:
-    """LlamaGen draws class 7."""
+    """LlamaGen samples class 7."""
     options = {"cfg_scale": sampling.guidance_scale, "top_k": sampling.top_k, "temperature": 1.0, "top_p": 1.0}
     classes = torch.full((batch,), 7)
     return lambda: generate.generate(peer, classes, grid * grid, **options).reshape(-1, grid, grid).long()

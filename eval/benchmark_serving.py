@@ -2,8 +2,8 @@
 
     python eval/benchmark_serving.py --json serving.json [--pipeline DIR] [--loads 0.5 2 6]
 
-Requests arrive at random (Poisson, seeded); a load of 2 means that two arrive in the time in which one is drawn alone.
-Pictures are compared before any time is printed. Ratios are medians of paired rounds with their range, above 1 where
+Requests arrive at random (Poisson, seeded); a load of 2 means that two arrive in the time in which one is sampled alone.
+Images are compared before any time is printed. Ratios are medians of paired rounds with their range, above 1 where
 the engine is better; absolute times are not reported: they belong to the machine.
 """
 
@@ -89,18 +89,20 @@ def better(alone: list[dict[str, float]], engine: list[dict[str, float]]) -> dic
     return result
 
 
-def measure(pipe: UnifiedPipeline, loads: list[float], requests: int, slots: int, rounds: int) -> list[dict[str, Any]]:
+def measure(
+    pipe: UnifiedPipeline, loads: list[float], requests: int, max_rows: int, rounds: int
+) -> list[dict[str, Any]]:
     """Both ways at every load.
 
     Raises:
-        RuntimeError: if the engine draws other pictures than the pipeline alone.
+        RuntimeError: if the engine generates other images than the pipeline alone.
     """
     pipe.set_progress_bar_config(disable=True)
 
     def asked(number: int) -> dict[str, Any]:
         return {"prompt": CAPTIONS[number % len(CAPTIONS)], "generator": torch.Generator().manual_seed(number)}
 
-    with closing(Engine(pipe, slots, waiting=max(requests, len(CAPTIONS)))) as engine:
+    with closing(Engine(pipe, max_rows, waiting=max(requests, len(CAPTIONS)))) as engine:
 
         def together(number: int) -> Tensor:
             return engine.submit(sampling=SAMPLING, **asked(number)).result().codes
@@ -114,7 +116,7 @@ def measure(pipe: UnifiedPipeline, loads: list[float], requests: int, slots: int
         for number, codes in enumerate(drawn):
             start = time.perf_counter()
             if not torch.equal(alone(number), codes):
-                raise RuntimeError(f"request {number}: the engine draws another picture; not timing this.")
+                raise RuntimeError(f"request {number}: the engine generates another image; not timing this.")
             seconds.append(time.perf_counter() - start)
         service, result = median(seconds), []
         for load in loads:
@@ -134,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--pipeline", help="trained pipeline (default: a small one with random weights)")
     parser.add_argument("--loads", type=float, nargs="+", default=[0.5, 2.0, 6.0], help="default: %(default)s")
     parser.add_argument("--requests", type=int, default=16, help="in every round (default: %(default)s)")
-    parser.add_argument("--slots", type=int, default=16, help="rows of the engine's batch (default: %(default)s)")
+    parser.add_argument("--max-rows", type=int, default=16, help="rows of the engine's batch (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds, each with its arrivals (default: %(default)s)")
     parser.add_argument("--grid", type=int, default=8, help="side of the code grid (default: %(default)s)")
     parser.add_argument("--width", type=int, default=256, help="of the random model (default: %(default)s)")
@@ -147,14 +149,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if args.pipeline
         else random_pipeline(args.grid, args.width, args.layers)
     )
-    loads = measure(pipe, args.loads, args.requests, args.slots, args.rounds)
+    loads = measure(pipe, args.loads, args.requests, args.max_rows, args.rounds)
     for row in loads:
         print(
             f"load {row['load']:g}:",
             ", ".join(f"{name} {row[name]['ratio']:.2f}" for name in ("throughput", "p50", "p95")),
         )
     conditions = {
-        "torch": torch.__version__, "threads": args.threads, "requests": args.requests, "slots": args.slots,
+        "torch": torch.__version__, "threads": args.threads, "requests": args.requests, "max_rows": args.max_rows,
         "rounds": args.rounds, "guidance": SAMPLING.guidance_scale, "dtype": "float32",
         "model": args.pipeline or f"Llama, width {args.width}, {args.layers} layers, random weights",
         "codes": "x".join(str(side // pipe.image_tokenizer.downsample) for side in pipe.default_size), "vq_decoding": "included",

@@ -46,16 +46,18 @@ def our_model(codebook: int, text_vocab: int = SPECIAL, width: int = 384, layers
 
 
 def batch_of(model: Any, rows: int, grid: int, text: int = 0) -> Batch:
-    """Random pictures after ``text`` random text tokens (or after ``<bos>`` alone)."""
+    """Random images after ``text`` random text tokens (or after ``<bos>`` alone)."""
     generator = torch.Generator().manual_seed(1)
-    layout = model.config.layout
-    words = torch.randint(SPECIAL, max(layout.text_vocab_size, SPECIAL + 1), (rows, text), generator=generator).tolist()
-    codes = torch.randint(layout.codebook_size, (rows, grid, grid), generator=generator)
+    vocabulary = model.config.vocabulary
+    words = torch.randint(
+        SPECIAL, max(vocabulary.text_vocab_size, SPECIAL + 1), (rows, text), generator=generator
+    ).tolist()
+    codes = torch.randint(vocabulary.codebook_size, (rows, grid, grid), generator=generator)
     sequences = [
-        build_sequence([TextSegment(ids, loss=False), ImageSegment(picture)], layout)
+        build_sequence([TextSegment(ids, loss=False), ImageSegment(picture)], vocabulary)
         for ids, picture in zip(words, codes, strict=True)
     ]
-    return collate(sequences, layout)
+    return collate(sequences, vocabulary)
 
 
 def plain_llama(model: Any) -> LlamaForCausalLM:
@@ -75,7 +77,7 @@ def plain_llama(model: Any) -> LlamaForCausalLM:
 def reference_loss(llama: LlamaForCausalLM, model: Any, batch: Batch, grid: int, p: int) -> Tensor:
     """Loss of one image after ``<bos> <boi>``, written word by word: pooled embeddings, p*p cross-entropies a patch."""
     start, count = int((batch["input_ids"][0] < SPECIAL).int().argmin()), grid * grid
-    vocab = model.config.layout.text_vocab_size
+    vocab = model.config.vocabulary.text_vocab_size
     embeds = llama.get_input_embeddings()(batch["input_ids"])
     codes = batch["input_ids"][:, start : start + count].reshape(-1, grid, grid)
     side = grid // p
@@ -169,7 +171,7 @@ def measure(rounds: int, llamagen: str | None, npp: str | None) -> dict[str, dic
 
 
 def cached_against_in_loop(model: Any, rounds: int, pictures: int = 2, epochs: int = 20) -> dict[str, Any]:
-    """Epochs over 256 px pictures: encoding once and training from codes, against encoding in every step."""
+    """Epochs over 256 px images: encoding once and training from codes, against encoding in every step."""
     tokenizer = VQGAN(VQGANConfig()).eval()
     images = torch.rand(pictures, 3, 256, 256, generator=torch.Generator().manual_seed(2)) * 2 - 1
     batch = batch_of(model, pictures, 16)
@@ -186,7 +188,7 @@ def cached_against_in_loop(model: Any, rounds: int, pictures: int = 2, epochs: i
     return {
         "ratio": round(sorted(ratios)[rounds // 2], 3),
         "spread": [round(min(ratios), 3), round(max(ratios), 3)],
-        "meaning": f"{epochs} epochs of p=2 then p=1, half and half; encoder of LlamaGen's VQ-16 size, {pictures} pictures a step",
+        "meaning": f"{epochs} epochs of p=2 then p=1, half and half; encoder of LlamaGen's VQ-16 size, {pictures} images a step",
     }
 
 
@@ -209,7 +211,7 @@ def saved_megabytes(model: Any, forward: Callable[[], Any]) -> float:
 
 
 def sweep(rounds: int) -> list[dict[str, Any]]:
-    """Time and activation memory per picture against FLOPs, over grid, codebook and patch size; first row = 1."""
+    """Time and activation memory per image against FLOPs, over grid, codebook and patch size; first row = 1."""
     rows: list[dict[str, Any]] = []
     for grid, codebook in ((8, 1024), (16, 1024), (32, 1024), (64, 1024), (16, 16384), (16, 65536)):
         model = our_model(codebook, width=256, layers=4, grid=grid)
@@ -235,16 +237,16 @@ def sweep(rounds: int) -> list[dict[str, Any]]:
 
 
 def mixed_lengths(model: Any, count: int, seed: int = 3) -> list[TokenSequence]:
-    """Captions of 4 to 64 tokens, each before a picture of one of four grids."""
+    """Captions of 4 to 64 tokens, each before an image of one of four grids."""
     generator = torch.Generator().manual_seed(seed)
-    layout = model.config.layout
+    vocabulary = model.config.vocabulary
     sequences = []
     for _ in range(count):
         words = int(torch.randint(4, 65, (), generator=generator))
         grid = ((8, 8), (8, 16), (12, 12), (16, 16))[int(torch.randint(4, (), generator=generator))]
-        text = torch.randint(SPECIAL, layout.text_vocab_size, (words,), generator=generator).tolist()
-        codes = torch.randint(layout.codebook_size, grid, generator=generator)
-        sequences.append(build_sequence([TextSegment(text), ImageSegment(codes)], layout))
+        text = torch.randint(SPECIAL, vocabulary.text_vocab_size, (words,), generator=generator).tolist()
+        codes = torch.randint(vocabulary.codebook_size, grid, generator=generator)
+        sequences.append(build_sequence([TextSegment(text), ImageSegment(codes)], vocabulary))
     return sequences
 
 
@@ -256,8 +258,8 @@ def packing(rounds: int, length: int = 512, count: int = 24, **options: int) -> 
     """
     model = our_model(**{"codebook": 1024, "text_vocab": 4096, "width": 256, "layers": 4, **options})
     sequences = mixed_lengths(model, count)
-    padded = collate(sequences, model.config.layout)
-    packed = collate(pack(sequences, length), model.config.layout)
+    padded = collate(sequences, model.config.vocabulary)
+    packed = collate(pack(sequences, length), model.config.vocabulary)
     tokens = int(padded["attention_mask"].sum())
     result: dict[str, Any] = {
         "meaning": f"real tokens per second, packed over padded; {count} captions of 4 to 64 tokens with grids of 64 to 256",
@@ -291,7 +293,7 @@ def main() -> None:
         "conditions": {
             "torch": torch.__version__, "threads": args.threads, "rounds": args.rounds, "dtype": "float32",
             "model": "Llama, width 384, 6 layers, 6 heads, MLP 1024",
-            "batch": "8 pictures of 16x16 codes after <bos>, a class against LlamaGen and the NPP code",
+            "batch": "8 images of 16x16 codes after <bos>, a class against LlamaGen and the NPP code",
             "codebook": 16384, "joint vocabulary of T4": 36384, "mode": "eager, dropout 0, AdamW fused, clip 1",
             "ratios": "wall time, median of paired rounds, spread = min and max, CPU time under cpu; T5: CPU time",
         },

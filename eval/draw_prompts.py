@@ -4,8 +4,8 @@
     python eval/draw_prompts.py --pipeline DIR --prompts PartiPrompts.tsv --clip ViT-L-14/openai --out runs/parti
 
 GenEval's file (`.jsonl`) gives `pictures/NNNNN/samples/NNNNN.png` with `metadata.jsonl`, for its `evaluate_images.py`;
-PartiPrompts (`.tsv`) and plain lists (`.txt`) give `pictures/NNN.png`. Figures are in `metrics.json`, by task or
-category. Run again, it keeps pictures that are there; `accelerate launch` shares the work.
+PartiPrompts (`.tsv`) and plain lists (`.txt`) give `pictures/NNN.png`. Metrics are in `metrics.json`, by task or
+category. Run again, it keeps images that are there; `accelerate launch` shares the work.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import torch
 
 from unified import UnifiedPipeline
 from unified_eval.clip import Clip, caption_rows, clip_extractor, clip_recipe, clip_text_features, load_clip
-from unified_eval.drawing import content_hash, draw_pictures, geneval_name
+from unified_eval.drawing import content_hash, draw_images, geneval_name
 from unified_eval.evaluation_report import shown
 from unified_eval.extraction import extract_features, process_state
 from unified_eval.measures import Measures
@@ -41,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--top-k", type=int, default=0, help="codes kept for sampling, 0 for all (default: 0)")
     parser.add_argument("--top-p", type=float, default=1.0, help="probability mass kept for sampling (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="picture i gets seed + i (default: 0)")
-    parser.add_argument("--batch-size", type=int, default=64, help="pictures drawn at once (default: 64)")
+    parser.add_argument("--batch-size", type=int, default=64, help="pictures sampled at once (default: 64)")
     parser.add_argument("--device", default="cpu", help="device of the networks (default: cpu)")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     args = parser.parse_args()
@@ -50,12 +50,12 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def score(prompts: list[Prompt], pictures: list[Any], clip: Clip, args: argparse.Namespace) -> Measures:
+def score(prompts: list[Prompt], images: list[Any], clip: Clip, args: argparse.Namespace) -> Measures:
     """CLIP score over all prompts and by tag, with intervals over prompts."""
     texts = [prompt.text for prompt in prompts]
     numbers = [str(number) for number in range(len(prompts))]
     measures = Measures(numbers, seed=args.seed)
-    vectors = extract_features(clip_extractor(clip), pictures, args.batch_size, args.out / "features", progress=True)
+    vectors = extract_features(clip_extractor(clip), images, args.batch_size, args.out / "features", progress=True)
     owners = np.repeat(np.arange(len(prompts)), args.samples)
     own = 100 * caption_rows(torch.from_numpy(vectors), clip_text_features(clip, texts), owners.tolist())["own"]
     recipe = {"formula": "100 * mean(cos), unclamped", **clip_recipe(clip)}
@@ -78,7 +78,7 @@ def main() -> None:
         identity["lora_sha256"] = content_hash(args.lora)
     sampling = {key: getattr(args, key) for key in ("guidance_scale", "temperature", "top_k", "top_p")}
     layout = {"file_name": geneval_name(args.samples)} if args.prompts.endswith(".jsonl") else {}
-    pictures, times = draw_pictures(
+    images, times = draw_images(
         pipeline.to(args.device), [prompt.text for prompt in prompts], args.out / "pictures", args.samples, args.seed,
         args.batch_size, sampling, identity, progress=True, **layout,
     )  # fmt: skip
@@ -86,11 +86,11 @@ def main() -> None:
     if args.clip:
         clip = load_clip(args.clip)
         clip.model.to(args.device)
-        result = score(prompts, pictures, clip, args).result()
+        result = score(prompts, images, clip, args).result()
     if args.shapes:
         owners = [prompt for prompt in prompts for _ in range(args.samples)]
         claims, tags, texts = zip(*((p.metadata["include"], p.tag, p.text) for p in owners), strict=True)
-        summary = summarise_records(list(scene_records(pictures, claims, tags, texts)), args.seed)
+        summary = summarise_records(list(scene_records(images, claims, tags, texts)), args.seed)
         result |= {key: result[key] | part for key, part in summary.items()}
     if not process_state().is_main_process:
         return
@@ -104,7 +104,7 @@ def main() -> None:
     (args.out / "metrics.json").write_text(text + "\n", encoding="utf-8")
     for name, value in result["figures"].items():
         print(f"{result['recipes'][name]['label']:<62} {shown(value, result['intervals'].get(name))}")
-    print(f"{len(pictures)} pictures for {len(prompts)} prompts: {args.out / 'pictures'}")
+    print(f"{len(images)} images for {len(prompts)} prompts: {args.out / 'images'}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Generate pictures for some captions of a data set, measure them, and report; or compare two pipelines.
+"""Generate images for some captions of a data set, measure them, and report; or compare two pipelines.
 
     python eval/evaluate.py --pipeline runs/openmoji/pipeline --data data/openmoji --split train --max-samples 480 \\
         --num-images 64 --clip runs/openmoji/clip --out runs/openmoji/evaluation
     python eval/evaluate.py --compare runs/a/pipeline runs/b/pipeline+runs/b/lora --data ... --out runs/comparison
     python eval/evaluate.py --compare runs/a/pipeline runs/a/pipeline --decoding plain gsd+int8 --data ... --out runs/fast
 
-The folder gets `metrics.json` (figures, 95 % intervals, the recipe of each, and the run), `report.html`,
-`generated/NNN.png`, `samples.png` (every generated picture with its caption) and `comparison.png` (real, through the
-tokenizer, generated). Run again, it keeps pictures and features that are there. `accelerate launch` shares the work.
+The folder gets `metrics.json` (metrics, 95 % intervals, the recipe of each, and the run), `report.html`,
+`generated/NNN.png`, `samples.png` (every generated image with its caption) and `comparison.png` (real, through the
+tokenizer, generated). Run again, it keeps images and features that are there. `accelerate launch` shares the work.
 With `--compare`, `a/` and `b/` get these files, and the folder the differences in pairs.
 """
 
@@ -27,8 +27,8 @@ from unified.data.sources import CaptionedImage, fit_square
 from unified.pipeline.arguments import DECODING as MODES
 from unified_eval.clip import load_clip
 from unified_eval.diversity import nearest_neighbours
-from unified_eval.drawing import content_hash, draw_pictures
-from unified_eval.evaluate import DEFAULT_METRICS, METRICS, evaluate_tokenizer, measure_pictures, recipe_line
+from unified_eval.drawing import content_hash, draw_images
+from unified_eval.evaluate import DEFAULT_METRICS, METRICS, evaluate_tokenizer, measure_images, recipe_line
 from unified_eval.evaluation_report import (
     Drawn,
     comparison_sheet,
@@ -70,8 +70,8 @@ def parse_arguments() -> argparse.Namespace:
         "--compare", nargs=2, metavar=("A", "B"), help="two pipelines, each possibly with an adapter: PIPELINE+LORA"
     )
     what.add_argument("--lora", help="LoRA adapter folder to load into --pipeline")
-    what.add_argument("--data", required=True, help="data folder, file or Hub name with captioned pictures")
-    what.add_argument("--split", default="train", help="split of the captions and real pictures (default: %(default)s)")
+    what.add_argument("--data", required=True, help="data folder, file or Hub name with captioned images")
+    what.add_argument("--split", default="train", help="split of the captions and real images (default: %(default)s)")
     what.add_argument("--max-samples", type=int, help="use the first this many usable rows of the split (default: all)")
     what.add_argument(
         "--num-images", type=int, default=64, help="captions chosen evenly among them (default: %(default)s)"
@@ -84,7 +84,7 @@ def parse_arguments() -> argparse.Namespace:
         default="validation",
         help="split for the tokenizer's PSNR; 'none' skips it (default: %(default)s)",
     )
-    what.add_argument("--image-column", default="image", help="column of the pictures (default: %(default)s)")
+    what.add_argument("--image-column", default="image", help="column of the images (default: %(default)s)")
     what.add_argument("--caption-column", default="caption", help="column of the captions (default: %(default)s)")
     measure = parser.add_argument_group("how it is measured")
     measure.add_argument(
@@ -103,7 +103,7 @@ def parse_arguments() -> argparse.Namespace:
         help="draws of prompts for intervals of distances, 0 for none (default: %(default)s)",
     )  # fmt: skip
     measure.add_argument("--features", type=Path, help="folder of cached features (default: features/ in --out)")
-    draw = parser.add_argument_group("how pictures are drawn")
+    draw = parser.add_argument_group("how images are drawn")
     draw.add_argument(
         "--guidance-scale", type=float, default=3.0, help="classifier-free guidance (default: %(default)s)"
     )
@@ -117,10 +117,10 @@ def parse_arguments() -> argparse.Namespace:
         help=f"one of {', '.join(DECODING)}; with --compare one for both or one for each (default: plain)",
     )  # fmt: skip
     draw.add_argument(
-        "--seed", type=int, default=0, help="seed of the choice; picture i gets seed + i (default: %(default)s)"
+        "--seed", type=int, default=0, help="seed of the choice; image i gets seed + i (default: %(default)s)"
     )
     draw.add_argument(
-        "--batch-size", type=int, default=64, help="pictures drawn or measured at once (default: %(default)s)"
+        "--batch-size", type=int, default=64, help="pictures sampled or measured at once (default: %(default)s)"
     )
     draw.add_argument("--device", default="cpu", help="device of the networks (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; earlier results in it are replaced")
@@ -144,7 +144,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def choose_task(args: argparse.Namespace) -> Task:
-    """Read the data and choose captions, other real pictures, training and held-out pictures."""
+    """Read the data and choose captions, other real images, training and held-out images."""
     columns = {"image_column": args.image_column, "caption_column": args.caption_column}
 
     def read(source: str, split: str, most: int | None = None) -> list[CaptionedImage]:
@@ -176,7 +176,7 @@ def say(text: str) -> None:
 
 
 def open_pipeline(name: str, lora: str | None, decoding: str, device: str) -> tuple[UnifiedPipeline, dict[str, str]]:
-    """Load a pipeline and possibly an adapter; return it with what tells its pictures from others."""
+    """Load a pipeline and possibly an adapter; return it with what tells its images from others."""
     pipeline, identity = UnifiedPipeline.from_pretrained(name), {"pipeline_sha256": content_hash(name)}
     if lora:
         pipeline.load_lora_weights(lora)
@@ -201,7 +201,9 @@ def evaluate(
     pipeline, identity = open_pipeline(name, lora, decoding, args.device)
     height, width = pipeline.default_size
     if height != width:
-        raise ValueError(f"pipeline: draws {height}x{width} pictures; real ones are cropped to squares to be compared.")
+        raise ValueError(
+            f"pipeline: generates {height}x{width} images; real ones are cropped to squares to be compared."
+        )
 
     def square(rows: list[CaptionedImage]) -> list[Image.Image]:
         return [fit_square(row.image, width) for row in rows]
@@ -213,14 +215,14 @@ def evaluate(
     )
     sampling = {key: getattr(args, key) for key in ("guidance_scale", "temperature", "top_k", "top_p")}
     sampling["decoding"] = decoding.removesuffix(INT8)
-    generated, times = draw_pictures(
+    generated, times = draw_images(
         pipeline, captions, out / "generated", args.samples_per_caption, args.seed, args.batch_size, sampling,
         identity, progress=True,
     )  # fmt: skip
     rebuilt = reconstruct(pipeline.image_tokenizer, real, args.batch_size)
     cache, originals = args.features or args.out / "features", square(task.training)
     training = reconstruct(pipeline.image_tokenizer, originals, args.batch_size, progress) if originals else []
-    measures = measure_pictures(
+    measures = measure_images(
         real, rebuilt, generated, captions, networks["clip"], networks["extractor"],
         square(task.others) if task.others else None, args.seed, args.batch_size, progress,
         metrics=args.metrics, training=training or None, resamples=args.resamples, cache=cache,

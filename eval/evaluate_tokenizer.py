@@ -1,9 +1,9 @@
-"""Measure image tokenizers on the same held-out pictures, and put them side by side.
+"""Measure image tokenizers on the same held-out images, and put them side by side.
 
     python eval/evaluate_tokenizer.py --tokenizers runs/quickstart/image_tokenizer vq_ds16_c2i.pt --data data/openmoji \\
         --split validation --image-size 64 --out runs/tokenizers
 
-The folder gets `metrics.json` (figures with the recipe of each), `table.md` and `reconstructions.png`.
+The folder gets `metrics.json` (metrics with the recipe of each), `table.md` and `reconstructions.png`.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizers", nargs="+", required=True, help="folders, published weights or Hub names")
     parser.add_argument("--names", nargs="+", help="what to call them (default: their last path part)")
-    parser.add_argument("--data", required=True, help="data folder, file or Hub name with captioned pictures")
+    parser.add_argument("--data", required=True, help="data folder, file or Hub name with captioned images")
     parser.add_argument("--split", default="validation", help="split to measure on (default: %(default)s)")
     parser.add_argument("--image-column", default="image")
     parser.add_argument("--caption-column", default="caption")
@@ -74,7 +74,7 @@ def timed(call: Callable[[], Tensor], device: str) -> tuple[Tensor, float]:
 def reconstruct_timed(
     tokenizer: ImageTokenizer, pictures: Sequence[Image.Image], batch_size: int, device: str, name: str
 ) -> tuple[list[Image.Image], Tensor, dict[str, float]]:
-    """Decoded pictures, their codes on the CPU, and pictures per second either way (median over whole batches)."""
+    """Decoded images, their codes on the CPU, and images per second either way (median over whole batches)."""
     decoded: list[Image.Image] = []
     codes, seconds = [], {"encode": [], "decode": []}  # type: ignore[var-annotated]
     warm = to_tensor(pictures[:batch_size]).to(device)
@@ -95,7 +95,7 @@ def reconstruct_timed(
 def pairwise_mean(
     distance: Distance, a: Sequence[Image.Image], b: Sequence[Image.Image], batch_size: int, low: float
 ) -> float:
-    """Mean of ``distance`` over pairs of pictures scaled to [low, 1]."""
+    """Mean of ``distance`` over pairs of images scaled to [low, 1]."""
     total = 0.0
     for start in range(0, len(a), batch_size):
         x, y = (to_tensor(pictures[start : start + batch_size]) for pictures in (a, b))
@@ -116,7 +116,7 @@ def measure(
     device: str,
     name: str,
 ) -> tuple[dict[str, float], list[Image.Image]]:
-    """All figures of one tokenizer, and its reconstructions."""
+    """All metrics of one tokenizer, and its reconstructions."""
     decoded, codes, speeds = reconstruct_timed(tokenizer, pictures, batch_size, device, name)
     quality = psnr_summary(pictures, decoded)
     figures = {
@@ -131,7 +131,7 @@ def measure(
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """Figures by row, tokenizers by column, as Markdown."""
+    """Metrics by row, tokenizers by column, as Markdown."""
     names = list(results)
     rows = list(next(iter(results.values()))["figures"])
     lines = [f"| | {' | '.join(names)} |", "|---|" + "---:|" * len(names)]
@@ -144,7 +144,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Measure every tokenizer on the same pictures; write and print."""
+    """Measure every tokenizer on the same images; write and print."""
     args = parse_arguments()
     rows, report = first_usable_rows(
         args.data, args.split, args.max_samples, image_column=args.image_column, caption_column=args.caption_column
@@ -181,12 +181,12 @@ def main() -> None:
     per_batch, threads = min(args.batch_size, len(pictures)), torch.get_num_threads()
     recipe = {
         "data": args.data, "split": args.split, "n": len(pictures), "image_size": args.image_size,
-        "psnr": "mean over pictures rounded to 8 bits, peak 255",
+        "psnr": "mean over images rounded to 8 bits, peak 255",
         "ssim": "Gaussian 11x11, sigma 1.5, RGB channels, data range 1, whole windows only",
         f"r{extractor.key}": {"distance": f"Frechet, {extractor.metric}, reconstructions to originals", **extractor.recipe()},
         "lpips": None if args.lpips is None else {"network": "VGG16, LPIPS 0.1", "files": args.lpips},
         "speed": f"median over batches of {per_batch} on {args.device}, {threads} threads",
-        "codes": "over all pictures of the split; a small set cannot use a large codebook",
+        "codes": "over all images of the split; a small set cannot use a large codebook",
     }  # fmt: skip
     text = json.dumps({"recipe": recipe, "tokenizers": results}, indent=2, allow_nan=False)
     (args.out / "metrics.json").write_text(text + "\n")

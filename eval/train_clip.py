@@ -1,4 +1,4 @@
-"""Train a small CLIP on captioned pictures, for CLIP scores without a download.
+"""Train a small CLIP on captioned images, for CLIP scores without a download.
 
     python eval/train_clip.py --data data/openmoji --split train --out runs/openmoji/clip --name openmoji-nano
 
@@ -18,7 +18,7 @@ from unified_eval.selection import first_usable_rows, unique_captions
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="data folder, file or Hub name with captioned pictures")
+    parser.add_argument("--data", required=True, help="data folder, file or Hub name with captioned images")
     parser.add_argument("--split", default="train", help="split to train on (default: %(default)s)")
     parser.add_argument("--max-samples", type=int, help="train on the first this many usable rows (default: all)")
     parser.add_argument(
@@ -26,7 +26,7 @@ def parse_arguments() -> argparse.Namespace:
         default="validation",
         help="split to measure on; 'none' for no such split (default: %(default)s)",
     )
-    parser.add_argument("--image-column", default="image", help="column of the pictures (default: %(default)s)")
+    parser.add_argument("--image-column", default="image", help="column of the images (default: %(default)s)")
     parser.add_argument("--caption-column", default="caption", help="column of the captions (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--name", required=True, help="name its scores carry, for example openmoji-nano")
@@ -40,7 +40,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Train, measure on training and held-out pictures, and save."""
+    """Train, measure on training and held-out images, and save."""
     args = parse_arguments()
     columns = {"image_column": args.image_column, "caption_column": args.caption_column}
     rows, report = first_usable_rows(args.data, args.split, args.max_samples, **columns)

@@ -1,4 +1,4 @@
-"""Encode the pictures of any captioned or interleaved source once, so that training reads codes.
+"""Encode the images of any captioned or interleaved source once, so that training reads codes.
 
     python recipes/encode_images.py --image-tokenizer runs/tokenizer --source data/openmoji --out data/openmoji-codes
     python recipes/encode_images.py --image-tokenizer runs/tokenizer --source articles.parquet --segments-column segments \\
@@ -41,9 +41,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--splits", nargs="+", default=["train", "validation"], help="splits to encode")
-    parser.add_argument("--image-column", default="image", help="column with the pictures")
+    parser.add_argument("--image-column", default="image", help="column with the images")
     parser.add_argument("--caption-column", default="caption", help="column with the captions")
-    parser.add_argument("--caption", help="caption of all pictures, for a source that has none")
+    parser.add_argument("--caption", help="caption of all images, for a source that has none")
     parser.add_argument(
         "--segments-column",
         help="column with lists of {text, image}: encode interleaved rows in place of captioned ones",
@@ -55,11 +55,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--streaming", action="store_true", help="read rows as they come")
     view = parser.add_argument_group("views")
     view.add_argument(
-        "--image-size", type=int, default=64, help="side in pixels; pictures are resized and centre-cropped"
+        "--image-size", type=int, default=64, help="side in pixels; images are resized and centre-cropped"
     )
     view.add_argument("--buckets", type=size, nargs="+", metavar="HxW", help="sizes to choose from by aspect ratio")
-    view.add_argument("--crop", choices=CROPS, default="center", help="which part of a picture is encoded")
-    view.add_argument("--crops", type=int, default=1, help="random crops per picture")
+    view.add_argument("--crop", choices=CROPS, default="center", help="which part of an image is encoded")
+    view.add_argument("--crops", type=int, default=1, help="random crops per image")
     view.add_argument("--zoom", type=float, default=1.1, help="random and ten: resize to so much above the size")
     view.add_argument("--flips", action="store_true", help="also encode every view mirrored")
     view.add_argument("--seed", type=int, default=0, help="seed of the random crops")

@@ -50,7 +50,7 @@ def train_and_measure(settings: TrainConfig, kind: str) -> dict[str, Any]:
         if (out / "config.yaml").read_text() != dump_settings(settings):
             raise ValueError(f"out: {str(out)!r} was run with other settings; choose another folder, or remove it.")
         return json.loads(result_file.read_text())
-    shutil.rmtree(out, ignore_errors=True)  # an interrupted run starts anew
+    shutil.rmtree(out, ignore_errors=True)  # an interrupted run starts again
     train(settings)
     losses = {str(record["step"]): record["validation_loss"] for record in read_log(out) if "validation_loss" in record}
     result = {"kind": kind, "seed": settings.seed, "validation_loss": losses}

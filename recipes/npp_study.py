@@ -1,9 +1,9 @@
-"""Next-patch prediction against next-token prediction: the same data, pictures and seeds, quality beside cost.
+"""Next-patch prediction against next-token prediction: the same data, images and seeds, quality beside cost.
 
     python recipes/npp_study.py --config recipes/configs/npp_study_shapes.yaml --data data/shapes --split validation \\
         --clip runs/npp_study/shapes_clip --out runs/npp_study/shapes
 
-Every variant is trained with every seed, draws the same captions, and is measured. A finished run is not run again.
+Every variant is trained with every seed, samples the same captions, and is measured. A finished run is not run again.
 Writes `study.json` (every run), `table.md` (mean and spread) and `study.png` (quality against cost). What has to be
 prepared first (tokenizers, codes, a small CLIP) stands at the top of each config.
 """
@@ -45,7 +45,7 @@ from unified_eval.sheets import captioned_grid, in_rows
 HALVES = ["schedule.patch_sizes=[2,1]", "schedule.shares=[0.5,0.5]"]
 BASELINE = "next-token"
 
-# Overrides of the config. A variant may be stopped at the cost (image slots) of another one: (overrides, that one).
+# Overrides of the config. A variant may be stopped at the cost (image positions) of another one: (overrides, that one).
 VARIANTS: dict[str, tuple[list[str], str | None]] = {
     BASELINE: (["schedule.patch_sizes=[1]", "schedule.shares=[1.0]"], None),
     "next-token, cost of (2,1)": (["schedule.patch_sizes=[1]", "schedule.shares=[1.0]"], "(2,1)"),
@@ -83,7 +83,7 @@ class Run:
 
 
 def train_and_measure(run: Run) -> dict[str, Any]:
-    """Train one variant and measure it; what is there already is kept, so ``result.json`` may be deleted to measure anew.
+    """Train one variant and measure it; what is there already is kept, so ``result.json`` may be deleted to measure again.
 
     Raises:
         ValueError: if what is there was trained or measured with other settings.
@@ -100,7 +100,7 @@ def train_and_measure(run: Run) -> dict[str, Any]:
         return result
     torch.set_num_threads(1)
     if not cost_file.is_file():
-        shutil.rmtree(out, ignore_errors=True)  # an interrupted run starts anew: its cost is measured whole
+        shutil.rmtree(out, ignore_errors=True)  # an interrupted run starts again: its cost is measured whole
         started = time.process_time()
         train(config)
         cost_file.write_text(json.dumps({"cpu_seconds": time.process_time() - started}))
@@ -114,7 +114,7 @@ def train_and_measure(run: Run) -> dict[str, Any]:
         **json.loads(cost_file.read_text()),
         "flops": training_flops(config, pipeline),
         **losses(config, pipeline),
-        **(picture_quality(run, pipeline) if run.num_images else {}),
+        **(image_quality(run, pipeline) if run.num_images else {}),
     }
     result_file.write_text(json.dumps(result, indent=2))
     return result
@@ -124,10 +124,10 @@ def training_flops(config: TrainConfig, pipeline: UnifiedPipeline) -> float:
     """FLOPs of the whole training by the formula of ``unified.prediction.flops``, with the captions' mean length."""
     captions = load_codes(str(config.data.train), config.data.train_split, None)["caption"]
     lengths = [len(pipeline.text_tokenizer.encode(caption)) for caption in captions]
-    text_slots = sum(lengths) / len(lengths) + 2  # <bos>, <boi>
+    text_positions = sum(lengths) / len(lengths) + 2  # <bos>, <boi>
     model_config = base_of(pipeline.model).config
     ((height, width),) = model_config.image_grids or []
-    per_picture = schedule_flops(config.patch_schedule(), model_config, (height, width), text_slots)
+    per_picture = schedule_flops(config.patch_schedule(), model_config, (height, width), text_positions)
     return per_picture * config.steps * config.batch_size
 
 
@@ -136,19 +136,19 @@ def losses(config: TrainConfig, pipeline: UnifiedPipeline) -> dict[str, float]:
     held_out = load_codes(str(config.data.validation or config.data.train), config.data.validation_split, None)
     seen = load_codes(str(config.data.train), config.data.train_split, None)
     seen = seen.select(range(min(len(seen), len(held_out))))
-    layout = base_of(pipeline.model).config.layout
+    vocabulary = base_of(pipeline.model).config.vocabulary
     return {
         name: image_loss(
             pipeline.model,
-            CaptionedBatches(rows, pipeline.text_tokenizer, layout, config.batch_size, num_batches=0),
+            CaptionedBatches(rows, pipeline.text_tokenizer, vocabulary, config.batch_size, num_batches=0),
             torch.device("cpu"),
         )
         for name, rows in (("validation_loss", held_out), ("training_loss", seen))
     }
 
 
-def picture_quality(run: Run, pipeline: UnifiedPipeline) -> dict[str, float]:
-    """Draw the chosen captions; FD-EffLite0 to their real pictures, R@1 among 64 captions, and agreement on shapes."""
+def image_quality(run: Run, pipeline: UnifiedPipeline) -> dict[str, float]:
+    """Draw the chosen captions; FD-EffLite0 to their real images, R@1 among 64 captions, and agreement on shapes."""
     rows, _ = first_usable_rows(run.data, run.split, None)
     chosen = choose_evenly(unique_captions(rows), run.num_images, 0)
     captions = [row.caption for row in chosen]
@@ -200,7 +200,7 @@ def plan(args: argparse.Namespace) -> list[Run]:
         for variant in args.variants:
             overrides, like = VARIANTS[variant]
             overrides = [*overrides, *args.overrides]
-            if like is not None:  # as many steps as the other variant's image slots pay for
+            if like is not None:  # as many steps as the other variant's image positions pay for
                 config = load_config(args.config, [*overrides, "output_dir=unused"])
                 other = load_config(args.config, [*VARIANTS[like][0], *args.overrides, "output_dir=unused"])
                 overrides.append(f"steps={round(config.steps * other.patch_schedule().relative_cost())}")
@@ -217,16 +217,19 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="config of recipes/train.py that all runs share")
-    parser.add_argument("--data", required=True, help="pictures and captions that drawn pictures are compared with")
+    parser.add_argument("--data", required=True, help="pictures and captions that generated images are compared with")
     parser.add_argument(
-        "--split", default="train", help="split of --data whose captions are drawn (default: %(default)s)"
+        "--split", default="train", help="split of --data whose captions are generated (default: %(default)s)"
     )
     parser.add_argument("--clip", required=True, help="CLIP folder for R@1, as written by eval/train_clip.py")
     parser.add_argument(
-        "--num-images", type=int, default=128, help="pictures drawn per run, 0 for losses alone (default: %(default)s)"
+        "--num-images",
+        type=int,
+        default=128,
+        help="pictures sampled per run, 0 for losses alone (default: %(default)s)",
     )
-    parser.add_argument("--guidance-scale", type=float, default=1.5, help="when drawing (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="when drawing (default: %(default)s)")
+    parser.add_argument("--guidance-scale", type=float, default=1.5, help="when sampling (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="when sampling (default: %(default)s)")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=MAIN, metavar="NAME",
                         help=f"which to train, among: {'; '.join(VARIANTS)}")  # fmt: skip
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: %(default)s)")

@@ -34,7 +34,7 @@ def relative_to_baseline(results: Sequence[dict[str, Any]], baseline: str) -> li
 
 
 def summarise(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, tuple[float, float]]]:
-    """Mean and sample standard deviation (0 for one seed) of every figure, by variant in order of appearance."""
+    """Mean and sample standard deviation (0 for one seed) of every metric, by variant in order of appearance."""
     summary: dict[str, dict[str, tuple[float, float]]] = {}
     for variant in dict.fromkeys(result["variant"] for result in results):
         mine = [result for result in results if result["variant"] == variant]
@@ -70,7 +70,7 @@ def table(summary: dict[str, dict[str, tuple[float, float]]], seeds: int) -> str
 
 
 def plot(summary: dict[str, dict[str, tuple[float, float]]], baseline: str, out: Path) -> None:
-    """Every quality figure against FLOPs, one panel each, bars for the spread over seeds; a line joins the runs of the
+    """Every quality metric against FLOPs, one panel each, bars for the spread over seeds; a line joins the runs of the
     baseline, whole and stopped early: what lies on its better side is gained.
     """
     import matplotlib

@@ -1,9 +1,9 @@
-"""Prepare OpenMoji pictures with CLDR captions as a `datasets` folder.
+"""Prepare OpenMoji images with CLDR captions as a `datasets` folder.
 
     python recipes/prepare_openmoji.py --out data/openmoji --size 64
 
 Each row holds `image`, `caption`, `group` and `emoji`; the splits are `train` and `validation`. OpenMoji art is
-CC BY-SA 4.0: the attribution is written beside the data and has to travel with pictures and models made from it.
+CC BY-SA 4.0: the attribution is written beside the data and has to travel with images and models made from it.
 """
 
 import argparse
@@ -113,7 +113,7 @@ attribution: {quoted}
 {attribution}
 Source: {url}
 
-Pictures and models made from this data have to carry this attribution and keep the licence.
+Images and models made from this data have to carry this attribution and keep the licence.
 Captions: CLDR short names. Made with `recipes/prepare_openmoji.py --size {size} --style {style} --seed {seed}`.
 """
 
@@ -123,7 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--size", type=int, default=64, help="picture side in pixels")
-    parser.add_argument("--style", choices=STYLES, default="color", help="full colour, or the line drawing alone")
+    parser.add_argument("--style", choices=STYLES, default="color", help="full colour, or the line sampling alone")
     parser.add_argument("--groups", nargs="+", choices=GROUPS, help="Unicode groups to keep (default: all of these)")
     parser.add_argument("--validation-share", type=float, default=0.1, help="share of the emoji held out")
     parser.add_argument("--seed", type=int, default=0, help="seed of order and split")
@@ -136,7 +136,7 @@ def main() -> None:
         style=args.style, seed=args.seed,
     )  # fmt: skip
     (args.out / "README.md").write_text(card, encoding="utf-8")
-    print(f"{args.out}: {len(splits['train'])} train, {len(splits['validation'])} validation pictures")
+    print(f"{args.out}: {len(splits['train'])} train, {len(splits['validation'])} validation images")
     for reason, count in skipped.items():
         print(f"  left out {count}: {reason}")
 

@@ -3,7 +3,7 @@
     python recipes/prepare_shapes.py --out data/shapes --size 64 --train 4096 --validation 512
 
 Each row holds `image`, `caption`, `tag` (the task, in GenEval's terms), `include` (what the caption claims, in
-GenEval's schema) and `objects` (every shape that was drawn). Row i of a split depends on the seed, the split and i
+GenEval's schema) and `objects` (every shape that was sampled). Row i of a split depends on the seed, the split and i
 alone, so that a longer data set begins with the shorter one. Made by code and free to use (CC0-1.0).
 
 What a caption leaves unsaid is fixed, except colour: no size word means medium, no background means white.
@@ -32,13 +32,13 @@ PLANS = {
     "single_object": (0, 0, 0), "two_object": (1, 0, 0), "counting": (1 / 2, 1 / 3, 1 / 2), "colors": (0, 0, 1),
     "position": (1, 1 / 3, 1 / 2), "color_attr": (1, 0, 1), "size": (1 / 2, 1, 1 / 2), "background": (1 / 2, 1 / 3, 1),
 }  # fmt: skip
-# GenEval's ten colour words; flat regions of a picture have exactly these values.
+# GenEval's ten colour words; flat regions of an image have exactly these values.
 PALETTE = {
     "red": (225, 30, 40), "orange": (250, 135, 15), "yellow": (255, 230, 40), "green": (25, 155, 70),
     "blue": (30, 85, 220), "purple": (145, 40, 160), "pink": (255, 150, 200), "brown": (115, 65, 30),
     "black": (0, 0, 0), "white": (255, 255, 255),
 }  # fmt: skip
-# Radii as shares of the picture's side. The bands lie 24 % or more apart, so that a size word is never a close call.
+# Radii as shares of the image's side. The bands lie 24 % or more apart, so that a size word is never a close call.
 RADII = {"small": (0.110, 0.125), "medium": (0.155, 0.175), "large": (0.220, 0.250)}
 # Sizes of two classes in one scene: plainly unlike or plainly alike. Two large ones would leave no choice of places.
 SIZE_PAIRS = (("small", "large"), ("large", "small"), ("small", "small"))
@@ -55,7 +55,7 @@ SUPERSAMPLING = 4
 
 
 class Thing(NamedTuple):
-    """One shape; centre and radius of the circle around it are shares of the picture's side, y points down."""
+    """One shape; centre and radius of the circle around it are shares of the image's side, y points down."""
 
     size: str
     colour: str
@@ -67,7 +67,7 @@ class Thing(NamedTuple):
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows and what its caption says. Things of one class also share size and colour."""
+    """What an image shows and what its caption says. Things of one class also share size and colour."""
 
     tag: str
     background: str

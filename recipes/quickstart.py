@@ -1,9 +1,9 @@
-"""The whole product on two CPU cores: data, tokenizers, model, LoRA, pictures, figures, report.
+"""The whole product on two CPU cores: data, tokenizers, model, LoRA, images, metrics, report.
 
     python recipes/quickstart.py [--fresh]
 
 Every step is one of the recipes, run as a user would run it. A finished step is not run again, so an interrupted
-quickstart continues; ``--fresh`` starts anew.
+quickstart continues; ``--fresh`` starts again.
 """
 
 import argparse
@@ -117,14 +117,14 @@ def main() -> None:
         if name == "model" and not same:
             shutil.rmtree(checkpoints, ignore_errors=True)
         if name == "lora" and not same:
-            shutil.rmtree(out / "lora_run" / "codes", ignore_errors=True)  # made from older pictures or tokenizer
+            shutil.rmtree(out / "lora_run" / "codes", ignore_errors=True)  # made from older images or tokenizer
         interrupted = name == "model" and any(checkpoints.glob("step-*"))
         records[name] = {"settings": settings, "command": shlex.join(command), "seconds": None, "peak_memory_gb": None}
         record_file.write_text(json.dumps(records, indent=2))
         seconds, memory = run([*command, "resume=latest"] if interrupted else command)
         records[name] |= {"seconds": seconds, "peak_memory_gb": memory}
         record_file.write_text(json.dumps(records, indent=2))
-    print(f"\nDone. Open {OUT}/report.html; the pictures are beside it.")
+    print(f"\nDone. Open {OUT}/report.html; the images are beside it.")
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def draw_with_and_without(
     pipe.unload_lora_weights()
     _, codes_after = draw(pipe, prompts, sampling)
     if not torch.equal(codes, codes_after):
-        raise RuntimeError("lora: the base model draws other codes after unloading the adapter.")
+        raise RuntimeError("lora: the base model samples other codes after unloading the adapter.")
     captioned_grid([plain, styled], [prompts, prompts], row_titles=["base", "with adapter"]).save(out)
     return {
         "lora_codes_changed": float((codes != styled_codes).float().mean()),
@@ -104,7 +104,7 @@ def draw_with_and_without(
 
 
 def saturation(images: list[Image.Image]) -> float:
-    """Mean HSV saturation of pictures, 0 (grey) to 1."""
+    """Mean HSV saturation of images, 0 (grey) to 1."""
     values = [
         torch.frombuffer(bytearray(i.convert("HSV").getchannel("S").tobytes()), dtype=torch.uint8) for i in images
     ]
@@ -168,31 +168,31 @@ def main() -> None:
     attribution = (run / "data" / "openmoji" / "README.md").read_text().split("\n\n")[1].strip()
     write_report(
         run / "report.html",
-        "Quickstart: a small language model that draws emoji",
+        "Quickstart: a small language model that samples emoji",
         figures=[
             *(Figure(recipes[name]["label"], figures[name], recipe_line(recipes[name])) for name in HEADLINE),
             Figure("Codes that stay when a word of the caption changes", edits["edit_codes_kept"],
                    f"the same generator, {len(one_word)} pairs; with another {edits['other_seed_codes_kept']:.3f}"),
-            Figure("Image slots processed, relative to next-token training", schedule.relative_cost(),
+            Figure("Image positions processed, relative to next-token training", schedule.relative_cost(),
                    f"patch sizes {list(schedule.patch_sizes)} for {list(schedule.shares)} of the steps"),
             Figure("Wall time, seconds", metrics["seconds_total"], "sum of all steps on this machine"),
             Figure("Peak memory, GB", metrics["peak_memory_gb"], "largest resident memory of any step with its children"),
         ],
         tables={
-            "Every figure": [{"figure": recipes[name]["label"], "value": value, "recipe": recipe_line(recipes[name])}
+            "Every metric": [{"figure": recipes[name]["label"], "value": value, "recipe": recipe_line(recipes[name])}
                              for name, value in figures.items()],
             "Time of each step": [{"step": name, "seconds": value} for name, value in seconds.items()],
         },
-        pictures=[
-            Picture(run / "samples.png", "One generated picture for each of 64 training captions; none was selected."),
+        images=[
+            Picture(run / "samples.png", "One generated image for each of 64 training captions; none was selected."),
             Picture(run / "edits.png",
                     "One word of each caption changed, with the same generator and with another; dark: codes that changed."),
             Picture(run / "lora.png", "The same prompts and seeds without and with the LoRA adapter."),
-            Picture(run / "reconstructions.png", "Held-out pictures and what the image tokenizer makes of them."),
+            Picture(run / "reconstructions.png", "Held-out images and what the image tokenizer makes of them."),
             Picture(run / "loss.png", "Loss against cost. Validation is in next-token mode (p = 1) at every point."),
         ],
         commands=["make quickstart", *(step["command"] for step in steps.values())],
-        notes=["Everything here was made by one command on this machine, from data to pictures.", attribution],
+        notes=["Everything here was made by one command on this machine, from data to images.", attribution],
     )  # fmt: skip
     for name in ["seconds_total", "peak_memory_gb", *HEADLINE]:
         print(f"{name:<22} {metrics[name]:.3f}")

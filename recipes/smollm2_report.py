@@ -1,4 +1,4 @@
-"""Prove what a LoRA run on a language model promises: it learned to draw, and with the adapter off it is what it was.
+"""Prove what a LoRA run on a language model promises: it learned to sample, and with the adapter off it is what it was.
 
     accelerate launch recipes/train.py --config recipes/configs/smollm2_lora.yaml
     python recipes/smollm2_report.py --run runs/smollm2 --backbone data/smollm2
@@ -34,8 +34,8 @@ from unified_eval.sheets import captioned_grid, in_rows
 QUESTION = "The capital of France is"
 PARAGRAPH = (
     "A language model reads a text word by word and guesses how it goes on. The better it knows the world that the text "
-    "speaks of, the less often it is surprised. Whoever teaches it something new, such as drawing, has to take care that "
-    "it does not forget how to read: a model that draws well and can no longer finish a sentence is of little use."
+    "speaks of, the less often it is surprised. Whoever teaches it something new, such as sampling, has to take care that "
+    "it does not forget how to read: a model that samples well and can no longer finish a sentence is of little use."
 )
 
 
@@ -67,7 +67,7 @@ def answer_ids(model: Any, tokenizer: Any, question: str) -> Tensor:
 
 @torch.no_grad()
 def text_figures(pipe: UnifiedPipeline, backbone: str, expect: str) -> tuple[dict[str, Any], dict[str, bool]]:
-    """The plain backbone's text beside that of the pipeline with its adapter off and on; figures and promises."""
+    """The plain backbone's text beside that of the pipeline with its adapter off and on; metrics and promises."""
     tokenizer = AutoTokenizer.from_pretrained(backbone)
     plain: Any = AutoModelForCausalLM.from_pretrained(backbone, dtype=torch.float32).eval()
     ids = tokenizer(PARAGRAPH, return_tensors="pt").input_ids
@@ -94,7 +94,7 @@ def text_figures(pipe: UnifiedPipeline, backbone: str, expect: str) -> tuple[dic
 
 
 def draw(pipe: UnifiedPipeline, captions: list[str], guidance_scale: float, temperature: float, out: Path) -> None:
-    """A sheet of one picture for each caption, with fixed seeds."""
+    """A sheet of one image for each caption, with fixed seeds."""
     pipe.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(i) for i in range(len(captions))]
     images = pipe(captions, guidance_scale=guidance_scale, temperature=temperature, generator=generators).images
@@ -113,7 +113,7 @@ def report(
         expect: what the answer to the question has to hold.
 
     Returns:
-        Figures, and ``promises``: what has to hold and whether it does.
+        Metrics, and ``promises``: what has to hold and whether it does.
 
     Raises:
         ValueError: if the folder holds no such run.
@@ -122,10 +122,10 @@ def report(
     pipe = UnifiedPipeline.from_pretrained(run / "base")
     train, validation = open_codes(Accelerator(), config, pipe.image_tokenizer)
     assert validation is not None  # because validate_every is set
-    layout, codebook_size = base_of(pipe.model).config.layout, pipe.image_tokenizer.codebook_size
+    vocabulary, codebook_size = base_of(pipe.model).config.vocabulary, pipe.image_tokenizer.codebook_size
 
     def validation_loss() -> float:
-        batches = CaptionedBatches(validation, pipe.text_tokenizer, layout, config.batch_size, num_batches=0)
+        batches = CaptionedBatches(validation, pipe.text_tokenizer, vocabulary, config.batch_size, num_batches=0)
         return image_loss(pipe.model, batches, torch.device("cpu"))
 
     losses = {"untrained": validation_loss(), "code_frequencies": code_entropy(train, validation, codebook_size)}

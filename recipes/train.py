@@ -13,7 +13,7 @@ from unified.training.loop import train
 
 
 def measurement(config: EvaluationConfig, cache: Path) -> Callable[[UnifiedPipeline], dict[str, float]]:
-    """Figures of a pipeline on a small, fixed choice of captions; real pictures pass the networks once."""
+    """Metrics of a pipeline on a small, fixed choice of captions; real images pass the networks once."""
     from unified_eval.clip import load_clip
     from unified_eval.features import load_extractor
     from unified_eval.monitor import measure_pipeline

@@ -1,8 +1,8 @@
-"""Train a convolutional VQ image tokenizer on any source of pictures.
+"""Train a convolutional VQ image tokenizer on any source of images.
 
     accelerate launch recipes/train_tokenizer.py --config recipes/configs/quickstart_tokenizer.yaml [key=value ...]
 
-The pixel error alone gives the best PSNR for little time. For pictures that look sharp, add ``perceptual`` and, late in the
+The pixel error alone gives the best PSNR for little time. For images that look sharp, add ``perceptual`` and, late in the
 run, a ``discriminator``.
 """
 
@@ -55,7 +55,7 @@ class TokenizerTraining:
     """Settings of a tokenizer run."""
 
     output_dir: str = MISSING
-    sources: list[str] = MISSING  # pictures to learn from; held-out figures come from the first one
+    sources: list[str] = MISSING  # images to learn from; held-out metrics come from the first one
     train_split: str = "train"
     validation_split: str = "validation"
     image_column: str = "image"
@@ -75,7 +75,7 @@ class TokenizerTraining:
     )  # torchvision's vgg16 and LPIPS' linear layers: files or hf-hub:...
     discriminator: DiscriminatorSettings | None = None
     ema_decay: float | None = None  # average of the weights; it is what is validated and saved
-    shift: int = 6  # pictures are moved by up to so many pixels
+    shift: int = 6  # images are moved by up to so many pixels
     validate_every: int = 250
     checkpoint_every: int | None = None
     keep_checkpoints: int = 2
@@ -98,14 +98,14 @@ def check(settings: TokenizerTraining, model: Tokenizer) -> None:
         )
 
 
-def load_pictures(settings: TokenizerTraining, source: str, split: str, accelerator: Accelerator) -> Tensor:
-    """All usable pictures of a split, ``(N, 3, H, W)`` uint8."""
+def load_images(settings: TokenizerTraining, source: str, split: str, accelerator: Accelerator) -> Tensor:
+    """All usable images of a split, ``(N, 3, H, W)`` uint8."""
     report = SkipReport()
     rows = captioned_images(load_source(source, split), report, settings.image_column, settings.caption_column)
     pictures = [to_uint8(to_tensor([fit_square(row.image, settings.image_size)])) for row in rows]
     accelerator.print(f"{source} ({split}): {report.summary()}")
     if not pictures:
-        raise ValueError(f"sources: no usable picture in split {split!r} of {source!r}.")
+        raise ValueError(f"sources: no usable image in split {split!r} of {source!r}.")
     return torch.cat(pictures)
 
 
@@ -115,7 +115,7 @@ def as_floats(pictures: Tensor) -> Tensor:
 
 
 def augment(images: Tensor, shift: int) -> Tensor:
-    """Mirror each picture with probability one half and move the batch by up to ``shift`` pixels, edges repeated."""
+    """Mirror each image with probability one half and move the batch by up to ``shift`` pixels, edges repeated."""
     mirrored = torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images.flip(3), images)
     top, left = (int(value) for value in torch.randint(0, 2 * shift + 1, (2,)))
     height, width = images.shape[-2:]
@@ -125,7 +125,7 @@ def augment(images: Tensor, shift: int) -> Tensor:
 
 @torch.no_grad()
 def held_out(model: Tokenizer, pictures: Tensor) -> dict[str, float]:
-    """Mean PSNR in dB over uint8 pictures, share of the codebook in use and perplexity of the codes."""
+    """Mean PSNR in dB over uint8 images, share of the codebook in use and perplexity of the codes."""
     training = model.training
     model.eval()
     codes = torch.cat([model.encode(as_floats(batch)) for batch in pictures.split(64)])
@@ -188,8 +188,8 @@ def main() -> None:
     checkpoint = start_checkpoint(settings.resume, output / "checkpoints")
     if checkpoint:
         check_settings(checkpoint, settings, settings.allow_changes)
-    train = torch.cat([load_pictures(settings, s, settings.train_split, accelerator) for s in settings.sources])
-    validation = load_pictures(settings, settings.sources[0], settings.validation_split, accelerator)
+    train = torch.cat([load_images(settings, s, settings.train_split, accelerator) for s in settings.sources])
+    validation = load_images(settings, settings.sources[0], settings.validation_split, accelerator)
 
     inputs = {"num_processes": accelerator.num_processes, "pictures": len(train)}
     if checkpoint:

@@ -79,15 +79,13 @@ def pipeline(text_tokenizer, image_tokenizer) -> UnifiedPipeline:
 
 @pytest.fixture(scope="session")
 def picture_source(tmp_path_factory) -> str:
-    """A saved data set of 12 + 6 pictures of 16 px with captions."""
+    """A saved data set of 12 + 6 images of 16 px with captions."""
     rng = np.random.default_rng(0)
 
     def rows(count: int) -> datasets.Dataset:
-        pictures = [Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)) for _ in range(count)]
+        images = [Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)) for _ in range(count)]
         captions = [CAPTIONS[i % len(CAPTIONS)] for i in range(count)]
-        return datasets.Dataset.from_dict({"image": pictures, "caption": captions}).cast_column(
-            "image", datasets.Image()
-        )
+        return datasets.Dataset.from_dict({"image": images, "caption": captions}).cast_column("image", datasets.Image())
 
     path = tmp_path_factory.mktemp("data") / "pictures"
     datasets.DatasetDict(train=rows(12), validation=rows(6)).save_to_disk(path)

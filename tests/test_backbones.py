@@ -45,9 +45,11 @@ def unified(folder, **config):
     return UnifiedForCausalLM.from_backbone(folder, 20, boi_token_id=3, eoi_token_id=4, **config).eval()
 
 
-def drawing(layout, seed=0):
+def drawing(vocabulary, seed=0):
     codes = torch.randint(0, 20, (4, 4), generator=torch.Generator().manual_seed(seed))
-    return collate([build_sequence([TextSegment([5, 6, 7]), ImageSegment(codes), TextSegment([8])], layout)], layout)
+    return collate(
+        [build_sequence([TextSegment([5, 6, 7]), ImageSegment(codes), TextSegment([8])], vocabulary)], vocabulary
+    )
 
 
 @pytest.mark.parametrize("positions", ["1d", "2d"])
@@ -61,7 +63,7 @@ def test_text_is_untouched(backbone, positions):
 
 
 def test_families_with_ways_of_their_own(tmp_path, monkeypatch):
-    """An interleaved rotary embedding has one position per slot; logits that are made in another way are refused."""
+    """An interleaved rotary embedding has one position per position; logits that are made in another way are refused."""
     torch.manual_seed(0)
     plain = AutoModelForCausalLM.from_config(AutoConfig.for_model("cohere", **SIZES, logit_scale=0.25)).eval()
     plain.save_pretrained(tmp_path)
@@ -79,7 +81,7 @@ def test_image_span_equals_the_backbone_fed_by_hand(backbone, p):
     """1D positions: look up, pool and concatenate by hand, and hand that to the plain model."""
     plain, folder = backbone
     model = unified(folder, positions="1d", coarse_positions="unit")
-    batch = drawing(model.config.layout)
+    batch = drawing(model.config.vocabulary)
     codes = batch["input_ids"][0][batch["input_ids"][0] >= 50].reshape(4, 4) - 50
     patches = model.image_embed(codes).unfold(0, p, p).unfold(1, p, p).mean(dim=(-1, -2)).reshape(1, -1, 32)
     lookup = plain.get_input_embeddings()
@@ -104,7 +106,7 @@ def test_gradient_checkpointing_changes_nothing(backbone):
         model = unified(folder).train()
         if checkpointing:
             model.gradient_checkpointing_enable()
-        model(**drawing(model.config.layout), patch_size=2).loss.backward()
+        model(**drawing(model.config.vocabulary), patch_size=2).loss.backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     assert gradients[0].abs().sum() > 0
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-7)
@@ -113,11 +115,11 @@ def test_gradient_checkpointing_changes_nothing(backbone):
 def test_two_dimensional_positions_reach_the_layers(backbone):
     """1D and 2D agree up to the first code and part where a grid row begins."""
     _, folder = backbone
-    batch = drawing(tiny_config().layout)
+    batch = drawing(tiny_config().vocabulary)
     one, two = (
         unified(folder, positions=p)(batch["input_ids"], image_grids=batch["image_grids"]) for p in ("1d", "2d")
     )
-    start = 5  # <bos>, three words, <boi>; the first code of a picture sits where a word would
+    start = 5  # <bos>, three words, <boi>; the first code of an image sits where a word would
     assert torch.equal(one.image_logits[:, : start + 1], two.image_logits[:, : start + 1])
     assert (one.image_logits[:, start + 4] - two.image_logits[:, start + 4]).abs().max() > 1e-3
 
@@ -129,19 +131,19 @@ def test_packed_rows_keep_documents_apart(backbone, p):
     """
     _, folder = backbone
 
-    def picture(seed):
+    def image(seed):
         return ImageSegment(torch.randint(0, 20, (4, 4), generator=torch.Generator().manual_seed(seed)))
 
     model = unified(folder)
-    layout = model.config.layout
+    vocabulary = model.config.vocabulary
     documents = [
-        build_sequence(segments, layout)
+        build_sequence(segments, vocabulary)
         for segments in (
-            [TextSegment([5, 6, 7]), picture(0), TextSegment([8, 9])],
-            [TextSegment([10]), picture(1)],
-            [picture(2), TextSegment([11, 12, 13, 14])],
+            [TextSegment([5, 6, 7]), image(0), TextSegment([8, 9])],
+            [TextSegment([10]), image(1)],
+            [image(2), TextSegment([11, 12, 13, 14])],
             [TextSegment(range(15, 30))],
-            [TextSegment([30, 31]), picture(3)],
+            [TextSegment([30, 31]), image(3)],
             [TextSegment([32, 33])],
         )
     ]
@@ -149,10 +151,10 @@ def test_packed_rows_keep_documents_apart(backbone, p):
     assert [len(row.input_ids) for row in rows] == [50, 41, 16] and sum(
         len(row.document_ids.unique()) for row in rows
     ) == 6
-    packed = collate(rows, layout)
+    packed = collate(rows, vocabulary)
     total, weights, sums = 0.0, 0.0, {"text_loss": 0.0, "image_loss": 0.0}
     for document in documents:
-        part = collate([document], layout)
+        part = collate([document], vocabulary)
         output, weight = model(**part, patch_size=p), learned_weight(part, p, model.config)
         total, weights = total + output.loss * weight, weights + weight
         images = int((part["labels"] >= 50).sum()) // p**2
@@ -185,25 +187,25 @@ def test_saved_and_loaded(backbone, tmp_path):
         assert (each.get_input_embeddings().weight is each.get_output_embeddings().weight) == tied
     before, after = model.state_dict(), loaded.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    batch = drawing(model.config.layout)
+    batch = drawing(model.config.vocabulary)
     ours, theirs = (m(batch["input_ids"], image_grids=batch["image_grids"]) for m in (model, loaded))
     assert torch.equal(ours.logits, theirs.logits) and torch.equal(ours.image_logits, theirs.image_logits)
 
 
-@pytest.mark.parametrize("slots", ["all", "image"])
-def test_gradient_checkpointing_reaches_adapters_on_a_frozen_base(backbone, slots):
+@pytest.mark.parametrize("modality", ["all", "image"])
+def test_gradient_checkpointing_reaches_adapters_on_a_frozen_base(backbone, modality):
     _, folder = backbone
     gradients = []
     for checkpointing in (False, True):
         model = unified(folder)
         if checkpointing:
             model.gradient_checkpointing_enable()
-        adapted = attach_lora(model, rank=2, slots=slots).train()
+        adapted = attach_lora(model, rank=2, modality=modality).train()
         torch.manual_seed(0)
         for name, weight in adapted.named_parameters():
             if "lora_" in name:
                 torch.nn.init.normal_(weight, 0, 0.1)
-        adapted(**drawing(model.config.layout), patch_size=2).loss.backward()
+        adapted(**drawing(model.config.vocabulary), patch_size=2).loss.backward()
         assert all(p.grad is None for p in adapted.parameters() if not p.requires_grad)
         gradients.append(torch.cat([p.grad.flatten() for p in adapted.parameters() if p.requires_grad]))
     assert gradients[0].abs().sum() > 0
@@ -230,7 +232,7 @@ def plain_copy(folder, dtype, attn_implementation):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_language_part_of_a_model_that_reads_pictures(tied, tmp_path):
+def test_language_part_of_a_model_that_reads_images(tied, tmp_path):
     torch.manual_seed(0)
     vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
               "image_size": 16, "patch_size": 4}  # fmt: skip

@@ -1,4 +1,4 @@
-"""Continuous batching: every request gets what it would get alone; text and pictures against full forward passes."""
+"""Continuous batching: every request gets what it would get alone; text and images against full forward passes."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from unified.sequence import ImageSegment, TextSegment, build_sequence
 PICTURES = [[1, 5, 6, 7, 3], [1, 8, 3], [1, 9, 10, 3], [1, 11, 12, 13, 14, 3], [1, 3]]
 
 
-def picture_requests(sampling, grid=(4, 4)):
+def image_requests(sampling, grid=(4, 4)):
     return [
         Request(Prompt(tuple(ids)), grid, *generators(i), image_sampling=sampling, negative=Prompt((1, 3)))
         for i, ids in enumerate(PICTURES)
@@ -21,11 +21,11 @@ def picture_requests(sampling, grid=(4, 4)):
 
 @pytest.mark.parametrize("positions", ["1d", "2d"])
 @pytest.mark.parametrize("sampling", [Sampling(top_k=8), Sampling(guidance_scale=2.0, guidance_schedule="cosine")])
-def test_pictures_are_those_of_the_plain_loop_whenever_they_arrive(threads, positions, sampling):
+def test_images_are_those_of_the_plain_loop_whenever_they_arrive(threads, positions, sampling):
     """Five requests, two at a time, the last ones submitted while the first are running; columns move back."""
     decoder = make_decoder(tiny_model(positions=positions))
-    batcher = Batcher(decoder, slots=2 * (1 + sampling.guided), length=25)
-    requests, results = picture_requests(sampling), {}
+    batcher = Batcher(decoder, max_rows=2 * (1 + sampling.guided), length=25)
+    requests, results = image_requests(sampling), {}
     for request in requests[:2]:
         batcher.submit(request)
     for step in range(200):
@@ -35,7 +35,7 @@ def test_pictures_are_those_of_the_plain_loop_whenever_they_arrive(threads, posi
                 batcher.submit(request)
         if step > 5 and not batcher.busy:
             break
-    assert len(results) == 5 and sorted(batcher.free) == list(range(batcher.slots))
+    assert len(results) == 5 and sorted(batcher.free) == list(range(batcher.max_rows))
     for i, request in enumerate(requests):
         (segment,) = results[request]
         alone = generate_codes(decoder, [PICTURES[i]], [[1, 3]], (4, 4), sampling, generators(i))
@@ -45,7 +45,7 @@ def test_pictures_are_those_of_the_plain_loop_whenever_they_arrive(threads, posi
 def test_a_long_prompt_joins_a_row_that_has_just_begun(monkeypatch):
     """Columns move on to make room before it, and back when the last one is written."""
     decoder = make_decoder(tiny_model(positions="2d"))
-    batcher, sampling, grid = Batcher(decoder, slots=4, length=36), Sampling(guidance_scale=2.0), (4, 4)
+    batcher, sampling, grid = Batcher(decoder, max_rows=4, length=36), Sampling(guidance_scale=2.0), (4, 4)
     moved, move = [], batcher._move
     monkeypatch.setattr(batcher, "_move", lambda by: moved.append(by) or move(by))
     prompts = [(1, 3), (1, *range(5, 20), 3), (1, 6, 3), (1, 7, 8, 3)]
@@ -66,41 +66,42 @@ def test_a_long_prompt_joins_a_row_that_has_just_begun(monkeypatch):
 
 
 def naive_interleaved(model, segments, request, seed):
-    """Grow one sequence by full forward passes; pictures without guidance."""
-    layout = model.config.layout
+    """Grow one sequence by full forward passes; images without guidance."""
+    vocabulary = model.config.vocabulary
     size = request.grid[0] * request.grid[1]
     text_seed = int(torch.randint(2**63 - 1, (), generator=generators(seed)[0]))
-    text_noise = PositionNoise(generators(text_seed), layout.text_vocab_size, torch.device("cpu"))
+    text_noise = PositionNoise(generators(text_seed), vocabulary.text_vocab_size, torch.device("cpu"))
     (image_generator,) = generators(seed)
-    start = build_sequence(segments, layout)
+    start = build_sequence(segments, vocabulary)
     ids, grids, produced, written = start.input_ids.tolist(), list(start.image_grids), [], 0
     while written < request.max_new_tokens:
         with torch.no_grad():
             output = model(torch.tensor([ids]), image_grids=torch.tensor(grids).reshape(-1, 2))
         logits = output.logits[:, -1].clone()
-        pictures = sum(isinstance(p, ImageSegment) for p in produced)
-        banned = [layout.eoi_token_id, layout.bos_token_id, layout.pad_token_id]
-        logits[:, banned + ([layout.boi_token_id] if pictures >= request.max_images else [])] = float("-inf")
+        images = sum(isinstance(p, ImageSegment) for p in produced)
+        banned = [vocabulary.eoi_token_id, vocabulary.bos_token_id, vocabulary.pad_token_id]
+        logits[:, banned + ([vocabulary.boi_token_id] if images >= request.max_images else [])] = float("-inf")
         token = int(draw(filter_logits(logits, request.text_sampling), text_noise.at(written)[:, 0]))
         written += 1
-        if token == layout.eos_token_id:
+        if token == vocabulary.eos_token_id:
             break
         ids.append(token)
-        if token != layout.boi_token_id:
+        if token != vocabulary.boi_token_id:
             produced.append(token)
             continue
-        noise = PositionNoise([image_generator], layout.codebook_size, torch.device("cpu"))
+        noise = PositionNoise([image_generator], vocabulary.codebook_size, torch.device("cpu"))
         for step in range(size):
-            hidden = [*ids, *[layout.text_vocab_size] * (size - step)]
+            hidden = [*ids, *[vocabulary.text_vocab_size] * (size - step)]
             with torch.no_grad():
                 output = model(torch.tensor([hidden]), image_grids=torch.tensor([*grids, request.grid]))
             logits = output.image_logits[:, len(ids) - 1]
             ids.append(
-                layout.text_vocab_size + int(draw(filter_logits(logits, request.image_sampling), noise.at(step)[:, 0]))
+                vocabulary.text_vocab_size
+                + int(draw(filter_logits(logits, request.image_sampling), noise.at(step)[:, 0]))
             )
-        produced.append(ImageSegment(torch.tensor(ids[-size:]).reshape(request.grid) - layout.text_vocab_size))
+        produced.append(ImageSegment(torch.tensor(ids[-size:]).reshape(request.grid) - vocabulary.text_vocab_size))
         grids.append(request.grid)
-        ids.append(layout.eoi_token_id)
+        ids.append(vocabulary.eoi_token_id)
     return produced
 
 
@@ -114,28 +115,28 @@ def flat(segments):
 @pytest.mark.parametrize("positions", ["1d", "2d"])
 @pytest.mark.parametrize("text", [{}, {"model_type": "gemma2", "sliding_window": 6, "head_dim": 8}])
 def test_interleaved_rows_equal_full_forward_passes(threads, positions, text):
-    """Rows that write, rows that draw, pictures in the prompt: one batch, each row in its own modality."""
+    """Rows that write, rows that generate, images in the prompt: one batch, each row in its own modality."""
     model = tiny_model(positions=positions, text=text)
-    layout = model.config.layout
-    picture = ImageSegment(torch.arange(8).reshape(2, 4))
-    starts = [[TextSegment([5, 6])], [picture], [TextSegment([7]), picture, TextSegment([8, 9])], [TextSegment([20])]]
+    vocabulary = model.config.vocabulary
+    image = ImageSegment(torch.arange(8).reshape(2, 4))
+    starts = [[TextSegment([5, 6])], [image], [TextSegment([7]), image, TextSegment([8, 9])], [TextSegment([20])]]
     requests = []
     for i, start in enumerate(starts):
-        sequence = build_sequence(start, layout)
+        sequence = build_sequence(start, vocabulary)
         prompt = Prompt(tuple(sequence.input_ids.tolist()), tuple(sequence.image_grids))
         requests.append(Request(prompt, (2, 4), *generators(i), text_sampling=Sampling(temperature=30.0),
                                 max_new_tokens=30, max_images=2))  # fmt: skip
-    results = Batcher(make_decoder(model), slots=3, length=80).run(requests)
+    results = Batcher(make_decoder(model), max_rows=3, length=80).run(requests)
     drawn = 0
     for i, (start, request) in enumerate(zip(starts, requests, strict=True)):
         expected = [p if isinstance(p, int) else p.codes.tolist() for p in naive_interleaved(model, start, request, i)]
         assert flat(results[i]) == expected
         drawn += sum(isinstance(segment, ImageSegment) for segment in results[i])
-    assert drawn > 0  # otherwise the test would not have tested pictures
+    assert drawn > 0  # otherwise the test would not have tested images
 
 
-def test_guided_pictures_inside_text():
-    """A model that always opens a picture draws, guided, what it draws after the same ids in the plain loop."""
+def test_guided_images_inside_text():
+    """A model that always opens an image generates, guided, what it generates after the same ids in the plain loop."""
     model = tiny_model(text={"tie_word_embeddings": False})
     decoder = make_decoder(model)
     sampling = Sampling(guidance_scale=2.0)
@@ -143,20 +144,20 @@ def test_guided_pictures_inside_text():
     decoder.text_logits = lambda hidden: make(hidden).index_fill(-1, torch.tensor([3]), 1e4)
     request = Request(Prompt((1, 5, 6)), (2, 4), *generators(4), image_sampling=sampling, negative=Prompt((1, 3)),
                       max_new_tokens=1)  # fmt: skip
-    ((segment,),) = Batcher(decoder, slots=2, length=40).run([request])
+    ((segment,),) = Batcher(decoder, max_rows=2, length=40).run([request])
     plain = generate_codes(decoder, [[1, 5, 6, 3]], [[1, 3]], (2, 4), sampling, generators(4))
     assert torch.equal(segment.codes, plain[0])
 
 
 def test_bad_requests_are_named():
-    batcher = Batcher(make_decoder(tiny_model()), slots=1, length=20)
+    batcher = Batcher(make_decoder(tiny_model()), max_rows=1, length=20)
     with pytest.raises(ValueError, match=r"request: 5 tokens and up to 18 new ones, a row holds 20"):
         batcher.submit(Request(Prompt((1, 5, 6, 7, 3)), (4, 4), *generators(0)))
     guided = Request(Prompt((1, 3)), (2, 2), *generators(0), image_sampling=Sampling(guidance_scale=2.0))
     with pytest.raises(ValueError, match="negative: guidance needs an unconditional row"):
         batcher.submit(guided)
     guided.negative = Prompt((1, 3))
-    with pytest.raises(ValueError, match="slots: 1 cannot hold a guided request"):
+    with pytest.raises(ValueError, match="max_rows: 1 cannot hold a guided request"):
         batcher.submit(guided)
 
 
@@ -171,8 +172,8 @@ def test_free_rows_cost_nothing():
             return super().__call__(embeds, *given)
 
     decoder.__class__ = Watched
-    batcher = Batcher(decoder, slots=8, length=25)
-    first, second, third = picture_requests(Sampling(guidance_scale=2.0))[:3]
+    batcher = Batcher(decoder, max_rows=8, length=25)
+    first, second, third = image_requests(Sampling(guidance_scale=2.0))[:3]
     batcher.run([first])
     assert set(widths) == {2}
     batcher.submit(second)

@@ -50,7 +50,7 @@ def test_codes_are_replayed_without_cache_before_any_timing():
         check_against_full_forward(model, codes, SAMPLING)
 
 
-def test_logits_along_a_picture_are_those_of_a_full_forward():
+def test_logits_along_a_image_are_those_of_a_full_forward():
     from benchmark_generation import NOTHING, START, guided_logits_along
     from benchmark_training import our_model
     from unified.decoding import Sampling, make_decoder

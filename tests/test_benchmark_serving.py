@@ -16,7 +16,7 @@ from benchmark_serving import arrivals, better, figures, main, measure, random_p
 
 def test_it_runs(tmp_path):
     main(["--requests", "3", "--rounds", "1", "--loads", "4", "--grid", "4", "--width", "64", "--layers", "1",
-          "--slots", "4", "--threads", str(torch.get_num_threads()), "--json", str(tmp_path / "out.json")])  # fmt: skip
+          "--max-rows", "4", "--threads", str(torch.get_num_threads()), "--json", str(tmp_path / "out.json")])  # fmt: skip
     result = json.loads((tmp_path / "out.json").read_text())
     (row,) = result["loads"]
     assert row["load"] == 4 and result["conditions"]["requests"] == 3
@@ -45,7 +45,7 @@ def test_a_worker_answers_in_turn():
     assert drawn == [0, 1, 2] and answered == sorted(answered) and answered[2] >= 0.02
 
 
-def test_other_pictures_are_not_timed(monkeypatch):
+def test_other_images_are_not_timed(monkeypatch):
     pipe = random_pipeline(4, 64, 1)
     call = type(pipe).__call__
 
@@ -53,5 +53,5 @@ def test_other_pictures_are_not_timed(monkeypatch):
         return call(self, **{**options, "generator": torch.Generator().manual_seed(99)})
 
     monkeypatch.setattr(type(pipe), "__call__", other)
-    with pytest.raises(RuntimeError, match="request 0: the engine draws another picture"):
-        measure(pipe, [1.0], requests=6, slots=4, rounds=1)
+    with pytest.raises(RuntimeError, match="request 0: the engine generates another image"):
+        measure(pipe, [1.0], requests=6, max_rows=4, rounds=1)

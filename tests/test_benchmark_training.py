@@ -41,7 +41,10 @@ def test_packing_is_timed_on_equal_losses_only(monkeypatch):
     assert result["real_share_padded"] < result["real_share_packed"] <= 1
     lengths = [len(sequence.input_ids) for sequence in b.mixed_lengths(b.our_model(**small), 6)]
     assert result["real_share_padded"] == round(sum(lengths) / (6 * max(lengths)), 3)
-    mixed_up = lambda rows, layout: {k: v for k, v in b.collate_rows(rows, layout).items() if k != "document_ids"}  # noqa: E731
+
+    def mixed_up(rows, vocabulary):
+        return {k: v for k, v in b.collate_rows(rows, vocabulary).items() if k != "document_ids"}
+
     monkeypatch.setattr(b, "collate_rows", b.collate, raising=False)
     monkeypatch.setattr(b, "collate", mixed_up)
     with pytest.raises(RuntimeError, match=r"packed loss .* differs from the padded one .* at p = 1"):

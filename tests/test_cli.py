@@ -1,4 +1,4 @@
-"""The command line: what it writes is what the pipeline draws; mistakes are one line and exit code 2."""
+"""The command line: what it writes is what the pipeline generates; mistakes are one line and exit code 2."""
 
 import shutil
 import subprocess
@@ -32,8 +32,8 @@ def test_generate(pipeline, folder, tmp_path, capsys):
 
 
 def test_inpaint_and_caption(pipeline, folder, tmp_path, capsys):
-    picture = pipeline("red apple", generator=generators(0)).images[0]
-    picture.save(tmp_path / "picture.png")
+    image = pipeline("red apple", generator=generators(0)).images[0]
+    image.save(tmp_path / "picture.png")
     mask = Image.new("L", (16, 16))
     mask.paste(255, (0, 8, 16, 16))
     mask.save(tmp_path / "mask.png")
@@ -42,14 +42,14 @@ def test_inpaint_and_caption(pipeline, folder, tmp_path, capsys):
         main(["inpaint", *arguments, "--image", str(tmp_path / "picture.png"), "--mask", str(tmp_path / "mask.png")])
         == 0
     )
-    expected = pipeline.inpaint("blue car", picture, mask, generator=generators(0)).images[0]
+    expected = pipeline.inpaint("blue car", image, mask, generator=generators(0)).images[0]
     assert Image.open(tmp_path / "out" / "000-blue-car.png").tobytes() == expected.tobytes()
     capsys.readouterr()
     assert (
         main(["caption", "--pipeline", folder, str(tmp_path / "picture.png"), "--top-k", "1", "--max-new-tokens", "5"])
         == 0
     )
-    text = pipeline.caption(picture, top_k=1, max_new_tokens=5)[0]
+    text = pipeline.caption(image, top_k=1, max_new_tokens=5)[0]
     assert capsys.readouterr().out == " ".join(text.split()) + "\n"
 
 
@@ -62,7 +62,7 @@ def test_inpaint_and_caption(pipeline, folder, tmp_path, capsys):
         (["--prompt", "red apple", "--temperature", "1e-30"], "temperature: 1e-30 must be at least 0.0001"),
         (["--prompt", "red apple", "--guidance-scale", "1e39"], "guidance_scale: 1e+39 must be at most 10000"),
         (["--prompt", "red apple", "--num-images-per-prompt", "0"], "num_images_per_prompt: 0"),
-        (["--prompt", "red apple", "--lora", "./nowhere"], "holds no unified_layout.json"),
+        (["--prompt", "red apple", "--lora", "./nowhere"], "holds no unified_base.json"),
         (["--prompt", "red apple", "--pipeline", "./nowhere"], "has no pipeline.json"),
     ],
 )
@@ -74,18 +74,16 @@ def test_mistakes_are_one_line(folder, tmp_path, capsys, arguments, message):
 
 def test_every_option_reaches_the_pipeline(pipeline, folder, tmp_path, capsys, monkeypatch):
     """All of them off their defaults: arguments of the call, the decoder's switches, the adapter."""
-    picture = Image.new("RGB", (16, 16), "red")
+    image = Image.new("RGB", (16, 16), "red")
     for name in ("picture.png", "mask.png"):
-        picture.convert("L" if name == "mask.png" else "RGB").save(tmp_path / name)
+        image.convert("L" if name == "mask.png" else "RGB").save(tmp_path / name)
     pipeline.model = noisy_adapter(pipeline.model, tmp_path / "lora", 1)
     calls, switches = [], []
 
     def record(pipe, *args, **given):
         calls.append({"adapters": pipe.get_active_adapters(), **given})
         return (
-            UnifiedPipelineOutput([picture] * 4, torch.zeros(4, 4, 4))
-            if "prompt" in given and args == ()
-            else ["words"]
+            UnifiedPipelineOutput([image] * 4, torch.zeros(4, 4, 4)) if "prompt" in given and args == () else ["words"]
         )
 
     for name in ("__call__", "inpaint", "caption"):
@@ -159,8 +157,8 @@ def test_machine_options(pipeline, folder, tmp_path, capsys, monkeypatch):
     assert "argument --device: 'tpu9' cannot be used: " in capsys.readouterr().err
 
 
-def test_files_that_are_no_pictures(folder, tmp_path, capsys, monkeypatch):
-    (tmp_path / "text.png").write_text("no picture")
+def test_files_that_are_no_images(folder, tmp_path, capsys, monkeypatch):
+    (tmp_path / "text.png").write_text("no image")
     Image.new("RGB", (16, 16)).save(tmp_path / "large.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     for path, message in ((tmp_path, "Is a directory"), (tmp_path / "text.png", "cannot identify image file"),
@@ -170,7 +168,7 @@ def test_files_that_are_no_pictures(folder, tmp_path, capsys, monkeypatch):
         assert error.startswith("unified caption: ") and message in error and "\n" not in error
 
 
-def test_a_missing_picture_is_named(folder, capsys):
+def test_a_missing_image_is_named(folder, capsys):
     assert main(["caption", "--pipeline", folder, "nowhere.png"]) == 2
     assert "nowhere.png" in capsys.readouterr().err
 

@@ -10,7 +10,7 @@ from unified.decoding import Sampling
 
 @pytest.fixture
 def says(pipeline, monkeypatch):
-    """Makes the model all but certain of one token for every text slot in turn; the last one stays."""
+    """Makes the model all but certain of one token for every text position in turn; the last one stays."""
 
     def script(*tokens: int) -> None:
         left = list(tokens)
@@ -45,7 +45,7 @@ def test_any_eos_ends_a_text(pipeline, photo, says, last):
     tokenizer, text = pipeline.text_tokenizer, pipeline.model.config.text_config
     text.eos_token_id = [tokenizer.eos_token_id, tokenizer.pad_token_id]
     text.pad_token_id = tokenizer.pad_token_id
-    assert pipeline.model.config.layout.eos_token_id == tokenizer.eos_token_id
+    assert pipeline.model.config.vocabulary.eos_token_id == tokenizer.eos_token_id
     says(*tokenizer.encode("blue car"), text.eos_token_id[last], *tokenizer.encode("dog"))
     assert pipeline.caption(photo, max_new_tokens=30) == ["blue car"]
 
@@ -78,8 +78,8 @@ def test_sampling_reaches_the_text(pipeline):
     assert hot[0] != hot[1] or hot[1] != hot[2]
 
 
-def test_pictures_are_guided_as_in_a_call(pipeline, photo, says):
-    """After the same row, a conversation draws what a call draws by default."""
+def test_images_are_guided_as_in_a_call(pipeline, photo, says):
+    """After the same row, a conversation generates what a call generates by default."""
     says(pipeline.text_tokenizer.boi_token_id)
     drawn = pipeline.chat(["red apple"], max_new_tokens=1, generator=generators(5))
     assert drawn[0].tobytes() == pipeline("red apple", generator=generators(5)).images[0].tobytes()

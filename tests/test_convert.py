@@ -21,7 +21,7 @@ from transformers import (
 from unified import UnifiedForCausalLM
 from unified.convert import emu3_generation, janus_generation, llamagen_from_weights, split_joint_table
 from unified.decoding import Sampling, generate_codes, generate_conditioned
-from unified.model.prefix import condition_slots
+from unified.model.prefix import condition_positions
 from unified.sequence import ImageSegment, TextSegment, build_sequence, collate
 
 WIDTH, HEADS, LAYERS, HIDDEN, CODES, CLASSES = 32, 4, 2, 48, 20, 5
@@ -124,9 +124,9 @@ def some_condition(kind):
 
 
 def conditioned_batch(model, codes, mask):
-    layout = model.config.layout
-    slots = condition_slots(model.condition.length, layout)
-    batch = collate([build_sequence([slots, ImageSegment(picture)], layout) for picture in codes], layout)
+    vocabulary = model.config.vocabulary
+    positions = condition_positions(model.condition.length, vocabulary)
+    batch = collate([build_sequence([positions, ImageSegment(image)], vocabulary) for image in codes], vocabulary)
     if mask is not None:
         batch["attention_mask"][:, : mask.shape[1]] = mask
     return batch
@@ -178,7 +178,7 @@ class TestLlamaGen:
 
     @pytest.mark.parametrize("kind", ["c2i", "t2i"])
     def test_greedy_guided_generation_equals_the_reference(self, kind):
-        """Every drawn code is the argmax of the guided reference logits over the codes before it."""
+        """Every sampled code is the argmax of the guided reference logits over the codes before it."""
         state = llamagen_state(kind)
         model = llamagen_from_weights(state, "x.pt", num_attention_heads=HEADS)
         condition, mask = some_condition(kind)
@@ -249,8 +249,10 @@ class TestJointTable:
         )
         joint.eval().save_pretrained(tmp_path)
         model = split_joint_table(str(tmp_path), codebook_size=20, boi_token_id=3, eoi_token_id=4)
-        layout = model.config.layout
-        sequence = build_sequence([TextSegment([5, 6, 7]), ImageSegment(some_codes(1)[0]), TextSegment([8])], layout)
+        vocabulary = model.config.vocabulary
+        sequence = build_sequence(
+            [TextSegment([5, 6, 7]), ImageSegment(some_codes(1)[0]), TextSegment([8])], vocabulary
+        )
         ids = sequence.input_ids[None]
         with torch.no_grad():
             ours, theirs = model(ids, image_grids=torch.tensor([[3, 4]])), joint(ids).logits
@@ -299,7 +301,7 @@ class TestJanus:
     mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
 
     def test_logits_agree_with_greedy_generation(self, janus):
-        """transformers draws the codes that are the argmax of our guided logits after the codes before them."""
+        """transformers samples the codes that are the argmax of our guided logits after the codes before them."""
         drawn = janus.generate(self.prompts, attention_mask=self.mask, generation_mode="image", do_sample=False,
                                guidance_scale=2.0, max_length=32)  # fmt: skip
         assert len(drawn.unique()) > 2
@@ -367,7 +369,7 @@ class TestEmu3:
 
     def test_loss_and_logits_equal_transformers_on_explicit_ids(self, emu3):
         codes = some_codes()
-        rows = [[30 + (int(c) * 7) % 20 for c in row] + [8] for picture in codes for row in picture]
+        rows = [[30 + (int(c) * 7) % 20 for c in row] + [8] for image in codes for row in image]
         lines = torch.tensor(rows).reshape(2, 15)
         ids = torch.cat([self.prompts, lines], 1)
         labels = torch.cat([torch.full_like(self.prompts, -100), lines], 1)

@@ -1,4 +1,4 @@
-"""Sources of captioned pictures: every kind opens, bad rows are skipped and counted."""
+"""Sources of captioned images: every kind opens, bad rows are skipped and counted."""
 
 import io
 import json
@@ -20,7 +20,7 @@ def png(color, size=(8, 8), mode="RGB", form="PNG"):
 
 ROWS = [
     {"image": {"bytes": png("red"), "path": None}, "caption": "red square", "group": "a"},
-    {"image": {"bytes": b"not a picture", "path": None}, "caption": "broken", "group": "a"},
+    {"image": {"bytes": b"not an image", "path": None}, "caption": "broken", "group": "a"},
     {"image": {"bytes": png("blue")[:40], "path": None}, "caption": "cut off", "group": "b"},
     {"image": {"bytes": png("green"), "path": None}, "caption": "   ", "group": "b"},
     {"image": {"bytes": png("green"), "path": None}, "caption": None, "group": "b"},
@@ -83,8 +83,8 @@ def test_files_from_anywhere(address, streaming, tmp_path):
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("kind", ["png+txt", "webp+json"])
-def test_tar_of_pictures_and_captions(kind, streaming, tmp_path):
-    """As WebDataset writes them; a broken picture is skipped, further fields are kept."""
+def test_tar_of_images_and_captions(kind, streaming, tmp_path):
+    """As WebDataset writes them; a broken image is skipped, further fields are kept."""
     picture, caption = kind.split("+")
     with tarfile.open(tmp_path / "shard.tar", "w") as tar:
         for name, color in (("a", "red"), ("b", None), ("c", "blue")):
@@ -104,7 +104,7 @@ def test_tar_of_pictures_and_captions(kind, streaming, tmp_path):
 
 
 @pytest.mark.parametrize("where", [".", "train"])
-def test_bare_picture_folder(where, tmp_path):
+def test_bare_image_folder(where, tmp_path):
     """Pictures alone have no captions; .txt files beside them are their captions."""
     folder = tmp_path / where
     folder.mkdir(exist_ok=True)
@@ -123,7 +123,7 @@ def test_bare_picture_folder(where, tmp_path):
         load_source(str(tmp_path), "validation")
 
 
-def test_picture_folder_with_metadata(tmp_path):
+def test_image_folder_with_metadata(tmp_path):
     folder = tmp_path / "train"
     folder.mkdir()
     for name, color in (("a", "red"), ("b", "blue")):

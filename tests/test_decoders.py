@@ -147,7 +147,7 @@ def test_int8_rounds_weights_per_output_and_inputs_per_row():
     torch.testing.assert_close(exact.add_to(residual, x), residual + exact(x))
 
 
-def test_an_int8_picture_does_not_depend_on_its_batch():
+def test_an_int8_image_does_not_depend_on_its_batch():
     decoder = make_decoder(tiny_model(), int8=True)
     options = {"grid": (4, 4), "sampling": Sampling(guidance_scale=2.0)}
     both = generate_codes(decoder, PROMPTS, NEGATIVES, generators=generators(0, 1), **options)

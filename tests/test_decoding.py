@@ -63,7 +63,7 @@ def test_runs_of_known_codes_take_one_pass(shape, sampling):
     free = (known < 0).any(dim=0)
     free[0] = True  # the first code starts a pass in any case
     runs = (free.nonzero().flatten().diff(append=torch.tensor([16]))).tolist()
-    assert widths[1:] == runs[:-1]  # after the prompt; what follows the last code drawn needs no pass
+    assert widths[1:] == runs[:-1]  # after the prompt; what follows the last code sampled needs no pass
 
 
 def test_a_row_does_not_depend_on_its_batch():

@@ -5,8 +5,8 @@ from browsing import need_gradio
 from PIL import Image
 from test_lora import noisy_adapter
 
-from unified.serving import web as demo
 from unified.cli import main
+from unified.serving import web as demo
 from unified.serving.engine import Engine
 from unified.serving.web import build_demo, checked, load_adapters, opened, painted
 
@@ -37,8 +37,8 @@ def test_painted_layers_become_a_mask():
         painted(None, (16, 16))
 
 
-def test_wide_pictures_are_cropped_not_squeezed():
-    """The middle of a picture three times as wide as high, and the mask at the same place."""
+def test_wide_images_are_cropped_not_squeezed():
+    """The middle of an image three times as wide as high, and the mask at the same place."""
     image = Image.new("RGB", (96, 32), "red")
     image.paste("blue", (32, 0, 64, 32))
     layer = Image.new("RGBA", (96, 32))
@@ -55,7 +55,7 @@ def test_transparent_uploads_are_laid_on_white(tmp_path):
     assert set(picture.get_flattened_data()) == {(255, 255, 255)}
 
 
-def test_huge_pictures_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
+def test_huge_images_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
     Image.new("1", (5000, 4000)).save(tmp_path / "huge.png")
     assert (tmp_path / "huge.png").stat().st_size < 10_000
     monkeypatch.setattr(Image.Image, "convert", lambda *given: pytest.fail("decoded"))
@@ -63,7 +63,7 @@ def test_huge_pictures_are_refused_before_they_are_decoded(tmp_path, monkeypatch
         opened(tmp_path / "huge.png")
     with Image.open(tmp_path / "huge.png") as image, pytest.raises(ValueError, match="at most 16 million"):
         painted({"background": image, "layers": [image]}, (16, 16))
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     with pytest.raises(ValueError, match="image: cannot be read"):
         opened(tmp_path / "text.png")
 
@@ -72,12 +72,12 @@ def test_bad_adapters_are_refused(pipeline, tmp_path):
     for folders in (["x/a", "y/a"], ["none"], ["v1.2"]):
         with pytest.raises(ValueError, match="must be different names without dots"):
             load_adapters(pipeline, [tmp_path / folder for folder in folders])
-    with pytest.raises(ValueError, match=r"holds no unified_layout.json"):
+    with pytest.raises(ValueError, match=r"holds no unified_base.json"):
         load_adapters(pipeline, [tmp_path / "a"])
 
 
 def test_command_line_offers_adapters_by_name(pipeline, tmp_path, monkeypatch):
-    """--lora is listed under its folder's name and chosen, --loras are listed; slots and queue reach the engine."""
+    """--lora is listed under its folder's name and chosen, --loras are listed; max_rows and queue reach the engine."""
     need_gradio()
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
     pipeline.save_pretrained(tmp_path / "pipeline")
@@ -86,12 +86,12 @@ def test_command_line_offers_adapters_by_name(pipeline, tmp_path, monkeypatch):
     pages, engines, make = [], [], build_demo
     monkeypatch.setattr(demo, "build_demo", lambda engine, *given: engines.append(engine) or make(engine, *given))
     monkeypatch.setattr(demo, "launch", lambda page, **options: pages.append((page, options)))
-    arguments = ["serve", "--pipeline", str(tmp_path / "pipeline"), "--lora", f"{tmp_path}/outline/", "--slots", "3"]
+    arguments = ["serve", "--pipeline", str(tmp_path / "pipeline"), "--lora", f"{tmp_path}/outline/", "--max-rows", "3"]
     assert main([*arguments, "--loras", str(tmp_path / "sketch"), "--queue", "5", "--port", "1234"]) == 0
     ((page, options),) = pages
     (lora,) = (block for block in page.blocks.values() if block.elem_id == "lora")
     assert [name for name, _ in lora.choices] == ["none", "outline", "sketch"] and lora.value == "outline"
-    assert (engines[0].slots, engines[0].limit, options["server_port"]) == (3, 5, 1234)
+    assert (engines[0].max_rows, engines[0].limit, options["server_port"]) == (3, 5, 1234)
     assert not engines[0]._thread.is_alive()
 
 

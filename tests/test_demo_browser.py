@@ -28,7 +28,7 @@ class Page:
         tab.set_default_timeout(WAIT)
 
     def picture(self, place, index=0):
-        """A picture in an element as RGB bytes, None without one."""
+        """An image in an element as RGB bytes, None without one."""
         image = self.tab.locator(f"{place} img").nth(index)
         source = image.get_attribute("src") if image.count() else None
         if source is None:
@@ -39,7 +39,7 @@ class Page:
         return self._seen[source]
 
     def wait_for(self, place, wanted, index=0, seconds=60):
-        """Wait for a picture; returns the different ones that were there on the way."""
+        """Wait for an image; returns the different ones that were there on the way."""
         seen = []
         for _ in range(seconds * 20):
             if (now := self.picture(place, index)) is not None and now not in seen:
@@ -47,7 +47,7 @@ class Page:
             if now == wanted:
                 return seen
             self.tab.wait_for_timeout(50)
-        raise AssertionError("the picture did not appear")
+        raise AssertionError("the image did not appear")
 
     def until(self, condition):
         """Let the page go on until something holds, for a minute at most."""
@@ -104,7 +104,7 @@ def page(text_tokenizer, image_tokenizer, tmp_path_factory):
 
     connected, connect = set(), socket.socket.connect
     socket.socket.connect = lambda self, address: connected.add(address) or connect(self, address)
-    engine = Engine(pipe, slots=2, waiting=2)
+    engine = Engine(pipe, max_rows=2, waiting=2)
     blocks = build_demo(engine)
     _, address, _ = launch(blocks, prevent_thread_lock=True, quiet=True, server_name="127.0.0.1")
     try:
@@ -123,7 +123,7 @@ def page(text_tokenizer, image_tokenizer, tmp_path_factory):
         engine.close()
 
 
-def test_a_prompt_becomes_previews_and_the_picture(page, monkeypatch):
+def test_a_prompt_becomes_previews_and_the_image(page, monkeypatch):
     step = page.engine._batcher.step
     monkeypatch.setattr(page.engine._batcher, "step", lambda: (time.sleep(0.1), step())[1])  # as slow as a larger model
     page.set(prompt="red apple", seed=7)
@@ -165,12 +165,12 @@ def test_stop_frees_the_batch(page, monkeypatch):
 
 
 def test_more_options_decide(page):
-    """Two pictures steered away from something, in every way of decoding."""
+    """Two images steered away from something, in every way of decoding."""
     page.tab.get_by_text("More options").click()
     page.set(prompt="red apple", seed=7, temperature=1.2, negative="blue car", count=2)
     for mode, text in (
         ("sjd", "same distribution"),
-        ("jacobi", "same picture"),
+        ("jacobi", "same image"),
         ("gsd", "fastest"),
         ("plain", "one code"),
     ):
@@ -183,11 +183,11 @@ def test_more_options_decide(page):
 
 
 def test_edit_redraws_what_is_painted(page, monkeypatch):
-    """A stripe is painted with the mouse; what is redrawn is what inpainting draws there."""
+    """A stripe is painted with the mouse; what is redrawn is what inpainting samples there."""
     given, stream = [], page.engine.pipe.stream
     monkeypatch.setattr(page.engine.pipe, "stream", lambda **options: given.append(options) or stream(**options))
     page.open("Edit")
-    page.tab.locator("#canvas").get_by_label("Brush").first.wait_for()  # the editor is ready for a picture
+    page.tab.locator("#canvas").get_by_label("Brush").first.wait_for()  # the editor is ready for an image
     page.tab.locator("#canvas input[type=file]").set_input_files(page.folder / "picture.png")
     page.tab.locator("#canvas").get_by_label("Brush Size").wait_for()  # the brush is taken up
     box = page.tab.locator("#canvas canvas").first.bounding_box()

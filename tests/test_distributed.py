@@ -39,7 +39,7 @@ def one_process(config_file, tmp_path_factory):
 def assert_same_training(ours, theirs):
     for a, b in zip(read_log(ours), read_log(theirs), strict=True):
         assert a["step"] == b["step"]
-        assert a.get("slots") == b.get("slots")
+        assert a.get("positions") == b.get("positions")
         for name in ("image_loss", "text_loss"):
             assert a.get(name) == (pytest.approx(b[name], rel=1e-4) if name in b else None)
     assert read_log(ours)[-1]["validation_loss"] == pytest.approx(read_log(theirs)[-1]["validation_loss"], rel=1e-4)
@@ -65,7 +65,7 @@ def torchrun(processes, config_file, *overrides, script="recipes/train.py", **en
 
 
 def test_two_processes_equal_one(one_process, config_file, picture_source, tmp_path):
-    """They also encode the pictures together, which one process had as codes."""
+    """They also encode the images together, which one process had as codes."""
     options = ["batch_size=2", "processes=2", f"data.train={picture_source}"]
     done = torchrun(2, config_file, f"output_dir={tmp_path}", *options)
     assert done.returncode == 0, done.stderr
@@ -73,20 +73,20 @@ def test_two_processes_equal_one(one_process, config_file, picture_source, tmp_p
     assert_same_training(tmp_path, one_process)
 
 
-def test_processes_without_pictures_learn_with_the_others(config_file, parts, tmp_path):
-    """Mostly texts, so that a process often has no picture; DDP raises if a weight has no gradient there."""
+def test_processes_without_images_learn_with_the_others(config_file, parts, tmp_path):
+    """Mostly texts, so that a process often has no image; DDP raises if a weight has no gradient there."""
     datasets.Dataset.from_dict({"text": CAPTIONS}).to_parquet(tmp_path / "texts.parquet")
     sources = f"[{{path: {parts}/codes, weight: 1}},{{path: {tmp_path}/texts.parquet, kind: text, weight: 3, max_length: 99}}]"
     options = ["data.train=null", f"data.sources={sources}", "validate_every=null", "data.pack=40"]
     done = torchrun(2, config_file, f"output_dir={tmp_path}/two", "batch_size=2", *options)
     assert done.returncode == 0, done.stderr[:6000]
     train(load_config(config_file, [f"output_dir={tmp_path}/one", "batch_size=4", *OPTIONS, *options]))
-    assert [r["slots"] for r in read_log(tmp_path / "two")] == [r["slots"] for r in read_log(tmp_path / "one")]
+    assert [r["positions"] for r in read_log(tmp_path / "two")] == [r["positions"] for r in read_log(tmp_path / "one")]
     ours, theirs = (load_file(tmp_path / name / "pipeline/model/model.safetensors") for name in ("two", "one"))
     for name in theirs:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=2e-5)
-    layout = tiny_config().layout
-    batches = [MixedBatches([Source("i", [0] * 12, 1, None), Source("t", [0] * 6, 3, None)], layout, 2, 6, rank=r, world_size=2)
+    vocabulary = tiny_config().vocabulary
+    batches = [MixedBatches([Source("i", [0] * 12, 1, None), Source("t", [0] * 6, 3, None)], vocabulary, 2, 6, rank=r, world_size=2)
                for r in (0, 1)]  # fmt: skip
     kinds = [[b.place(4 * i + r + 2 * k)[0] for k in (0, 1)] for i in range(6) for r, b in enumerate(batches)]
     assert [1, 1] in kinds and [0, 1] in [sorted(pair) for pair in kinds]
@@ -110,25 +110,25 @@ def test_accumulated_batches_equal_one(config_file, tmp_path, monkeypatch):
     assert_same_training(tmp_path / "b", tmp_path / "a")
 
 
-@pytest.mark.parametrize("normalization", ["slot", "token"])
+@pytest.mark.parametrize("normalization", ["position", "token"])
 @pytest.mark.parametrize("p", [1, 2, 4])
 def test_parts_of_a_batch_put_together_give_its_loss(p, normalization):
     model = tiny_model(loss_normalization=normalization, text_loss_weight=0.5, image_loss_weight=2.0)
-    layout = model.config.layout
+    vocabulary = model.config.vocabulary
 
-    def picture(seed, loss=True):
+    def image(seed, loss=True):
         codes = torch.randint(0, 20, (4, 4), generator=torch.Generator().manual_seed(seed))
         return ImageSegment(codes, loss)
 
     sequences = [
-        build_sequence([TextSegment([5, 6, 7]), picture(0)], layout),
-        build_sequence([picture(1, False), TextSegment([8, 9])], layout, end=True),
-        build_sequence([TextSegment([5, 6], loss=False), picture(2)], layout),
+        build_sequence([TextSegment([5, 6, 7]), image(0)], vocabulary),
+        build_sequence([image(1, False), TextSegment([8, 9])], vocabulary, end=True),
+        build_sequence([TextSegment([5, 6], loss=False), image(2)], vocabulary),
     ]
-    parts = [collate([sequence], layout) for sequence in sequences]
+    parts = [collate([sequence], vocabulary) for sequence in sequences]
     weights = [learned_weight(part, p, model.config) for part in parts]
     mean = sum(w * model(**part, patch_size=p).loss for w, part in zip(weights, parts, strict=True)) / sum(weights)
-    torch.testing.assert_close(mean, model(**collate(sequences, layout), patch_size=p).loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(mean, model(**collate(sequences, vocabulary), patch_size=p).loss, rtol=1e-5, atol=1e-6)
 
 
 # Accelerate chooses FSDP for processes on GPUs; told so, it cuts weights over CPU processes just as well. The process ends

@@ -21,15 +21,15 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def ramp(height, width):
-    """A picture whose red is its row and whose green is its column."""
+    """An image whose red is its row and whose green is its column."""
     rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
     return Image.fromarray(np.stack([rows, columns, np.zeros_like(rows)], -1).astype(np.uint8))
 
 
 class TestViews:
     def test_ten_crop_corners_centre_and_mirrors(self):
-        picture = ramp(20, 20)
-        views = list(Views(((16, 16),), crop="ten", zoom=1.25)(picture, 0))
+        image = ramp(20, 20)
+        views = list(Views(((16, 16),), crop="ten", zoom=1.25)(image, 0))
         corners = [view.getpixel((0, 0))[:2] for view in views[::2]]
         assert corners == [(0, 0), (0, 4), (4, 0), (4, 4), (2, 2)]
         assert all(
@@ -71,13 +71,13 @@ def rows_of(folder, split="train"):
 
 @pytest.fixture
 def mixed_source(tmp_path):
-    """Ten pictures of several sizes with ids; one is broken, one has no id."""
+    """Ten images of several sizes with ids; one is broken, one has no id."""
     rng = np.random.default_rng(0)
     rows = []
     for i in range(10):
         height, width = [(16, 16), (12, 30), (30, 12)][i % 3]
-        picture = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
-        rows.append({"image": picture, "caption": f"picture {i}", "id": None if i == 4 else f"id-{i}"})
+        image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        rows.append({"image": image, "caption": f"picture {i}", "id": None if i == 4 else f"id-{i}"})
     table = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image(decode=False))
     broken = table.to_list()
     broken[6]["image"]["bytes"] = b"broken"
@@ -169,7 +169,7 @@ def test_bad_input_is_named(image_tokenizer, mixed_source, tmp_path):
         encode_source(image_tokenizer, mixed_source, tmp_path / "x", ("train",), views=Views(((12, 18),)))
     with pytest.raises(ValueError, match="block_rows, batch_size: 0 and 3 must be at least 1"):
         encode(image_tokenizer, mixed_source, tmp_path / "x", block_rows=0)
-    row = {"image": {"bytes": b"no picture", "path": None}, "caption": "a caption"}
+    row = {"image": {"bytes": b"no image", "path": None}, "caption": "a caption"}
     empty = datasets.Dataset.from_list([row]).cast_column("image", datasets.Image(decode=False))
     empty.to_parquet(tmp_path / "empty.parquet")
     with pytest.raises(ValueError, match="no usable row in split 'train'"):

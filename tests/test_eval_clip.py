@@ -23,19 +23,19 @@ from unified_eval.clip import clip_recipe, shuffled_score, tokenize
 from unified_eval.nano_clip import augment, grouped_retrieval, unique_caption_batches
 
 COLOURS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220), "yellow": (240, 220, 10)}
-# Three pictures, three captions; cosines by rows: (0.6, 1, 0), (0, 0, 0.8), (0.8, 0, -0.6) once normalised.
+# Three images, three captions; cosines by rows: (0.6, 1, 0), (0, 0, 0.8), (0.8, 0, -0.6) once normalised.
 IMAGES = torch.tensor([[1.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.0, 0.0, 0.5]])
 TEXTS = torch.tensor([[0.6, 0.0, 0.8], [5.0, 0.0, 0.0], [0.0, 0.8, -0.6]])
 
 
-def flat_pictures() -> list[Image.Image]:
+def flat_images() -> list[Image.Image]:
     return [Image.new("RGB", (80, 64), colour) for colour in COLOURS.values()]
 
 
 @pytest.fixture(scope="module")
 def nano():
     captions = [f"a {name} square" for name in COLOURS]
-    return train_nano_clip(flat_pictures(), captions, "squares-nano", steps=40, batch_size=4, progress=False)
+    return train_nano_clip(flat_images(), captions, "squares-nano", steps=40, batch_size=4, progress=False)
 
 
 def test_clip_score_of_known_vectors():
@@ -54,7 +54,7 @@ def test_retrieval_of_known_vectors():
     assert retrieval_at_1(IMAGES, IMAGES) == 1.0
     assert retrieval_at_1(IMAGES, IMAGES[[1, 0, 2]], ["b", "a", "c"]) == pytest.approx(1 / 3)
     assert retrieval_at_1(IMAGES, TEXTS) == 0.0
-    tied = torch.tensor([[1.0, 1.0], [1.0, -1.0]])  # the first picture is as near to either caption
+    tied = torch.tensor([[1.0, 1.0], [1.0, -1.0]])  # the first image is as near to either caption
     assert retrieval_at_1(torch.tensor([[1.0, 0.0], [0.0, -1.0]]), tied) == 0.5
 
 
@@ -90,14 +90,14 @@ def test_captions_that_would_be_cut_are_named():
 
 def test_training_learns(nano):
     captions = [f"a {name} square" for name in COLOURS]
-    assert grouped_retrieval(nano, flat_pictures(), captions) == {"r1": 1.0, "captions": 4, "groups": 1}
+    assert grouped_retrieval(nano, flat_images(), captions) == {"r1": 1.0, "captions": 4, "groups": 1}
     shuffled = captions[1:] + captions[:1]
-    assert grouped_retrieval(nano, flat_pictures(), shuffled)["r1"] == 0.0
+    assert grouped_retrieval(nano, flat_images(), shuffled)["r1"] == 0.0
 
 
 def test_a_seed_fixes_the_model():
     def digest(seed: int) -> str:
-        clip = train_nano_clip(flat_pictures(), list(COLOURS), "x", steps=2, batch_size=4, seed=seed, progress=False)
+        clip = train_nano_clip(flat_images(), list(COLOURS), "x", steps=2, batch_size=4, seed=seed, progress=False)
         return clip_recipe(clip)["clip_state_sha256"]
 
     first = digest(0)
@@ -112,7 +112,7 @@ def test_folder_round_trip_gives_identical_features(nano, tmp_path):
     loaded = load_clip(folder)
     captions = [f"a {name} square" for name in COLOURS]
     pairs = zip(
-        clip_features(nano, flat_pictures(), captions), clip_features(loaded, flat_pictures(), captions), strict=True
+        clip_features(nano, flat_images(), captions), clip_features(loaded, flat_images(), captions), strict=True
     )
     for before, after in pairs:
         assert before.shape == (4, 128) and torch.equal(before, after)
@@ -147,10 +147,10 @@ def test_folders_without_weights_or_preprocessing_are_refused(nano, tmp_path):
 
 
 def test_training_refuses_what_it_cannot_batch():
-    images = flat_pictures()
+    images = flat_images()
     with pytest.raises(ValueError, match="batch_size: 4 is above the 3 different captions"):
         train_nano_clip(images, ["red", "Green", "green", "blue"], "x", steps=1, batch_size=4, progress=False)
-    with pytest.raises(ValueError, match="captions: 1 captions for 4 pictures"):
+    with pytest.raises(ValueError, match="captions: 1 captions for 4 images"):
         train_nano_clip(images, ["red"], "x", progress=False)
     with pytest.raises(ValueError, match="steps, batch_size: need 1 or more and 2 or more, got 0 and 4"):
         train_nano_clip(images, list(COLOURS), "x", steps=0, batch_size=4, progress=False)
@@ -164,7 +164,7 @@ def test_no_caption_comes_twice_in_a_batch():
     assert {row for batch in batches for row in batch} == set(range(8))
 
 
-def test_augmentation_moves_pictures_but_keeps_colours():
+def test_augmentation_moves_images_but_keeps_colours():
     noise = torch.Generator().manual_seed(0)
     flat = torch.tensor([0.8, -0.9, 0.1]).view(1, 3, 1, 1).expand(16, 3, 64, 64)
     np.testing.assert_allclose(augment(flat, noise).mean((2, 3)), flat.mean((2, 3)), atol=0.01)

@@ -89,8 +89,8 @@ def test_nearest_neighbours_of_known_vectors():
     [
         (lambda: precision_recall_density_coverage(np.eye(4), np.eye(4), 4), "k: 4 of 4 real and 4 fake rows"),
         (lambda: precision_recall_density_coverage(np.eye(4) * np.nan, np.eye(4), 1), "real: row 0 holds NaN"),
-        (lambda: inception_score(np.zeros((4, 3)), 5), "splits: 5 for 4 pictures; give 1 to 4"),
-        (lambda: prompt_diversity(np.eye(3), ["a", "a", "b"]), "prompts: 'b' has a single picture"),
+        (lambda: inception_score(np.zeros((4, 3)), 5), "splits: 5 for 4 images; give 1 to 4"),
+        (lambda: prompt_diversity(np.eye(3), ["a", "a", "b"]), "prompts: 'b' has a single image"),
         (lambda: prompt_diversity(np.eye(3), ["a", "a"]), "prompts: 2 for 3 rows"),
         (lambda: nearest_neighbours(np.eye(3), np.eye(3), 4), "k: 4 for 3 reference rows; give 1 to 3"),
         (lambda: nearest_neighbours(np.eye(3), np.eye(4)), "reference: 4 features a row, but features has 3"),

@@ -1,4 +1,4 @@
-"""Drawing: seeds, resuming, the layout of GenEval; figures during training."""
+"""Drawing: seeds, resuming, the layout of GenEval; metrics during training."""
 
 import json
 from functools import partial
@@ -12,7 +12,7 @@ from unified_eval import (
     Clip,
     Extractor,
     content_hash,
-    draw_pictures,
+    draw_images,
     first_usable_rows,
     measure_pipeline,
     stream_drawings,
@@ -38,7 +38,7 @@ def calls(pipeline, monkeypatch):
 
 
 def test_a_folder_is_continued(pipeline, calls, tmp_path):
-    draw = partial(draw_pictures, pipeline, PROMPTS, tmp_path / "out", 2, 7, batch_size=4, sampling={"top_k": 5})
+    draw = partial(draw_images, pipeline, PROMPTS, tmp_path / "out", 2, 7, batch_size=4, sampling={"top_k": 5})
     pictures, times = draw()
     assert (times["drawn"], times["kept"]) == (6, 0)
     assert calls == [["red apple", "red apple", "blue car", "blue car"], ["yellow sun", "yellow sun"]]
@@ -60,9 +60,9 @@ def test_a_folder_is_continued(pipeline, calls, tmp_path):
 )
 def test_other_settings_draw_anew(pipeline, calls, tmp_path, change):
     settings = {"seed": 0, "sampling": {"top_k": 5}, "identity": {"pipeline": "a"}, "samples": 1}
-    draw_pictures(pipeline, PROMPTS, tmp_path / "out", **settings)
+    draw_images(pipeline, PROMPTS, tmp_path / "out", **settings)
     (tmp_path / "out" / "009.png").write_bytes((tmp_path / "out" / "000.png").read_bytes())
-    pictures, times = draw_pictures(pipeline, PROMPTS, tmp_path / "out", **{**settings, **change})
+    pictures, times = draw_images(pipeline, PROMPTS, tmp_path / "out", **{**settings, **change})
     assert times["kept"] == 0 and times["drawn"] == len(pictures) == len(list((tmp_path / "out").iterdir()))
 
 
@@ -77,13 +77,13 @@ def test_a_pipeline_is_told_by_its_content(tmp_path):
 
 
 def test_layout_of_geneval(pipeline, tmp_path):
-    pictures, _ = draw_pictures(pipeline, PROMPTS, tmp_path / "out", 2, file_name=geneval_name(2))
+    pictures, _ = draw_images(pipeline, PROMPTS, tmp_path / "out", 2, file_name=geneval_name(2))
     files = sorted(str(file.relative_to(tmp_path / "out")) for file in (tmp_path / "out").rglob("*.png"))
     assert files == [f"{prompt:05d}/samples/{sample:05d}.png" for prompt in range(3) for sample in range(2)]
     last = Image.open(tmp_path / "out" / "00002" / "samples" / "00001.png")
     assert last.tobytes() == pictures[5].tobytes()
     with pytest.raises(ValueError, match="samples, batch_size: 0 and 64; give 1 or more"):
-        draw_pictures(pipeline, PROMPTS, tmp_path / "out", 0)
+        draw_images(pipeline, PROMPTS, tmp_path / "out", 0)
 
 
 class MeanClip(torch.nn.Module):
@@ -139,5 +139,5 @@ def test_measuring_leaves_a_training_as_it_was(pipeline, picture_source, tmp_pat
     later = measure(pipeline)
     assert later.figures["clip_score"] != first.figures["clip_score"]
     assert later.figures["clip_score_real"] == first.figures["clip_score_real"]
-    assert passes == [6, 6, 6, 6], "only what is drawn anew passes the network"
+    assert passes == [6, 6, 6, 6], "only what is sampled again passes the network"
     json.dumps(later.figures)

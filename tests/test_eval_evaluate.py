@@ -1,4 +1,4 @@
-"""Choosing rows, the figures with their floors and ceilings, and both scripts from data to files."""
+"""Choosing rows, the metrics with their floors and ceilings, and both scripts from data to files."""
 
 import json
 import runpy
@@ -16,7 +16,7 @@ from unified_eval import (
     Clip,
     Extractor,
     choose_evenly,
-    evaluate_pictures,
+    evaluate_images,
     first_usable_rows,
     frechet_distance,
     kernel_distance,
@@ -31,7 +31,7 @@ CAPTIONS = ["black", "dark", "light", "white"]
 
 
 class ColourModel(torch.nn.Module):
-    """A stand-in CLIP: a picture's feature is its mean colour, a caption's is looked up."""
+    """A stand-in CLIP: an image's feature is its mean colour, a caption's is looked up."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,13 +74,13 @@ def mean_extractor() -> Extractor:
                      lambda images: torch.stack([pixels(image).mean((1, 2)) for image in images]))  # fmt: skip
 
 
-def test_every_figure_of_known_pictures(colour_clip, mean_extractor):
+def test_every_figure_of_known_images(colour_clip, mean_extractor):
     captions = ["red", "green", "blue"]
     real = [flat((255, 0, 0)), flat((0, 255, 0)), flat((0, 0, 255))]
     rebuilt = [flat((204, 153, 0)), flat((0, 204, 153)), flat((0, 0, 255))]  # cosines 0.8, 0.8, 1
     generated = [flat((255, 0, 0)), flat((255, 0, 0)), flat((153, 0, 204))]  # cosines 1, 0, 0.8
     others = [flat((10, 20, 30)), flat((30, 10, 20)), flat((20, 30, 10))]
-    result = evaluate_pictures(real, rebuilt, generated, captions, colour_clip, mean_extractor, others)
+    result = evaluate_images(real, rebuilt, generated, captions, colour_clip, mean_extractor, others)
     figures = result["figures"]
     points = {name: np.array([np.asarray(p)[0, 0] / 255 for p in pictures])
               for name, pictures in {"r": real, "t": rebuilt, "g": generated, "o": others}.items()}  # fmt: skip
@@ -102,22 +102,22 @@ def test_every_figure_of_known_pictures(colour_clip, mean_extractor):
     assert result["recipes"].keys() == figures.keys()
     assert result["recipes"]["clip_score"]["label"] == "CLIP score (colours), generated"
     assert result["recipes"]["fd_mean"]["n"] == 3 and result["recipes"]["fd_mean"]["weights_sha256"] == "00ff" * 16
-    assert recipe_line(result["recipes"]["fd_mean"]).startswith("N=3; mean (sha256 00ff00ff00ff); none; real pictures")
+    assert recipe_line(result["recipes"]["fd_mean"]).startswith("N=3; mean (sha256 00ff00ff00ff); none; real images")
 
 
 def test_inception_figures_are_named_fid(colour_clip, mean_extractor):
     fid = Extractor("inception", "FID", 3, "00", "none", "none", mean_extractor.network)
     real = [flat((255, 0, 0)), flat((0, 255, 0))]
-    figures = evaluate_pictures(real, real, real, ["red", "green"], colour_clip, fid)["figures"]
+    figures = evaluate_images(real, real, real, ["red", "green"], colour_clip, fid)["figures"]
     assert {name for name in figures if "id" in name} == {"fid", "kid_x1000", "fid_reconstructions"}
     assert figures["fid"] == pytest.approx(0, abs=1e-9)
 
 
-def test_halves_split_the_real_pictures(mean_extractor, colour_clip):
+def test_halves_split_the_real_images(mean_extractor, colour_clip):
     model = colour_clip._replace(tokenizer=type("Four", (ColourTokenizer,), {"words": ("", *CAPTIONS)})())
     model.model.encode_text = lambda tokens: torch.eye(4, 3)[tokens[:, 0] - 1] + 0.1
     real = [flat((value, value, 9)) for value in (0, 50, 180, 255)]
-    result = evaluate_pictures(real, real, real, CAPTIONS, model, mean_extractor, seed=3)
+    result = evaluate_images(real, real, real, CAPTIONS, model, mean_extractor, seed=3)
     order = np.random.default_rng(3).permutation(4)
     points = np.array([[value, value, 9] for value in (0, 50, 180, 255)])[order] / 255
     assert result["figures"]["fd_mean_real_halves"] == pytest.approx(frechet_distance(points[:2], points[2:]), rel=1e-5)
@@ -127,12 +127,12 @@ def test_halves_split_the_real_pictures(mean_extractor, colour_clip):
 
 def test_unequal_sets_and_repeated_captions_are_errors(colour_clip, mean_extractor):
     two = [flat((255, 0, 0)), flat((0, 255, 0))]
-    with pytest.raises(ValueError, match="generated: 1 pictures for 2 captions; distances compare at equal N"):
-        evaluate_pictures(two, two, two[:1], ["red", "green"], colour_clip, mean_extractor)
+    with pytest.raises(ValueError, match="generated: 1 images for 2 captions; distances compare at equal N"):
+        evaluate_images(two, two, two[:1], ["red", "green"], colour_clip, mean_extractor)
     with pytest.raises(ValueError, match="captions: 1 captions; distances need 2 or more"):
-        evaluate_pictures(two[:1], two[:1], two[:1], ["red"], colour_clip, mean_extractor)
+        evaluate_images(two[:1], two[:1], two[:1], ["red"], colour_clip, mean_extractor)
     with pytest.raises(ValueError, match=r"captions: number 1 repeats number 0 \('red'\)"):
-        evaluate_pictures(two, two, two, ["red", "red"], colour_clip, mean_extractor)
+        evaluate_images(two, two, two, ["red", "red"], colour_clip, mean_extractor)
 
 
 def test_rows_are_the_first_usable_ones(picture_source):
@@ -184,7 +184,7 @@ def test_scripts_from_data_to_metrics(pipeline, picture_source, tmp_path, monkey
     assert "CLIP score (tiny-nano), generated" in capsys.readouterr().out
     assert run["samples"] == 12 and len(run["captions"]) == 4 and run["rows"] == sorted(run["rows"])
 
-    # The files are the pictures of seed + i, and the figures are those of the files.
+    # The files are the images of seed + i, and the metrics are those of the files.
     files = sorted((tmp_path / "out" / "generated").iterdir())
     assert [file.name for file in files] == ["000.png", "001.png", "002.png", "003.png"]
     generated = [Image.open(file).convert("RGB") for file in files]
@@ -195,9 +195,7 @@ def test_scripts_from_data_to_metrics(pipeline, picture_source, tmp_path, monkey
     assert [rows[number].caption for number in run["rows"]] == run["captions"]
     extractor = load_extractor("efficientnet-lite0")
     assert figures["fd_efflite0"] == pytest.approx(frechet_distance(extractor(generated), extractor(real)), rel=1e-4)
-    again = evaluate_pictures(real, real, generated, run["captions"], load_clip(tmp_path / "clip"), extractor)[
-        "figures"
-    ]
+    again = evaluate_images(real, real, generated, run["captions"], load_clip(tmp_path / "clip"), extractor)["figures"]
     assert figures["clip_score"] == pytest.approx(again["clip_score"], rel=1e-5)
     assert 0 < figures["tokenizer_psnr_pooled_db"] <= figures["tokenizer_psnr_db"] < 40
     assert metrics["recipes"]["tokenizer_psnr_db"]["n"] == 6
@@ -206,7 +204,7 @@ def test_scripts_from_data_to_metrics(pipeline, picture_source, tmp_path, monkey
 
     report = (tmp_path / "out" / "report.html").read_text()
     for text in ("CLIP score (tiny-nano), generated", "Floors and ceilings", "Best 2 by score", "Worst 2 by score",
-                 "other captions (floor)", "95 % intervals", "frechet: 4 pictures, where published"):  # fmt: skip
+                 "other captions (floor)", "95 % intervals", "frechet: 4 images, where published"):  # fmt: skip
         assert text in report, text
     assert metrics["intervals"]["clip_score"][0] < figures["clip_score"] < metrics["intervals"]["clip_score"][1]
     run_script(monkeypatch, "evaluate.py", *common, "--out", tmp_path / "out", "--npz")
@@ -254,7 +252,7 @@ def test_comparison_of_two_pipelines(pipeline, picture_source, tmp_path, monkeyp
     assert differences["clip_score_reconstructions"]["interval"] == [0, 0], "both have the same image tokenizer"
     assert "B - A [95 % interval in pairs]" in capsys.readouterr().out
     assert "not told apart" in (tmp_path / "ab" / "report.html").read_text()
-    assert "nearest training picture" in (tmp_path / "ab" / "b" / "report.html").read_text()
+    assert "nearest training image" in (tmp_path / "ab" / "b" / "report.html").read_text()
 
     same = ["--compare", tmp_path / "one", tmp_path / "one", *common, "--out", tmp_path / "aa"]
     run_script(monkeypatch, "evaluate.py", *same)
@@ -264,7 +262,7 @@ def test_comparison_of_two_pipelines(pipeline, picture_source, tmp_path, monkeyp
     run_script(monkeypatch, "evaluate.py", *modes)
     sides = [json.loads((tmp_path / "modes" / side / "metrics.json").read_text()) for side in "ab"]
     plain = json.loads((tmp_path / "aa" / "a" / "metrics.json").read_text())
-    assert sides[0]["figures"] == plain["figures"], "jacobi decoding draws the same pictures"
+    assert sides[0]["figures"] == plain["figures"], "jacobi decoding generates the same images"
     assert sides[1]["figures"]["clip_score"] != plain["figures"]["clip_score"]
     assert [side["run"]["decoding"] for side in sides] == ["jacobi", "gsd+int8"] and sides[1]["run"][
         "weights"

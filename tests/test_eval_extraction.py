@@ -1,4 +1,4 @@
-"""Streams of pictures, the cache of their features, and two processes against one."""
+"""Streams of images, the cache of their features, and two processes against one."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from unified_eval import Extractor, extract_features, open_pictures, save_npz
+from unified_eval import Extractor, extract_features, open_images, save_npz
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -42,21 +42,21 @@ def pixels(stream):
     return [np.asarray(item() if callable(item) else item).tolist() for item in stream]
 
 
-def test_folder_npz_and_data_set_give_the_same_pictures(tmp_path):
+def test_folder_npz_and_data_set_give_the_same_images(tmp_path):
     import datasets
 
     images = pictures(5)
     (tmp_path / "folder").mkdir()
     for number, image in enumerate(images):
         image.save(tmp_path / "folder" / f"{number:03d}.png")
-    (tmp_path / "folder" / "notes.txt").write_text("no picture")
+    (tmp_path / "folder" / "notes.txt").write_text("no image")
     save_npz(tmp_path / "set.npz", images)
     rows = datasets.Dataset.from_dict({"image": images}).cast_column("image", datasets.Image())
     rows.save_to_disk(tmp_path / "rows")
     expected = [np.asarray(image).tolist() for image in images]
     for source in ("folder", "set.npz", "rows"):
-        assert pixels(open_pictures(tmp_path / source)) == expected, source
-    assert np.array_equal(extract_features(extractor(), open_pictures(tmp_path / "folder"), 2), means(images).double())
+        assert pixels(open_images(tmp_path / source)) == expected, source
+    assert np.array_equal(extract_features(extractor(), open_images(tmp_path / "folder"), 2), means(images).double())
 
 
 def test_one_batch_is_in_memory_at_a_time():
@@ -80,7 +80,7 @@ def test_cache_is_keyed_by_pixels_and_recipe(tmp_path):
     assert network == [2, 2, 1] and len(list((tmp_path / "cache").iterdir())) == 3
     copies = [Image.fromarray(np.array(image)) for image in images]
     assert np.array_equal(extract_features(extractor(network), copies, 2, tmp_path / "cache"), first)
-    assert network == [2, 2, 1], "equal pictures were seen before"
+    assert network == [2, 2, 1], "equal images were seen before"
     copies[2].putpixel((1, 1), (1, 2, 3))
     changed = extract_features(extractor(network), copies, 2, tmp_path / "cache")
     assert network == [2, 2, 1, 2] and not np.array_equal(changed[2], first[2])
@@ -91,13 +91,13 @@ def test_cache_is_keyed_by_pixels_and_recipe(tmp_path):
     tall = [Image.frombytes("RGB", (2, 8), wide[0].tobytes())]
     extract_features(extractor(network), wide, 2, tmp_path / "cache")
     extract_features(extractor(network), tall, 2, tmp_path / "cache")
-    assert len(network) == 9, "equal bytes of another size are another picture"
+    assert len(network) == 9, "equal bytes of another size are another image"
 
 
 SCRIPT = """
 import sys
 import numpy as np
-from test_eval_extraction import extractor, pictures
+from test_eval_extraction import extractor, images
 from unified_eval import extract_features
 from unified_eval.extraction import process_state
 state = process_state()
@@ -109,7 +109,7 @@ for index, part in enumerate(rows):
 
 
 def test_two_processes_equal_one(tmp_path):
-    """Seven pictures in batches of 3 leave one process with two batches, of which one is short; two pictures, one."""
+    """Seven images in batches of 3 leave one process with two batches, of which one is short; two images, one."""
     (tmp_path / "script.py").write_text(SCRIPT)
     (tmp_path / "out").mkdir()
     paths = [ROOT / "tests", ROOT / "eval", ROOT, ROOT / "tokenizers"]
@@ -134,12 +134,12 @@ def test_two_processes_equal_one(tmp_path):
 
 def test_bad_input_is_named(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"source: '.*empty' is an empty folder; give one with pictures \(\.png"):
-        next(open_pictures(tmp_path / "empty"))
+    with pytest.raises(ValueError, match=r"source: '.*empty' is an empty folder; give one with images \(\.png"):
+        next(open_images(tmp_path / "empty"))
     with pytest.raises(ValueError, match=r"source: '.*absent' does not exist"):
-        next(open_pictures(tmp_path / "absent"))
+        next(open_images(tmp_path / "absent"))
     with pytest.raises(ValueError, match=r"'.*absent\.npz' is not an \.npz file"):
-        next(open_pictures(tmp_path / "absent.npz"))
+        next(open_images(tmp_path / "absent.npz"))
     with pytest.raises(ValueError, match="pictures: there is none"):
         extract_features(extractor(), [])
     with pytest.raises(ValueError, match="batch_size: 0 is below 1"):
@@ -157,7 +157,7 @@ def test_bad_input_is_named(tmp_path):
 
 def test_a_column_that_is_not_there_is_named(picture_source):
     with pytest.raises(ValueError, match=r"image_column: 'picture' is not a column; there are \['caption', 'image'\]"):
-        next(open_pictures(picture_source, image_column="picture"))
+        next(open_images(picture_source, image_column="picture"))
 
 
 def test_processes_that_do_not_see_each_other_are_an_error(monkeypatch):

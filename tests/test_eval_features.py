@@ -18,7 +18,7 @@ from unified_eval import (
     inception_score,
     kernel_distance,
     load_extractor,
-    open_pictures,
+    open_images,
     precision_recall_density_coverage,
 )
 
@@ -35,7 +35,7 @@ def efficientnet():
 
 @pytest.fixture(scope="module")
 def random_inception_file(tmp_path_factory):
-    """Weights of the Inception network drawn at random, with activations that neither vanish nor explode."""
+    """Weights of the Inception network sampled at random, with activations that neither vanish nor explode."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inception_module, "load_state_dict_from_url", lambda *args, **kwargs: {})
         patch.setattr(inception_module.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
@@ -70,7 +70,7 @@ def test_efficientnet_recipe_and_normalisation(efficientnet):
         "resize": "Pillow bicubic, antialiased, to 224x224",
         "normalisation": "(x - 127) / 128",
     }
-    # A picture of value 127 is a zero input: its features are those of the biases alone.
+    # An image of value 127 is a zero input: its features are those of the biases alone.
     from efficientnet_lite_pytorch import EfficientNet
 
     model = EfficientNet.from_name("efficientnet-lite0").eval()
@@ -111,10 +111,10 @@ def test_all_inception_metrics_agree_with_torch_fidelity(random_inception_file, 
         samples_shuffle=False, cache=False, verbose=False, batch_size=5,
     )  # fmt: skip
     extractor = load_extractor("inception", random_inception_file)
-    real, fake = (extract_features(extractor, open_pictures(folders[name]), 5) for name in ("real", "fake"))
+    real, fake = (extract_features(extractor, open_images(folders[name]), 5) for name in ("real", "fake"))
     fidelity = precision_recall_density_coverage(real, fake, k=2)
     logits = extract_features(
-        load_extractor("inception-logits", random_inception_file), open_pictures(folders["fake"]), 5
+        load_extractor("inception-logits", random_inception_file), open_images(folders["fake"]), 5
     )
     ours = {
         "frechet_inception_distance": frechet_distance(fake, real),
@@ -142,7 +142,7 @@ def test_missing_or_wrong_weights_are_errors(tmp_path, random_inception_file):
         load_extractor("vgg")
 
 
-def test_no_pictures_is_an_error(efficientnet):
+def test_no_images_is_an_error(efficientnet):
     with pytest.raises(ValueError, match="images: the list is empty"):
         efficientnet([])
     with pytest.raises(ValueError, match="batch_size: 0 is below 1"):

@@ -84,7 +84,7 @@ def test_subsets_have_the_expectation_of_all_rows():
     a, b = rng.normal(size=(60, 8)), rng.normal(size=(80, 8)) * 1.2
     drawn = kernel_distances_of_subsets(a, b, subset_size=20, subsets=400, seed=1)
     assert drawn.shape == (400,)
-    # Draws from one finite set: their mean lies around the distance of all rows.
+    # Samples from one finite set: their mean lies around the distance of all rows.
     assert drawn.mean() == pytest.approx(kernel_distance(a, b), abs=4 * drawn.std() / 20)
     all_rows = kernel_distances_of_subsets(a, b[:60], subset_size=60, subsets=2)
     assert all_rows == pytest.approx([kernel_distance(a, b[:60])] * 2, rel=1e-9)

@@ -1,4 +1,4 @@
-"""Figures with intervals, differences in pairs, and every metric on pictures whose figures are known."""
+"""Metrics with intervals, differences in pairs, and every metric on images whose metrics are known."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from unified_eval import (
     compare_measures,
     frechet_distance,
     kernel_distance,
-    measure_pictures,
+    measure_images,
     wilson_interval,
 )
 from unified_eval.evaluate import DEFAULT_METRICS
@@ -33,7 +33,7 @@ def pixels(image):
 
 
 class Colours(torch.nn.Module):
-    """A stand-in CLIP: the mean colour of a picture, the primary colour of a word."""
+    """A stand-in CLIP: the mean colour of an image, the primary colour of a word."""
 
     def __init__(self):
         super().__init__()
@@ -65,11 +65,11 @@ REAL = [flat(255, 0, 0), flat(0, 255, 0), flat(0, 0, 255)]
 
 def measure(generated, **settings):
     settings = {"real": REAL, "reconstructed": REAL, "captions": WORDS, **settings}
-    return measure_pictures(generated=generated, clip=CLIP, extractor=EXTRACTOR, **settings)
+    return measure_images(generated=generated, clip=CLIP, extractor=EXTRACTOR, **settings)
 
 
-def test_several_pictures_a_caption():
-    """Scores take all pictures and draw whole prompts; distances take the first of each caption."""
+def test_several_images_a_caption():
+    """Scores take all images and generate whole prompts; distances take the first of each caption."""
     generated = [flat(255, 0, 0), flat(0, 255, 0), flat(0, 255, 0), flat(0, 255, 0), flat(0, 0, 255), flat(255, 0, 0)]
     measures = measure(generated, metrics=["fd", "clip", "clip_definitions", "diversity"])
     figures = measures.figures
@@ -117,7 +117,7 @@ def test_cmmd_fidelity_and_neighbours():
     })(), "eight")  # fmt: skip
     model.model.encode_text = lambda tokens: torch.eye(8, 3)[tokens[:, 0] - 1] + 0.1
     generated[7] = flat(1, 2, 3)
-    measures = measure_pictures(
+    measures = measure_images(
         real, rebuilt, generated, names, model, EXTRACTOR, metrics=["prdc", "cmmd", "neighbours"],
         training=[*real, flat(10, 200, 30)], resamples=5,
     )  # fmt: skip
@@ -197,12 +197,12 @@ def test_differences_are_in_pairs():
         compare_measures(systems[0], Measures(prompts, resamples=40, seed=9))
 
 
-def test_few_pictures_are_a_warning_that_says_what_to_use():
+def test_few_images_are_a_warning_that_says_what_to_use():
     with pytest.warns(
-        SmallSampleWarning, match="frechet: 3 pictures, where published figures have 10,000 or more; report"
+        SmallSampleWarning, match="frechet: 3 images, where published metrics have 10,000 or more; report"
     ):
         measures = measure(REAL)
-    assert measures.result()["notes"] == measures.notes and measures.notes[0].startswith("frechet: 3 pictures")
+    assert measures.result()["notes"] == measures.notes and measures.notes[0].startswith("frechet: 3 images")
 
 
 @pytest.mark.parametrize(
@@ -212,10 +212,10 @@ def test_few_pictures_are_a_warning_that_says_what_to_use():
         ({"metrics": ["shapes"]}, "metrics: 'shapes' needs claims"),
         ({"metrics": ["neighbours"]}, "metrics: 'neighbours' needs training"),
         ({"metrics": ["is"]}, "metrics: 'is' needs logits_extractor"),
-        ({"metrics": ["prdc"]}, "k: 5 of 3 real and 3 fake rows; give 1 or more, and more pictures than k"),
-        ({"metrics": ["diversity"]}, "has a single picture; diversity needs 2 or more"),
-        ({"generated": [*REAL[:2], REAL[2].resize((16, 16))]}, "generated: number 2 is 16x16, the first real picture is 32x32"),
-        ({"generated": REAL[:2]}, "generated: 2 pictures for 3 captions"),
+        ({"metrics": ["prdc"]}, "k: 5 of 3 real and 3 fake rows; give 1 or more, and more images than k"),
+        ({"metrics": ["diversity"]}, "has a single image; diversity needs 2 or more"),
+        ({"generated": [*REAL[:2], REAL[2].resize((16, 16))]}, "generated: number 2 is 16x16, the first real image is 32x32"),
+        ({"generated": REAL[:2]}, "generated: 2 images for 3 captions"),
         ({"captions": ["red", "green", "Red "]}, r"captions: number 2 repeats number 0 \('Red '\)"),
     ],
 )  # fmt: skip
@@ -224,11 +224,11 @@ def test_bad_input_is_named(settings, message):
         measure(**{"generated": REAL, "metrics": DEFAULT_METRICS, **settings})
 
 
-def test_inception_score_of_generated_and_real_pictures():
+def test_inception_score_of_generated_and_real_images():
     sharp = Extractor("logits", "IS", 3, "00", "none", "none", lambda images: 50 * EXTRACTOR.network(images))
     measures = measure([REAL[0]] * 3, metrics=["is"], logits_extractor=sharp, seed=1)
     assert measures.recipes["inception_score"]["splits"] == 1
     # Sure of one class each: as many as there are classes; all of one class: 1.
     assert measures.figures["inception_score_real"] == pytest.approx(3, rel=1e-6)
     assert measures.figures["inception_score"] == pytest.approx(1, rel=1e-6)
-    assert any(note.startswith("inception score: 3 pictures") for note in measures.notes)
+    assert any(note.startswith("inception score: 3 images") for note in measures.notes)

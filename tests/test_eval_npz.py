@@ -27,7 +27,7 @@ def test_numpy_reads_what_is_written_and_the_way_back(tmp_path):
         assert np.array_equal(np.stack([np.asarray(image) for image in again]), array)
 
 
-def test_bad_files_and_pictures_are_errors(tmp_path):
+def test_bad_files_and_images_are_errors(tmp_path):
     with pytest.raises(ValueError, match="images: number 2 is 5x5, the first is 6x4; bring them to one size"):
         save_npz(tmp_path / "mixed.npz", [*pictures(2), *pictures(1, (5, 5))])
     assert not (tmp_path / "mixed.npz").exists()

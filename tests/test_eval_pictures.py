@@ -65,7 +65,7 @@ def test_psnr_summary_separates_mean_and_pooled():
     cap = 10 * math.log10(12 * 255**2)
     assert summary["mean_db"] == pytest.approx((-10 * math.log10(0.04) + cap) / 2)
     assert summary["pooled_db"] == pytest.approx(-10 * math.log10(0.02))
-    with pytest.raises(ValueError, match="reconstructed: 1 pictures for 2 originals"):
+    with pytest.raises(ValueError, match="reconstructed: 1 images for 2 originals"):
         psnr_summary([flat(0), flat(0)], [flat(0)])
 
 
@@ -75,7 +75,7 @@ def test_reconstruction_goes_through_the_codes_in_order():
     assert [np.unique(image).tolist() for image in rebuilt] == [[32], [96], [159], [223], [223]]
     with pytest.raises(ValueError, match="images: the list is empty"):
         reconstruct(Halving(), [])
-    with pytest.raises(ValueError, match="images: need one or more pictures of one size"):
+    with pytest.raises(ValueError, match="images: need one or more images of one size"):
         reconstruct(Halving(), [flat(0), flat(0, (8, 8))])
 
 
@@ -86,14 +86,14 @@ def test_a_real_tokenizer_gives_its_own_decoding(image_tokenizer):
         assert np.array_equal(np.asarray(image), np.asarray(wanted))
 
 
-def test_grid_places_pictures_and_captions():
+def test_grid_places_images_and_captions():
     red, blue = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (16, 8), "blue")
     plain = captioned_grid([[red, blue], [blue]], scale=32)
     assert plain.size == (14 + 32 + 14 + 32 + 14, 14 + 2 * (32 + 14))
     assert plain.getpixel((0, 0)) == (255, 255, 255)
     assert plain.getpixel((14 + 16, 14 + 16)) == (255, 0, 0)
     assert plain.getpixel((14 + 46 + 16, 14 + 16)) == (0, 0, 255)
-    assert plain.getpixel((14 + 46 + 16, 14 + 2)) == (255, 255, 255)  # a wide picture keeps its proportions
+    assert plain.getpixel((14 + 46 + 16, 14 + 2)) == (255, 255, 255)  # a wide image keeps its proportions
     assert plain.getpixel((14 + 16, 14 + 46 + 16)) == (0, 0, 255)
     captioned = captioned_grid([[red, blue]], [["a red square", ""]], scale=32)
     below = np.asarray(captioned)[14 + 32 + 4 :]
@@ -122,9 +122,9 @@ def test_nearest_enlarges_by_whole_factors():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"rows": []}, "rows: there is no picture"),
-        ({"rows": [[]]}, "rows: there is no picture"),
-        ({"rows": [[flat(0)]], "captions": [["a", "b"]]}, r"captions: rows of \[2\] for pictures in rows of \[1\]"),
+        ({"rows": []}, "rows: there is no image"),
+        ({"rows": [[]]}, "rows: there is no image"),
+        ({"rows": [[flat(0)]], "captions": [["a", "b"]]}, r"captions: rows of \[2\] for images in rows of \[1\]"),
         ({"rows": [[flat(0)]], "column_titles": ["a", "b"]}, "column_titles: 2 titles for 1 columns"),
         ({"rows": [[flat(0)]], "row_titles": []}, "row_titles: 0 titles for 1 rows"),
         ({"rows": [[flat(0)]], "scale": 4}, "scale: 4 pixels is too small"),
@@ -142,7 +142,7 @@ def test_in_rows():
 
 
 class Page(HTMLParser):
-    """Checks that tags nest, and keeps texts by tag, and picture sources."""
+    """Checks that tags nest, and keeps texts by tag, and image sources."""
 
     def __init__(self) -> None:
         super().__init__()

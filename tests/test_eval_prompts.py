@@ -1,4 +1,4 @@
-"""Prompt files of benchmarks, and the script that draws them."""
+"""Prompt files of benchmarks, and the script that samples them."""
 
 import json
 import runpy
@@ -93,8 +93,8 @@ def test_script_draws_geneval_and_parti(pipeline, tmp_path, monkeypatch, capsys)
     assert metrics["figures"]["clip_score"] == pytest.approx(sum(parts) / 2, rel=1e-9)
     assert metrics["recipes"]["clip_score"]["n"] == 4 and metrics["run"]["drawn"] == 4
     assert "CLIP score (tiny), all prompts" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="image: 16x16; need a square picture of 24 pixels"):
-        check_scene(images[0].resize((16, 16)), lines[0]["include"])  # so --shapes is for larger pictures than these
+    with pytest.raises(ValueError, match="image: 16x16; need a square image of 24 pixels"):
+        check_scene(images[0].resize((16, 16)), lines[0]["include"])  # so --shapes is for larger images than these
 
     (tmp_path / "parti.tsv").write_text(PARTI)
     run(monkeypatch, *common, "--prompts", tmp_path / "parti.tsv", "--max-prompts", 2, "--out", tmp_path / "parti")

@@ -70,7 +70,7 @@ def test_at_least_99_percent_of_ground_truth_is_read_exactly(side):
 
 
 @pytest.mark.parametrize("change", ["blur", "noise", "jpeg"])
-def test_what_a_tokenizer_does_to_a_picture_is_forgiven(change):
+def test_what_a_tokenizer_does_to_a_image_is_forgiven(change):
     many = scenes(60, "forgiven")
     images = [recipe.draw(scene, 64) for scene in many]
     if change == "blur":
@@ -236,7 +236,7 @@ def test_wilson_and_bootstrap_against_closed_forms():
     low, high = bootstrap_interval(values)
     deviation = values.std() / math.sqrt(400)
     assert (low, high) == pytest.approx((values.mean() - z * deviation, values.mean() + z * deviation), abs=0.03)
-    # Four copies of each value in one prompt add nothing; as pictures of their own they would halve the interval.
+    # Four copies of each value in one prompt add nothing; as images of their own they would halve the interval.
     groups = np.repeat(np.arange(100), 4)
     repeated = np.repeat(values[:100], 4)
     wide, narrow = bootstrap_interval(repeated, groups), bootstrap_interval(repeated)
@@ -280,13 +280,13 @@ def test_claims_that_cannot_be_checked_are_errors(claims, message):
         check_scene(picture(thing()), claims)
 
 
-def test_pictures_that_cannot_be_checked_are_errors():
+def test_images_that_cannot_be_checked_are_errors():
     claims = [{"class": "star", "count": 1}]
-    with pytest.raises(ValueError, match="image: 32x16; need a square picture of 24 pixels or more"):
+    with pytest.raises(ValueError, match="image: 32x16; need a square image of 24 pixels or more"):
         check_scene(Image.new("RGB", (32, 16)), claims)
     with pytest.raises(ValueError, match="image: 8x8; need a square"):
         check_scene(Image.new("RGB", (8, 8)), claims)
-    with pytest.raises(ValueError, match="tags: 2 for 1 pictures; give one for each"):
+    with pytest.raises(ValueError, match="tags: 2 for 1 images; give one for each"):
         shapes_accuracy([picture()], [claims], tags=["a", "b"])
     with pytest.raises(ValueError, match="images: the list is empty"):
         shapes_accuracy([], [])

@@ -1,4 +1,4 @@
-"""Figures of image tokenizers: structural similarity, code statistics, the script."""
+"""Metrics of image tokenizers: structural similarity, code statistics, the script."""
 
 import json
 import math
@@ -72,9 +72,9 @@ def test_script(arguments, image_tokenizer, picture_source, capsys):
     assert small["fingerprint"] == image_tokenizer.fingerprint and small["stride"] == 4
     from unified_eval import psnr_summary, reconstruct
 
-    pictures = list(load_source(picture_source, "validation")["image"])
+    images = list(load_source(picture_source, "validation")["image"])
     assert small["figures"]["psnr_db"] == pytest.approx(
-        psnr_summary(pictures, reconstruct(image_tokenizer, pictures))["mean_db"]
+        psnr_summary(images, reconstruct(image_tokenizer, images))["mean_db"]
     )
     assert (
         small["figures"]["bits_per_pixel"] == 5 / 16

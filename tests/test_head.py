@@ -95,7 +95,7 @@ def test_an_adapter_on_the_head_counts():
     head = model.get_base_model().image_head
     hidden, targets = torch.randn(5, head.in_features), torch.randint(20, (5, 1))
     torch.testing.assert_close(patch_losses(head, hidden, targets), patch_cross_entropy(head(hidden), targets).sum())
-    layout = model.get_base_model().config.layout
-    picture = ImageSegment(torch.zeros(4, 4, dtype=torch.int64))
-    model(**collate([build_sequence([TextSegment([5]), picture], layout)], layout)).loss.backward()
+    vocabulary = model.get_base_model().config.vocabulary
+    image = ImageSegment(torch.zeros(4, 4, dtype=torch.int64))
+    model(**collate([build_sequence([TextSegment([5]), image], vocabulary)], vocabulary)).loss.backward()
     assert all(p.grad.abs().sum() > 0 for name, p in model.named_parameters() if "lora" in name)

@@ -69,9 +69,9 @@ def test_similar_codes_start_similar():
 def test_zero_head_starts_at_the_uniform_guess():
     model = uneven_model()
     initialize(model, "codebook", "zero", vectors=codebook())
-    layout = model.config.layout
-    rows = [build_sequence([TextSegment([5, 6]), ImageSegment(torch.arange(16).reshape(4, 4))], layout)]
-    loss = model(**collate(rows, layout)).image_loss
+    vocabulary = model.config.vocabulary
+    rows = [build_sequence([TextSegment([5, 6]), ImageSegment(torch.arange(16).reshape(4, 4))], vocabulary)]
+    loss = model(**collate(rows, vocabulary)).image_loss
     assert loss.item() == pytest.approx(math.log(CODES), rel=1e-6)
 
 

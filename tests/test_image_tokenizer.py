@@ -39,7 +39,7 @@ def test_folder_round_trip(tmp_path, changes):
 
 @pytest.mark.parametrize("changes", [{}, FSQ, LFQ])
 def test_decode_of_codes_is_what_training_sees(changes):
-    """The straight-through forward and encode-then-decode give the same picture."""
+    """The straight-through forward and encode-then-decode give the same image."""
     tokenizer = small(**changes)
     images = torch.rand(2, 3, 16, 16) * 2 - 1
     decoded, codes, _ = tokenizer(images)
@@ -66,7 +66,7 @@ def test_codes_are_the_nearest_in_angle():
     assert torch.equal(tokenizer.encode(images).flatten(), cosine.argmax(-1))
 
 
-def test_training_moves_towards_the_picture():
+def test_training_moves_towards_the_image():
     tokenizer = small().train()
     images = torch.rand(4, 3, 16, 16) * 2 - 1
     optimizer = torch.optim.AdamW(tokenizer.parameters(), 1e-2)
@@ -125,7 +125,7 @@ def test_bad_folders_and_configs_are_named(tmp_path, pipeline):
         small(quantizer="gumbel")
 
 
-def test_pictures_and_tensors():
+def test_images_and_tensors():
     pixels = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
     pictures = [Image.fromarray(p) for p in pixels]
     assert np.array_equal(np.stack([np.asarray(p) for p in to_pil(to_tensor(pictures))]), pixels)
@@ -134,7 +134,7 @@ def test_pictures_and_tensors():
 
 
 class TestCodesCache:
-    def test_codes_are_those_of_the_pictures(self, image_tokenizer, picture_source, tmp_path):
+    def test_codes_are_those_of_the_images(self, image_tokenizer, picture_source, tmp_path):
         reports = encode_source(image_tokenizer, picture_source, tmp_path / "codes", image_size=16, batch_size=5)
         assert (reports["train"].used, reports["validation"].used) == (12, 6)
         rows = load_codes(tmp_path / "codes", "train", image_tokenizer.fingerprint)

@@ -34,7 +34,9 @@ def test_a_model_learns_new_grids_and_an_adapters_base_does_not():
     learn_grids(config, [(4, 4), (6, 6)], fixed=False)
     assert config.image_grids == [[6, 6], [4, 4]]  # the first one stays the default
     learn_grids(config, [(4, 4)], fixed=True)
-    with pytest.raises(ValueError, match=r"model.pipeline: it draws the code grids .* the data also has \[\[8, 8\]\]"):
+    with pytest.raises(
+        ValueError, match=r"model.pipeline: it samples the code grids .* the data also has \[\[8, 8\]\]"
+    ):
         learn_grids(config, [(8, 8)], fixed=True)
 
 
@@ -63,16 +65,16 @@ def test_unfit_data_is_refused_before_the_first_step(config_file, tmp_path):
 
 
 def test_adapter_on_a_new_model_loads_into_the_kept_base(config_file, parts, tmp_path):
-    """The base draws what the codes are, whatever data.image_size says, and is never taken for another model's."""
+    """The base samples what the codes are, whatever data.image_size says, and is never taken for another model's."""
     options = [f"output_dir={tmp_path}", "data.image_size=64", "lora.rank=4", "lora.train_image_tables=true",
                "optimizer.ema_decay=null", "checkpoint_every=null"]  # fmt: skip
     folder = train(load_config(config_file, options))
     pipe = UnifiedPipeline.from_pretrained(tmp_path / "base")
     assert pipe.default_size == (16, 16)
     rows = load_codes(parts / "codes", "validation", None)
-    layout = pipe.model.config.layout
+    vocabulary = pipe.model.config.vocabulary
     pipe.load_lora_weights(folder)
-    adapted = image_loss(pipe.model, CaptionedBatches(rows, pipe.text_tokenizer, layout, 4, 0), torch.device("cpu"))
+    adapted = image_loss(pipe.model, CaptionedBatches(rows, pipe.text_tokenizer, vocabulary, 4, 0), torch.device("cpu"))
     assert adapted == pytest.approx(read_log(tmp_path)[-1]["validation_loss"], rel=1e-5)
 
     before = load_file(tmp_path / "base" / "model" / "model.safetensors")

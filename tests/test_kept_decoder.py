@@ -17,7 +17,7 @@ def test_the_decoder_is_kept_until_weights_or_adapters_change(pipeline):
         return pipeline("red apple", output_type="codes", generator=generators(0)).codes
 
     def renewed(change) -> bool:
-        """Whether a change renews the decoder; what is drawn is what a fresh one draws, before and after."""
+        """Whether a change renews the decoder; what is sampled is what a fresh one samples, before and after."""
         draw()
         before = pipeline._kept
         change()
@@ -79,7 +79,7 @@ def test_fast_decoding_follows_adapters(pipeline, tmp_path):
 
 
 def test_compiled_decoding_is_what_draws(pipeline, monkeypatch):
-    """The decoder's step goes through the compiler, and draws the same; code generation is left out."""
+    """The decoder's step goes through the compiler, and samples the same; code generation is left out."""
     compiled, graphs = torch.compile, []
 
     def backend(graph, inputs):

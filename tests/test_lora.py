@@ -7,7 +7,7 @@ import torch
 from conftest import CAPTIONS, generators, tiny_model
 
 from unified import UnifiedPipeline
-from unified.lora.adapters import attach_lora, base_of, check_layout, load_lora, save_lora, unload_lora
+from unified.lora.adapters import attach_lora, base_of, check_base, load_lora, save_lora, unload_lora
 from unified.sequence import ImageSegment, TextSegment, build_sequence, collate
 from unified_tokenizers import train_sentencepiece
 
@@ -84,9 +84,9 @@ def test_reloaded_adapter_is_identical(tmp_path, train_image_tables):
 def test_adapter_of_another_model_is_refused(tmp_path):
     noisy_adapter(tiny_model(), tmp_path, 0)
     with pytest.raises(ValueError, match=r"codebook_size: adapter 20, model 30"):
-        check_layout(tiny_model(codebook_size=30), tmp_path)
+        check_base(tiny_model(codebook_size=30), tmp_path)
     with pytest.raises(ValueError, match=r"image_tokenizer_fingerprint: adapter None, model 'abc'"):
-        check_layout(tiny_model(image_tokenizer_fingerprint="abc"), tmp_path)
+        check_base(tiny_model(image_tokenizer_fingerprint="abc"), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -107,11 +107,11 @@ def test_layout_names_what_differs(field, other, message, tmp_path):
     noisy_adapter(tiny_model(text_tokenizer_fingerprint="a"), tmp_path, 0)
     changed = tiny_model(**{"text_tokenizer_fingerprint": "a", **other})
     with pytest.raises(ValueError, match=rf"made for another model \({message}\); load"):
-        check_layout(changed, tmp_path)
-    layout = json.loads((tmp_path / "unified_layout.json").read_text())
+        check_base(changed, tmp_path)
+    layout = json.loads((tmp_path / "unified_base.json").read_text())
     del layout[field]  # as in folders from before the field was recorded
-    (tmp_path / "unified_layout.json").write_text(json.dumps(layout))
-    check_layout(changed, tmp_path)
+    (tmp_path / "unified_base.json").write_text(json.dumps(layout))
+    check_base(changed, tmp_path)
 
 
 def test_text_tokenizer_of_equal_size_is_refused(pipeline, tmp_path):
@@ -139,7 +139,7 @@ def test_adapters_of_other_names_reload_from_their_folders(tmp_path):
     noisy_adapter(tiny_model(), tmp_path / "a", 0)
     model = load_lora(tiny_model(), tmp_path / "a", "style", trainable=True)
     save_lora(model, tmp_path / "b")
-    with pytest.raises(ValueError, match=r"holds no unified_layout.json"):
+    with pytest.raises(ValueError, match=r"holds no unified_base.json"):
         load_lora(tiny_model(), tmp_path / "b", "x")
     again = load_lora(tiny_model(), tmp_path / "b" / "style", "x")
     ids = torch.tensor([[1, 5, 6, 7]])
@@ -155,7 +155,7 @@ def test_new_tables_are_trained_unless_told_otherwise(new, asked, trained):
 def test_bad_names_are_refused(pipeline, tmp_path):
     with pytest.raises(ValueError, match="no adapter is loaded"):
         pipeline.set_adapters("a")
-    with pytest.raises(ValueError, match=r"holds no unified_layout.json"):
+    with pytest.raises(ValueError, match=r"holds no unified_base.json"):
         pipeline.load_lora_weights(tmp_path / "nothing")
     pipeline.model = noisy_adapter(pipeline.model, tmp_path, 0)
     pipeline.load_lora_weights(tmp_path, "a")

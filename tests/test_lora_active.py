@@ -17,9 +17,9 @@ KINDS = [{}, {"use_rslora": True}, {"use_dora": True}, {"train_image_tables": Tr
 
 @torch.no_grad()
 def logits(model):
-    layout = base_of(model).config.layout
+    vocabulary = base_of(model).config.vocabulary
     segments = [TextSegment([5, 6]), ImageSegment(torch.arange(16).reshape(4, 4)), TextSegment([7])]
-    rows = collate([build_sequence(segments, layout)], layout)
+    rows = collate([build_sequence(segments, vocabulary)], vocabulary)
     output = base_of(model)(rows["input_ids"], image_grids=rows["image_grids"])
     return torch.cat([output.logits, output.image_logits], dim=-1)
 

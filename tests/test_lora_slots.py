@@ -1,4 +1,4 @@
-"""Adapters that act on the slots of one kind only."""
+"""Adapters that act on positions of one modality only."""
 
 import pytest
 import torch
@@ -21,20 +21,20 @@ from unified_tokenizers.images import to_tensor
 TEXT = torch.tensor([[1, 5, 6, 7, 8, 3]])
 
 
-def partial_model(folder, slots, text=None, **options):
+def partial_model(folder, modality, text=None, **options):
     text = text or {}
-    noisy_adapter(tiny_model(text=text), folder, 0, slots=slots, **options)
+    noisy_adapter(tiny_model(text=text), folder, 0, modality=modality, **options)
     return load_lora(tiny_model(text=text), folder, "x").eval()
 
 
-def rows(layout):
-    """Text, a picture, text; and a longer text before the picture, so that there is padding."""
+def rows(vocabulary):
+    """Text, an image, text; and a longer text before the image, so that there is padding."""
     codes = torch.arange(16).reshape(4, 4)
     made = [
-        build_sequence([TextSegment(words), ImageSegment(codes), TextSegment([7, 8])], layout)
+        build_sequence([TextSegment(words), ImageSegment(codes), TextSegment([7, 8])], vocabulary)
         for words in ([5, 6], [5, 6, 9, 9])
     ]
-    return collate(made, layout)
+    return collate(made, vocabulary)
 
 
 @torch.no_grad()
@@ -42,7 +42,7 @@ def test_image_adapter_leaves_text_alone(tmp_path):
     base, model = tiny_model(), partial_model(tmp_path, "image")
     assert torch.equal(base_of(model)(TEXT).logits, base(TEXT).logits)
     changed, original = logits(model), logits(base)
-    start = 4  # <bos>, two words, <boi>; what comes before the picture is text and sees no picture
+    start = 4  # <bos>, two words, <boi>; what comes before the image is text and sees no image
     assert torch.equal(changed[:, :start], original[:, :start])
     assert ((changed - original)[:, start : start + 16].abs().amax(-1) > 1e-3).all()
 
@@ -63,8 +63,8 @@ def test_text_adapter_leaves_the_projections_of_codes_alone(tmp_path):
 @torch.no_grad()
 def test_both_kinds_together_are_the_whole_adapter(tmp_path):
     """The same weights as a text and as an image adapter add up to the adapter that acts everywhere."""
-    for slots in ("all", "text", "image"):
-        noisy_adapter(tiny_model(), tmp_path / slots, 0, slots=slots)
+    for modality in ("all", "text", "image"):
+        noisy_adapter(tiny_model(), tmp_path / modality, 0, modality=modality)
     whole = logits(load_lora(tiny_model(), tmp_path / "all", "x").eval())
     model = load_lora(load_lora(tiny_model(), tmp_path / "text", "t"), tmp_path / "image", "i").eval()
     set_adapters(model, ["t", "i"], [1.0, 1.0])
@@ -84,20 +84,18 @@ def test_reload_and_removal(tmp_path):
     again = load_lora(again, tmp_path / "c", "c")
     alone = logits(again)
     delete_adapters(again, ["y"])
-    assert base_of(again).slot_gate is None and torch.equal(logits(again), alone)
+    assert base_of(again).modality_gate is None and torch.equal(logits(again), alone)
     plain = unload_lora(model)
-    assert plain.slot_gate is None and torch.equal(logits(plain), logits(tiny_model()))
+    assert plain.modality_gate is None and torch.equal(logits(plain), logits(tiny_model()))
     assert isinstance(make_decoder(plain), LeanDecoder)
 
 
-@pytest.mark.parametrize("slots", ["text", "image"])
+@pytest.mark.parametrize("modality", ["text", "image"])
 @torch.no_grad()
-def test_decoding_equals_full_forward_passes(slots, tmp_path):
-    model = base_of(partial_model(tmp_path, slots))
+def test_decoding_equals_full_forward_passes(modality, tmp_path):
+    model = base_of(partial_model(tmp_path, modality))
     assert isinstance(make_decoder(model), BackboneDecoder)
-    with pytest.raises(
-        ValueError, match="int8: not for this backbone, adapters that act on one kind of slots are loaded"
-    ):
+    with pytest.raises(ValueError, match="int8: not for this backbone, adapters that act on one modality are loaded"):
         make_decoder(model, int8=True)
     prompts, negatives, sampling = [[1, 5, 6, 7, 3], [1, 8, 3]], [[1, 3]] * 2, Sampling(guidance_scale=2.0)
     codes = generate_codes(model, prompts, negatives, (2, 4), sampling, generators(0, 1))
@@ -112,9 +110,9 @@ def test_decoding_equals_full_forward_passes(slots, tmp_path):
 
 
 @torch.no_grad()
-def test_pictures_in_a_prompt_are_image_slots(tmp_path):
+def test_images_in_a_prompt_are_image_slots(tmp_path):
     model = base_of(partial_model(tmp_path, "image"))
-    batch = rows(model.config.layout)
+    batch = rows(model.config.vocabulary)
     ids = batch["input_ids"][1].tolist()
     state = prefill(make_decoder(model), [Prompt(tuple(ids), ((4, 4),))], 0)
     full = model(batch["input_ids"][1:], image_grids=torch.tensor([[4, 4]]))
@@ -122,25 +120,25 @@ def test_pictures_in_a_prompt_are_image_slots(tmp_path):
 
 
 def test_conversations_mix_both_kinds(pipeline, tmp_path):
-    """The likeliest words after a picture, by full forward passes."""
-    noisy_adapter(pipeline.model, tmp_path, 0, slots="image")
+    """The likeliest words after an image, by full forward passes."""
+    noisy_adapter(pipeline.model, tmp_path, 0, modality="image")
     pipeline.load_lora_weights(tmp_path)
     photo = pipeline("red apple", generator=generators(0)).images[0]
     codes = pipeline.image_tokenizer.encode(to_tensor([photo]))[0]
-    model, layout = base_of(pipeline.model), base_of(pipeline.model).config.layout
+    model, vocabulary = base_of(pipeline.model), base_of(pipeline.model).config.vocabulary
     ids = [
-        layout.bos_token_id,
-        layout.boi_token_id,
-        *(codes.flatten() + layout.text_vocab_size).tolist(),
-        layout.eoi_token_id,
+        vocabulary.bos_token_id,
+        vocabulary.boi_token_id,
+        *(codes.flatten() + vocabulary.text_vocab_size).tolist(),
+        vocabulary.eoi_token_id,
     ]
-    banned = [layout.boi_token_id, layout.eoi_token_id, layout.bos_token_id, layout.pad_token_id]
+    banned = [vocabulary.boi_token_id, vocabulary.eoi_token_id, vocabulary.bos_token_id, vocabulary.pad_token_id]
     written = []
     while len(written) < 4:
         with torch.no_grad():
             scores = model(torch.tensor([ids]), image_grids=torch.tensor([[4, 4]])).logits[0, -1]
         scores[banned] = float("-inf")
-        if int(scores.argmax()) == layout.eos_token_id:
+        if int(scores.argmax()) == vocabulary.eos_token_id:
             break
         written.append(int(scores.argmax()))
         ids.append(written[-1])
@@ -155,12 +153,12 @@ def test_recomputed_layers_see_the_slots_of_their_own_batch(family):
         model = tiny_model(text={**SIZES, **FAMILIES[family]})
         if checkpointing:
             model.gradient_checkpointing_enable()
-        adapted = attach_lora(model, rank=2, slots="image").train()
+        adapted = attach_lora(model, rank=2, modality="image").train()
         torch.manual_seed(0)
         for name, weight in adapted.named_parameters():
             if "lora_" in name:
                 torch.nn.init.normal_(weight, 0, 0.3)
-        batch = rows(model.config.layout)
+        batch = rows(model.config.vocabulary)
         losses = [adapted(**batch, patch_size=p).loss for p in (2, 1)]
         torch.stack(losses).sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in adapted.parameters() if p.grad is not None]))
@@ -169,16 +167,16 @@ def test_recomputed_layers_see_the_slots_of_their_own_batch(family):
 
 
 def test_what_cannot_be_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"slots: 'images' is unknown; use one of \('all', 'text', 'image'\)"):
-        attach_lora(tiny_model(), slots="images")
-    with pytest.raises(ValueError, match="slots: 'image' is not possible with use_dora"):
-        attach_lora(tiny_model(), slots="image", use_dora=True)
+    with pytest.raises(ValueError, match=r"modality: 'images' is unknown; use one of \('all', 'text', 'image'\)"):
+        attach_lora(tiny_model(), modality="images")
+    with pytest.raises(ValueError, match="modality: 'image' is not possible with use_dora"):
+        attach_lora(tiny_model(), modality="image", use_dora=True)
     with pytest.raises(
-        ValueError, match=r"slots: 'text' works inside decoder layers .* not for \['backbone.lm_head'\]"
+        ValueError, match=r"modality: 'text' works inside decoder layers .* not for \['backbone.lm_head'\]"
     ):
-        attach_lora(tiny_model(), slots="text", target_modules=["lm_head", "q_proj"])
+        attach_lora(tiny_model(), modality="text", target_modules=["lm_head", "q_proj"])
     model = partial_model(tmp_path, "image")
-    with pytest.raises(ValueError, match="fuse_lora: adapter 'x' acts on image slots only"):
+    with pytest.raises(ValueError, match="fuse_lora: adapter 'x' acts on image positions only"):
         fuse_lora(model)
-    with pytest.raises(ValueError, match="slots: LlamaAttention is not told which slots are images"):
+    with pytest.raises(ValueError, match="modality: LlamaAttention is not told which positions are images"):
         base_of(model).run_backbone(torch.zeros(1, 2, 32), None)

@@ -29,22 +29,22 @@ TEXTS = ["the small dog and a cat", "a green tree and a red apple", "blue car", 
 
 
 @pytest.fixture(scope="module")
-def layout(text_tokenizer):
+def vocabulary(text_tokenizer):
     return tiny_config(
         text={"vocab_size": text_tokenizer.vocab_size},
         boi_token_id=text_tokenizer.boi_token_id,
         eoi_token_id=text_tokenizer.eoi_token_id,
-    ).layout
+    ).vocabulary
 
 
-def mixture(parts, text_tokenizer, layout, weights=(3, 1), **changes):
+def mixture(parts, text_tokenizer, vocabulary, weights=(3, 1), **changes):
     images = load_codes(parts / "codes", "train", None)
     texts = datasets.Dataset.from_dict({"text": TEXTS})
     sources = [
-        image_source("images", images, weights[0], text_tokenizer, layout, caption_dropout=0.5, code_noise=0.5),
-        text_source("texts", texts, weights[1], text_tokenizer, layout),
+        image_source("images", images, weights[0], text_tokenizer, vocabulary, caption_dropout=0.5, code_noise=0.5),
+        text_source("texts", texts, weights[1], text_tokenizer, vocabulary),
     ]
-    return MixedBatches(sources, layout, **{"batch_size": 4, "num_batches": 300, "seed": 1, **changes})
+    return MixedBatches(sources, vocabulary, **{"batch_size": 4, "num_batches": 300, "seed": 1, **changes})
 
 
 @pytest.mark.parametrize(
@@ -55,8 +55,8 @@ def test_shares_are_rounded_to_thousandths(weights, shares):
     assert block_shares(weights) == shares
 
 
-def test_every_block_holds_the_shares_and_every_epoch_every_row(parts, text_tokenizer, layout):
-    batches = mixture(parts, text_tokenizer, layout, weights=(2, 1))
+def test_every_block_holds_the_shares_and_every_epoch_every_row(parts, text_tokenizer, vocabulary):
+    batches = mixture(parts, text_tokenizer, vocabulary, weights=(2, 1))
     places = [batches.place(number) for number in range(3000)]
     for start in (0, 1000, 2000):
         assert Counter(source for source, _ in places[start : start + 1000]) == {0: 667, 1: 333}
@@ -73,39 +73,39 @@ def test_every_block_holds_the_shares_and_every_epoch_every_row(parts, text_toke
         assert epochs[0] != epochs[1]
 
 
-def test_a_batch_is_a_function_of_its_index(parts, text_tokenizer, layout):
-    straight = list(loader(mixture(parts, text_tokenizer, layout)))
-    resumed = list(loader(mixture(parts, text_tokenizer, layout), start=240))  # blocks end at 250
+def test_a_batch_is_a_function_of_its_index(parts, text_tokenizer, vocabulary):
+    straight = list(loader(mixture(parts, text_tokenizer, vocabulary)))
+    resumed = list(loader(mixture(parts, text_tokenizer, vocabulary), start=240))  # blocks end at 250
     assert len(resumed) == 60
     for a, b in zip(straight[240:], resumed, strict=True):
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-    other = mixture(parts, text_tokenizer, layout, seed=2)
+    other = mixture(parts, text_tokenizer, vocabulary, seed=2)
     assert not torch.equal(other[0]["input_ids"][:, :4], straight[0]["input_ids"][:, :4])
 
 
-def test_processes_share_the_global_batch(parts, text_tokenizer, layout):
-    whole = mixture(parts, text_tokenizer, layout)
-    halves = [mixture(parts, text_tokenizer, layout, batch_size=2, rank=r, world_size=2) for r in (0, 1)]
+def test_processes_share_the_global_batch(parts, text_tokenizer, vocabulary):
+    whole = mixture(parts, text_tokenizer, vocabulary)
+    halves = [mixture(parts, text_tokenizer, vocabulary, batch_size=2, rank=r, world_size=2) for r in (0, 1)]
     for index in (0, 7, 251):
         expected = [s.input_ids.tolist() for s in whole.sequences(index)]
         parted = [[s.input_ids.tolist() for s in half.sequences(index)] for half in halves]
         assert [parted[0][0], parted[1][0], parted[0][1], parted[1][1]] == expected
 
 
-def test_texts_are_cut_and_learned(text_tokenizer, layout):
+def test_texts_are_cut_and_learned(text_tokenizer, vocabulary):
     texts = datasets.Dataset.from_dict({"text": TEXTS[:1]})
     ids = text_tokenizer.encode(TEXTS[0])
     rng = np.random.default_rng(0)
-    bos, eos = layout.bos_token_id, layout.eos_token_id
-    whole = text_source("t", texts, 1, text_tokenizer, layout).sequence(texts[0], rng)
+    bos, eos = vocabulary.bos_token_id, vocabulary.eos_token_id
+    whole = text_source("t", texts, 1, text_tokenizer, vocabulary).sequence(texts[0], rng)
     assert whole.input_ids.tolist() == [bos, *ids, eos] and whole.labels.tolist() == [-100, *ids, eos]
-    cut = text_source("t", texts, 1, text_tokenizer, layout, max_length=len(ids)).sequence(texts[0], rng)
+    cut = text_source("t", texts, 1, text_tokenizer, vocabulary, max_length=len(ids)).sequence(texts[0], rng)
     assert cut.input_ids.tolist() == [bos, *ids[:-1]]
 
 
 @pytest.fixture(scope="module")
 def interleaved(tmp_path_factory):
-    """Parquet of rows of texts and pictures; one has a broken picture, one nothing."""
+    """Parquet of rows of texts and images; one has a broken image, one nothing."""
     rng = np.random.default_rng(0)
     picture = lambda h, w: Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8))  # noqa: E731
     pictures = [picture(16, 16), picture(20, 16), picture(16, 24), picture(16, 16)]
@@ -127,7 +127,7 @@ def interleaved(tmp_path_factory):
 
 
 @pytest.mark.parametrize("options", [{}, {"block_rows": 2, "batch_size": 1}, {"streaming": True}])
-def test_interleaved_rows_are_encoded_once(image_tokenizer, text_tokenizer, layout, interleaved, tmp_path, options):
+def test_interleaved_rows_are_encoded_once(image_tokenizer, text_tokenizer, vocabulary, interleaved, tmp_path, options):
     source, pictures = interleaved
     report = encode_interleaved(image_tokenizer, source, tmp_path / "codes", ("train",), ((16, 16),), **options)[
         "train"
@@ -137,17 +137,17 @@ def test_interleaved_rows_are_encoded_once(image_tokenizer, text_tokenizer, layo
     codes = [image_tokenizer.encode(to_tensor([fit_square(picture, 16)]))[0] for picture in pictures]
     expected = [["a cat", codes[0], "and a dog", codes[1]], [codes[2], "blue car"], ["only words"], [codes[3]]]
     for row, segments in zip(rows, expected, strict=True):
-        made = interleaved_sequence(row, text_tokenizer, layout, 512)
+        made = interleaved_sequence(row, text_tokenizer, vocabulary, 512)
         parts = [TextSegment(text_tokenizer.encode(s)) if isinstance(s, str) else ImageSegment(s) for s in segments]
-        reference = build_sequence(parts, layout, end=True)
+        reference = build_sequence(parts, vocabulary, end=True)
         assert torch.equal(made.input_ids, reference.input_ids) and torch.equal(made.labels, reference.labels)
         assert made.image_grids == reference.image_grids
 
 
-def test_interleaved_pictures_of_mixed_sizes_are_learned(
+def test_interleaved_images_of_mixed_sizes_are_learned(
     image_tokenizer, interleaved, config_file, parts, tmp_path, monkeypatch
 ):
-    """Each picture goes to the bucket of its proportions, and rows of several grids train in one batch."""
+    """Each image goes to the bucket of its proportions, and rows of several grids train in one batch."""
     source, pictures = interleaved
     arguments = ["--image-tokenizer", parts / "image_tokenizer", "--source", source, "--out", tmp_path / "codes",
                  "--splits", "train", "--segments-column", "segments", "--buckets", "16x16", "24x16", "16x24"]  # fmt: skip
@@ -169,25 +169,25 @@ def test_interleaved_pictures_of_mixed_sizes_are_learned(
         runpy.run_path(str(ROOT / "recipes" / "encode_images.py"), run_name="__main__")
 
 
-def test_interleaved_rows_are_cut_at_their_length(text_tokenizer, layout):
+def test_interleaved_rows_are_cut_at_their_length(text_tokenizer, vocabulary):
     row = {"texts": ["a cat", None, "the small dog"], "codes": range(16), "heights": [4], "widths": [4]}
     words, after = text_tokenizer.encode("a cat"), text_tokenizer.encode("the small dog")
     whole = 1 + len(words) + 18 + len(after)
 
     def cut(length):
-        made = interleaved_sequence(row, text_tokenizer, layout, length)
+        made = interleaved_sequence(row, text_tokenizer, vocabulary, length)
         assert len(made.input_ids) <= length
         return [
             s.ids if isinstance(s, TextSegment) else "picture"
-            for s in split_sequence(made.input_ids, made.image_grids, layout)
+            for s in split_sequence(made.input_ids, made.image_grids, vocabulary)
         ]
 
-    assert cut(whole + 1) == [words, "picture", [*after, layout.eos_token_id]]
+    assert cut(whole + 1) == [words, "picture", [*after, vocabulary.eos_token_id]]
     assert cut(whole) == [words, "picture", after]
     assert cut(whole - 1) == [words, "picture", after[:-1]]
     assert cut(1 + len(words) + 17) == [words]
-    with pytest.raises(ValueError, match="max_length: 18 has no room for the first picture"):
-        interleaved_sequence({**row, "texts": [None]}, text_tokenizer, layout, 18)
+    with pytest.raises(ValueError, match="max_length: 18 has no room for the first image"):
+        interleaved_sequence({**row, "texts": [None]}, text_tokenizer, vocabulary, 18)
 
 
 def test_interleaved_columns_and_kinds_are_checked(image_tokenizer, interleaved, picture_source, parts, tmp_path):
@@ -209,7 +209,7 @@ def text_file(tmp_path):
 
 
 def test_a_run_on_mixed_sources_keeps_its_text(config_file, parts, interleaved, image_tokenizer, text_file, tmp_path):
-    """The same steps on pictures alone leave the texts unlearned. Mixed sources are resumed bit for bit."""
+    """The same steps on images alone leave the texts unlearned. Mixed sources are resumed bit for bit."""
     train_file, picture, words = (
         config_file,
         f"{{path: {parts}/codes",
@@ -225,16 +225,16 @@ def test_a_run_on_mixed_sources_keeps_its_text(config_file, parts, interleaved, 
         train(load_config(train_file, [f"output_dir={tmp_path}/{name}", *shared, sources]))
         pipe = UnifiedPipeline.from_pretrained(tmp_path / name / "pipeline")
         source = text_source(
-            "t", datasets.Dataset.from_dict({"text": TEXTS}), 1, pipe.text_tokenizer, pipe.model.config.layout
+            "t", datasets.Dataset.from_dict({"text": TEXTS}), 1, pipe.text_tokenizer, pipe.model.config.vocabulary
         )
-        layout = pipe.model.config.layout
-        texts[name] = mean_loss(pipe.model, source.once(layout, 4), layout, torch.device("cpu"), "text_loss")
+        vocabulary = pipe.model.config.vocabulary
+        texts[name] = mean_loss(pipe.model, source.once(vocabulary, 4), vocabulary, torch.device("cpu"), "text_loss")
     assert texts["mixed"] < texts["alone"] - 1
     log = read_log(tmp_path / "mixed")
     assert log[-1]["text_validation_loss"] == pytest.approx(texts["mixed"], rel=1e-3)
     assert "image_validation_loss" in read_log(tmp_path / "alone")[-1]
     card = (tmp_path / "mixed" / "pipeline" / "README.md").read_text()
-    assert f"Texts: `{text_file}`" in card and f"Texts with pictures: `{interleaved[0]}`, 4 for training" in card
+    assert f"Texts: `{text_file}`" in card and f"Texts with images: `{interleaved[0]}`, 4 for training" in card
     assert load_codes(tmp_path / "mixed" / "codes-2", "train", image_tokenizer.fingerprint, "interleaved").num_rows == 4
     weights = (tmp_path / "mixed" / "pipeline" / "model" / "model.safetensors").read_bytes()
     (tmp_path / "mixed" / "checkpoints" / "step-00000040").rename(tmp_path / "later")

@@ -15,11 +15,11 @@ def image(height=4, width=4, seed=0):
     return ImageSegment(torch.randint(0, 20, (height, width), generator=torch.Generator().manual_seed(seed)))
 
 
-def mixed_sequences(layout):
+def mixed_sequences(vocabulary):
     return [
-        build_sequence([TextSegment([5, 6, 7]), image(4, 4), TextSegment([8, 9])], layout),
-        build_sequence([TextSegment([5]), image(2, 4, 1), TextSegment([6]), image(4, 4, 2)], layout),
-        build_sequence([TextSegment([10, 11, 12])], layout),
+        build_sequence([TextSegment([5, 6, 7]), image(4, 4), TextSegment([8, 9])], vocabulary),
+        build_sequence([TextSegment([5]), image(2, 4, 1), TextSegment([6]), image(4, 4, 2)], vocabulary),
+        build_sequence([TextSegment([10, 11, 12])], vocabulary),
     ]
 
 
@@ -48,10 +48,11 @@ def test_generate_equals_llama(plain_llama):
 
 
 def test_p1_equals_a_plain_path_bitwise():
-    """At p = 1 the model is: look up both tables, run the backbone, score every slot. No grouping anywhere."""
+    """At p = 1 the model is: look up both tables, run the backbone, score every position. No grouping anywhere."""
     model = tiny_model(positions="1d")
     batch = collate(
-        [build_sequence([TextSegment([5, 6]), image(), TextSegment([7])], model.config.layout)], model.config.layout
+        [build_sequence([TextSegment([5, 6]), image(), TextSegment([7])], model.config.vocabulary)],
+        model.config.vocabulary,
     )
     ids, labels = batch["input_ids"], batch["labels"]
     is_image = ids >= 50
@@ -71,10 +72,10 @@ def test_p1_equals_a_plain_path_bitwise():
 @pytest.mark.parametrize("positions", ["1d", "2d"])
 @pytest.mark.parametrize("p", [2, 4])
 def test_grouped_loss_equals_slot_by_slot_reference(p, positions):
-    """Text, <boi>, patches, <eoi>, text: each slot's loss from an explicitly built sequence of embeddings."""
+    """Text, <boi>, patches, <eoi>, text: each position's loss from an explicitly built sequence of embeddings."""
     model = tiny_model(positions=positions)
     picture = image()
-    sequence = build_sequence([TextSegment([5, 6]), picture, TextSegment([7, 8])], model.config.layout)
+    sequence = build_sequence([TextSegment([5, 6]), picture, TextSegment([7, 8])], model.config.vocabulary)
     flat = picture.codes.reshape(1, -1)
     patches = group_embeddings(model.image_embed(flat), (4, 4), p)
     text = model.get_input_embeddings()
@@ -97,8 +98,8 @@ def test_grouped_loss_equals_slot_by_slot_reference(p, positions):
         log_probability = model.image_head(hidden[3 + j]).log_softmax(-1)
         per_patch.append(-log_probability[members].mean())
     targets = [(0, 5), (1, 6), (2, 3), (3 + n, 4), (4 + n, 7), (5 + n, 8)]
-    per_text = [-model.text_logits(hidden[slot]).log_softmax(-1)[token] for slot, token in targets]
-    output = model(**collate([sequence], model.config.layout), patch_size=p)
+    per_text = [-model.text_logits(hidden[position]).log_softmax(-1)[token] for position, token in targets]
+    output = model(**collate([sequence], model.config.vocabulary), patch_size=p)
     torch.testing.assert_close(output.image_loss, torch.stack(per_patch).mean(), rtol=0, atol=1e-5)
     torch.testing.assert_close(output.text_loss, torch.stack(per_text).mean(), rtol=0, atol=1e-5)
 
@@ -108,10 +109,10 @@ def test_grouped_loss_equals_slot_by_slot_reference(p, positions):
 def test_batching_does_not_change_losses(p, arrange):
     """Padded or packed, every sequence is scored as if it were alone."""
     model = tiny_model()
-    layout = model.config.layout
-    sequences = mixed_sequences(layout)
-    alone = [model(**collate([s], layout), patch_size=p) for s in sequences]
-    batch = collate(sequences if arrange == "pad" else pack(sequences, 1000), layout)
+    vocabulary = model.config.vocabulary
+    sequences = mixed_sequences(vocabulary)
+    alone = [model(**collate([s], vocabulary), patch_size=p) for s in sequences]
+    batch = collate(sequences if arrange == "pad" else pack(sequences, 1000), vocabulary)
     together = model(**batch, patch_size=p)
     spans = [[16 // p**2], [8 // p**2, 16 // p**2], []]
     image_total = sum(o.image_loss * sum(n) for o, n in zip(alone, spans, strict=True) if n)
@@ -124,36 +125,38 @@ def test_batching_does_not_change_losses(p, arrange):
 def test_no_loss_across_documents():
     """Without masks in the labels either: the first token of a document is not learned from the document before."""
     model = tiny_model()
-    layout = model.config.layout
-    batch = collate(pack(mixed_sequences(layout), 1000), layout)
+    vocabulary = model.config.vocabulary
+    batch = collate(pack(mixed_sequences(vocabulary), 1000), vocabulary)
     everything = {**batch, "labels": batch["input_ids"].where(batch["document_ids"] >= 0, torch.tensor(-100))}
     first = batch["document_ids"] != torch.nn.functional.pad(batch["document_ids"][:, :-1], (1, 0), value=-2)
     masked = {**everything, "labels": everything["labels"].where(~first, torch.tensor(-100))}
     assert int(first.sum()) > 1
     assert torch.equal(model(**everything).loss, model(**masked).loss)
-    assert learned_slots(everything, 1, layout) == learned_slots(masked, 1, layout)
+    assert learned_slots(everything, 1, vocabulary) == learned_slots(masked, 1, vocabulary)
 
 
 def test_packed_rows_are_refused_where_attention_would_mix_them():
     """The flash kernels of transformers read restarting positions in a batch of one row only."""
     model = tiny_model()
-    rows = pack(mixed_sequences(model.config.layout), 40)
+    rows = pack(mixed_sequences(model.config.vocabulary), 40)
     assert len(rows) == 2
     model.backbone.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="document_ids: flash_attention_2 keeps documents apart in a batch of one row"):
-        model(**collate(rows, model.config.layout))
+        model(**collate(rows, model.config.vocabulary))
 
 
 def test_loss_does_not_depend_on_train_mode():
     model = tiny_model()
-    batch = collate(mixed_sequences(model.config.layout), model.config.layout)
+    batch = collate(mixed_sequences(model.config.vocabulary), model.config.vocabulary)
     assert torch.equal(model.train()(**batch, patch_size=2).loss, model.eval()(**batch, patch_size=2).loss)
 
 
 def test_loss_normalization_and_weights():
-    sequence_of = lambda m: collate([build_sequence([TextSegment([5, 6]), image()], m.config.layout)], m.config.layout)  # noqa: E731
-    slot = tiny_model(text_loss_weight=0.5)
-    output = slot(**sequence_of(slot), patch_size=2)  # 4 text targets (5, 6, <boi>, <eoi>), 4 patches
+    def sequence_of(m):
+        return collate([build_sequence([TextSegment([5, 6]), image()], m.config.vocabulary)], m.config.vocabulary)
+
+    position = tiny_model(text_loss_weight=0.5)
+    output = position(**sequence_of(position), patch_size=2)  # 4 text targets (5, 6, <boi>, <eoi>), 4 patches
     torch.testing.assert_close(output.loss, (0.5 * 4 * output.text_loss + 4 * output.image_loss) / (0.5 * 4 + 4))
     token = tiny_model(loss_normalization="token")
     output = token(**sequence_of(token), patch_size=2)
@@ -162,7 +165,7 @@ def test_loss_normalization_and_weights():
 
 def test_gradients_reach_both_tables_and_the_backbone():
     model = tiny_model()
-    model(**collate(mixed_sequences(model.config.layout), model.config.layout), patch_size=2).loss.backward()
+    model(**collate(mixed_sequences(model.config.vocabulary), model.config.vocabulary), patch_size=2).loss.backward()
     missing = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert missing == []
 
@@ -171,9 +174,11 @@ def test_gradients_reach_both_tables_and_the_backbone():
 def test_weights_that_a_batch_does_not_need_get_zeros(without):
     """DDP needs a gradient of every weight on every process; the loss and the other gradients stay what they are."""
     model = tiny_model(text={"tie_word_embeddings": False}).train()
-    layout = model.config.layout
-    batch = collate([build_sequence([TextSegment([5, 6, 7]) if without == "pictures" else image()], layout)], layout)
-    batch["labels"][batch["labels"] == layout.eoi_token_id] = -100
+    vocabulary = model.config.vocabulary
+    batch = collate(
+        [build_sequence([TextSegment([5, 6, 7]) if without == "pictures" else image()], vocabulary)], vocabulary
+    )
+    batch["labels"][batch["labels"] == vocabulary.eoi_token_id] = -100
     tables = {"pictures": (model.image_embed, model.image_head), "text": (model.get_output_embeddings(),)}[without]
     loss = model(**batch).loss
     assert torch.equal(loss, model.eval()(**batch).loss)
@@ -188,9 +193,9 @@ def test_save_and_load(tmp_path, auto):
     model = tiny_model(positions="2d", coarse_positions="unit")
     model.save_pretrained(tmp_path)
     loaded = auto.from_pretrained(tmp_path).eval()
-    batch = collate(mixed_sequences(model.config.layout), model.config.layout)
+    batch = collate(mixed_sequences(model.config.vocabulary), model.config.vocabulary)
     assert torch.equal(loaded(**batch, patch_size=2).loss, model(**batch, patch_size=2).loss)
-    assert loaded.config.coarse_positions == "unit" and loaded.config.layout == model.config.layout
+    assert loaded.config.coarse_positions == "unit" and loaded.config.vocabulary == model.config.vocabulary
 
 
 def test_from_backbone_keeps_text_logits(tmp_path):
@@ -216,14 +221,14 @@ def test_from_backbone_keeps_text_logits(tmp_path):
 )
 def test_bad_batches_are_named(change, message):
     model = tiny_model()
-    batch = collate([build_sequence([TextSegment([5]), image()], model.config.layout)], model.config.layout)
+    batch = collate([build_sequence([TextSegment([5]), image()], model.config.vocabulary)], model.config.vocabulary)
     with pytest.raises(ValueError, match=message):
         model(**{**batch, **change})
 
 
 def test_missing_boi_and_foreign_ids_are_named():
     model = tiny_model()
-    batch = collate([build_sequence([TextSegment([5]), image()], model.config.layout)], model.config.layout)
+    batch = collate([build_sequence([TextSegment([5]), image()], model.config.vocabulary)], model.config.vocabulary)
     stray = batch["input_ids"].clone()
     stray[0, 2] = 5
     with pytest.raises(ValueError, match="not preceded by <boi>"):

@@ -18,12 +18,12 @@ from unified.model_card import code_version, run_card
 from unified.training.config import load_config
 from unified.training.loop import train
 
-TERMS = '---\nlicense: cc-by-sa-4.0\nattribution: "Drawn by A: B"\n---\n# Pictures\n'
+TERMS = '---\nlicense: cc-by-sa-4.0\nattribution: "Drawn by A: B"\n---\n# Images\n'
 
 
 @pytest.fixture
 def sources(picture_source, tmp_path):
-    """The same pictures with terms in their README, in their data set info, and without."""
+    """The same images with terms in their README, in their data set info, and without."""
     for name in ("readme", "info", "silent"):
         shutil.copytree(picture_source, tmp_path / name)
     (tmp_path / "readme" / "README.md").write_text(TERMS)
@@ -42,7 +42,7 @@ def card_of(config_file, image_tokenizer, tmp_path):
         config = load_config(config_file, [f"output_dir={tmp_path}/run", f"data.train={codes}", *overrides])
         (tmp_path / "run").mkdir(exist_ok=True)
         log = [
-            {"step": 1, "image_loss": 3.0, "slots": 1234567},
+            {"step": 1, "image_loss": 3.0, "positions": 1234567},
             {"step": 2, "validation_loss": 2.5},
             {"step": 2, "image_loss": 1.23456789},
         ]
@@ -87,9 +87,9 @@ def test_card_of_a_pipeline(sources, card_of, tmp_path):
     assert (data.license, data.attribution) == ("cc-by-sa-4.0", "Drawn by A: B")
     assert data.tags == ["next-patch-prediction"] and data.pipeline_tag == "text-to-image"
     made_from = sections["What it was made from"]
-    assert f"`{sources}/readme`, 7 for training. Licence: cc-by-sa-4.0. Attribution: Drawn by A: B" in made_from
-    assert sections["Last figures of the log"].splitlines()[2:5] == [
-        "| image_loss | 1.2346 | 2 |", "| slots | 1234567 | 1 |", "| validation_loss | 2.5 | 2 |"
+    assert f"`{sources}/readme`, 7 for training. Licence: cc-by-sa-4.0. Attribution: Sampled by A: B" in made_from
+    assert sections["Last metrics of the log"].splitlines()[2:5] == [
+        "| image_loss | 1.2346 | 2 |", "| positions | 1234567 | 1 |", "| validation_loss | 2.5 | 2 |"
     ]  # fmt: skip
     assert "`feed`" in sections["Image tokenizer"] and code_version() in sections["Code"]
     settings = yaml.safe_load(sections["Settings"].removeprefix("```yaml").strip().removesuffix("```"))

@@ -29,14 +29,15 @@ def test_formula_agrees_with_counted_matrix_products(p):
     model.set_attn_implementation("eager")
     codes = torch.randint(512, (8, 8))
     batch = collate(
-        [build_sequence([TextSegment([9, 8, 7], loss=False), ImageSegment(codes)], config.layout)], config.layout
+        [build_sequence([TextSegment([9, 8, 7], loss=False), ImageSegment(codes)], config.vocabulary)],
+        config.vocabulary,
     )
     with FlopCounterMode(display=False) as counter:
         model(**batch, patch_size=p).loss.backward()
-    text, image = 5, 64 // p**2  # <eoi>, the last slot, is predicted but not run
-    slots = text + image
-    attention = 6 * 2 * 64 * slots**2  # what the formula leaves out: the half above the diagonal, per layer
-    head = 6 * 64 * 50  # one slot is scored over text
+    text, image = 5, 64 // p**2  # <eoi>, the last position, is predicted but not run
+    positions = text + image
+    attention = 6 * 2 * 64 * positions**2  # what the formula leaves out: the half above the diagonal, per layer
+    head = 6 * 64 * 50  # one position is scored over text
     in_place = 2 * image * 64 * 512  # the counter does not see the product that adds to the image head's gradient
     expected = training_flops(config, text, image) + attention + head - in_place
     assert counter.get_total_flops() == pytest.approx(expected, rel=1e-3)
@@ -49,7 +50,7 @@ def test_schedule_cost_weighs_its_stages():
 
 
 def test_a_run_from_training_to_figures(config_file, parts, picture_source, text_tokenizer, tmp_path, monkeypatch):
-    """Figures are those of the saved pipeline and of pictures drawn again; other settings in the same folder are refused."""
+    """Metrics are those of the saved pipeline and of images generated again; other settings in the same folder are refused."""
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # it would hold for all later tests
     rows = first_usable_rows(picture_source, "train")[0][:6]
     clip = unified_eval.train_nano_clip(
@@ -65,7 +66,7 @@ def test_a_run_from_training_to_figures(config_file, parts, picture_source, text
     pipe = UnifiedPipeline.from_pretrained(f"{run.out}/pipeline")
     pipe.set_progress_bar_config(disable=True)
     held_out = load_codes(str(parts / "codes"), "validation", None)
-    batches = CaptionedBatches(held_out, text_tokenizer, pipe.model.config.layout, 4, num_batches=0)
+    batches = CaptionedBatches(held_out, text_tokenizer, pipe.model.config.vocabulary, 4, num_batches=0)
     assert result["validation_loss"] == image_loss(pipe.model, batches, torch.device("cpu"))
     captions = [
         row.caption for row in choose_evenly(unique_captions(first_usable_rows(picture_source, "train")[0]), 4, 0)

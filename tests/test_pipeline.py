@@ -1,4 +1,4 @@
-"""The pipeline: pictures from prompts, formats, folders, errors."""
+"""The pipeline: images from prompts, formats, folders, errors."""
 
 import json
 
@@ -14,7 +14,7 @@ from unified_tokenizers.images import to_tensor
 PROMPTS = ["red apple", "a cat and a dog"]
 
 
-def test_same_seed_same_picture_whatever_the_batch(pipeline):
+def test_same_seed_same_image_whatever_the_batch(pipeline):
     both = pipeline(PROMPTS, generator=generators(1, 2)).codes
     assert torch.equal(pipeline(PROMPTS[1], generator=generators(2)).codes[0], both[1])
     four = pipeline(PROMPTS, num_images_per_prompt=2, generator=generators(1, 7, 2, 8)).codes
@@ -32,14 +32,14 @@ def test_output_types_agree(pipeline):
     outputs = {
         kind: pipeline("red apple", generator=generators(0), output_type=kind) for kind in ("pil", "np", "pt", "codes")
     }
-    picture = pipeline.image_tokenizer.decode(outputs["codes"].images)
+    image = pipeline.image_tokenizer.decode(outputs["codes"].images)
     # As in diffusers: floats in [0, 1], channels first in torch and last in numpy.
-    assert torch.equal(outputs["pt"].images, picture / 2 + 0.5)
+    assert torch.equal(outputs["pt"].images, image / 2 + 0.5)
     assert outputs["np"].images.dtype == np.float32 and outputs["np"].images.shape == (1, 16, 16, 3)
     assert np.array_equal(outputs["np"].images, outputs["pt"].images.movedim(1, -1).numpy())
     assert np.array_equal((outputs["np"].images[0] * 255).round(), np.asarray(outputs["pil"].images[0]))
     assert outputs["pil"].images[0].size == (16, 16)
-    torch.testing.assert_close(to_tensor(outputs["pil"].images), picture, rtol=0, atol=1 / 255 + 1e-6)
+    torch.testing.assert_close(to_tensor(outputs["pil"].images), image, rtol=0, atol=1 / 255 + 1e-6)
 
 
 def test_guidance_and_negative_prompt_matter(pipeline):
@@ -80,7 +80,7 @@ def test_folder_round_trip(pipeline, tmp_path):
         ({"prompt": ["red apple", "  "]}, "prompt: '  ' is not a caption"),
         ({"prompt": 3}, "prompt: 3 is not a caption"),
         ({"prompt": []}, r"prompt: \[\] is not a caption"),
-        ({"prompt": "red apple " * 100}, "the model has room for 110 beside the picture"),
+        ({"prompt": "red apple " * 100}, "the model has room for 110 beside the image"),
         (
             {"prompt": "red apple", "height": 32},
             "height, width: 32x16 is not a size that the model was trained on .16x16.",
@@ -89,7 +89,7 @@ def test_folder_round_trip(pipeline, tmp_path):
         ({"prompt": "red apple", "output_type": "jpg"}, "output_type: 'jpg'"),
         ({"prompt": "red apple", "num_images_per_prompt": 0}, "num_images_per_prompt: 0"),
         ({"prompt": PROMPTS, "negative_prompt": ["a", "b", "c"]}, "negative_prompt: 3 given for 2 prompts"),
-        ({"prompt": PROMPTS, "generator": generators(0)}, "generator: 1 given for 2 pictures"),
+        ({"prompt": PROMPTS, "generator": generators(0)}, "generator: 1 given for 2 images"),
     ],
 )
 def test_bad_arguments_are_named(pipeline, arguments, message):

@@ -26,8 +26,8 @@ PROMPTS = ["red apple", "a cat and a dog"]
         ({"prompt": "red apple", "generator": [7]}, r"generator: \[7\] is not a torch.Generator"),
         ({"prompt": "red apple", "decoding": "fast"}, "decoding: 'fast' is unknown"),
         ({"prompt": "red apple", "known": torch.zeros(1, 2, 2).long()}, r"known: shape \(1, 2, 2\), need \(N, 4, 4\)"),
-        ({"prompt": "red apple", "known": torch.zeros(3, 4, 4).long()}, "known: 3 given for 1 pictures"),
-        ({"prompt": PROMPTS, "known": torch.zeros(3, 4, 4).long()}, "known: 3 given for 2 pictures of 2 prompts"),
+        ({"prompt": "red apple", "known": torch.zeros(3, 4, 4).long()}, "known: 3 given for 1 images"),
+        ({"prompt": PROMPTS, "known": torch.zeros(3, 4, 4).long()}, "known: 3 given for 2 images of 2 prompts"),
         ({"prompt": "red apple", "known": torch.zeros(1, 4, 4)}, "known: torch.float32 is not a tensor of integer"),
         ({"prompt": "red apple", "known": torch.zeros(1, 4, 4) > 0}, "known: torch.bool is not a tensor of integer"),
         ({"prompt": "red apple", "known": [[[0] * 4] * 4]}, "known: list is not a tensor of integer codes"),
@@ -46,26 +46,26 @@ def test_bad_arguments_are_named(pipeline, arguments, message):
         next(iter(pipeline.stream(**arguments)))
 
 
-def test_bad_pictures_and_messages_are_named(pipeline, photo):
-    with pytest.raises(ValueError, match="mask_image: 8x8 pixels, the picture has 16x16"):
+def test_bad_images_and_messages_are_named(pipeline, photo):
+    with pytest.raises(ValueError, match="mask_image: 8x8 pixels, the image has 16x16"):
         pipeline.inpaint("red apple", photo, photo.resize((8, 8)))
-    with pytest.raises(ValueError, match="mask_image: 2 masks for 1 pictures"):
+    with pytest.raises(ValueError, match="mask_image: 2 masks for 1 images"):
         pipeline.inpaint("red apple", photo, [photo, photo])
     with pytest.raises(ValueError, match=r"image: 32x32 is not a size that the model was trained on \(16x16\)"):
         pipeline.variation("red apple", photo.resize((32, 32)))
     with pytest.raises(ValueError, match=r"keep: 1.5 is not a share"):
         pipeline.variation("red apple", photo, keep=1.5)
-    with pytest.raises(ValueError, match=r"mask_image: None is not a PIL picture"):
+    with pytest.raises(ValueError, match=r"mask_image: None is not a PIL image"):
         pipeline.inpaint("red apple", photo, None)
-    with pytest.raises(ValueError, match="image: 2 given for 3 pictures of 1 prompts"):
+    with pytest.raises(ValueError, match="image: 2 given for 3 images of 1 prompts"):
         pipeline.inpaint("red apple", [photo, photo], [photo, photo], num_images_per_prompt=3)
     for name in ("height", "width", "known"):
-        with pytest.raises(ValueError, match=f"{name}: an edit takes it from the picture; leave it out"):
+        with pytest.raises(ValueError, match=f"{name}: an edit takes it from the image; leave it out"):
             pipeline.variation("red apple", photo, **{name: 16})
     for options in ({"keep": 0.5}, {"image": photo}, {"image": photo, "mask_image": photo, "keep": 0.5}):
         with pytest.raises(ValueError, match="image: goes with mask_image to inpaint, or with keep for a variation"):
             next(iter(pipeline.stream("red apple", **options)))
-    with pytest.raises(ValueError, match=r"images: 'photo.png' is not a PIL picture"):
+    with pytest.raises(ValueError, match=r"images: 'photo.png' is not a PIL image"):
         pipeline.caption("photo.png")
     for prompt in ("", 3, ["a"]):
         with pytest.raises(ValueError, match=r"prompt: .* is not a caption"):
@@ -75,7 +75,7 @@ def test_bad_pictures_and_messages_are_named(pipeline, photo):
             pipeline.chat(["red apple"], **{name: 0.5})
     with pytest.raises(ValueError, match=r"messages: \[\] is not a conversation"):
         pipeline.chat([])
-    with pytest.raises(ValueError, match="messages: 3 is neither a text nor a PIL picture"):
+    with pytest.raises(ValueError, match="messages: 3 is neither a text nor a PIL image"):
         pipeline.chat(["red apple", 3])
     with pytest.raises(ValueError, match="max_new_tokens: 0 must be a whole number of at least 1"):
         pipeline.chat(["red apple"], max_new_tokens=0)
@@ -100,7 +100,7 @@ def test_adapter_of_another_model_is_refused(pipeline, tmp_path):
 
 
 def test_limits_are_exact(pipeline):
-    """A prompt that just fits is drawn as in a model with more room; one token more is refused."""
+    """A prompt that just fits is generated as in a model with more room; one token more is refused."""
     tokenizer, limits, room = pipeline.text_tokenizer, pipeline.model.config.text_config, 128 - 16 - 2
     full = "q" * (room - len(tokenizer.encode("q")) + 1)  # not in the vocabulary: one byte, one token
     assert len(tokenizer.encode(full)) == room == len(tokenizer.encode(full + "q")) - 1

@@ -15,7 +15,7 @@ from unified_tokenizers.images import to_tensor
 
 
 def test_bfloat16(pipeline, tmp_path):
-    """Loaded and moved, the model is in bfloat16, the image tokenizer is not, and what it draws are codes."""
+    """Loaded and moved, the model is in bfloat16, the image tokenizer is not, and what it samples are codes."""
     pipeline.save_pretrained(tmp_path)
     loaded = UnifiedPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
     loaded.set_progress_bar_config(disable=True)
@@ -58,10 +58,10 @@ def test_every_trained_grid_is_drawn(pipeline, image_tokenizer):
     """The second one, wider than high: the likeliest codes by one full forward pass each."""
     pipeline.model.config.image_grids = [[4, 4], [2, 6]]
     assert pipeline.default_size == (16, 16)
-    layout, codes = pipeline.model.config.layout, []
-    prompt = [layout.bos_token_id, *pipeline.text_tokenizer.encode("red apple"), layout.boi_token_id]
+    vocabulary, codes = pipeline.model.config.vocabulary, []
+    prompt = [vocabulary.bos_token_id, *pipeline.text_tokenizer.encode("red apple"), vocabulary.boi_token_id]
     for step in range(12):
-        rest = [layout.text_vocab_size + c for c in [*codes, *[0] * (12 - step)]]  # what is to come is not seen
+        rest = [vocabulary.text_vocab_size + c for c in [*codes, *[0] * (12 - step)]]  # what is to come is not seen
         with torch.no_grad():
             output = pipeline.model(torch.tensor([prompt + rest]), image_grids=torch.tensor([[2, 6]]))
         codes.append(int(output.image_logits[0, len(prompt) - 1 + step].argmax()))
@@ -75,7 +75,7 @@ def test_every_trained_grid_is_drawn(pipeline, image_tokenizer):
     assert torch.equal(kept, image_tokenizer.encode(to_tensor(drawn.images)))
 
 
-def test_sample_sheets_show_the_pictures(pipeline, tmp_path):
+def test_sample_sheets_show_the_images(pipeline, tmp_path):
     log = RunLog(SimpleNamespace(is_main_process=True, trackers=[]), tmp_path, 0)
     log.pictures(7, pipeline, SampleConfig(prompts=["red apple", "blue car"], guidance_scale=2.0, seed=5))
     sheet = Image.open(tmp_path / "samples" / "step-00000007.png")

@@ -1,4 +1,4 @@
-"""Drawing on the way, with known codes, in parts; words from pictures; conversations."""
+"""Drawing on the way, with known codes, in parts; words from images; conversations."""
 
 import threading
 
@@ -61,7 +61,7 @@ def test_guidance_schedules_by_hand():
     assert Sampling(guidance_scale=5.0, guidance_schedule="linear").scales(5) == [1, 2, 3, 4, 5]
 
 
-# One generator, many pictures
+# One generator, many images
 
 
 def test_one_generator_whatever_else_is_drawn(pipeline):
@@ -98,7 +98,7 @@ def test_a_generator_moves_on(pipeline, photo):
     assert not torch.equal(*codes)
     texts = [pipeline.caption(photo, temperature=5.0, max_new_tokens=8, generator=generator)[0] for _ in range(3)]
     assert len(set(texts)) == 3
-    with pytest.raises(ValueError, match="generator: one and the same is given for several pictures"):
+    with pytest.raises(ValueError, match="generator: one and the same is given for several images"):
         pipeline(PROMPTS, generator=[generator, generator])
 
 
@@ -172,14 +172,14 @@ def test_interrupt_at_the_end_leaves_nothing_out(pipeline):
 
 
 def test_known_codes_are_shown_from_the_start(pipeline, photo):
-    """Of a picture whose second row and last two cells are known, previews hide what is missing alone."""
+    """Of an image whose second row and last two cells are known, previews hide what is missing alone."""
     mask = Image.new("L", (16, 16), 255)
     mask.paste(0, (0, 4, 16, 8))
     mask.paste(0, (8, 12, 16, 16))
     before = pipeline.image_tokenizer.encode(to_tensor([photo]))[0]
     options = {"image": photo, "mask_image": mask, "generator": seeded(0), "output_type": "pt"}
     first, *_, last = pipeline.stream("red apple", preview_every=2, **options)
-    known = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0], [0, 0, 1, 1]]).bool()  # two cells are drawn
+    known = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0], [0, 0, 1, 1]]).bool()  # two cells are sampled
     assert torch.equal(first.codes[0] >= 0, known)
     assert torch.equal(first.codes[0][known][2:], before[known][2:]) and torch.equal(
         first.codes[0, 0, :2], last.codes[0, 0, :2]
@@ -238,7 +238,7 @@ def test_inpainting_touches_masked_cells_only(pipeline, photo):
 
 
 def test_known_codes_are_context(pipeline, photo):
-    """What is redrawn is drawn as in a plain picture whose codes happen to be the kept ones."""
+    """What is redrawn is generated as in a plain image whose codes happen to be the kept ones."""
     plain = pipeline("red apple", generator=generators(3)).codes
     known = plain.clone()
     known[0, 2:] = -1
@@ -260,7 +260,7 @@ def test_every_variation_keeps_cells_of_its_own(pipeline, photo):
     before = pipeline.image_tokenizer.encode(to_tensor([photo])).flatten()
 
     def kept(generator, **options):
-        """The cells that are the same in all pictures of a generator's state, whatever the caption."""
+        """The cells that are the same in all images of a generator's state, whatever the caption."""
         drawn = [
             pipeline.variation(text, photo, keep=0.5, generator=generator(), temperature=9.0, **options).codes.flatten(
                 1
@@ -286,8 +286,8 @@ def test_edits_stream(pipeline, photo, options):
     assert torch.equal(last.codes, final.codes) and len(previews) == 3
 
 
-def test_edits_of_several_pictures(pipeline, photo):
-    """One picture for all, one per prompt, or one per picture drawn."""
+def test_edits_of_several_images(pipeline, photo):
+    """One image for all, one per prompt, or one per image drawn."""
     photos = [photo, photo.rotate(90), photo.rotate(180), photo.rotate(270)]
     keeping = Image.new("L", (16, 16))
     codes = pipeline.image_tokenizer.encode(to_tensor(photos))
@@ -312,24 +312,24 @@ def test_outpainting_keeps_the_middle(pipeline, photo):
 
 def test_caption_is_the_models_own_continuation(pipeline, photo):
     """The likeliest tokens, one full forward pass each."""
-    layout = pipeline.model.config.layout
+    vocabulary = pipeline.model.config.vocabulary
     codes = pipeline.image_tokenizer.encode(to_tensor([photo])).flatten().tolist()
     start = pipeline.text_tokenizer.encode("a")
     ids = [
-        layout.bos_token_id,
-        layout.boi_token_id,
-        *(layout.text_vocab_size + c for c in codes),
-        layout.eoi_token_id,
+        vocabulary.bos_token_id,
+        vocabulary.boi_token_id,
+        *(vocabulary.text_vocab_size + c for c in codes),
+        vocabulary.eoi_token_id,
         *start,
     ]
     written = []
-    banned = [layout.boi_token_id, layout.eoi_token_id, layout.bos_token_id, layout.pad_token_id]
+    banned = [vocabulary.boi_token_id, vocabulary.eoi_token_id, vocabulary.bos_token_id, vocabulary.pad_token_id]
     while len(written) < 6:
         with torch.no_grad():
             logits = pipeline.model(torch.tensor([ids]), image_grids=torch.tensor([[4, 4]])).logits[0, -1]
         logits[banned] = float("-inf")
         token = int(logits.argmax())
-        if token == layout.eos_token_id:
+        if token == vocabulary.eos_token_id:
             break
         written.append(token)
         ids.append(token)

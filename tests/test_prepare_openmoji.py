@@ -19,7 +19,7 @@ def test_captions_are_words():
     assert recipe.caption_of(":T-Rex:") == "T Rex"
 
 
-def test_rendering_of_a_known_picture():
+def test_rendering_of_a_known_image():
     """OpenMoji's red apple: white corners, its red fill (#ea5a47) in the middle; the outline has neither red nor grey fill."""
     svg = recipe.svg_of("🍎")
     color, outline = (np.asarray(recipe.render(svg, 72, style)).astype(int) for style in recipe.STYLES)

@@ -1,4 +1,4 @@
-"""The shapes recipe: pictures, captions and ground truth have to agree exactly."""
+"""The shapes recipe: images, captions and ground truth have to agree exactly."""
 
 import io
 import itertools

@@ -128,8 +128,8 @@ def test_edits_count_the_codes_that_stay(pipeline, tmp_path, monkeypatch):
 
 
 def test_map_of_changed_cells():
-    picture = np.asarray(cell_map(torch.tensor([[True, False, False], [False, False, True]]), side=2))
-    assert np.array_equal(picture < 128, np.kron([[1, 0, 0], [0, 0, 1]], np.ones((2, 2))).astype(bool))
+    image = np.asarray(cell_map(torch.tensor([[True, False, False], [False, False, True]]), side=2))
+    assert np.array_equal(image < 128, np.kron([[1, 0, 0], [0, 0, 1]], np.ones((2, 2))).astype(bool))
 
 
 def test_edits_differ_in_one_word():

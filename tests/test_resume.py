@@ -63,7 +63,7 @@ LORA = ["model.architecture=null", "optimizer.ema_decay=null", "lora.rank=4", "l
     ids=["dropout", "muon", "lora"],
 )
 def test_resumed_run_of_every_kind_equals_uninterrupted(options, finished, config_file, tmp_path):
-    """Dropout draws from the global random stream, so that one has to continue too."""
+    """Dropout samples from the global random stream, so that one has to continue too."""
     if options is LORA:
         options = [*options, f"model.pipeline={finished}/pipeline"]
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
@@ -320,8 +320,8 @@ def test_deepspeed_steps_with_this_steps_rate_and_never_from_a_bad_loss(config_f
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     accelerator = DeepSpeedLike(optimizer)
     config = load_config(config_file, [f"output_dir={tmp_path}"])
-    picture = ImageSegment(torch.zeros(4, 4, dtype=torch.long))
-    batch = collate([build_sequence([TextSegment([5, 6]), picture], model.config.layout)], model.config.layout)
+    image = ImageSegment(torch.zeros(4, 4, dtype=torch.long))
+    batch = collate([build_sequence([TextSegment([5, 6]), image], model.config.vocabulary)], model.config.vocabulary)
     rest = (config, LossMeter(accelerator))
     for rate in (0.5, 0.25):
         train_step(accelerator, model, model.config, [optimizer], [batch], 1, rate, *rest)

@@ -1,4 +1,4 @@
-"""Positions of slots and the rotary wrapper."""
+"""Positions of positions and the rotary wrapper."""
 
 import pytest
 import torch
@@ -65,12 +65,12 @@ def test_center_is_the_mean_of_the_fine_positions():
     torch.testing.assert_close(coarse[:, 0], windows.mean(1))
 
 
-def test_text_after_a_picture_and_packed_documents():
+def test_text_after_a_image_and_packed_documents():
     config = tiny_config(positions="2d")
     sequence = build_sequence(
-        [TextSegment([5]), ImageSegment(torch.zeros(2, 4, dtype=torch.long)), TextSegment([6])], config.layout
+        [TextSegment([5]), ImageSegment(torch.zeros(2, 4, dtype=torch.long)), TextSegment([6])], config.vocabulary
     )
-    packed = collate(pack([sequence, sequence], 100), config.layout)
+    packed = collate(pack([sequence, sequence], 100), config.vocabulary)
     plan = plan_slots(packed["input_ids"], packed["image_grids"], None, packed["document_ids"], 1, config)
     one = [(0, 0), (1, 1), (2, 2), *[(3 + r, 3 + c) for r in range(2) for c in range(4)], (7, 7), (8, 8)]
     assert plan.coordinates[0].tolist() == [list(map(float, pair)) for pair in one + one]

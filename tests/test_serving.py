@@ -1,4 +1,4 @@
-"""The engine: callers share one batch, and each gets what the pipeline draws for it alone."""
+"""The engine: callers share one batch, and each gets what the pipeline generates for it alone."""
 
 import threading
 import time
@@ -39,7 +39,7 @@ class Gate:
 
 
 def test_callers_from_threads_get_what_they_get_alone(pipeline):
-    """Two threads with several jobs each, guided and not, more rows than the batch has; one job holds two pictures."""
+    """Two threads with several jobs each, guided and not, more rows than the batch has; one job holds two images."""
     wanted = [
         ("red apple", (1,)),
         ("blue car", (2, 3)),
@@ -50,7 +50,7 @@ def test_callers_from_threads_get_what_they_get_alone(pipeline):
     plain = Sampling(temperature=0.9)
     expected = [alone(pipeline, p, *s, sampling=plain if i % 2 else SAMPLING) for i, (p, s) in enumerate(wanted)]
     results = {}
-    with closing(Engine(pipeline, slots=3)) as engine:
+    with closing(Engine(pipeline, max_rows=3)) as engine:
 
         def call(first):
             jobs = {}
@@ -68,13 +68,13 @@ def test_callers_from_threads_get_what_they_get_alone(pipeline):
         assert sorted(engine._batcher.free) == [0, 1, 2]
     for i, codes in enumerate(expected):
         assert torch.equal(results[i].codes, codes)
-    picture = pipeline("yellow sun", guidance_scale=2.0, temperature=0.9, generator=generators(4)).images[0]
-    assert results[2].images[0].tobytes() == picture.tobytes()
+    image = pipeline("yellow sun", guidance_scale=2.0, temperature=0.9, generator=generators(4)).images[0]
+    assert results[2].images[0].tobytes() == image.tobytes()
 
 
 def test_a_late_request_joins_the_running_batch(pipeline):
     expected = [alone(pipeline, "red apple", 1), alone(pipeline, "blue car", 2)]
-    with closing(Engine(pipeline, slots=4)) as engine:
+    with closing(Engine(pipeline, max_rows=4)) as engine:
         gate = Gate(engine)
         first = engine.submit("red apple", SAMPLING, generator=generators(1))
         previews = first.previews()
@@ -94,7 +94,7 @@ def test_a_late_request_joins_the_running_batch(pipeline):
 
 def test_cancelling_frees_the_slots(pipeline):
     expected = alone(pipeline, "blue car", 2)
-    with closing(Engine(pipeline, slots=2)) as engine:
+    with closing(Engine(pipeline, max_rows=2)) as engine:
         gate = Gate(engine)
         running = engine.submit("red apple", SAMPLING, generator=generators(1))
         gate.open(5)
@@ -115,7 +115,7 @@ def test_cancelling_frees_the_slots(pipeline):
 
 
 def test_an_adapter_has_the_batch_for_itself(pipeline, tmp_path, monkeypatch):
-    """a, b, none, a: each job draws as alone with its adapter, jobs of one adapter share, switches happen only between."""
+    """a, b, none, a: each job samples as alone with its adapter, jobs of one adapter share, switches happen only between."""
     for name, seed in (("a", 1), ("b", 2)):
         pipeline.model = noisy_adapter(pipeline.model, tmp_path / name, seed)
     expected = {None: alone(pipeline, "red apple", 1)}
@@ -123,7 +123,7 @@ def test_an_adapter_has_the_batch_for_itself(pipeline, tmp_path, monkeypatch):
         pipeline.load_lora_weights(tmp_path / name, name)
         expected[name] = alone(pipeline, "red apple", 1)
     assert not torch.equal(expected["a"], expected["b"]) and not torch.equal(expected["a"], expected[None])
-    with closing(Engine(pipeline, slots=8)) as engine:
+    with closing(Engine(pipeline, max_rows=8)) as engine:
         assert engine.adapters == ["a", "b"]
         switched, make = [], pipeline._decoder
         monkeypatch.setattr(pipeline, "_decoder", lambda: switched.append(len(engine._running)) or make())
@@ -139,7 +139,7 @@ def test_an_adapter_has_the_batch_for_itself(pipeline, tmp_path, monkeypatch):
 
 
 def test_a_full_queue_is_refused(pipeline):
-    with closing(Engine(pipeline, slots=2, waiting=2)) as engine:
+    with closing(Engine(pipeline, max_rows=2, waiting=2)) as engine:
         gate = Gate(engine)
         running = engine.submit("red apple", SAMPLING)
         gate.open(4)
@@ -183,10 +183,10 @@ def test_a_failing_batch_tells_its_callers_and_the_next_one_works(pipeline, monk
 
 
 @pytest.mark.parametrize("own", [False, True])
-def test_a_picture_that_fails_leaves_the_others_alone(pipeline, own):
-    """NaN in the rows of one job, of the others' settings or its own; its slots draw the next pictures as ever."""
+def test_a_image_that_fails_leaves_the_others_alone(pipeline, own):
+    """NaN in the rows of one job, of the others' settings or its own; its rows generate the next images as ever."""
     expected = [alone(pipeline, "red apple", 1), alone(pipeline, "blue car", 2)]
-    with closing(Engine(pipeline, slots=6)) as engine:
+    with closing(Engine(pipeline, max_rows=6)) as engine:
         gate, batcher = Gate(engine), engine._batcher
         first = engine.submit("red apple", SAMPLING, generator=generators(1))
         bad = engine.submit("yellow sun", Sampling(2.0, 0.8) if own else SAMPLING, num_images_per_prompt=2)
@@ -196,7 +196,7 @@ def test_a_picture_that_fails_leaves_the_others_alone(pipeline, own):
             time.sleep(0.01)
         (row,) = [row for row in batcher.rows if row.request is bad.requests[0]]
         with torch.inference_mode():
-            batcher._cache.values[0][row.slots] = float("nan")
+            batcher._cache.values[0][row.indices] = float("nan")
         gate.open()
         with pytest.raises(ValueError, match="logits: NaN"):
             bad.result(WAIT)
@@ -207,8 +207,8 @@ def test_a_picture_that_fails_leaves_the_others_alone(pipeline, own):
 
 
 def test_bad_requests_are_named(pipeline):
-    with pytest.raises(ValueError, match="slots: 1 must be a whole number of at least 2"):
-        Engine(pipeline, slots=1)
+    with pytest.raises(ValueError, match="max_rows: 1 must be a whole number of at least 2"):
+        Engine(pipeline, max_rows=1)
     with closing(Engine(pipeline, prompt_tokens=4)) as engine:
         with pytest.raises(ValueError, match="prompt: ' ' is not a caption"):
             engine.submit(" ", SAMPLING)
@@ -251,7 +251,7 @@ def test_a_reader_without_patience_can_leave_a_waiting_job(pipeline):
 
 
 def test_closing_cancels(pipeline):
-    engine = Engine(pipeline, slots=2)
+    engine = Engine(pipeline, max_rows=2)
     gate = Gate(engine)
     jobs = [engine.submit("red apple", SAMPLING) for _ in range(2)]
     gate.open(2)

@@ -1,4 +1,4 @@
-"""The report of a LoRA run on a language model: its figures, and what it does when a promise is broken."""
+"""The report of a LoRA run on a language model: its metrics, and what it does when a promise is broken."""
 
 import json
 import math
@@ -20,7 +20,7 @@ from unified.training.tracking import read_log
 
 @pytest.fixture(scope="module")
 def learned_run(config_file, on_a_backbone, parts, tmp_path_factory):
-    """An adapter that has learned its few pictures, which are also its validation rows."""
+    """An adapter that has learned its few images, which are also its validation rows."""
     run = tmp_path_factory.mktemp("smollm2")
     options = ["steps=40", "batch_size=12", "log_every=4", "validate_every=20", "checkpoint_every=null", "lora.rank=4",
                "lora.train_image_tables=true", "optimizer.ema_decay=null", "optimizer.learning_rate=0.02",

@@ -1,4 +1,4 @@
-"""Speculative decoding: the same picture (jacobi), the same distribution (sjd), and a test that tells gsd from it."""
+"""Speculative decoding: the same image (jacobi), the same distribution (sjd), and a test that tells gsd from it."""
 
 import itertools
 
@@ -21,7 +21,7 @@ def last(iterator):
 
 @pytest.mark.parametrize("window", [2, 5, 40])
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(guidance_scale=2.0, top_k=5, guidance_schedule="linear")])
-def test_jacobi_draws_the_picture_of_plain_decoding(window, sampling):
+def test_jacobi_draws_the_image_of_plain_decoding(window, sampling):
     decoder = make_decoder(tiny_model())
     plain = generate_codes(decoder, PROMPTS, NEGATIVES, (4, 4), sampling, generators(0, 1))
     fast = last(
@@ -50,18 +50,18 @@ def test_jacobi_saves_passes_where_the_context_hardly_matters():
 
 
 def tiny_world():
-    """A model of 4 codes on a grid of 2 x 2, and the exact probability of each of its 256 pictures."""
+    """A model of 4 codes on a grid of 2 x 2, and the exact probability of each of its 256 images."""
     model = tiny_model(codebook_size=4, text={"num_hidden_layers": 1, "hidden_size": 16, "initializer_range": 0.8})
     sampling = Sampling(guidance_scale=1.5, temperature=6.0, top_k=3)
-    pictures = list(itertools.product(range(4), repeat=4))
+    images = list(itertools.product(range(4), repeat=4))
     sides = []
     for prompt in (PROMPTS[0], NEGATIVES[0]):
-        ids = torch.tensor([[*prompt, *(50 + c for c in picture)] for picture in pictures])
+        ids = torch.tensor([[*prompt, *(50 + c for c in image)] for image in images])
         with torch.no_grad():
-            output = model(ids, image_grids=torch.tensor([[2, 2]] * len(pictures)))
+            output = model(ids, image_grids=torch.tensor([[2, 2]] * len(images)))
         sides.append(output.image_logits[:, len(prompt) - 1 : -1])
     log_probability = filter_logits(guide(*sides, sampling.guidance_scale), sampling).log_softmax(-1)
-    probability = log_probability.gather(-1, torch.tensor(pictures)[..., None]).squeeze(-1).sum(1).exp()
+    probability = log_probability.gather(-1, torch.tensor(images)[..., None]).squeeze(-1).sum(1).exp()
     return make_decoder(model), sampling, probability
 
 
@@ -92,7 +92,7 @@ def test_sjd_draws_from_the_distribution_and_the_test_can_fail(monkeypatch):
     assert float(probability.sum()) == pytest.approx(1, abs=1e-5)
     assert int((probability * 1000 >= 5).sum()) > 20  # enough cells to tell distributions apart
     assert chi_square_p(draws(decoder, sampling, 1000, mode="sjd", window=3), probability) > 0.01
-    # The inexact mode must be found out, and so must slips: another q than new places were drawn from, and redrawing from
+    # The inexact mode must be found out, and so must slips: another q than new places were sampled from, and redrawing from
     # p instead of what p has more than q.
     assert chi_square_p(draws(decoder, sampling, 1000, mode="gsd", window=3, group_size=2), probability) < 1e-4
     draft = speculative._Judge._draft
@@ -132,7 +132,7 @@ def test_groups_are_the_nearest_codes_whatever_the_parts_and_are_made_once(monke
 
 
 @pytest.mark.parametrize("mode", ["jacobi", "sjd", "gsd"])
-def test_forced_codes_stay_and_a_picture_is_its_own(mode):
+def test_forced_codes_stay_and_a_image_is_its_own(mode):
     decoder = make_decoder(tiny_model())
     known = torch.full((2, 4, 4), -1)
     known[:, 1:3, ::2] = torch.tensor([7, 11])

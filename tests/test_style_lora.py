@@ -1,4 +1,4 @@
-"""A style from a folder of pictures: recipes/configs/style_lora.yaml on ten tiny ones."""
+"""A style from a folder of images: recipes/configs/style_lora.yaml on ten tiny ones."""
 
 import numpy as np
 import pytest
@@ -33,8 +33,8 @@ def run(pipeline, tmp_path, *overrides):
     return train(load_config(CONFIG, [*shared, *overrides]))
 
 
-@pytest.mark.parametrize("captions", ["one for all", "beside the pictures"])
-def test_style_from_ten_pictures(pipeline, folder, tmp_path, captions):
+@pytest.mark.parametrize("captions", ["one for all", "beside the images"])
+def test_style_from_ten_images(pipeline, folder, tmp_path, captions):
     if captions == "one for all":
         adapter = run(pipeline, tmp_path, f"data.train={folder}", "data.caption=in stripes", "steps=60", "log_every=5")
         expected = ["in stripes"] * 10
@@ -69,7 +69,7 @@ def test_prior_preservation_is_a_second_source(pipeline, folder, parts, tmp_path
 def test_what_cannot_be_is_named(pipeline, folder, parts, tmp_path):
     with pytest.raises(ValueError, match="caption_column: 'caption' is not a column of the source"):
         run(pipeline, tmp_path, f"data.train={folder}")
-    with pytest.raises(ValueError, match="holds codes already; crops, flips and caption are for pictures"):
+    with pytest.raises(ValueError, match="holds codes already; crops, flips and caption are for images"):
         run(pipeline, tmp_path, f"data.train={parts}/codes")
     (folder / "0.txt").write_text("stripes")
     with pytest.raises(ValueError, match="caption: the source has a column 'caption' of its own"):

@@ -23,7 +23,7 @@ def test_interface(kind, text_tokenizer, word_tokenizer, tmp_path):
     )  # fmt: skip
 
 
-def test_picture_frame_cannot_be_typed(text_tokenizer, word_tokenizer):
+def test_image_frame_cannot_be_typed(text_tokenizer, word_tokenizer):
     assert text_tokenizer.boi_token_id not in text_tokenizer.encode("red <boi> apple <eoi>")
     wrapped = TransformersTokenizer(word_tokenizer, "<r1>", "<r2>")
     assert wrapped.boi_token_id in word_tokenizer.encode("red <r1> apple", add_special_tokens=False)
@@ -31,7 +31,7 @@ def test_picture_frame_cannot_be_typed(text_tokenizer, word_tokenizer):
     assert wrapped.encode("red <r1> apple") == [red, unknown, unknown, apple]
     assert wrapped.encode("<r2><r1>") == [unknown] * 3  # "<", "r2><", "r1>"
     # A single character cannot be cut.
-    with pytest.raises(ValueError, match="'a dog' spells a token that frames pictures"):
+    with pytest.raises(ValueError, match="'a dog' spells a token that frames images"):
         TransformersTokenizer(word_tokenizer, "a", "<r2>").encode("a dog")
 
 
@@ -51,7 +51,7 @@ def test_bytes_fall_back(text_tokenizer):
 def test_bad_input_is_named(word_tokenizer, tmp_path):
     with pytest.raises(ValueError, match="boi: '<boi>' is not in the vocabulary"):
         TransformersTokenizer(word_tokenizer)
-    with pytest.raises(ValueError, match="eoi: '<r1>' opens a picture already"):
+    with pytest.raises(ValueError, match="eoi: '<r1>' opens an image already"):
         TransformersTokenizer(word_tokenizer, "<r1>", "<r1>")
     with pytest.raises(ValueError, match=r"text_tokenizer: .* does not exist"):
         load_text_tokenizer(tmp_path / "nothing")

@@ -1,4 +1,4 @@
-"""Trackers get the settings, the figures and the pictures of a run, or are refused by name."""
+"""Trackers get the settings, the metrics and the images of a run, or are refused by name."""
 
 import sys
 from types import SimpleNamespace
@@ -38,7 +38,7 @@ def test_missing_and_unknown_trackers_are_named(config_file, tmp_path, monkeypat
     assert not (tmp_path / "run").exists()
 
 
-def test_sample_grids_reach_the_trackers_that_take_pictures(tmp_path, monkeypatch):
+def test_sample_grids_reach_the_trackers_that_take_images(tmp_path, monkeypatch):
     calls = []
 
     class Tracker(SimpleNamespace):
@@ -51,7 +51,7 @@ def test_sample_grids_reach_the_trackers_that_take_pictures(tmp_path, monkeypatc
     monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(Image=np.asarray))
     trackers = [Tracker(name=name) for name in ("wandb", "trackio", "mlflow")]
     log = RunLog(SimpleNamespace(is_main_process=True, trackers=trackers), tmp_path, 0)
-    picture = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
-    log._track(Image.fromarray(picture), 7)
+    image = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    log._track(Image.fromarray(image), 7)
     assert [call[:2] for call in calls] == [("wandb", 7), ("trackio", 7)]
-    assert all(np.array_equal(call[2], picture) for call in calls)
+    assert all(np.array_equal(call[2], image) for call in calls)

@@ -27,9 +27,9 @@ from unified.training.validation import image_loss
 class TestBatches:
     def build(self, parts, text_tokenizer, **changes):
         rows = load_codes(parts / "codes", "train", None)
-        layout = tiny_config(text={"vocab_size": text_tokenizer.vocab_size}).layout
+        vocabulary = tiny_config(text={"vocab_size": text_tokenizer.vocab_size}).vocabulary
         return CaptionedBatches(
-            rows, text_tokenizer, layout, **{"batch_size": 4, "num_batches": 9, "seed": 1, **changes}
+            rows, text_tokenizer, vocabulary, **{"batch_size": 4, "num_batches": 9, "seed": 1, **changes}
         )
 
     def test_every_epoch_sees_every_row_once(self, parts, text_tokenizer):
@@ -69,8 +69,8 @@ class TestBatches:
 
     def test_caption_dropout_share(self, parts, text_tokenizer):
         batches = self.build(parts, text_tokenizer, caption_dropout=0.25, num_batches=300)
-        layout = batches.layout
-        dropped = [int(row[1]) == layout.boi_token_id for batch in loader(batches) for row in batch["input_ids"]]
+        vocabulary = batches.vocabulary
+        dropped = [int(row[1]) == vocabulary.boi_token_id for batch in loader(batches) for row in batch["input_ids"]]
         assert sum(dropped) / len(dropped) == pytest.approx(0.25, abs=0.04)
 
     def test_captioning_turns_rows_around(self, parts, text_tokenizer):
@@ -78,19 +78,19 @@ class TestBatches:
         plain, mixed = (
             list(loader(self.build(parts, text_tokenizer, captioning=c, num_batches=60))) for c in (0.0, 0.4)
         )
-        layout, turned = self.build(parts, text_tokenizer).layout, 0
+        vocabulary, turned = self.build(parts, text_tokenizer).vocabulary, 0
         for a, b in zip(plain, mixed, strict=True):
             for i in range(4):
                 before, after = (x["input_ids"][i][x["attention_mask"][i].bool()] for x in (a, b))
                 labels = b["labels"][i][b["attention_mask"][i].bool()]
-                if int(after[1]) != layout.boi_token_id:
+                if int(after[1]) != vocabulary.boi_token_id:
                     assert before.tolist() == after.tolist()
                     continue
                 turned += 1
-                start = before.tolist().index(layout.boi_token_id)
+                start = before.tolist().index(vocabulary.boi_token_id)
                 caption, picture = before[1:start].tolist(), before[start:].tolist()
-                assert after.tolist() == [int(before[0]), *picture, *caption, layout.eos_token_id]
-                assert labels.tolist() == [-100] * (1 + len(picture)) + [*caption, layout.eos_token_id]
+                assert after.tolist() == [int(before[0]), *picture, *caption, vocabulary.eos_token_id]
+                assert labels.tolist() == [-100] * (1 + len(picture)) + [*caption, vocabulary.eos_token_id]
         assert turned / 240 == pytest.approx(0.4, abs=0.08)
 
     def test_code_noise_touches_inputs_only(self, parts, text_tokenizer):
@@ -105,7 +105,7 @@ class TestBatches:
             assert torch.equal(b["input_ids"] >= text_tokenizer.vocab_size, is_code)
             changed = (a["input_ids"] != b["input_ids"]) & is_code
             shares += (changed.sum(1) / is_code.sum(1)).tolist()
-        # Rates are uniform in [0, 0.8]; one draw in twenty hits the code that was there.
+        # Rates are uniform in [0, 0.8]; one sample in twenty hits the code that was there.
         assert sum(shares) / len(shares) == pytest.approx(0.4 * 19 / 20, abs=0.04)
         assert max(shares) > 0.6 and min(shares) < 0.1
 
@@ -114,14 +114,17 @@ class TestBuckets:
     GRIDS = [(4, 4)] * 13 + [(3, 6)] * 9 + [(6, 3)] * 5  # 27 rows
 
     def build(self, text_tokenizer, **changes):
-        layout = tiny_config(text={"vocab_size": text_tokenizer.vocab_size}).layout
+        vocabulary = tiny_config(text={"vocab_size": text_tokenizer.vocab_size}).vocabulary
         rows = [
             {"codes": [i % 20] * (h * w), "height": h, "width": w, "caption": "red apple"}
             for i, (h, w) in enumerate(self.GRIDS)
         ]
         rows = datasets.Dataset.from_list(rows).with_format("numpy")
         return CaptionedBatches(
-            rows, text_tokenizer, layout, **{"batch_size": 4, "num_batches": 27, "seed": 1, "bucket": True, **changes}
+            rows,
+            text_tokenizer,
+            vocabulary,
+            **{"batch_size": 4, "num_batches": 27, "seed": 1, "bucket": True, **changes},
         )
 
     def test_every_epoch_sees_every_row_once(self, text_tokenizer):
@@ -180,12 +183,12 @@ def test_launched_run_leaves_what_it_should(finished):
 
 
 def test_cost_counts_slots(finished, text_tokenizer):
-    """Cumulative slots: text tokens plus 16 / p^2 per picture."""
-    costs = [r["slots"] for r in read_log(finished) if "image_loss" in r]
+    """Cumulative positions: text tokens plus 16 / p^2 per image."""
+    costs = [r["positions"] for r in read_log(finished) if "image_loss" in r]
     per_step = [b - a for a, b in zip([0, *costs], costs, strict=False)]
     picture_slots = [4 * 1] * 3 + [4 * 4] * 3 + [4 * 16] * 6
-    text_slots = [total - image for total, image in zip(per_step, picture_slots, strict=True)]
-    assert all(4 * 3 <= text <= 4 * (3 + 14) for text in text_slots)  # <bos>, caption, <boi>, <eoi>
+    text_positions = [total - image for total, image in zip(per_step, picture_slots, strict=True)]
+    assert all(4 * 3 <= text <= 4 * (3 + 14) for text in text_positions)  # <bos>, caption, <boi>, <eoi>
 
 
 def test_mixed_steps_train_coarser_patches(config_file, tmp_path):
@@ -195,8 +198,8 @@ def test_mixed_steps_train_coarser_patches(config_file, tmp_path):
     train(load_config(config_file, [f"output_dir={tmp_path}", *options]))
     log = read_log(tmp_path)
     assert [record["patch_size"] for record in log] == [2] * 6 + [1, 2] * 3
-    slots = [record["slots"] for record in log]
-    per_step = [b - a for a, b in zip([0, *slots[:-1]], slots, strict=True)]
+    positions = [record["positions"] for record in log]
+    per_step = [b - a for a, b in zip([0, *positions[:-1]], positions, strict=True)]
     assert per_step == [4 * (3 + 16 // record["patch_size"] ** 2) for record in log]  # <bos> <boi> codes <eoi>
 
 
@@ -275,7 +278,7 @@ def test_packed_run_equals_the_padded_one(config_file, tmp_path):
     for name in theirs:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=2e-5)
     ours, theirs = (read_log(tmp_path / name) for name in ("packed", "padded"))
-    assert [r.get("slots") for r in ours] == [r.get("slots") for r in theirs]
+    assert [r.get("positions") for r in ours] == [r.get("positions") for r in theirs]
     with pytest.raises(ValueError, match=r"data.pack: 8 is shorter than a sequence of \d+ tokens"):
         train(load_config(config_file, [f"output_dir={tmp_path}/short", "data.pack=8", *options]))
 
@@ -294,7 +297,7 @@ def test_muon_takes_the_decoders_matrices_only():
     assert "image_head" in decays[0.05] and "norm" in decays[0.0]
 
 
-def test_pictures_are_encoded_on_the_way(config_file, parts, picture_source, tmp_path):
+def test_images_are_encoded_on_the_way(config_file, parts, picture_source, tmp_path):
     options = [
         f"output_dir={tmp_path}",
         f"data.train={picture_source}",
@@ -337,7 +340,7 @@ def test_adapter_on_a_language_model_loads_into_the_kept_base(
     assert torch.equal(pipe.model(ids).logits, plain(ids).logits)
     pipe.load_lora_weights(folder)
     rows = load_codes(parts / "codes", "train", None)
-    batches = CaptionedBatches(rows, pipe.text_tokenizer, base_of(pipe.model).config.layout, 4, 0)
+    batches = CaptionedBatches(rows, pipe.text_tokenizer, base_of(pipe.model).config.vocabulary, 4, 0)
     log = read_log(tmp_path / "run")
     assert image_loss(pipe.model, batches, torch.device("cpu")) < log[0]["image_loss"] - 0.2
     pipe.fuse_lora()

@@ -1,4 +1,4 @@
-"""Transparent pictures mean the same everywhere: what is seen on white, as in training."""
+"""Transparent images mean the same everywhere: what is seen on white, as in training."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from unified_tokenizers.images import as_rgb, to_tensor
 
 @pytest.fixture
 def pair():
-    """A picture whose left half is transparent black, and what is seen of it on white."""
+    """An image whose left half is transparent black, and what is seen of it on white."""
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 4), dtype=np.uint8)
     pixels[:, :8], pixels[:, 8:, 3] = 0, 255
     seen = pixels[..., :3].copy()

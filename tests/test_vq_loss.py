@@ -16,7 +16,7 @@ from unified_tokenizers.vq_loss import (
 
 
 def test_edges_by_hand():
-    """A step of height 2 at one column of a 4 x 4 picture; the second scale halves the sides."""
+    """A step of height 2 at one column of a 4 x 4 image; the second scale halves the sides."""
     images = torch.zeros(1, 3, 4, 4)
     decoded = images.clone()
     decoded[..., 2:] = 2.0

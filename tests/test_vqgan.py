@@ -1,4 +1,4 @@
-"""Published image tokenizers: codes and pictures equal those of independent code on the same weights."""
+"""Published image tokenizers: codes and images equal those of independent code on the same weights."""
 
 import argparse
 import json
@@ -162,7 +162,7 @@ def published(request):
 
 
 @pytest.mark.parametrize("wrapper", ["model", "state_dict", None])
-def test_codes_and_pictures_equal_the_reference(published, wrapper, tmp_path):
+def test_codes_and_images_equal_the_reference(published, wrapper, tmp_path):
     kind, state = published
     extra = {"quantize.codebook_used": torch.zeros(7)} if kind == "llamagen" else {"loss.logvar": torch.zeros(())}
     payload = {**state, **extra}
@@ -310,7 +310,7 @@ def test_parity_with_emu3_of_transformers(whole, tmp_path):
         ours.encode(torch.zeros(1, 3, 15, 16))
 
 
-def test_training_pulls_codes_and_pictures():
+def test_training_pulls_codes_and_images():
     tokenizer = vqgan_from_weights(make_layout("llamagen"), "llamagen").train()
     optimizer = torch.optim.AdamW(tokenizer.parameters(), 2e-3)
     errors = []
@@ -406,7 +406,7 @@ class TestBadFiles:
         with pytest.raises(ValueError, match=r"has a name that starts with gen_vision_model. or model.vqmodel."):
             AutoImageTokenizer.from_pretrained(tmp_path)
 
-    def test_picture_that_does_not_divide(self, state):
+    def test_image_that_does_not_divide(self, state):
         with pytest.raises(ValueError, match="size 18x16 does not divide by the tokenizer's stride 4"):
             vqgan_from_weights(state, "x").encode(torch.zeros(1, 3, 18, 16))
         with pytest.raises(ValueError, match=r"codes: values 24..24 leave the codebook \[0, 24\)"):

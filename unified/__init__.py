@@ -1,6 +1,6 @@
-"""One language model that reads and writes text and pictures, trained with next-patch prediction."""
+"""One language model that reads and writes text and images, trained with next-patch prediction."""
 
-from unified.config import TokenLayout, UnifiedConfig
+from unified.config import UnifiedConfig, Vocabulary
 from unified.model.modeling import UnifiedForCausalLM, UnifiedOutput
 from unified.pipeline.pipeline import UnifiedPipeline, UnifiedPipelineOutput
 from unified.prediction.npp import PatchSchedule, group_embeddings, group_targets, patch_cross_entropy
@@ -9,12 +9,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "PatchSchedule",
-    "TokenLayout",
     "UnifiedConfig",
     "UnifiedForCausalLM",
     "UnifiedOutput",
     "UnifiedPipeline",
     "UnifiedPipelineOutput",
+    "Vocabulary",
     "group_embeddings",
     "group_targets",
     "patch_cross_entropy",

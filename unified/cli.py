@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    parser = argparse.ArgumentParser(prog="unified", description="Pictures from text, text from pictures.")
+    parser = argparse.ArgumentParser(prog="unified", description="Pictures from text, text from images.")
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name: str, run: object, about: str) -> argparse.ArgumentParser:
@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
         added.add_argument("--threads", type=int, help="CPU threads (default: as torch chooses)")
         return added
 
-    generate = command("generate", _generate, "Draw pictures for prompts.")
+    generate = command("generate", _generate, "Draw images for prompts.")
     _drawing_options(generate)
     generate.add_argument("--height", type=int, help="pixels (default: the model's first size)")
     generate.add_argument("--width", type=int, help="pixels")
@@ -58,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     inpaint.add_argument("--image", type=Path, required=True, help="picture to change")
     inpaint.add_argument("--mask", type=Path, required=True, help="white where it is redrawn, black where it stays")
 
-    caption = command("caption", _caption, "Write captions for pictures, one line each.")
+    caption = command("caption", _caption, "Write captions for images, one line each.")
     caption.add_argument("images", type=Path, nargs="+", help="pictures")
     caption.add_argument("--prompt", help="how the caption begins")
     caption.add_argument("--max-new-tokens", type=int, default=32, help="default: %(default)s")
@@ -70,7 +70,10 @@ def build_parser() -> argparse.ArgumentParser:
     serve.add_argument("--port", type=int, default=7860, help="default: %(default)s")
     serve.add_argument("--queue", type=int, default=8, help="requests that may wait (default: %(default)s)")
     serve.add_argument(
-        "--slots", type=int, default=8, help="rows drawn together; a guided picture takes two (default: %(default)s)"
+        "--max-rows",
+        type=int,
+        default=8,
+        help="rows generated together; a guided image takes two (default: %(default)s)",
     )
     return parser
 
@@ -84,7 +87,7 @@ def _device(name: str) -> torch.device:
 
 
 def _seed(text: str) -> int:
-    """A seed with room for those of many pictures behind it; argparse reports the error."""
+    """A seed with room for those of many images behind it; argparse reports the error."""
     if not text.isdigit() or int(text) >= 2**63:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2^63 - 1")
     return int(text)
@@ -99,7 +102,7 @@ def _sampling_options(parser: argparse.ArgumentParser) -> None:
 
 def _drawing_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", required=True, nargs="+", help="one caption or several")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the images")
     parser.add_argument("--num-images-per-prompt", type=int, default=1)
     parser.add_argument("--negative-prompt", help="what to steer away from (default: the empty caption)")
     parser.add_argument(
@@ -168,4 +171,4 @@ def _serve(args: argparse.Namespace) -> None:
     from unified.serving.web import serve  # gradio is an extra
 
     chosen, args.lora = args.lora, None  # loaded by name, with the others
-    serve(_load(args), args.loras, chosen, args.host, args.port, args.slots, args.queue)
+    serve(_load(args), args.loras, chosen, args.host, args.port, args.max_rows, args.queue)

@@ -8,7 +8,7 @@ from transformers.configuration_utils import SubConfigSpec
 
 
 @dataclass(frozen=True)
-class TokenLayout:
+class Vocabulary:
     """The one id space: text ids are ``[0, text_vocab_size)``, image code c is ``text_vocab_size + c``.
 
     ``eos_token_id`` ends a text that is learned; any of ``eos_token_ids``, where a backbone has several, ends a written one.
@@ -42,9 +42,9 @@ class UnifiedConfig(PreTrainedConfig):
         coarse_positions: where a patch of a coarse stage sits: ``center`` of its fine-grid cells, ``unit`` stride as
             in the paper (arXiv 2412.15321), or ``normalized`` to ``normalized_range`` (arXiv 2406.10797).
         normalized_range: extent of the grid's longer side for ``normalized``.
-        loss_normalization: ``slot`` weighs every predicted slot alike, ``token`` weighs a patch by its p*p codes.
+        loss_normalization: ``position`` weighs every predicted position alike, ``token`` weighs a patch by its p*p codes.
         text_loss_weight, image_loss_weight: weights of the two parts in the mean.
-        conditioning: the condition in front of a picture that is no text (see :mod:`unified.model.prefix`):
+        conditioning: the condition in front of an image that is no text (see :mod:`unified.model.prefix`):
             ``{"kind": "class", "classes": N}`` or ``{"kind": "features", "length": P, "features": F}``; None without.
     """
 
@@ -64,7 +64,7 @@ class UnifiedConfig(PreTrainedConfig):
     positions: str = "2d"
     coarse_positions: str = "center"
     normalized_range: float = 16.0
-    loss_normalization: str = "slot"
+    loss_normalization: str = "position"
     text_loss_weight: float = 1.0
     image_loss_weight: float = 1.0
     conditioning: dict[str, Any] | None = None
@@ -78,7 +78,7 @@ class UnifiedConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         _choice("positions", self.positions, ("1d", "2d", "llamagen"))
         _choice("coarse_positions", self.coarse_positions, ("center", "unit", "normalized"))
-        _choice("loss_normalization", self.loss_normalization, ("slot", "token"))
+        _choice("loss_normalization", self.loss_normalization, ("position", "token"))
         if self.text_config is not None:
             language = self.text_config.get_text_config()
             if language is not self.text_config:
@@ -95,14 +95,14 @@ class UnifiedConfig(PreTrainedConfig):
                     )
 
     @property
-    def layout(self) -> TokenLayout:
+    def vocabulary(self) -> Vocabulary:
         """The id space shared by text and image tokens."""
         text = self.text_config
         given = text.eos_token_id if isinstance(text.eos_token_id, list) else [text.eos_token_id]
         ends = tuple(end for end in given if end is not None)
         eos = ends[0] if ends else None
         pad = text.pad_token_id if text.pad_token_id is not None else (eos or 0)
-        return TokenLayout(
+        return Vocabulary(
             text.vocab_size, self.codebook_size, self.boi_token_id, self.eoi_token_id, text.bos_token_id, eos, pad, ends
         )
 

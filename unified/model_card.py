@@ -17,8 +17,8 @@ from unified.training.config import TrainConfig
 from unified.training.tracking import read_log
 
 _WHAT = {
-    "pipeline": "A language model that draws pictures, with its image and text tokenizer.",
-    "lora": "A LoRA adapter for a language model that draws pictures.",
+    "pipeline": "A language model that generates images, with its image and text tokenizer.",
+    "lora": "A LoRA adapter for a language model that generates images.",
     "base": "A language model with image tables that are not trained yet: what the adapter beside it is loaded into.",
 }
 _LOAD = """```python
@@ -33,7 +33,7 @@ def run_card(config: TrainConfig, part: str, image_tokenizer_fingerprint: str) -
     """Text of a ``README.md`` with front matter; terms that nothing states are said to be unknown.
 
     Args:
-        config: settings of the run, whose ``output_dir`` holds its log and, of pictures encoded on the way, the codes.
+        config: settings of the run, whose ``output_dir`` holds its log and, of images encoded on the way, the codes.
         part: ``pipeline``, ``lora``, or ``base``, which knows neither data nor figures.
         image_tokenizer_fingerprint: of the tokenizer whose codes the model was trained on.
     """
@@ -61,8 +61,8 @@ def run_card(config: TrainConfig, part: str, image_tokenizer_fingerprint: str) -
             f"- {what}. Licence: {_said(terms['license'], 'unknown')}. Attribution: {_said(terms['attribution'], 'none stated')}"
             for what, terms in made_from
         ),
-        "Last figures of the log": "" if part == "base" else _figures(read_log(output)),
-        "Image tokenizer": f"Fingerprint `{image_tokenizer_fingerprint}`. Codes of another one mean other pictures.",
+        "Last metrics of the log": "" if part == "base" else _figures(read_log(output)),
+        "Image tokenizer": f"Fingerprint `{image_tokenizer_fingerprint}`. Codes of another one mean other images.",
         "Code": f"Written by unified, {code_version()}.",
         "Settings": f"```yaml\n{dump_settings(config)}```",
     }
@@ -89,7 +89,7 @@ def _data(config: TrainConfig) -> list[tuple[str, dict[str, Any]]]:
     data, output = config.data, Path(config.output_dir)
     if data.train:
         return [_codes("Pictures", data.train, output / "codes", data.train_split, data.max_samples)]
-    kinds = {"image": "Pictures", "interleaved": "Texts with pictures"}
+    kinds = {"image": "Pictures", "interleaved": "Texts with images"}
     return [
         (f"Texts: `{source.path}`", terms_of(source.path))
         if source.kind == "text"
@@ -117,4 +117,4 @@ def _figures(log: list[dict[str, Any]]) -> str:
     last = {name: (value, record["step"]) for record in log for name, value in record.items() if name != "step"}
     shown = {name: f"{value:.5g}" if isinstance(value, float) else value for name, (value, _) in last.items()}
     lines = [f"| {name} | {shown[name]} | {step} |" for name, (_, step) in last.items()]
-    return "\n".join(["| figure | value | after step |", "|---|---|---|", *lines])
+    return "\n".join(["| metric | value | after step |", "|---|---|---|", *lines])

@@ -1,7 +1,7 @@
 """Segments of text and image <-> one sequence of ids; batches of sequences.
 
 A sequence reads ``<bos> text <boi> codes <eoi> text ...``. ``labels`` copy the ids where a token is to be learned and
-hold -100 elsewhere; the shift by one slot happens inside the model.
+hold -100 elsewhere; the shift by one position happens inside the model.
 """
 
 from collections.abc import Iterable, Sequence
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unified.config import TokenLayout
+from unified.config import Vocabulary
 
 IGNORE = -100
 
@@ -44,16 +44,16 @@ class TokenSequence:
     document_ids: Tensor | None = None
 
 
-def build_sequence(segments: Iterable[Segment], layout: TokenLayout, end: bool = False) -> TokenSequence:
+def build_sequence(segments: Iterable[Segment], vocabulary: Vocabulary, end: bool = False) -> TokenSequence:
     """Lay segments out as one sequence that starts with ``<bos>`` (if the backbone has one).
 
-    ``<boi>`` is learned if the text before it is, so that interleaved data teach when to draw; ``<eoi>`` is learned with
-    its picture. ``end`` appends ``<eos>``, learned as the last segment is.
+    ``<boi>`` is learned if the text before it is, so that interleaved data teach when to sample; ``<eoi>`` is learned with
+    its image. ``end`` appends ``<eos>``, learned as the last segment is.
 
     Raises:
         ValueError: if text ids or codes leave their ranges, or codes are not ``(h, w)`` integers.
     """
-    start = [] if layout.bos_token_id is None else [layout.bos_token_id]
+    start = [] if vocabulary.bos_token_id is None else [vocabulary.bos_token_id]
     ids = [torch.tensor(start, dtype=torch.int64)]
     learn = [torch.zeros(len(start), dtype=torch.bool)]
     grids: list[tuple[int, int]] = []
@@ -62,41 +62,41 @@ def build_sequence(segments: Iterable[Segment], layout: TokenLayout, end: bool =
         learned = segment.loss
         if isinstance(segment, TextSegment):
             part = torch.tensor(segment.ids, dtype=torch.int64)
-            _check_range("text ids", part, layout.text_vocab_size)
+            _check_range("text ids", part, vocabulary.text_vocab_size)
             learn.append(torch.full((len(part),), learned))
             text_learned = learned
         else:
             codes = segment.codes
             if codes.ndim != 2 or codes.is_floating_point() or codes.numel() == 0:
                 raise ValueError(f"codes: need integers of shape (h, w), got {codes.dtype} {tuple(codes.shape)}.")
-            _check_range("codes", codes, layout.codebook_size)
-            part = torch.nn.functional.pad(codes.reshape(-1).long() + layout.text_vocab_size, (1, 1))
-            part[0], part[-1] = layout.boi_token_id, layout.eoi_token_id
+            _check_range("codes", codes, vocabulary.codebook_size)
+            part = torch.nn.functional.pad(codes.reshape(-1).long() + vocabulary.text_vocab_size, (1, 1))
+            part[0], part[-1] = vocabulary.boi_token_id, vocabulary.eoi_token_id
             learn.append(torch.full((len(part),), learned))
             learn[-1][0] = text_learned
             grids.append((codes.shape[0], codes.shape[1]))
         ids.append(part)
     if end:
-        if layout.eos_token_id is None:
+        if vocabulary.eos_token_id is None:
             raise ValueError("end: the backbone has no eos token id; set one in its configuration.")
-        ids.append(torch.tensor([layout.eos_token_id]))
+        ids.append(torch.tensor([vocabulary.eos_token_id]))
         learn.append(torch.tensor([learned]))
     input_ids = torch.cat(ids)
     labels = torch.where(torch.cat(learn), input_ids, IGNORE)
     return TokenSequence(input_ids, labels, grids)
 
 
-def split_sequence(input_ids: Tensor, image_grids: Sequence[tuple[int, int]], layout: TokenLayout) -> list[Segment]:
+def split_sequence(input_ids: Tensor, image_grids: Sequence[tuple[int, int]], vocabulary: Vocabulary) -> list[Segment]:
     """The inverse of :func:`build_sequence` for the ids ``(T,)``: segments without ``<bos>``, ``<boi>`` and ``<eoi>``."""
-    frame = {layout.boi_token_id, layout.eoi_token_id}
+    frame = {vocabulary.boi_token_id, vocabulary.eoi_token_id}
     segments: list[Segment] = []
     text: list[int] = []
     grids = iter(image_grids)
     ids = input_ids.tolist()
-    position = 1 if ids and ids[0] == layout.bos_token_id else 0
+    position = 1 if ids and ids[0] == vocabulary.bos_token_id else 0
     while position < len(ids):
         token = ids[position]
-        if token < layout.text_vocab_size:
+        if token < vocabulary.text_vocab_size:
             if token not in frame:
                 text.append(token)
             position += 1
@@ -105,7 +105,7 @@ def split_sequence(input_ids: Tensor, image_grids: Sequence[tuple[int, int]], la
             segments.append(TextSegment(text))
             text = []
         height, width = next(grids)
-        codes = input_ids[position : position + height * width] - layout.text_vocab_size
+        codes = input_ids[position : position + height * width] - vocabulary.text_vocab_size
         segments.append(ImageSegment(codes.reshape(height, width)))
         position += height * width
     if text:
@@ -113,7 +113,7 @@ def split_sequence(input_ids: Tensor, image_grids: Sequence[tuple[int, int]], la
     return segments
 
 
-def collate(sequences: Sequence[TokenSequence], layout: TokenLayout) -> dict[str, Tensor]:
+def collate(sequences: Sequence[TokenSequence], vocabulary: Vocabulary) -> dict[str, Tensor]:
     """Pad sequences on the right into a batch for :class:`unified.UnifiedForCausalLM`.
 
     Returns:
@@ -127,7 +127,7 @@ def collate(sequences: Sequence[TokenSequence], layout: TokenLayout) -> dict[str
 
     grids = [grid for sequence in sequences for grid in sequence.image_grids]
     batch = {
-        "input_ids": stack([s.input_ids for s in sequences], layout.pad_token_id),
+        "input_ids": stack([s.input_ids for s in sequences], vocabulary.pad_token_id),
         "labels": stack([s.labels for s in sequences], IGNORE),
         "attention_mask": stack([torch.ones_like(s.input_ids) for s in sequences], 0),
         "image_grids": torch.tensor(grids, dtype=torch.int64).reshape(-1, 2),

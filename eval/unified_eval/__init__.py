@@ -1,4 +1,4 @@
-"""Evaluation of generated pictures: distances, CLIP scores, exact checks of shapes, reconstruction and reports.
+"""Evaluation of generated images: distances, CLIP scores, exact checks of shapes, reconstruction and reports.
 
 The names below are imported on first use, so that ``import unified_eval`` loads neither open_clip nor a feature
 network.
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
         precision_recall_density_coverage,
         prompt_diversity,
     )
-    from unified_eval.drawing import content_hash, draw_pictures, stream_drawings
-    from unified_eval.evaluate import evaluate_pictures, evaluate_tokenizer, measure_pictures
-    from unified_eval.extraction import extract_features, open_pictures
+    from unified_eval.drawing import content_hash, draw_images, stream_drawings
+    from unified_eval.evaluate import evaluate_images, evaluate_tokenizer, measure_images
+    from unified_eval.extraction import extract_features, open_images
     from unified_eval.features import Extractor, load_extractor
     from unified_eval.frechet import cmmd, frechet_distance, kernel_distance, kernel_distances_of_subsets
     from unified_eval.intervals import bootstrap_interval, wilson_interval
@@ -59,8 +59,8 @@ _MODULE_OF = {
     "cmmd": "frechet",
     "compare_measures": "measures",
     "content_hash": "drawing",
-    "draw_pictures": "drawing",
-    "evaluate_pictures": "evaluate",
+    "draw_images": "drawing",
+    "evaluate_images": "evaluate",
     "evaluate_tokenizer": "evaluate",
     "extract_features": "extraction",
     "find_shapes": "shapes",
@@ -73,10 +73,10 @@ _MODULE_OF = {
     "load_clip": "clip",
     "load_extractor": "features",
     "load_npz": "npz",
-    "measure_pictures": "evaluate",
+    "measure_images": "evaluate",
     "measure_pipeline": "monitor",
     "nearest_neighbours": "diversity",
-    "open_pictures": "extraction",
+    "open_images": "extraction",
     "precision_recall_density_coverage": "diversity",
     "prompt_diversity": "diversity",
     "psnr": "reconstruction",
@@ -112,8 +112,8 @@ __all__ = [
     "cmmd",
     "compare_measures",
     "content_hash",
-    "draw_pictures",
-    "evaluate_pictures",
+    "draw_images",
+    "evaluate_images",
     "evaluate_tokenizer",
     "extract_features",
     "find_shapes",
@@ -126,10 +126,10 @@ __all__ = [
     "load_clip",
     "load_extractor",
     "load_npz",
-    "measure_pictures",
+    "measure_images",
     "measure_pipeline",
     "nearest_neighbours",
-    "open_pictures",
+    "open_images",
     "precision_recall_density_coverage",
     "prompt_diversity",
     "psnr",

@@ -1,4 +1,4 @@
-"""CLIP features of pictures and captions, and the scores made of them."""
+"""CLIP features of images and captions, and the scores made of them."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ CONFIG_FILE = "open_clip_config.json"
 
 
 class Clip(NamedTuple):
-    """A contrastive model with its picture transform, its text tokenizer and the name its scores carry."""
+    """A contrastive model with its image transform, its text tokenizer and the name its scores carry."""
 
     model: Any
     preprocess: Callable[[Image.Image], Tensor]
@@ -81,7 +81,7 @@ def _name_of_folder(folder: Path) -> str:
 
 
 def clip_recipe(clip: Clip) -> dict[str, Any]:
-    """What decides a CLIP score: the model's name, a hash of its weights as loaded, and the picture transform."""
+    """What decides a CLIP score: the model's name, a hash of its weights as loaded, and the image transform."""
     digest = hashlib.sha256()
     for key, value in sorted(clip.model.state_dict().items()):
         digest.update(key.encode())
@@ -96,12 +96,12 @@ def caption_key(caption: str) -> str:
 
 
 def check_unique(captions: Sequence[str]) -> None:
-    """Raise ValueError if two captions count as the same: a picture would have two right ones."""
+    """Raise ValueError if two captions count as the same: an image would have two right ones."""
     first_of: dict[str, int] = {}
     for index, caption in enumerate(captions):
         if (first := first_of.setdefault(caption_key(caption), index)) != index:
             raise ValueError(
-                f"captions: number {index} repeats number {first} ({caption!r}); keep one picture for each caption."
+                f"captions: number {index} repeats number {first} ({caption!r}); keep one image for each caption."
             )
 
 
@@ -119,14 +119,14 @@ def tokenize(tokenizer: Any, captions: Sequence[str]) -> Tensor:
     cut = (wider[:, :context] != tokens).any(1) | (wider[:, -1] != padding)
     for caption, too_long in zip(captions, cut.tolist(), strict=True):
         if not caption.strip():
-            raise ValueError("captions: one is empty; leave such pictures out.")
+            raise ValueError("captions: one is empty; leave such images out.")
         if too_long:
             raise ValueError(f"captions: {caption!r} is longer than the context of {context} tokens; shorten it.")
     return tokens
 
 
 def clip_extractor(clip: Clip) -> Extractor:
-    """The picture tower as a feature network, for :func:`unified_eval.extract_features`; rows are not normalised."""
+    """The image tower as a feature network, for :func:`unified_eval.extract_features`; rows are not normalised."""
     recipe = clip_recipe(clip)
     device = next(clip.model.parameters()).device
 
@@ -156,13 +156,13 @@ def clip_text_features(clip: Clip, captions: Sequence[str], batch_size: int = 64
 def clip_features(
     clip: Clip, images: Sequence[Image.Image], captions: Sequence[str], batch_size: int = 64, progress: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Normalised features of pictures and of their captions.
+    """Normalised features of images and of their captions.
 
     Args:
         clip: what :func:`load_clip` returned.
-        images: N pictures of any size.
+        images: N images of any size.
         captions: N captions.
-        batch_size: pictures per forward pass.
+        batch_size: images per forward pass.
         progress: show a progress bar.
 
     Returns:
@@ -172,18 +172,18 @@ def clip_features(
         ValueError: if the lists are empty or differ in length, or a caption is empty or longer than the context.
     """
     if len(images) != len(captions):
-        raise ValueError(f"captions: {len(captions)} captions for {len(images)} pictures; give one for each.")
+        raise ValueError(f"captions: {len(captions)} captions for {len(images)} images; give one for each.")
     texts = clip_text_features(clip, captions, batch_size)
     pictures = torch.from_numpy(clip_extractor(clip)(images, batch_size, progress))
     return F.normalize(pictures, dim=1), texts
 
 
 def clip_score(image_features: Tensor, text_features: Tensor) -> float:
-    """CLIP score: ``100 * mean(cos(picture, its caption))``, not clamped at 0, without a prompt prefix.
+    """CLIP score: ``100 * mean(cos(image, its caption))``, not clamped at 0, without a prompt prefix.
 
     Args:
         image_features: ``(N, E)``.
-        text_features: ``(N, E)``, row i for picture i.
+        text_features: ``(N, E)``, row i for image i.
 
     Raises:
         ValueError: if the shapes differ, a set is empty, or a row is zero or not finite.
@@ -194,10 +194,10 @@ def clip_score(image_features: Tensor, text_features: Tensor) -> float:
 
 
 def shuffled_score(image_features: Tensor, text_features: Tensor) -> float:
-    """CLIP score of pictures with captions of other pictures: the mean over every mismatched pair, so no seed is drawn.
+    """CLIP score of images with captions of other images: the mean over every mismatched pair, so no seed is drawn.
 
     Raises:
-        ValueError: as for :func:`clip_score`, or if there are fewer than 2 pictures.
+        ValueError: as for :func:`clip_score`, or if there are fewer than 2 images.
     """
     cosines = _cosines(image_features, text_features)
     count = len(cosines)
@@ -207,22 +207,22 @@ def shuffled_score(image_features: Tensor, text_features: Tensor) -> float:
 
 
 def shuffled_gap(image_features: Tensor, text_features: Tensor) -> float:
-    """CLIP score less :func:`shuffled_score`: what of the score is due to the picture's own caption."""
+    """CLIP score less :func:`shuffled_score`: what of the score is due to the image's own caption."""
     return clip_score(image_features, text_features) - shuffled_score(image_features, text_features)
 
 
 def retrieval_at_1(image_features: Tensor, text_features: Tensor, captions: Sequence[str] | None = None) -> float:
-    """R@1: the share of pictures that are nearer to their own caption than to any other of the N captions.
+    """R@1: the share of images that are nearer to their own caption than to any other of the N captions.
 
     Chance is 1/N, so compare at equal N. A tie with another caption counts as a miss.
 
     Args:
         image_features: ``(N, E)``.
-        text_features: ``(N, E)``, row i for picture i.
+        text_features: ``(N, E)``, row i for image i.
         captions: the N captions, to find repeated ones by their text.
 
     Raises:
-        ValueError: if captions or text features repeat (a repeated caption has no single right picture), or as for
+        ValueError: if captions or text features repeat (a repeated caption has no single right image), or as for
             :func:`clip_score`.
     """
     cosines = _cosines(image_features, text_features)
@@ -234,19 +234,19 @@ def retrieval_at_1(image_features: Tensor, text_features: Tensor, captions: Sequ
         first_of: dict[tuple[float, ...], int] = {}
         for index, row in enumerate(text_features.tolist()):
             if (first := first_of.setdefault(tuple(row), index)) != index:
-                raise ValueError(f"captions: number {index} repeats number {first}; keep one picture for each caption.")
+                raise ValueError(f"captions: number {index} repeats number {first}; keep one image for each caption.")
     own = cosines.diagonal()
     others = cosines.masked_fill(torch.eye(len(cosines), dtype=torch.bool), -torch.inf).amax(1)
     return float((own > others).double().mean())
 
 
 def caption_rows(image_features: Tensor, text_features: Tensor, own: Sequence[int]) -> dict[str, np.ndarray]:
-    """What the scores are means of, for pictures of which several may share a caption.
+    """What the scores are means of, for images of which several may share a caption.
 
     Args:
-        image_features: ``(N, E)`` of pictures.
+        image_features: ``(N, E)`` of images.
         text_features: ``(C, E)`` of captions, all different.
-        own: for each picture, the row of its caption.
+        own: for each image, the row of its caption.
 
     Returns:
         Three ``(N,)`` float64 arrays: ``own``, the cosine with the own caption; ``others``, the mean cosine with the
@@ -267,12 +267,12 @@ def caption_rows(image_features: Tensor, text_features: Tensor, own: Sequence[in
 def _unit_rows(field: str, rows: Tensor) -> Tensor:
     lengths = rows.double().norm(dim=1)
     if not bool((torch.isfinite(lengths) & (lengths > 0)).all()):
-        raise ValueError(f"{field}: a row is zero or not finite; check the picture or caption it was made from.")
+        raise ValueError(f"{field}: a row is zero or not finite; check the image or caption it was made from.")
     return F.normalize(rows.double(), dim=1)
 
 
 def _cosines(image_features: Tensor, text_features: Tensor) -> Tensor:
-    """``(N, N)`` cosines, pictures by rows."""
+    """``(N, N)`` cosines, images by rows."""
     if image_features.shape != text_features.shape or image_features.ndim != 2 or len(image_features) == 0:
         raise ValueError(
             f"image_features, text_features: need two equal shapes (N, E) with N of 1 or more, got "

@@ -8,14 +8,14 @@ STAGE_COLORS = ("#e3eef9", "#fdf1dc", "#e6f4e6", "#f6e7f2")
 
 
 def plot_loss(log: Sequence[Mapping[str, Any]], out: Path, title: str, codebook_size: int) -> Path:
-    """Plot a training log against the backbone slots processed.
+    """Plot a training log against the backbone positions processed.
 
     Args:
-        log: records with ``slots``, and either ``image_loss`` and ``patch_size``, or ``validation_loss`` and
+        log: records with ``positions``, and either ``image_loss`` and ``patch_size``, or ``validation_loss`` and
             ``train_subset_loss``; losses in nats a code.
         out: PNG to write.
         title: headline.
-        codebook_size: K; ``ln K``, the loss of a uniform guess, is drawn as a line.
+        codebook_size: K; ``ln K``, the loss of a uniform guess, is sampled as a line.
 
     Returns:
         ``out``.
@@ -34,7 +34,7 @@ def plot_loss(log: Sequence[Mapping[str, Any]], out: Path, title: str, codebook_
         raise ValueError("log: no record with an image_loss; train first.")
     checks = [record for record in log if "validation_loss" in record]
     figure, axes = plt.subplots(figsize=(9, 4.8), dpi=120)
-    cost = np.array([record["slots"] for record in training]) / 1e6
+    cost = np.array([record["positions"] for record in training]) / 1e6
     sizes = [record["patch_size"] for record in training]
     starts = [i for i in range(len(sizes)) if i == 0 or sizes[i] != sizes[i - 1]]
     edges = [0.0, *(cost[i - 1] for i in starts[1:]), cost[-1]]
@@ -50,7 +50,7 @@ def plot_loss(log: Sequence[Mapping[str, Any]], out: Path, title: str, codebook_
         cost, [record["image_loss"] for record in training], color="#0b6e6e", lw=1.4, label="training, at the stage's p"
     )
     if checks:
-        at = [record["slots"] / 1e6 for record in checks]
+        at = [record["positions"] / 1e6 for record in checks]
         for name, style, color, label in (
             ("train_subset_loss", "o-", "#c2571a", "training captions, p = 1"),
             ("validation_loss", "s--", "#6b4ba3", "held-out captions, p = 1"),
@@ -58,7 +58,7 @@ def plot_loss(log: Sequence[Mapping[str, Any]], out: Path, title: str, codebook_
             axes.plot(at, [record[name] for record in checks], style, color=color, lw=1, ms=4, label=label)
     axes.axhline(np.log(codebook_size), color="#888", lw=0.8, ls=":", label=f"uniform over {codebook_size} codes")
     axes.set(
-        xlabel="cost: backbone slots processed (millions)",
+        xlabel="cost: backbone positions processed (millions)",
         ylabel="image loss (nats a code)",
         title=title,
         xlim=(0, cost[-1]),

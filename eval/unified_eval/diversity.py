@@ -1,4 +1,4 @@
-"""How pictures fill the space of features: fidelity and coverage, Inception Score, diversity, nearest neighbours."""
+"""How images fill the space of features: fidelity and coverage, Inception Score, diversity, nearest neighbours."""
 
 from collections.abc import Hashable, Sequence
 from itertools import pairwise
@@ -26,13 +26,13 @@ class Membership(NamedTuple):
 
 
 def precision_recall_density_coverage(real: Features, fake: Features, k: int = 5) -> dict[str, float]:
-    """Share of fake pictures among the real ones and the reverse, and their sturdier successors.
+    """Share of fake images among the real ones and the reverse, and their sturdier successors.
 
     A real row has a ball that reaches to its k-th nearest other real row; likewise a fake row.
 
     - ``precision``: share of fake rows inside some real ball; ``recall``: share of real rows inside some fake ball.
     - ``density``: mean number of real balls around a fake row, by k; 1 for equal distributions, may exceed it.
-    - ``coverage``: share of real balls with a fake row inside; collapse to few pictures shows here and in recall.
+    - ``coverage``: share of real balls with a fake row inside; collapse to few images shows here and in recall.
 
     Published precision and recall have k = 3, density and coverage k = 5. All depend on N: compare at equal N.
 
@@ -56,7 +56,7 @@ def membership(real: Features, fake: Features, k: int = 5) -> Membership:
     real_rows, fake_rows = checked_pair(real, fake, ("real", "fake"))
     if not 1 <= k < min(len(real_rows), len(fake_rows)):
         raise ValueError(
-            f"k: {k} of {len(real_rows)} real and {len(fake_rows)} fake rows; give 1 or more, and more pictures than k."
+            f"k: {k} of {len(real_rows)} real and {len(fake_rows)} fake rows; give 1 or more, and more images than k."
         )
     middle = real_rows.mean(0)  # distances are the same around any origin, and rounded least around this one
     real_rows, fake_rows = real_rows - middle, fake_rows - middle
@@ -77,7 +77,7 @@ def membership(real: Features, fake: Features, k: int = 5) -> Membership:
 def inception_score(logits: Features, splits: int = 10, seed: int | None = None) -> tuple[float, float]:
     """Inception Score: ``exp(mean KL(p(y|x) || p(y)))`` in each split; the mean and standard deviation over splits.
 
-    It looks at no reference and says little about pictures unlike ImageNet's.
+    It looks at no reference and says little about images unlike ImageNet's.
 
     Args:
         logits: ``(N, C)`` of a classifier; the original takes Inception's without the last bias.
@@ -91,7 +91,7 @@ def inception_score(logits: Features, splits: int = 10, seed: int | None = None)
     """
     rows = checked("logits", logits)
     if not 1 <= splits <= len(rows):
-        raise ValueError(f"splits: {splits} for {len(rows)} pictures; give 1 to {len(rows)}.")
+        raise ValueError(f"splits: {splits} for {len(rows)} images; give 1 to {len(rows)}.")
     if seed is not None:
         rows = rows[torch.from_numpy(np.random.default_rng(seed).permutation(len(rows)))]
     edges = [index * len(rows) // splits for index in range(splits + 1)]
@@ -104,14 +104,14 @@ def inception_score(logits: Features, splits: int = 10, seed: int | None = None)
 
 
 def prompt_diversity(features: Features, prompts: Sequence[Hashable]) -> dict[Hashable, float]:
-    """How unlike the pictures of one prompt are: their mean pairwise cosine distance, 0 (equal) to 2, by prompt.
+    """How unlike the images of one prompt are: their mean pairwise cosine distance, 0 (equal) to 2, by prompt.
 
     Args:
         features: ``(N, D)``.
         prompts: the prompt of each row.
 
     Raises:
-        ValueError: if a prompt has a single picture, lengths differ, a row is zero, or as for
+        ValueError: if a prompt has a single image, lengths differ, a row is zero, or as for
             :func:`unified_eval.frechet_distance`.
     """
     rows = _unit("features", features)
@@ -124,14 +124,14 @@ def prompt_diversity(features: Features, prompts: Sequence[Hashable]) -> dict[Ha
     for prompt, indices in members.items():
         count = len(indices)
         if count < 2:
-            raise ValueError(f"prompts: {prompt!r} has a single picture; diversity needs 2 or more of each prompt.")
+            raise ValueError(f"prompts: {prompt!r} has a single image; diversity needs 2 or more of each prompt.")
         cosines = rows[indices] @ rows[indices].T
         out[prompt] = 1 - float((cosines.sum() - cosines.trace()) / (count * (count - 1)))
     return out
 
 
 def nearest_neighbours(features: Features, reference: Features, k: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """The nearest reference rows of every row, by cosine distance: to find copies of training pictures.
+    """The nearest reference rows of every row, by cosine distance: to find copies of training images.
 
     Args:
         features: ``(N, D)``.

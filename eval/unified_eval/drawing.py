@@ -1,4 +1,4 @@
-"""Drawing the pictures that are measured: seeded one by one, resumable, shared among processes."""
+"""Drawing the images that are measured: seeded one by one, resumable, shared among processes."""
 
 import hashlib
 import json
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 def stream_drawings(
     pipeline: "UnifiedPipeline", prompts: Sequence[str], seeds: Sequence[int], batch_size: int = 64, **sampling: Any
 ) -> Iterator[Image.Image]:
-    """Yield a picture for each prompt, batch by batch; each depends on its own seed only, not on its batch.
+    """Yield an image for each prompt, batch by batch; each depends on its own seed only, not on its batch.
 
     Args:
         pipeline: the pipeline; its progress bar is switched off.
-        prompts: one for each picture.
-        seeds: one for each picture.
-        batch_size: pictures drawn at once.
+        prompts: one for each image.
+        seeds: one for each image.
+        batch_size: images generated at once.
         sampling: arguments of the pipeline, such as ``guidance_scale``.
 
     Raises:
@@ -40,7 +40,7 @@ def stream_drawings(
         yield from pipeline([prompt for prompt, _ in pairs], generator=generators, **sampling).images
 
 
-def draw_pictures(
+def draw_images(
     pipeline: "UnifiedPipeline",
     captions: Sequence[str],
     folder: str | Path,
@@ -52,27 +52,27 @@ def draw_pictures(
     progress: bool = False,
     file_name: Callable[[int], str] = "{:03d}.png".format,
 ) -> tuple[list[Image.Image], dict[str, Any]]:
-    """Draw ``samples`` pictures for each caption into a folder, or continue what an earlier call began there.
+    """Draw ``samples`` images for each caption into a folder, or continue what an earlier call began there.
 
-    Picture i, for caption ``i // samples``, has the seed ``seed + i`` and the file ``file_name(i)``. If captions, seeds,
-    sampling and ``identity`` are those of the ``.json`` beside the folder, the pictures that are there are kept; else they
-    are removed. Under ``accelerate launch`` every process draws its share, and all return all pictures.
+    Image i, for caption ``i // samples``, has the seed ``seed + i`` and the file ``file_name(i)``. If captions, seeds,
+    sampling and ``identity`` are those of the ``.json`` beside the folder, the images that are there are kept; else they
+    are removed. Under ``accelerate launch`` every process samples its share, and all return all images.
 
     Args:
         pipeline: the pipeline.
         captions: N captions.
         folder: folder to write.
-        samples: pictures for each caption.
-        seed: seed of the first picture.
-        batch_size: pictures drawn at once.
+        samples: images for each caption.
+        seed: seed of the first image.
+        batch_size: images generated at once.
         sampling: arguments of the pipeline.
         identity: what tells this pipeline from others, such as :func:`content_hash` of its folder.
         progress: show a progress bar.
         file_name: maps i to a name in the folder that begins with a digit; ``NNN.png`` without it.
 
     Returns:
-        The N * samples pictures, those of a caption adjacent; and ``drawn`` (by this process, now), ``kept`` and
-        ``seconds_per_picture`` (of this process; None if it drew none).
+        The N * samples images, those of a caption adjacent; and ``drawn`` (by this process, now), ``kept`` and
+        ``seconds_per_picture`` (of this process; None if it sampled none).
 
     Raises:
         ValueError: if ``samples`` or ``batch_size`` is below 1, or as for the pipeline.
@@ -97,10 +97,10 @@ def draw_pictures(
         drawings = stream_drawings(
             pipeline, [prompts[n] for n in mine], [seed + n for n in mine], batch_size, **sampling
         )
-        for number, picture in zip(mine, drawings, strict=True):
+        for number, image in zip(mine, drawings, strict=True):
             files[number].parent.mkdir(parents=True, exist_ok=True)
             beside = files[number].with_suffix(".writing")
-            picture.save(beside, format="PNG")
+            image.save(beside, format="PNG")
             os.replace(beside, files[number])
             bar.update()
     seconds = (time.perf_counter() - start) / len(mine) if mine else None
@@ -110,7 +110,7 @@ def draw_pictures(
 
 
 def geneval_name(samples: int) -> Callable[[int], str]:
-    """Names of pictures as GenEval's evaluator expects them: ``00007/samples/00002.png``."""
+    """Names of images as GenEval's evaluator expects them: ``00007/samples/00002.png``."""
     return lambda number: f"{number // samples:05d}/samples/{number % samples:05d}.png"
 
 
@@ -128,8 +128,8 @@ def content_hash(path: str | Path) -> str:
 
 
 def _prepare(folder: Path, settings: dict[str, Any]) -> None:
-    """Keep pictures of equal settings, remove others, and write down the settings."""
-    record = folder.with_name(folder.name + ".json")  # beside, so that the folder holds pictures alone
+    """Keep images of equal settings, remove others, and write down the settings."""
+    record = folder.with_name(folder.name + ".json")  # beside, so that the folder holds images alone
     folder.mkdir(parents=True, exist_ok=True)
     settings = json.loads(json.dumps(settings))
     if record.is_file() and json.loads(record.read_text(encoding="utf-8")) == settings:

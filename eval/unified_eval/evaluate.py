@@ -1,4 +1,4 @@
-"""The figures of a text-to-picture model, each with its floor, its ceiling and the recipe that decides its value."""
+"""The metrics of a text-to-picture model, each with its floor, its ceiling and the recipe that decides its value."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -25,10 +25,10 @@ METRICS = ("fd", "kd", "prdc", "clip", "clip_definitions", "cmmd", "is", "divers
 DEFAULT_METRICS = ("fd", "kd", "clip")
 SUFFIX = {"generated": "", "real": "_real", "reconstructed": "_reconstructions"}
 NEIGHBOUR = 5  # bounds the balls of precision, recall, density and coverage
-COPY = 0.05  # share of training pictures that lie as near to another as what is called a copy
+COPY = 0.05  # share of training images that lie as near to another as what is called a copy
 
 
-def evaluate_pictures(
+def evaluate_images(
     real: Sequence[Image.Image],
     reconstructed: Sequence[Image.Image],
     generated: Sequence[Image.Image],
@@ -41,14 +41,14 @@ def evaluate_pictures(
     progress: bool = False,
     **settings: Any,
 ) -> dict[str, Any]:
-    """:func:`measure_pictures`, as a dict of ``figures``, ``intervals``, ``recipes`` and ``notes`` for JSON."""
-    measures = measure_pictures(
+    """:func:`measure_images`, as a dict of ``metrics``, ``intervals``, ``recipes`` and ``notes`` for JSON."""
+    measures = measure_images(
         real, reconstructed, generated, captions, clip, extractor, other_real, seed, batch_size, progress, **settings
     )
     return measures.result()
 
 
-def measure_pictures(
+def measure_images(
     real: Sequence[Image.Image],
     reconstructed: Sequence[Image.Image],
     generated: Sequence[Image.Image],
@@ -68,50 +68,50 @@ def measure_pictures(
     resamples: int = 200,
     cache: str | Path | None = None,
 ) -> Measures:
-    """Measure generated pictures against the real ones of the same captions, at equal N.
+    """Measure generated images against the real ones of the same captions, at equal N.
 
-    With an extractor whose key is ``fd_efflite0``, the metrics have these figures:
+    With an extractor whose key is ``fd_efflite0``, the metrics have these metrics:
 
-    - ``fd``: ``fd_efflite0``, Frechet, of generated to real pictures; ``_reconstructions`` to real: what the tokenizer
-      alone costs; ``_real_halves``: a random half of the real pictures to the other, at N/2 (given 4 or more);
-      ``_real_other``: other real pictures to the real ones, at N, with ``other_real``.
-    - ``kd``: ``kd_efflite0_x1000``, unbiased kernel distance x 1000, of generated to real pictures.
-    - ``prdc``: ``precision``, ``recall``, ``density``, ``coverage`` of generated among real pictures, and
+    - ``fd``: ``fd_efflite0``, Frechet, of generated to real images; ``_reconstructions`` to real: what the tokenizer
+      alone costs; ``_real_halves``: a random half of the real images to the other, at N/2 (given 4 or more);
+      ``_real_other``: other real images to the real ones, at N, with ``other_real``.
+    - ``kd``: ``kd_efflite0_x1000``, unbiased kernel distance x 1000, of generated to real images.
+    - ``prdc``: ``precision``, ``recall``, ``density``, ``coverage`` of generated among real images, and
       ``_reconstructions``.
     - ``clip``: ``clip_score``, ``_real``, ``_reconstructions``: 100 x mean cosine with the own caption; ``_shuffled``:
-      of generated pictures with all other captions; ``_gap``: the difference. ``r1_generated``, ``r1_real``,
-      ``r1_reconstructions``: share of pictures nearest to their own of the N captions.
-    - ``clip_definitions``: the score of generated pictures as others define it: ``clip_score_clamped``
+      of generated images with all other captions; ``_gap``: the difference. ``r1_generated``, ``r1_real``,
+      ``r1_reconstructions``: share of images nearest to their own of the N captions.
+    - ``clip_definitions``: the score of generated images as others define it: ``clip_score_clamped``
       (torchmetrics), ``clip_score_hessel`` and ``clip_cosine``.
     - ``cmmd``: of generated to real, and ``_reconstructions``, on the features of ``clip``.
-    - ``is``: ``inception_score`` of generated pictures and ``_real``, with ``logits_extractor``.
-    - ``diversity``: mean cosine distance between pictures of one caption; needs 2 or more of each.
-    - ``neighbours``: ``neighbour_distance`` of generated pictures to the nearest ``training`` picture, and
-      ``_training``, of those to each other; ``neighbour_copies``, the share that is nearer to a training picture than
-      95 % of training pictures are to another: 0.05 for new pictures of the same kind, 1 for copies.
-    - ``shapes``: what :func:`unified_eval.shapes.summarise_records` counts on generated pictures, and
+    - ``is``: ``inception_score`` of generated images and ``_real``, with ``logits_extractor``.
+    - ``diversity``: mean cosine distance between images of one caption; needs 2 or more of each.
+    - ``neighbours``: ``neighbour_distance`` of generated images to the nearest ``training`` image, and
+      ``_training``, of those to each other; ``neighbour_copies``, the share that is nearer to a training image than
+      95 % of training images are to another: 0.05 for new images of the same kind, 1 for copies.
+    - ``shapes``: what :func:`unified_eval.shapes.summarise_records` counts on generated images, and
       ``shapes_correct_real`` and ``shapes_correct_reconstructions``, the ceilings; needs ``claims``.
 
-    With several pictures a caption, distances take the first of each and all else takes all.
+    With several images a caption, distances take the first of each and all else takes all.
 
     Args:
-        real: N pictures.
-        reconstructed: the same pictures through the image tokenizer.
-        generated: as many pictures for each caption, those of one caption adjacent.
+        real: N images.
+        reconstructed: the same images through the image tokenizer.
+        generated: as many images for each caption, those of one caption adjacent.
         captions: N captions, all different.
         clip: what :func:`unified_eval.load_clip` returned.
         extractor: what :func:`unified_eval.load_extractor` returned.
-        other_real: N real pictures of other captions.
+        other_real: N real images of other captions.
         seed: seed of the split into halves and of the intervals.
-        batch_size: pictures per forward pass.
+        batch_size: images per forward pass.
         progress: show progress bars.
         metrics: names out of :data:`METRICS`.
-        training: 2 or more of the pictures that the model was trained on, through the image tokenizer: what it adds
+        training: 2 or more of the images that the model was trained on, through the image tokenizer: what it adds
             would else count as distance.
         claims: for each caption, what :func:`unified_eval.check_scene` takes.
         tags: the task of each caption.
         logits_extractor: the extractor ``inception-logits``.
-        resamples: draws of prompts for the intervals of distances; 0 for none.
+        resamples: generates of prompts for the intervals of distances; 0 for none.
         cache: folder of cached features.
 
     Returns:
@@ -119,7 +119,7 @@ def measure_pictures(
 
     Raises:
         ValueError: if a metric is unknown or lacks what it needs, there are fewer than 2 captions, a caption repeats
-            or is too long, or the sets differ in number or in the size of their pictures.
+            or is too long, or the sets differ in number or in the size of their images.
     """
     needs = {"shapes": claims, "neighbours": training, "is": logits_extractor}
     for metric in metrics:
@@ -147,7 +147,7 @@ def measure_pictures(
                 measures.add_distance(
                     f"cmmd{suffix}", cmmd, unit[kind][:: each if not suffix else 1], unit["real"],
                     f"CMMD ({clip.name}), {suffix.strip('_') or 'generated'} to real", kernel="Gaussian, sigma 10, x 1000",
-                    reference="real pictures of the same captions", **clip_recipe(clip), **size,
+                    reference="real images of the same captions", **clip_recipe(clip), **size,
                 )  # fmt: skip
     if {"fd", "kd", "prdc", "diversity", "neighbours"} & set(metrics):
         rows = {kind: features(extractor, pictures) for kind, pictures in sets.items()}
@@ -160,7 +160,7 @@ def measure_pictures(
             _add_neighbourhoods(measures, first, extractor, base)
         if "diversity" in metrics:
             values = prompt_diversity(rows["generated"], owners)
-            label = f"diversity of the {each} pictures of a caption ({extractor.name})"
+            label = f"diversity of the {each} images of a caption ({extractor.name})"
             measures.add_mean(
                 "diversity", np.array(list(values.values())), label, formula="mean pairwise cosine distance", **base
             )
@@ -169,7 +169,7 @@ def measure_pictures(
     if "is" in metrics and logits_extractor is not None:
         measures.check_size("inception score", len(generated))
         for kind, suffix in (("generated", ""), ("real", "_real")):
-            splits = 10 if len(sets[kind]) >= 1000 else 1  # parts of few pictures would lack most classes
+            splits = 10 if len(sets[kind]) >= 1000 else 1  # parts of few images would lack most classes
             score, spread = inception_score(features(logits_extractor, sets[kind]), splits, seed)
             measures.add(f"inception_score{suffix}", score, f"Inception Score, {kind}", n=len(sets[kind]),
                          splits=splits, deviation_over_splits=spread, seed=seed, **logits_extractor.recipe(), **size)  # fmt: skip
@@ -179,22 +179,22 @@ def measure_pictures(
 
 
 def _check_sets(sets: dict[str, Sequence[Image.Image]], captions: Sequence[str]) -> int:
-    """Check numbers and sizes; return how many pictures there are for each caption."""
+    """Check numbers and sizes; return how many images there are for each caption."""
     count = len(captions)
     if count < 2:
-        raise ValueError(f"captions: {count} captions; distances need 2 or more pictures.")
+        raise ValueError(f"captions: {count} captions; distances need 2 or more images.")
     check_unique(captions)
     for field, pictures in sets.items():
         fits = len(pictures) % count == 0 and len(pictures) > 0 if field == "generated" else len(pictures) == count
         if not fits:
             raise ValueError(
-                f"{field}: {len(pictures)} pictures for {count} captions; distances compare at equal N only."
+                f"{field}: {len(pictures)} images for {count} captions; distances compare at equal N only."
             )
-        for number, picture in enumerate(pictures):
-            if picture.size != sets["real"][0].size:
-                (width, height), (w, h) = picture.size, sets["real"][0].size
+        for number, image in enumerate(pictures):
+            if image.size != sets["real"][0].size:
+                (width, height), (w, h) = image.size, sets["real"][0].size
                 raise ValueError(
-                    f"{field}: number {number} is {width}x{height}, the first real picture is {w}x{h}; bring all to one size."
+                    f"{field}: number {number} is {width}x{height}, the first real image is {w}x{h}; bring all to one size."
                 )
     return len(sets["generated"]) // count
 
@@ -248,13 +248,13 @@ def _add_distances(
     measures: Measures, rows: dict[str, np.ndarray], extractor: Extractor, metrics: Sequence[str], base: dict[str, Any]
 ) -> None:
     name, key, real = extractor.metric, extractor.key, rows["real"]
-    same = "real pictures of the same captions"
+    same = "real images of the same captions"
     if "fd" in metrics:
         measures.check_size("frechet", len(real))
         for kind, suffix, label, reference in (
             ("generated", "", "generated to real", same),
             ("reconstructed", "_reconstructions", "reconstructions to real", "the originals"),
-            ("other_real", "_real_other", "other real to real", "real pictures of other captions"),
+            ("other_real", "_real_other", "other real to real", "real images of other captions"),
         ):
             if kind in rows:
                 measures.add_distance(
@@ -283,7 +283,7 @@ def _add_neighbourhoods(
         for name, values in membership(rows["real"], rows[kind], NEIGHBOUR)._asdict().items():
             label = f"{name} ({extractor.name}, k = {NEIGHBOUR}), {suffix.strip('_') or 'generated'}"
             measures.add_mean(f"{name}{suffix}", values, label, k=NEIGHBOUR, **base,
-                              reference="real pictures of the same captions")  # fmt: skip
+                              reference="real images of the same captions")  # fmt: skip
 
 
 def _add_neighbours(
@@ -295,18 +295,18 @@ def _add_neighbours(
     base: dict[str, Any],
 ) -> None:
     groups = [measures.prompts[owner] for owner in owners]
-    base = {**base, "n_reference": len(training), "reference": "training pictures", "formula": "cosine distance"}
-    label = f"distance to the nearest training picture ({extractor.name})"
+    base = {**base, "n_reference": len(training), "reference": "training images", "formula": "cosine distance"}
+    label = f"distance to the nearest training image ({extractor.name})"
     drawn = nearest_neighbours(generated, training)[1][:, 0]
     measures.add_mean("neighbour_distance", drawn, f"{label}, generated", groups, **base)
-    # Each of some training pictures finds itself first, and then the nearest other.
+    # Each of some training images finds itself first, and then the nearest other.
     some = training[np.unique(np.linspace(0, len(training) - 1, min(len(training), 2000)).astype(int))]
     apart = nearest_neighbours(some, training, k=2)[1][:, 1]
     measures.add(
-        "neighbour_distance_training", apart.mean(), f"{label}, of training pictures to others", n=len(some), **base
+        "neighbour_distance_training", apart.mean(), f"{label}, of training images to others", n=len(some), **base
     )
     near = (drawn < np.quantile(apart, COPY)).astype(float)
-    label = f"nearer to a training picture than {1 - COPY:.0%} of those are to another ({extractor.name})"
+    label = f"nearer to a training image than {1 - COPY:.0%} of those are to another ({extractor.name})"
     measures.add_mean("neighbour_copies", near, label, groups, chance=COPY, **base)
 
 
@@ -339,17 +339,17 @@ def evaluate_tokenizer(
     batch_size: int = 32,
     progress: bool = False,
 ) -> dict[str, dict[str, Any]]:
-    """Measure how well an image tokenizer gives pictures back that it should not have been trained on.
+    """Measure how well an image tokenizer gives images back that it should not have been trained on.
 
     Args:
         tokenizer: any image tokenizer.
-        images: pictures of one size.
-        reference: what the pictures are, for the recipe.
-        batch_size: pictures per forward pass.
+        images: images of one size.
+        reference: what the images are, for the recipe.
+        batch_size: images per forward pass.
         progress: show a progress bar.
 
     Returns:
-        ``figures`` with ``tokenizer_psnr_db`` (mean over pictures) and ``tokenizer_psnr_pooled_db`` (of the mean
+        ``metrics`` with ``tokenizer_psnr_db`` (mean over images) and ``tokenizer_psnr_pooled_db`` (of the mean
         squared error of the set), and their ``recipes``.
 
     Raises:
@@ -361,12 +361,12 @@ def evaluate_tokenizer(
         "size": list(images[0].size),
         "reference": reference,
         "tokenizer_fingerprint": tokenizer.fingerprint,
-        "peak": "255, on pictures rounded to 8 bits",
+        "peak": "255, on images rounded to 8 bits",
     }
     return {
         "figures": {"tokenizer_psnr_db": summary["mean_db"], "tokenizer_psnr_pooled_db": summary["pooled_db"]},
         "recipes": {
-            "tokenizer_psnr_db": {"label": "tokenizer PSNR in dB, mean over pictures", **base},
+            "tokenizer_psnr_db": {"label": "tokenizer PSNR in dB, mean over images", **base},
             "tokenizer_psnr_pooled_db": {"label": "tokenizer PSNR in dB, of the pooled error", **base},
         },
     }

@@ -1,4 +1,4 @@
-"""The pages of an evaluation and of a comparison: figures, floors and ceilings, best and worst, nearest neighbours."""
+"""The pages of an evaluation and of a comparison: metrics, floors and ceilings, best and worst, nearest neighbours."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,22 +12,22 @@ from unified_eval.intervals import Interval
 from unified_eval.report import Figure, Picture, format_value, write_report
 from unified_eval.sheets import captioned_grid, in_rows
 
-# Suffixes of a figure's floors and ceilings, and what they are called.
+# Suffixes of a metric's floors and ceilings, and what they are called.
 BOUNDS = {
     "_shuffled": "other captions (floor)",
     "_real_halves": "half of real to the other half",
-    "_real_other": "other real pictures",
+    "_real_other": "other real images",
     "_reconstructions": "through the tokenizer",
-    "_training": "training pictures",
-    "_real": "real pictures",
+    "_training": "training images",
+    "_real": "real images",
 }
 
 
 class Drawn(NamedTuple):
-    """The pictures of an evaluation, in the order of their captions.
+    """The images of an evaluation, in the order of their captions.
 
-    ``generated`` holds ``len(generated) / len(captions)`` pictures for each caption, with the seeds ``seed + i``.
-    ``neighbours`` is the nearest training picture of each generated one with its caption and distance, if known.
+    ``generated`` holds ``len(generated) / len(captions)`` images for each caption, with the seeds ``seed + i``.
+    ``neighbours`` is the nearest training image of each generated one with its caption and distance, if known.
     """
 
     captions: Sequence[str]
@@ -45,8 +45,8 @@ def shown(value: float, interval: Interval | Sequence[float] | None) -> str:
 
 
 def floors_and_ceilings(figures: Mapping[str, float]) -> list[dict[str, object]]:
-    """Rows that put each figure of generated pictures beside the same figure of what it lies between."""
-    # R@1 alone names generated pictures; its other floor is chance.
+    """Rows that put each metric of generated images beside the same metric of what it lies between."""
+    # R@1 alone names generated images; its other floor is chance.
     plain = {name.replace("r1_generated", "r1"): value for name, value in figures.items()}
     out: list[dict[str, object]] = []
     for name, value in plain.items():
@@ -58,7 +58,7 @@ def floors_and_ceilings(figures: Mapping[str, float]) -> list[dict[str, object]]
 
 
 def sample_sheet(drawn: Drawn, numbers: Sequence[int] | None = None, notes: Sequence[str] | None = None) -> Image.Image:
-    """A grid of generated pictures, each with its caption, its seed and possibly a note."""
+    """A grid of generated images, each with its caption, its seed and possibly a note."""
     each = len(drawn.generated) // len(drawn.captions)
     numbers = range(len(drawn.generated)) if numbers is None else numbers
     texts = [f"{drawn.captions[number // each]} (seed {drawn.seed + number})" for number in numbers]
@@ -71,19 +71,19 @@ def comparison_sheet(drawn: Drawn, rows: int = 12) -> Image.Image:
     """Real, through the tokenizer, generated: one row for each of the first captions."""
     each = len(drawn.generated) // len(drawn.captions)
     sets = zip(drawn.real, drawn.reconstructed, drawn.generated[::each], strict=True)
-    pictures = [list(row) for row in sets][:rows]
+    images = [list(row) for row in sets][:rows]
     titles = ["real", "reconstruction", "generated"]
-    return captioned_grid(pictures, column_titles=titles, row_titles=list(drawn.captions)[:rows])
+    return captioned_grid(images, column_titles=titles, row_titles=list(drawn.captions)[:rows])
 
 
 def neighbour_sheet(drawn: Drawn, rows: int = 8) -> Image.Image:
-    """The generated pictures that are nearest to a training picture, beside it."""
+    """The generated images that are nearest to a training image, beside it."""
     order = sorted(range(len(drawn.neighbours)), key=lambda number: drawn.neighbours[number][2])[:rows]
     each = len(drawn.generated) // len(drawn.captions)
-    pictures = [[drawn.generated[number], drawn.neighbours[number][0]] for number in order]
+    images = [[drawn.generated[number], drawn.neighbours[number][0]] for number in order]
     texts = [[drawn.captions[number // each], f"{drawn.neighbours[number][1]} ({drawn.neighbours[number][2]:.3f})"]
              for number in order]  # fmt: skip
-    return captioned_grid(pictures, texts, column_titles=["generated", "nearest training picture"])
+    return captioned_grid(images, texts, column_titles=["generated", "nearest training image"])
 
 
 def write_evaluation_report(
@@ -94,15 +94,15 @@ def write_evaluation_report(
     Args:
         out: HTML file to write.
         title: headline.
-        result: ``figures``, ``intervals``, ``recipes``, ``notes`` and ``run``.
-        drawn: the pictures.
-        scores: a score of every generated picture, by which the best and the worst are shown; None for no such sheet.
+        result: ``metrics``, ``intervals``, ``recipes``, ``notes`` and ``run``.
+        generated: the images.
+        scores: a score of every generated image, by which the best and the worst are shown; None for no such sheet.
         command: what was run.
     """
     figures, intervals, recipes = result["figures"], result["intervals"], result["recipes"]
     count = len(drawn.generated)
-    pictures = [
-        Picture(sample_sheet(drawn), f"Every generated picture ({count}), with caption and seed; none was selected.")
+    images = [
+        Picture(sample_sheet(drawn), f"Every generated image ({count}), with caption and seed; none was selected.")
     ]
     if scores is not None:
         order = np.argsort(-scores, kind="stable")
@@ -110,13 +110,15 @@ def write_evaluation_report(
         for numbers, word in ((order[:most], "Best"), (order[-most:][::-1], "Worst")):
             notes = [format_value(float(scores[number])) for number in numbers]
             sheet = sample_sheet(drawn, numbers.tolist(), notes)
-            pictures.append(Picture(sheet, f"{word} {most} by score, with the score of each."))
-    pictures.append(
-        Picture(comparison_sheet(drawn), "Real pictures, what the image tokenizer makes of them, generated ones.")
+            images.append(Picture(sheet, f"{word} {most} by score, with the score of each."))
+    images.append(
+        Picture(comparison_sheet(drawn), "Real images, what the image tokenizer makes of them, generated ones.")
     )
     if drawn.neighbours:
-        text = "The generated pictures nearest to a training picture (shown through the tokenizer), and the cosine distance."
-        pictures.append(Picture(neighbour_sheet(drawn), text))
+        text = (
+            "The generated images nearest to a training image (shown through the tokenizer), and the cosine distance."
+        )
+        images.append(Picture(neighbour_sheet(drawn), text))
     bounds = floors_and_ceilings(figures)
     run = [{"setting": name, "value": str(value)} for name, value in result["run"].items()
            if name not in ("captions", "rows", "include")]  # fmt: skip
@@ -126,7 +128,7 @@ def write_evaluation_report(
         figures=[Figure(recipes[name]["label"], shown(value, intervals.get(name)), recipe_line(recipes[name]))
                  for name, value in figures.items()],
         tables={**({"Floors and ceilings": bounds} if bounds else {}), "Run": run},
-        pictures=pictures,
+        images=images,
         commands=[command],
         notes=["In brackets: 95 % intervals over prompts.", *result["notes"]],
     )  # fmt: skip
@@ -136,7 +138,7 @@ def write_comparison_report(
     out: Path, names: Sequence[str], differences: Sequence[Mapping[str, Any]], drawn: Sequence[Drawn],
     notes: Sequence[str], command: str,
 ) -> Path:  # fmt: skip
-    """Write the page of two systems on the same prompts and seeds: differences in pairs, pictures side by side."""
+    """Write the page of two systems on the same prompts and seeds: differences in pairs, images side by side."""
     rows = [
         {"figure": row["label"], names[0]: format_value(row["first"]), names[1]: format_value(row["second"]),
          "difference": shown(row["difference"], row["interval"]), "verdict": verdict(row["interval"])}
@@ -149,7 +151,7 @@ def write_comparison_report(
         out,
         f"{names[1]} against {names[0]}",
         tables={"Differences in pairs": rows},
-        pictures=[Picture(sheet, "The same captions and seeds.")],
+        images=[Picture(sheet, "The same captions and seeds.")],
         commands=[command],
         notes=[f"Differences are {names[1]} less {names[0]}, on the same prompts and seeds at equal N. In brackets: 95 % "
                "intervals in pairs over prompts.", *notes],

@@ -1,4 +1,4 @@
-"""Features of any number of pictures: streamed, cached by content, and shared among processes."""
+"""Features of any number of images: streamed, cached by content, and shared among processes."""
 
 import hashlib
 import json
@@ -21,26 +21,26 @@ from unified.data.sources import load_source, open_rgb
 from unified_eval.features import Extractor
 from unified_eval.npz import load_npz
 
-# A picture, or what loads it: a process opens only the pictures whose features are its share.
+# An image, or what loads it: a process opens only the images whose features are its share.
 Picture = Image.Image | Callable[[], Image.Image]
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 T = TypeVar("T")
 
 
-def open_pictures(source: str | Path, split: str = "train", image_column: str = "image") -> Iterator[Picture]:
-    """Stream the pictures of a folder, an ``.npz`` file (ADM's layout) or a data set, in order.
+def open_images(source: str | Path, split: str = "train", image_column: str = "image") -> Iterator[Picture]:
+    """Stream the images of a folder, an ``.npz`` file (ADM's layout) or a data set, in order.
 
     Args:
-        source: a folder with picture files (taken by name, subfolders left out), an ``.npz`` file, or anything that
+        source: a folder with image files (taken by name, subfolders left out), an ``.npz`` file, or anything that
             :func:`unified.data.sources.load_source` opens.
         split: split of a data set.
         image_column: column of a data set.
 
     Yields:
-        Pictures, or functions that load them.
+        Images, or functions that load them.
 
     Raises:
-        ValueError: if a folder holds no picture, or as for :func:`unified_eval.load_npz` and ``load_source``.
+        ValueError: if a folder holds no image, or as for :func:`unified_eval.load_npz` and ``load_source``.
     """
     path = Path(source)
     if path.suffix == ".npz":
@@ -51,7 +51,7 @@ def open_pictures(source: str | Path, split: str = "train", image_column: str = 
         yield from (partial(_open_file, file) for file in files)
         return
     if path.is_dir() and not any(path.iterdir()):
-        raise ValueError(f"source: {str(path)!r} is an empty folder; give one with pictures ({', '.join(SUFFIXES)}).")
+        raise ValueError(f"source: {str(path)!r} is an empty folder; give one with images ({', '.join(SUFFIXES)}).")
     rows = load_source(str(source), split)
     if image_column not in (rows.column_names or [image_column]):
         raise ValueError(
@@ -72,24 +72,24 @@ def extract_features(
     cache: str | Path | None = None,
     progress: bool = False,
 ) -> np.ndarray:
-    """Features of a stream of pictures, one batch in memory at a time.
+    """Features of a stream of images, one batch in memory at a time.
 
     Under ``accelerate launch`` every process takes each n-th batch, and all of them return all rows. Batches are the
     same for any number of processes, and so is every bit of the result.
 
     Args:
         extractor: what :func:`unified_eval.load_extractor` or :func:`unified_eval.clip.clip_extractor` returned.
-        pictures: any iterable, such as :func:`open_pictures` returns.
-        batch_size: pictures per forward pass; another size changes float32 rounding, and so has its own cache entries.
-        cache: folder in which features are kept, keyed by the extractor's recipe and the pixels of a batch. Pictures
+        images: any iterable, such as :func:`open_images` returns.
+        batch_size: images per forward pass; another size changes float32 rounding, and so has its own cache entries.
+        cache: folder in which features are kept, keyed by the extractor's recipe and the pixels of a batch. Images
             that were seen before, in whatever file, cost no forward pass.
         progress: show a progress bar.
 
     Returns:
-        ``(N, D)`` float64, in the order of the pictures.
+        ``(N, D)`` float64, in the order of the images.
 
     Raises:
-        ValueError: if there is no picture, ``batch_size`` is below 1, or a feature is not finite.
+        ValueError: if there is no image, ``batch_size`` is below 1, or a feature is not finite.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size: {batch_size} is below 1.")
@@ -134,7 +134,7 @@ def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 
 def content_key(recipe: dict[str, Any], images: list[Image.Image]) -> str:
-    """Hexadecimal SHA-256 of a recipe and of the sizes and pixels of RGB pictures."""
+    """Hexadecimal SHA-256 of a recipe and of the sizes and pixels of RGB images."""
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode())
     for image in images:
         digest.update(f"{image.width}x{image.height}".encode())

@@ -21,7 +21,7 @@ INCEPTION_URL = (
 
 @dataclass(frozen=True)
 class Extractor:
-    """A feature network that turns pictures into rows of numbers.
+    """A feature network that turns images into rows of numbers.
 
     Attributes:
         name: one of :data:`EXTRACTORS`, :data:`LOGITS_EXTRACTOR` or the name of a CLIP.
@@ -29,9 +29,9 @@ class Extractor:
             for its logits, of which the Inception Score is made).
         width: number of features D.
         weights_sha256: hash of the weights file.
-        resize: how a picture is brought to the network's size.
+        resize: how an image is brought to the network's size.
         normalisation: how pixel values 0..255 are scaled.
-        network: maps a list of RGB pictures to ``(B, D)``.
+        network: maps a list of RGB images to ``(B, D)``.
     """
 
     name: str
@@ -61,18 +61,18 @@ class Extractor:
         """Extract features. Batches only bound the memory; other batches change float32 rounding (about 1e-5), no more.
 
         Args:
-            images: N pictures of any size and mode.
-            batch_size: pictures per forward pass.
+            images: N images of any size and mode.
+            batch_size: images per forward pass.
             progress: show a progress bar.
 
         Returns:
             ``(N, D)`` float64.
 
         Raises:
-            ValueError: if there is no picture, ``batch_size`` is below 1, or a feature is not finite.
+            ValueError: if there is no image, ``batch_size`` is below 1, or a feature is not finite.
         """
         if not images:
-            raise ValueError("images: the list is empty; give at least one picture.")
+            raise ValueError("images: the list is empty; give at least one image.")
         if batch_size < 1:
             raise ValueError(f"batch_size: {batch_size} is below 1.")
         rows = []
@@ -141,7 +141,7 @@ def _efficientnet_lite0(weights: str | Path | None, device: str | torch.device) 
         raise ValueError(f"weights: {str(path)!r} does not fit EfficientNet-Lite0 ({error}).") from error
 
     def network(images: list[Image.Image]) -> Tensor:
-        # Pillow's bicubic filter widens with the scale when it shrinks a picture, so it does not alias.
+        # Pillow's bicubic filter widens with the scale when it shrinks an image, so it does not alias.
         resized = [np.asarray(image.resize((224, 224), Image.Resampling.BICUBIC)) for image in images]
         pixels = torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).float().to(device)
         return model.extract_features((pixels - 127) / 128).mean((2, 3))

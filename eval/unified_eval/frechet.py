@@ -69,7 +69,7 @@ def kernel_distances_of_subsets(
     Args:
         a: ``(N, D)`` features.
         b: ``(M, D)`` features.
-        subset_size: rows drawn of each, without repetition.
+        subset_size: rows sampled of each, without repetition.
         subsets: how often.
         seed: seed of the draws.
 
@@ -99,7 +99,7 @@ def cmmd(a: Features, b: Features, sigma: float = 10.0, scale: float = 1000.0) -
     Published values are of CLIP ViT-L/14 at 336 pixels; with another network it is no CMMD but its kin.
 
     Args:
-        a: ``(N, D)`` CLIP features of pictures, rows of length 1.
+        a: ``(N, D)`` CLIP features of images, rows of length 1.
         b: ``(M, D)`` likewise.
         sigma: width of the kernel ``exp(-|x - y|^2 / (2 sigma^2))``.
         scale: factor of the result.
@@ -139,10 +139,10 @@ def checked(field: str, features: Features) -> Tensor:
     if rows.ndim != 2:
         raise ValueError(f"{field}: need a matrix (N, D) of features, got shape {tuple(rows.shape)}.")
     if len(rows) < 2:
-        raise ValueError(f"{field}: {len(rows)} rows; a covariance needs 2 or more pictures.")
+        raise ValueError(f"{field}: {len(rows)} rows; a covariance needs 2 or more images.")
     if not torch.isfinite(rows).all():
         bad = int((~torch.isfinite(rows)).any(1).nonzero()[0])
-        raise ValueError(f"{field}: row {bad} holds NaN or infinity; check the picture it was made from.")
+        raise ValueError(f"{field}: row {bad} holds NaN or infinity; check the image it was made from.")
     return rows
 
 

@@ -23,10 +23,10 @@ def wilson_interval(hits: int, count: int, level: float = 0.95) -> Interval:
 
 
 def share_interval(hits: Sequence[bool] | np.ndarray, groups: Sequence[Hashable], seed: int = 0) -> Interval:
-    """Interval of a share of pictures of which several may belong to one group (prompt).
+    """Interval of a share of images of which several may belong to one group (prompt).
 
-    Wilson's if every picture has its own group, else a bootstrap over groups. A share of 0 or 1, from which a bootstrap
-    could draw nothing else, gets Wilson's of as many trials as there are groups.
+    Wilson's if every image has its own group, else a bootstrap over groups. A share of 0 or 1, from which a bootstrap
+    could sample nothing else, gets Wilson's of as many trials as there are groups.
 
     Raises:
         ValueError: if the lists are empty or differ in length.
@@ -47,12 +47,12 @@ def bootstrap_interval(
     level: float = 0.95,
     seed: int = 0,
 ) -> Interval:
-    """Percentile bootstrap interval that draws whole groups, so that pictures of one prompt stay together.
+    """Percentile bootstrap interval that generates whole groups, so that images of one prompt stay together.
 
     Args:
-        values: N numbers or ``(N, D)`` rows, one for each picture.
-        groups: the prompt of each picture; without it every picture is its own group.
-        statistic: what is computed from the drawn rows; their mean without it.
+        values: N numbers or ``(N, D)`` rows, one for each image.
+        groups: the prompt of each image; without it every image is its own group.
+        statistic: what is computed from the sampled rows; their mean without it.
         resamples: how often groups are drawn.
         level: share of the resamples that the interval holds.
         seed: seed of the draws.
@@ -80,10 +80,10 @@ def bootstrap_interval(
 def resample(groups: Sequence[Hashable], resamples: int = 2000, seed: int = 0) -> Iterator[np.ndarray]:
     """Draw as many groups as there are, with replacement, again and again.
 
-    Two sets of rows drawn by one seed are drawn alike, which is what paired intervals need.
+    Two sets of rows sampled by one seed are sampled alike, which is what paired intervals need.
 
     Yields:
-        The row numbers of the drawn groups, int64; of another length each time if groups differ in size.
+        The row numbers of the sampled groups, int64; of another length each time if groups differ in size.
 
     Raises:
         ValueError: if there are fewer than 2 groups or ``resamples`` is below 2.
@@ -105,8 +105,8 @@ def resample(groups: Sequence[Hashable], resamples: int = 2000, seed: int = 0) -
 def interval_around(value: float, draws: Sequence[float] | np.ndarray, level: float = 0.95) -> Interval:
     """Normal interval around a value with the standard deviation of its bootstrap draws.
 
-    For distances between sets of pictures: a drawn set repeats pictures, which moves the distance itself upwards, so
-    that percentiles of the draws would lie beside the value. Their spread is what is wanted.
+    For distances between sets of images: a generated set repeats images, which moves the distance itself upwards, so
+    that percentiles of the samples would lie beside the value. Their spread is what is wanted.
     """
     half = float(stats.norm.ppf((1 + level) / 2) * np.std(np.asarray(draws), ddof=1))
     return value - half, value + half

@@ -1,4 +1,4 @@
-"""Figures with intervals and recipes, and the difference of two sets of figures on the same prompts."""
+"""Metrics with intervals and recipes, and the difference of two sets of metrics on the same prompts."""
 
 import warnings
 from collections.abc import Callable, Hashable, Sequence
@@ -9,32 +9,32 @@ import numpy as np
 
 from unified_eval.intervals import Interval, bootstrap_interval, interval_around, resample, share_interval
 
-# Pictures that the published form of a metric has, at least, and what to use below that.
+# Images that the published form of a metric has, at least, and what to use below that.
 ENOUGH = {
-    "frechet": (10_000, "report the kernel distance, which has no bias, or draw more"),
-    "neighbourhoods": (1_000, "compare at equal N only, or draw more"),
+    "frechet": (10_000, "report the kernel distance, which has no bias, or sample more"),
+    "neighbourhoods": (1_000, "compare at equal N only, or sample more"),
     "inception score": (5_000, "draw more, or leave it out"),
 }
 
 
 class SmallSampleWarning(UserWarning):
-    """A figure of so few pictures that it says more about their number than about them."""
+    """A metric of so few images that it says more about their number than about them."""
 
 
 @dataclass
 class Measures:
-    """Figures by name, with what explains and what compares them.
+    """Metrics by name, with what explains and what compares them.
 
     Attributes:
-        prompts: N prompts, all different; an interval draws them, never single pictures.
-        resamples: how often distances are computed again on drawn prompts; 0 for distances without intervals.
-        seed: seed of all draws. Two sets of figures drawn by one seed can be compared in pairs.
-        figures: numbers by name.
-        intervals: 95 % intervals by name, for figures that have one.
-        recipes: for each figure what decides its value, with ``label``, the name to print.
-        notes: warnings about figures of too few pictures.
-        rows: for figures that are means, the value and the prompt of every picture.
-        draws: for distances, the values on drawn prompts.
+        prompts: N prompts, all different; an interval generates them, never single images.
+        resamples: how often distances are computed again on generated prompts; 0 for distances without intervals.
+        seed: seed of all draws. Two sets of metrics sampled by one seed can be compared in pairs.
+        metrics: numbers by name.
+        intervals: 95 % intervals by name, for metrics that have one.
+        recipes: for each metric what decides its value, with ``label``, the name to print.
+        notes: warnings about metrics of too few images.
+        rows: for metrics that are means, the value and the prompt of every image.
+        generates: for distances, the values on generated prompts.
     """
 
     prompts: Sequence[str]
@@ -48,14 +48,14 @@ class Measures:
     draws: dict[str, np.ndarray] = field(default_factory=dict)
 
     def add(self, name: str, value: float, label: str, **recipe: Any) -> None:
-        """Add a figure without interval."""
+        """Add a metric without interval."""
         self.figures[name] = float(value)
         self.recipes[name] = {"label": label, **recipe}
 
     def add_mean(
         self, name: str, values: np.ndarray, label: str, groups: Sequence[Hashable] | None = None, **recipe: Any
     ) -> None:
-        """Add the mean of a value of every picture; ``groups`` are their prompts (one picture each without it)."""
+        """Add the mean of a value of every image; ``groups`` are their prompts (one image each without it)."""
         groups = list(self.prompts if groups is None else groups)
         self.add(name, float(values.mean()), label, n=len(values), **recipe)
         self.rows[name] = (values, groups)
@@ -81,33 +81,33 @@ class Measures:
             self.intervals[name] = interval_around(self.figures[name], self.draws[name])
 
     def check_size(self, kind: str, count: int) -> None:
-        """Warn, and keep a note, if ``count`` pictures are few for a kind of metric in :data:`ENOUGH`."""
+        """Warn, and keep a note, if ``count`` images are few for a kind of metric in :data:`ENOUGH`."""
         enough, fix = ENOUGH[kind]
-        note = f"{kind}: {count} pictures, where published figures have {enough:,} or more; {fix}."
+        note = f"{kind}: {count} images, where published metrics have {enough:,} or more; {fix}."
         if count < enough and note not in self.notes:
             self.notes.append(note)
             warnings.warn(note, SmallSampleWarning, stacklevel=3)
 
     def result(self) -> dict[str, Any]:
-        """``figures``, ``intervals``, ``recipes`` and ``notes``, ready for JSON."""
+        """``metrics``, ``intervals``, ``recipes`` and ``notes``, ready for JSON."""
         intervals = {name: list(interval) for name, interval in self.intervals.items()}
         return {"figures": self.figures, "intervals": intervals, "recipes": self.recipes, "notes": self.notes}
 
 
 def compare_measures(first: Measures, second: Measures) -> list[dict[str, Any]]:
-    """Differences of the figures that two systems have in common, on the same prompts and seeds.
+    """Differences of the metrics that two systems have in common, on the same prompts and seeds.
 
     Returns:
-        A dict for each figure that is not about given pictures alone: ``figure`` (its name), ``label``, ``first``,
+        A dict for each metric that is not about given images alone: ``metric`` (its name), ``label``, ``first``,
         ``second``, ``difference`` (second less first) and ``interval``, 95 % of the difference in pairs, or None for
-        figures without one. Prompts are drawn alike for both, so that hard and easy ones cancel; the interval is often
-        far narrower than either figure's.
+        metrics without one. Prompts are sampled alike for both, so that hard and easy ones cancel; the interval is often
+        far narrower than either metric's.
 
     Raises:
-        ValueError: if prompts, numbers of pictures, seeds or recipes (extractor, N, reference) differ.
+        ValueError: if prompts, numbers of images, seeds or recipes (extractor, N, reference) differ.
     """
     if list(first.prompts) != list(second.prompts) or (first.seed, first.resamples) != (second.seed, second.resamples):
-        raise ValueError("first, second: prompts, seed or resamples differ; compare figures of the same run only.")
+        raise ValueError("first, second: prompts, seed or resamples differ; compare metrics of the same run only.")
     out = []
     for name, recipe in first.recipes.items():
         if name not in second.recipes or name.endswith(("_real", "_real_halves", "_real_other", "_training")):

@@ -1,6 +1,6 @@
-"""A small CLIP trained on one's own captioned pictures: the offline stand-in for a pretrained CLIP.
+"""A small CLIP trained on one's own captioned images: the offline stand-in for a pretrained CLIP.
 
-It judges only pictures like those it was trained on, and its scores carry its name: they do not compare with scores of
+It judges only images like those it was trained on, and its scores carry its name: they do not compare with scores of
 another CLIP.
 """
 
@@ -53,17 +53,17 @@ def train_nano_clip(
     seed: int = 0,
     progress: bool = True,
 ) -> Clip:
-    """Train a CLIP of about 4M parameters from scratch on 64 x 64 pictures.
+    """Train a CLIP of about 4M parameters from scratch on 64 x 64 images.
 
-    Every batch holds each caption at most once, because a repeated caption would be pushed away from its own pictures.
-    Pictures are shifted, scaled, blurred and given noise, never recoloured: colours belong to captions.
+    Every batch holds each caption at most once, because a repeated caption would be pushed away from its own images.
+    Images are shifted, scaled, blurred and given noise, never recoloured: colours belong to captions.
 
     Args:
-        images: N pictures of any size; they are resized to 64 pixels and centre-cropped.
-        captions: N captions; several pictures may share one.
+        images: N images of any size; they are resized to 64 pixels and centre-cropped.
+        captions: N captions; several images may share one.
         name: what the scores of this model are called, for example ``openmoji-nano``.
         steps: optimizer steps.
-        batch_size: pictures per step, at most the number of different captions.
+        batch_size: images per step, at most the number of different captions.
         learning_rate: peak of a cosine schedule with 10 % warm-up.
         weight_decay: AdamW weight decay of the matrices, without the token embedding.
         seed: seed of the weights, the batches and the augmentation.
@@ -77,7 +77,7 @@ def train_nano_clip(
             different captions, or a number is out of range.
     """
     if len(images) != len(captions):
-        raise ValueError(f"captions: {len(captions)} captions for {len(images)} pictures; give one for each.")
+        raise ValueError(f"captions: {len(captions)} captions for {len(images)} images; give one for each.")
     if steps < 1 or batch_size < 2:
         raise ValueError(f"steps, batch_size: need 1 or more and 2 or more, got {steps} and {batch_size}.")
     tokenizer = open_clip.SimpleTokenizer(context_length=CONTEXT_LENGTH)
@@ -143,7 +143,7 @@ def unique_caption_batches(groups: Sequence[Sequence[int]], batch_size: int, see
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     """Shift (up to 1/16 of the side), scale (0.9 to 1.1), blur half of and add slight noise to a batch.
 
-    The edge pixels are repeated where the picture no longer reaches, and colours are kept, so that the model forgives
+    The edge pixels are repeated where the image no longer reaches, and colours are kept, so that the model forgives
     what a tokenizer or a generator does to edges but not a wrong colour.
 
     Args:
@@ -173,7 +173,7 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 def grouped_retrieval(
     clip: Clip, images: Sequence[Image.Image], captions: Sequence[str], group_size: int = 64, seed: int = 0
 ) -> dict[str, float]:
-    """Mean R@1 over groups of ``group_size`` pictures drawn by seed; one smaller group if there are not that many.
+    """Mean R@1 over groups of ``group_size`` images sampled by seed; one smaller group if there are not that many.
 
     Returns:
         ``r1``, the ``captions`` in each group and the number of ``groups``.

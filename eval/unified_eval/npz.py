@@ -1,6 +1,6 @@
-"""Sets of pictures as one NumPy file, as the evaluator of guided diffusion (ADM) reads them: ``arr_0``, uint8, NHWC.
+"""Sets of images as one NumPy file, as the evaluator of guided diffusion (ADM) reads them: ``arr_0``, uint8, NHWC.
 
-Pictures are written and read one by one, so that a file may be larger than the memory.
+Images are written and read one by one, so that a file may be larger than the memory.
 """
 
 import os
@@ -15,23 +15,23 @@ MEMBER = "arr_0.npy"
 
 
 def save_npz(path: str | Path, images: Sequence[Image.Image]) -> Path:
-    """Write pictures of one size to a file that the original evaluator reads; it appears whole or not at all.
+    """Write images of one size to a file that the original evaluator reads; it appears whole or not at all.
 
     Args:
         path: file to write, named ``.npz``.
-        images: pictures; they are converted to RGB.
+        images: images; they are converted to RGB.
 
     Returns:
         ``path``.
 
     Raises:
-        ValueError: if ``path`` is not named ``.npz``, there is no picture, or sizes are mixed.
+        ValueError: if ``path`` is not named ``.npz``, there is no image, or sizes are mixed.
     """
     path = Path(path)
     if path.suffix != ".npz":
         raise ValueError(f"path: {str(path)!r} is not named .npz.")
     if not len(images):
-        raise ValueError("images: the list is empty; give at least one picture.")
+        raise ValueError("images: the list is empty; give at least one image.")
     width, height = images[0].size
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(images), height, width, 3)}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def save_npz(path: str | Path, images: Sequence[Image.Image]) -> Path:
 
 
 def load_npz(path: str | Path) -> Iterator[Image.Image]:
-    """Yield the pictures of a file with ``arr_0``, uint8 ``(N, H, W, 3)``, in order.
+    """Yield the images of a file with ``arr_0``, uint8 ``(N, H, W, 3)``, in order.
 
     Raises:
         ValueError: if the file is missing, no such archive, or holds another kind of array.

@@ -1,4 +1,4 @@
-"""One self-contained HTML page: figures with their recipes, tables, pictures and the commands that made them."""
+"""One self-contained HTML page: metrics with their recipes, tables, images and the commands that made them."""
 
 import base64
 import io
@@ -14,7 +14,7 @@ class Figure(NamedTuple):
     """One measured number.
 
     ``label`` is how it is called, with its unit; ``value`` is a number or a text; ``recipe`` says in one line how it
-    was measured: the network, the number of pictures, the reference set.
+    was measured: the network, the number of images, the reference set.
     """
 
     label: str
@@ -23,7 +23,7 @@ class Figure(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """A picture, in memory or as a PNG, JPEG or SVG file, with the caption printed below it."""
+    """An image, in memory or as a PNG, JPEG or SVG file, with the caption printed below it."""
 
     image: Image.Image | Path
     caption: str
@@ -37,7 +37,7 @@ def write_report(
     title: str,
     figures: Sequence[Figure | tuple[str, float | str, str]] = (),
     tables: Mapping[str, Sequence[Mapping[str, object]]] | None = None,
-    pictures: Sequence[Picture | tuple[Image.Image | Path, str]] = (),
+    images: Sequence[Picture | tuple[Image.Image | Path, str]] = (),
     commands: Sequence[str] = (),
     notes: Sequence[str] = (),
 ) -> Path:
@@ -46,17 +46,17 @@ def write_report(
     Args:
         out: the file to write; its folder is made.
         title: headline.
-        figures: measured numbers as ``(label, value, recipe)``.
+        metrics: measured numbers as ``(label, value, recipe)``.
         tables: further tables by their titles, as lists of rows with equal keys.
-        pictures: ``(image, caption)``; embedded as base64.
+        images: ``(image, caption)``; embedded as base64.
         commands: shell commands that made the results, in order.
-        notes: paragraphs below the headline, such as what was run and whose pictures are shown.
+        notes: paragraphs below the headline, such as what was run and whose images are shown.
 
     Returns:
         ``out``.
 
     Raises:
-        ValueError: if ``out`` is not named ``.html``, the rows of a table differ in their keys, or a picture file is
+        ValueError: if ``out`` is not named ``.html``, the rows of a table differ in their keys, or an image file is
             missing or of another kind.
     """
     from jinja2 import Environment, StrictUndefined
@@ -81,7 +81,7 @@ def write_report(
         notes=notes,
         figures=[(label, format_value(value), recipe) for label, value, recipe in figures],
         tables=shown_tables,
-        pictures=[(_data_uri(image), caption) for image, caption in pictures],
+        images=[(_data_uri(image), caption) for image, caption in images],
         commands=commands,
     )
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -138,17 +138,17 @@ th { color: var(--faint); font-weight: 600; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 td.value { font-weight: 650; color: var(--accent); }
 td.recipe { color: var(--faint); font-size: .87rem; }
-figure { margin: 0 0 2rem; }
-figure img { display: block; max-width: 100%; height: auto; border: 1px solid var(--line); border-radius: 6px; }
+metric { margin: 0 0 2rem; }
+metric img { display: block; max-width: 100%; height: auto; border: 1px solid var(--line); border-radius: 6px; }
 figcaption { color: var(--faint); font-size: .9rem; margin-top: .5rem; max-width: 48rem; }
 pre { background: var(--soft); border: 1px solid var(--line); border-radius: 6px; padding: .9rem 1rem;
   overflow-x: auto; font: .85rem/1.5 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 @media (max-width: 40rem) {
-  .figures th:last-child { display: none; }
-  .figures td.recipe { display: block; padding-top: 0; }
-  .figures tr { display: grid; grid-template-columns: 1fr auto; border-bottom: 1px solid var(--line); }
-  .figures td, .figures th { border: 0; }
-  .figures td.recipe { grid-column: 1 / -1; }
+  .metrics th:last-child { display: none; }
+  .metrics td.recipe { display: block; padding-top: 0; }
+  .metrics tr { display: grid; grid-template-columns: 1fr auto; border-bottom: 1px solid var(--line); }
+  .metrics td, .metrics th { border: 0; }
+  .metrics td.recipe { grid-column: 1 / -1; }
 }
 </style>
 </head>
@@ -158,22 +158,22 @@ pre { background: var(--soft); border: 1px solid var(--line); border-radius: 6px
 {% for note in notes %}
 <p>{{ note }}</p>
 {% endfor %}
-{% if figures %}
-<h2>Figures</h2>
-<div class="scroll"><table class="figures">
-<thead><tr><th>figure</th><th class="number">value</th><th>recipe</th></tr></thead>
+{% if metrics %}
+<h2>Metrics</h2>
+<div class="scroll"><table class="metrics">
+<thead><tr><th>metric</th><th class="number">value</th><th>recipe</th></tr></thead>
 <tbody>
-{% for label, value, recipe in figures %}
+{% for label, value, recipe in metrics %}
 <tr><td>{{ label }}</td><td class="number value">{{ value }}</td>\
 <td class="recipe">{{ recipe }}</td></tr>
 {% endfor %}
 </tbody>
 </table></div>
 {% endif %}
-{% if pictures %}
-<h2>Pictures</h2>
-{% for source, caption in pictures %}
-<figure><img src="{{ source }}" alt="{{ caption }}"><figcaption>{{ caption }}</figcaption></figure>
+{% if images %}
+<h2>Images</h2>
+{% for source, caption in images %}
+<metric><img src="{{ source }}" alt="{{ caption }}"><figcaption>{{ caption }}</figcaption></metric>
 {% endfor %}
 {% endif %}
 {% for name, header, rows in tables %}

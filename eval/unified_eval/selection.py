@@ -23,7 +23,7 @@ def first_usable_rows(
         source: anything :func:`unified.data.sources.load_source` opens.
         split: name of the split.
         max_samples: how many rows to keep; a shorter split gives what it has.
-        image_column: column of the pictures.
+        image_column: column of the images.
         caption_column: column of the captions.
 
     Returns:
@@ -43,7 +43,7 @@ def first_usable_rows(
 
 
 def unique_captions(rows: list[CaptionedImage]) -> list[CaptionedImage]:
-    """Keep the first row of every caption, so that no picture has two right captions."""
+    """Keep the first row of every caption, so that no image has two right captions."""
     seen: dict[str, CaptionedImage] = {}
     for row in rows:
         seen.setdefault(caption_key(row.caption), row)

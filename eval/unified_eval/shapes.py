@@ -1,4 +1,4 @@
-"""Whether a picture of coloured shapes shows what its caption claims, decided from its pixels alone.
+"""Whether an image of coloured shapes shows what its caption claims, decided from its pixels alone.
 
 The scenes are those of ``recipes/prepare_shapes.py``: flat shapes of ten colours, upright, apart from each other, on a
 flat background. Claims are in GenEval's ``include`` schema (Ghosh et al. 2023, https://arxiv.org/abs/2310.11513),
@@ -23,7 +23,7 @@ PALETTE = {
 }  # fmt: skip
 COLOURS, RGB = tuple(PALETTE), np.array(list(PALETTE.values()), dtype=np.float64)
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # y points down
-# Radii as shares of the side, in the middle between the bands that scenes are drawn with.
+# Radii as shares of the side, in the middle between the bands that scenes are sampled with.
 SIZES, SIZE_EDGES = ("small", "medium", "large"), (0.140, 0.1975)
 SMALLEST_RADIUS = 0.11
 MIN_SIDE = 24  # below that, a small square and a small circle cover the same pixels
@@ -32,7 +32,7 @@ MAX_COLOUR_DISTANCE = 60
 # Least intersection over union of a shape with the ideal outline of its area and place.
 MIN_OVERLAP = 0.75
 SUPERSAMPLING = 8
-# Standard deviations, as shares of the side, of the ideal outlines: drawn sharply, or through a tokenizer that blurs.
+# Standard deviations, as shares of the side, of the ideal outlines: sampled sharply, or through a tokenizer that blurs.
 BLURS = (0, 0.02)
 
 ASPECTS = ("shape", "count", "color", "size", "position", "background")
@@ -74,7 +74,7 @@ MIN_AREA = 0.5 * SMALLEST_RADIUS**2 * min(area for area, _ in GEOMETRY.values())
 
 
 class Shape(NamedTuple):
-    """One object of a picture. ``name`` or ``colour`` is None if it resembles none.
+    """One object of an image. ``name`` or ``colour`` is None if it resembles none.
 
     Centre and radius (of the circle around the outline) are in pixels, y points down. ``overlap`` is the intersection
     over union with the ideal outline, sharp or slightly blurred.
@@ -90,7 +90,7 @@ class Shape(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What a picture shows: the background's colour (None if it resembles none) and the objects, largest first."""
+    """What an image shows: the background's colour (None if it resembles none) and the objects, largest first."""
 
     background: str | None
     shapes: tuple[Shape, ...]
@@ -103,17 +103,17 @@ class Found(NamedTuple):
 
 
 def find_shapes(image: Image.Image) -> Found:
-    """Find background and objects of a picture.
+    """Find background and objects of an image.
 
     Whatever differs from the most frequent colour is an object, if it is connected and no speck. Its class is that of
-    the outline which, drawn with the object's area and centroid, overlaps it most. Shapes that touch make one object.
+    the outline which, sampled with the object's area and centroid, overlaps it most. Shapes that touch make one object.
 
     Raises:
-        ValueError: if the picture is not square or its side is below 24 pixels.
+        ValueError: if the image is not square or its side is below 24 pixels.
     """
     side = image.width
     if image.height != side or side < MIN_SIDE:
-        raise ValueError(f"image: {image.width}x{image.height}; need a square picture of {MIN_SIDE} pixels or more.")
+        raise ValueError(f"image: {image.width}x{image.height}; need a square image of {MIN_SIDE} pixels or more.")
     pixels = np.asarray(image.convert("RGB"), dtype=np.float64)
     distances = np.linalg.norm(pixels[:, :, None] - RGB, axis=3)
     nearest = distances.argmin(2)
@@ -181,10 +181,10 @@ def _draw(corners: np.ndarray, side: int) -> np.ndarray:
 
 
 def check_scene(image: Image.Image, claims: Claims) -> dict[str, bool]:
-    """Check every claim about a picture.
+    """Check every claim about an image.
 
     Args:
-        image: a square picture, 24 pixels or more.
+        image: a square image, 24 pixels or more.
         claims: the ``include`` of a row as a list or as JSON: entries with ``class`` and ``count``, and possibly
             ``color``, ``size`` and ``position`` (``["above", 0]``: above entry 0); the class may be ``background``.
 
@@ -288,7 +288,7 @@ def scene_records(
     tags: Sequence[str] | None = None,
     prompts: Sequence[str] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Check pictures one by one, as GenEval's results file has them.
+    """Check images one by one, as GenEval's results file has them.
 
     Yields:
         ``tag`` (the task; ``scene`` without ``tags``), ``prompt``, ``include`` (the claims), ``correct``, ``reason``
@@ -299,7 +299,7 @@ def scene_records(
     """
     for field, given in (("claims_per_image", claims_per_image), ("tags", tags), ("prompts", prompts)):
         if given is not None and len(given) != len(images):
-            raise ValueError(f"{field}: {len(given)} for {len(images)} pictures; give one for each.")
+            raise ValueError(f"{field}: {len(given)} for {len(images)} images; give one for each.")
     for number, (image, claims) in enumerate(zip(images, claims_per_image, strict=True)):
         found, entries = find_shapes(image), read_claims(claims)
         checks = check_found(found, entries)
@@ -321,20 +321,20 @@ def shapes_accuracy(
     prompts: Sequence[str] | None = None,
     seed: int = 0,
 ) -> dict[str, dict[str, Any]]:
-    """Share of pictures that show what their captions claim, overall, by task and by aspect, with 95 % intervals.
+    """Share of images that show what their captions claim, overall, by task and by aspect, with 95 % intervals.
 
     Args:
-        images: N square pictures.
+        images: N square images.
         claims_per_image: what :func:`check_scene` takes, for each of them.
         tags: the task of each, such as ``counting``.
-        prompts: the prompt of each; pictures of one prompt are not independent, and intervals take that into account.
+        prompts: the prompt of each; images of one prompt are not independent, and intervals take that into account.
         seed: seed of the bootstrap.
 
     Returns:
         As :func:`summarise_records`.
 
     Raises:
-        ValueError: as for :func:`scene_records`, or if there is no picture.
+        ValueError: as for :func:`scene_records`, or if there is no image.
     """
     return summarise_records(list(scene_records(images, claims_per_image, tags, prompts)), seed)
 
@@ -343,17 +343,17 @@ def summarise_records(records: Sequence[Mapping[str, Any]], seed: int = 0) -> di
     """Count what :func:`scene_records` yielded.
 
     Returns:
-        Three dicts by the same names: ``figures``; ``intervals``, 95 % (see
+        Three dicts by the same names: ``metrics``; ``intervals``, 95 % (see
         :func:`unified_eval.intervals.share_interval`); ``recipes``, each with ``label`` and ``n``. The names are
         ``shapes_correct``; ``shapes_task_<tag>`` and their mean ``shapes_task_mean`` (without interval);
-        ``shapes_aspect_<aspect>``, among pictures about which it is claimed; and with several pictures a prompt
+        ``shapes_aspect_<aspect>``, among images about which it is claimed; and with several images a prompt
         ``shapes_any_correct``, the share of prompts with a correct one.
 
     Raises:
         ValueError: if there is no record.
     """
     if not records:
-        raise ValueError("images: the list is empty; give at least one picture.")
+        raise ValueError("images: the list is empty; give at least one image.")
     prompts = [record["prompt"] for record in records]
     alone = len(set(prompts)) == len(prompts)
     out: dict[str, dict[str, Any]] = {"figures": {}, "intervals": {}, "recipes": {}}
@@ -368,7 +368,7 @@ def summarise_records(records: Sequence[Mapping[str, Any]], seed: int = 0) -> di
         any_correct: dict[str, bool] = {}
         for record in records:
             any_correct[record["prompt"]] = any_correct.get(record["prompt"], False) or record["correct"]
-        add("shapes_any_correct", "prompts with a correct picture", list(any_correct.values()), list(any_correct))
+        add("shapes_any_correct", "prompts with a correct image", list(any_correct.values()), list(any_correct))
     for tag in sorted({record["tag"] for record in records}):
         part = [record for record in records if record["tag"] == tag]
         add(f"shapes_task_{tag}", f"task {tag}", [r["correct"] for r in part], [r["prompt"] for r in part])

@@ -1,4 +1,4 @@
-"""Sheets of pictures with captions, for eyes rather than for measuring."""
+"""Sheets of images with captions, for eyes rather than for measuring."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -24,22 +24,22 @@ def captioned_grid(
     scale: int = 128,
     resample: Resample = "lanczos",
 ) -> Image.Image:
-    """Lay pictures out in rows on white, each with its caption below.
+    """Lay images out in rows on white, each with its caption below.
 
     Args:
-        rows: pictures by rows; the last rows may be shorter.
-        captions: one text for each picture, in the same rows; wrapped below it, at most four lines.
+        rows: images by rows; the last rows may be shorter.
+        captions: one text for each image, in the same rows; wrapped below it, at most four lines.
         column_titles: one header for each column, such as ``real`` and ``reconstruction``.
         row_titles: one text for each row, wrapped at its left.
         title: a headline.
-        scale: side of a tile in pixels. Pictures keep their proportions and fill the tile at least in one direction.
+        scale: side of a tile in pixels. Images keep their proportions and fill the tile at least in one direction.
         resample: ``lanczos``, or ``nearest`` for hard pixels; ``nearest`` enlarges by a whole factor.
 
     Returns:
-        An RGB picture.
+        An RGB image.
 
     Raises:
-        ValueError: if there is no picture, a list does not match the rows, or ``scale`` is below 16.
+        ValueError: if there is no image, a list does not match the rows, or ``scale`` is below 16.
     """
     _check(rows, captions, column_titles, row_titles, scale)
     small, medium, large = _font(12), _font(13, bold=True), _font(17, bold=True)
@@ -59,15 +59,15 @@ def captioned_grid(
     draw = ImageDraw.Draw(sheet)
     _write(draw, title_lines, large, GAP, GAP, None, INK)
     for column, lines in enumerate(heads):
-        # Headers sit on the pictures, so a one-line header is lowered beside a two-line one.
+        # Headers sit on the images, so a one-line header is lowered beside a two-line one.
         drop = below_heads - 6 - _height(lines, medium)
         _write(draw, lines, medium, GAP + side + column * (scale + GAP), drop, scale, INK)
     top = below_heads
     for row, lines_of_row, side_lines, text_height in zip(rows, texts, side_titles, text_heights, strict=True):
         _write(draw, side_lines, small, GAP, top + max(0, (scale - _height(side_lines, small)) // 2), None, INK)
-        for column, (picture, lines) in enumerate(zip(row, lines_of_row, strict=True)):
+        for column, (image, lines) in enumerate(zip(row, lines_of_row, strict=True)):
             left = GAP + side + column * (scale + GAP)
-            tile = _fit(picture.convert("RGB"), scale, resample)
+            tile = _fit(image.convert("RGB"), scale, resample)
             x, y = left + (scale - tile.width) // 2, top + (scale - tile.height) // 2
             draw.rectangle((x - 1, y - 1, x + tile.width, y + tile.height), outline=FRAME)
             sheet.paste(tile, (x, y))
@@ -95,10 +95,10 @@ def _check(
     scale: int,
 ) -> None:
     if not rows or not all(rows):
-        raise ValueError("rows: there is no picture, or an empty row; give at least one picture in each row.")
+        raise ValueError("rows: there is no image, or an empty row; give at least one image in each row.")
     lengths = [len(row) for row in rows]
     if captions is not None and [len(row) for row in captions] != lengths:
-        raise ValueError(f"captions: rows of {[len(row) for row in captions]} for pictures in rows of {lengths}.")
+        raise ValueError(f"captions: rows of {[len(row) for row in captions]} for images in rows of {lengths}.")
     if column_titles is not None and len(column_titles) != max(lengths):
         raise ValueError(f"column_titles: {len(column_titles)} titles for {max(lengths)} columns.")
     if row_titles is not None and len(row_titles) != len(rows):
@@ -156,11 +156,11 @@ def _write(
         draw.text((round(left + indent), top + round(number * font.size * LINE)), line, font=font, fill=ink)
 
 
-def _fit(picture: Image.Image, tile: int, resample: Resample) -> Image.Image:
+def _fit(image: Image.Image, tile: int, resample: Resample) -> Image.Image:
     """Resize to at most ``tile`` a side; ``nearest`` enlarges by a whole factor and so may leave a margin."""
-    longest = max(picture.size)
+    longest = max(image.size)
     if resample == "nearest" and longest <= tile:
         factor = tile // longest
-        return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
-    size = [max(1, round(side * tile / longest)) for side in picture.size]
-    return picture.resize((size[0], size[1]), Image.Resampling.LANCZOS)
+        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    size = [max(1, round(side * tile / longest)) for side in image.size]
+    return image.resize((size[0], size[1]), Image.Resampling.LANCZOS)

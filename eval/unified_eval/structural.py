@@ -1,4 +1,4 @@
-"""Structural similarity of pictures, and what the codes of a tokenizer cost and use."""
+"""Structural similarity of images, and what the codes of a tokenizer cost and use."""
 
 import math
 
@@ -10,7 +10,7 @@ _WINDOW, _SIGMA = 11, 1.5
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Structural similarity (Wang et al. 2004) of each pair of pictures, over colour channels and all whole windows.
+    """Structural similarity (Wang et al. 2004) of each pair of images, over colour channels and all whole windows.
 
     Gaussian window of 11 x 11 pixels with sigma 1.5, K1 = 0.01, K2 = 0.03, data range 1, population variances.
 
@@ -19,7 +19,7 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
         b: the same shape and range.
 
     Returns:
-        ``(B,)`` float64; 1 for equal pictures.
+        ``(B,)`` float64; 1 for equal images.
 
     Raises:
         ValueError: if the shapes differ or are not ``(B, 3, H, W)``, a side is too short, or a value is outside [0, 1].
@@ -29,8 +29,8 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
             f"a, b: need two equal shapes (B, 3, H, W) of {_WINDOW} or more pixels a side, got {tuple(a.shape)} and "
             f"{tuple(b.shape)}."
         )
-    for field, pictures in (("a", a), ("b", b)):
-        if not bool(((pictures >= 0) & (pictures <= 1)).all()):
+    for field, images in (("a", a), ("b", b)):
+        if not bool(((images >= 0) & (images <= 1)).all()):
             raise ValueError(f"{field}: values leave [0, 1]; rescale and clamp.")
     x, y = a.double(), b.double()
     mean_x, mean_y = _blur(x), _blur(y)
@@ -50,10 +50,10 @@ def _blur(x: Tensor) -> Tensor:
 
 
 def code_statistics(codes: Tensor, codebook_size: int, downsample: int) -> dict[str, float]:
-    """How much of the codebook a set of pictures uses, and what a pixel costs.
+    """How much of the codebook a set of images uses, and what a pixel costs.
 
     Args:
-        codes: codes of all pictures, any shape, int64.
+        codes: codes of all images, any shape, int64.
         codebook_size: number of codes K.
         downsample: pixels per code along each side.
 

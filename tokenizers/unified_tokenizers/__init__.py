@@ -1,4 +1,4 @@
-"""Image and text tokenizers: pictures and text to integers and back."""
+"""Image and text tokenizers: images and text to integers and back."""
 
 from unified_tokenizers.auto import AutoImageTokenizer
 from unified_tokenizers.base import ImageTokenizer

@@ -35,7 +35,7 @@ class ImageTokenizer(Protocol):
         """``(B, 3, H, W)`` in [-1, 1] to codes ``(B, H / downsample, W / downsample)``, int64."""
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes ``(B, h, w)`` to pictures ``(B, 3, h * downsample, w * downsample)`` in [-1, 1]."""
+        """Codes ``(B, h, w)`` to images ``(B, 3, h * downsample, w * downsample)`` in [-1, 1]."""
 
     def codebook_vectors(self) -> Tensor | None:
         """Vectors ``(K, d)`` of the codes as the decoder gets them; None for a tokenizer without."""

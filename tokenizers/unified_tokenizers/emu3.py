@@ -1,4 +1,4 @@
-"""Emu3's video tokenizer (arXiv 2409.18869) on single pictures, through transformers."""
+"""Emu3's video tokenizer (arXiv 2409.18869) on single images, through transformers."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from unified_tokenizers.weights import load_exactly
 class Emu3Tokenizer(nn.Module):
     """Implements :class:`unified_tokenizers.base.ImageTokenizer` around transformers' ``Emu3VQVAE``.
 
-    A picture is encoded as a clip of equal frames and decoded to the first frame, as Emu3 does.
+    An image is encoded as a clip of equal frames and decoded to the first frame, as Emu3 does.
     """
 
     def __init__(self, model: Emu3VQVAE):

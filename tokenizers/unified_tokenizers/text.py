@@ -18,7 +18,7 @@ _FRAME_FILE = "image_tokens.json"
 
 
 class TextTokenizer(Protocol):
-    """Text to ids and back; ``boi_token_id`` and ``eoi_token_id`` frame a picture and never come out of ``encode``."""
+    """Text to ids and back; ``boi_token_id`` and ``eoi_token_id`` frame an image and never come out of ``encode``."""
 
     vocab_size: int
     bos_token_id: int | None
@@ -85,7 +85,7 @@ class SentencePieceTokenizer:
 
 
 class TransformersTokenizer:
-    """A backbone's own tokenizer; two tokens that it already has (reserved or unused) frame a picture."""
+    """A backbone's own tokenizer; two tokens that it already has (reserved or unused) frame an image."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, boi: str = BOI, eoi: str = EOI):
         self.tokenizer = tokenizer
@@ -96,7 +96,7 @@ class TransformersTokenizer:
                     f"{name}: {token!r} is not in the vocabulary; name one of the tokenizer's reserved or unused tokens."
                 )
         if boi == eoi:
-            raise ValueError(f"eoi: {eoi!r} opens a picture already; name another token.")
+            raise ValueError(f"eoi: {eoi!r} opens an image already; name another token.")
         self._frame = {"boi": boi, "eoi": eoi}
         # The tokenizer may read a reserved token as one even so; behind its first character, it is cut in two.
         cuts = (f"(?<={re.escape(token[0])})(?={re.escape(token[1:])})" for token in (boi, eoi))
@@ -120,13 +120,13 @@ class TransformersTokenizer:
         """Ids of ``text``; special tokens spelled out in it are plain text.
 
         Raises:
-            ValueError: if the tokenizer still reads one of the two picture tokens in it.
+            ValueError: if the tokenizer still reads one of the two image tokens in it.
         """
         ids: list[int] = []
         for part in self._cuts.split(text):
             ids += self.tokenizer.encode(part, add_special_tokens=False, split_special_tokens=True)
         if self.boi_token_id in ids or self.eoi_token_id in ids:
-            raise ValueError(f"text: {text!r} spells a token that frames pictures ({', '.join(self._frame.values())}).")
+            raise ValueError(f"text: {text!r} spells a token that frames images ({', '.join(self._frame.values())}).")
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -144,7 +144,7 @@ def load_text_tokenizer(path: str | Path, boi: str | None = None, eoi: str | Non
 
     Args:
         path: folder or Hub name.
-        boi, eoi: tokens that frame a picture, for a transformers tokenizer that does not carry the choice yet.
+        boi, eoi: tokens that frame an image, for a transformers tokenizer that does not carry the choice yet.
 
     Raises:
         ValueError: if the folder does not exist or the tokens are not in the vocabulary.

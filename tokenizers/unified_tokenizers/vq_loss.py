@@ -15,7 +15,7 @@ PERCEPTUAL = ("edges", "lpips")
 
 
 class EdgeLoss(nn.Module):
-    """Absolute difference of the gradients of two pictures at several scales; needs no weights.
+    """Absolute difference of the gradients of two images at several scales; needs no weights.
 
     A blurred edge costs little squared error and much of this one. It is no model of human perception.
     """
@@ -25,7 +25,7 @@ class EdgeLoss(nn.Module):
         self.scales = scales
 
     def forward(self, decoded: Tensor, images: Tensor) -> Tensor:
-        """Mean over pictures, scales and both directions of ``(B, 3, H, W)`` in [-1, 1]."""
+        """Mean over images, scales and both directions of ``(B, 3, H, W)`` in [-1, 1]."""
         difference, total = decoded - images, decoded.new_zeros(())
         for scale in range(self.scales):
             if scale:
@@ -72,7 +72,7 @@ class LPIPS(nn.Module):
         self.eval().requires_grad_(False)
 
     def distances(self, a: Tensor, b: Tensor) -> Tensor:
-        """Distance of each pair of pictures, ``(B,)``, for two ``(B, 3, H, W)`` in [-1, 1] of at least 16 pixels a side."""
+        """Distance of each pair of images, ``(B,)``, for two ``(B, 3, H, W)`` in [-1, 1] of at least 16 pixels a side."""
         x = (torch.cat([a, b]) - self.shift) / self.scale
         total = x.new_zeros(len(a))
         for index, module in enumerate(self.features):

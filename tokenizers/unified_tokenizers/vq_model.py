@@ -1,4 +1,4 @@
-"""A small convolutional VQ autoencoder: pictures to codes and back, trainable on a laptop.
+"""A small convolutional VQ autoencoder: images to codes and back, trainable on a laptop.
 
 Pixels are folded into channels at once (space-to-depth), so that every convolution runs on the code grid: at stride 4
 this costs a sixteenth of a classic VQGAN stem. Quantizers come from `vector-quantize-pytorch`.

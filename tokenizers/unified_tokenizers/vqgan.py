@@ -1,7 +1,7 @@
 """The VQGAN design (arXiv 2012.09841) that the image tokenizers of LlamaGen, Janus and Chameleon share.
 
 A convolutional encoder halves the sides level by level, each position of its output takes the nearest entry of the
-codebook, and a mirrored decoder draws the picture. :mod:`unified_tokenizers.layouts` reads the published weights.
+codebook, and a mirrored decoder generates the image. :mod:`unified_tokenizers.layouts` reads the published weights.
 """
 
 import torch
@@ -79,7 +79,7 @@ class AttentionBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve both sides; the picture is padded at its right and lower edge only."""
+    """Halve both sides; the image is padded at its right and lower edge only."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -157,7 +157,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents ``(B, latent_channels, h, w)`` to pictures; its levels are stored in the order in which they run."""
+    """Latents ``(B, latent_channels, h, w)`` to images; its levels are stored in the order in which they run."""
 
     def __init__(self, config: VQGANConfig):
         super().__init__()
@@ -221,7 +221,7 @@ class VQGAN(PreTrainedModel):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Reconstruct ``(B, 3, H, W)`` in [-1, 1]; returns the reconstruction, the codes ``(B, h, w)`` and the loss that
-        draws codes to latents and, weighted, latents to codes.
+        samples codes to latents and, weighted, latents to codes.
         """
         latents = self._latents(images)
         codes = self._codes(latents)

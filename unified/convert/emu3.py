@@ -1,4 +1,4 @@
-"""Emu3 (arXiv 2409.18869) in its transformers class: pictures as rows of codes with end-of-line tokens."""
+"""Emu3 (arXiv 2409.18869) in its transformers class: images as rows of codes with end-of-line tokens."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from unified.convert.output import GenerationOutput, check_pictures
 def emu3_generation(
     model: Emu3ForConditionalGeneration, prompt_ids: Tensor, codes: Tensor, attention_mask: Tensor | None = None
 ) -> GenerationOutput:
-    """Score pictures after prompts, over Emu3's one vocabulary of text and codes.
+    """Score images after prompts, over Emu3's one vocabulary of text and codes.
 
     Args:
         model: an Emu3 model.

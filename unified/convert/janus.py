@@ -17,10 +17,10 @@ def janus_generation(
     attention_mask: Tensor | None = None,
     patch_size: int = 1,
 ) -> GenerationOutput:
-    """Score pictures after prompts; transformers computes no loss for this head.
+    """Score images after prompts; transformers computes no loss for this head.
 
     Codes enter through Janus's own generation embeddings and aligner, and its generation head predicts them. Positions
-    are the running index. With ``patch_size`` above 1, patches are the slots, as in next-patch prediction.
+    are the running index. With ``patch_size`` above 1, patches are the positions, as in next-patch prediction.
 
     Args:
         model: a Janus model; gradients flow into all of it that is used.

@@ -33,7 +33,7 @@ def llamagen_from_weights(
 
     Class-conditional checkpoints get a :class:`unified.model.prefix.ClassCondition`, text-conditional ones a
     :class:`unified.model.prefix.FeatureCondition` (120 left-padded Flan-T5-XL vectors). Call the model with
-    ``condition=`` and sequences that start with :func:`unified.model.prefix.condition_slots`. Its text head is new and
+    ``condition=`` and sequences that start with :func:`unified.model.prefix.condition_positions`. Its text head is new and
     not part of the loss.
 
     Args:

@@ -10,7 +10,7 @@ from unified.prediction.npp import Grid
 
 @dataclass
 class GenerationOutput:
-    """Loss in nats, and the logits of the codes ``(B, slots, K)`` (``slots`` is h*w at patch size 1)."""
+    """Loss in nats, and the logits of the codes ``(B, positions, K)`` (``positions`` is h*w at patch size 1)."""
 
     loss: Tensor
     image_logits: Tensor

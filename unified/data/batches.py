@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from unified.config import TokenLayout
+from unified.config import Vocabulary
 from unified.sequence import ImageSegment, TextSegment, TokenSequence, build_sequence, collate, pack
 from unified_tokenizers import TextTokenizer
 
@@ -21,7 +21,7 @@ class Batches(Dataset):
 
     def __init__(
         self,
-        layout: TokenLayout,
+        vocabulary: Vocabulary,
         batch_size: int,
         num_batches: int,
         seed: int = 0,
@@ -29,7 +29,7 @@ class Batches(Dataset):
         world_size: int = 1,
         pack_length: int | None = None,
     ):
-        self.layout, self.batch_size, self.num_batches, self.seed = layout, batch_size, num_batches, seed
+        self.vocabulary, self.batch_size, self.num_batches, self.seed = vocabulary, batch_size, num_batches, seed
         self.rank, self.world_size, self.pack_length = rank, world_size, pack_length
 
     def __len__(self) -> int:
@@ -46,7 +46,7 @@ class Batches(Dataset):
                     f"data.pack: {self.pack_length} is shorter than a sequence of {longest} tokens; raise it."
                 )
             sequences = pack(sequences, self.pack_length)
-        return collate(sequences, self.layout)
+        return collate(sequences, self.vocabulary)
 
     def sequences(self, index: int) -> list[TokenSequence]:
         """The ``batch_size`` sequences of batch ``index``."""
@@ -56,7 +56,7 @@ class Batches(Dataset):
 class CaptionedBatches(Batches):
     """Captions and codes laid out as ``<bos> caption <boi> codes <eoi>``.
 
-    For a share ``captioning`` of the rows the picture comes first and the caption is learned instead:
+    For a share ``captioning`` of the rows the image comes first and the caption is learned instead:
     ``<bos> <boi> codes <eoi> caption <eos>``. Every epoch is a new permutation of the rows; batches run across its end,
     so no row is dropped. With ``bucket`` the global batches of an epoch hold rows of one grid each (see
     :func:`bucketed_order`).
@@ -66,7 +66,7 @@ class CaptionedBatches(Batches):
         self,
         rows: datasets.Dataset,
         text_tokenizer: TextTokenizer,
-        layout: TokenLayout,
+        vocabulary: Vocabulary,
         batch_size: int,
         num_batches: int,
         seed: int = 0,
@@ -81,7 +81,7 @@ class CaptionedBatches(Batches):
     ):
         if len(rows) == 0:
             raise ValueError("data.train: no rows to train on.")
-        super().__init__(layout, batch_size, num_batches, seed, rank, world_size, pack_length)
+        super().__init__(vocabulary, batch_size, num_batches, seed, rank, world_size, pack_length)
         self.rows, self.text_tokenizer = rows, text_tokenizer
         self.caption_dropout, self.code_noise, self.train_on_captions = caption_dropout, code_noise, train_on_captions
         self.captioning = captioning
@@ -99,14 +99,16 @@ class CaptionedBatches(Batches):
         if self.code_noise:
             for sequence, i in zip(sequences, mine, strict=True):
                 rng = np.random.default_rng((self.seed, _NOISE, index * total + i))
-                add_code_noise(sequence, self.layout, self.code_noise, rng)
+                add_code_noise(sequence, self.vocabulary, self.code_noise, rng)
         return sequences
 
     def once(self, captioned: bool = False) -> Iterator[Batch]:
         """Every row once and in order, without dropout or noise; the last batch may be smaller."""
         for start in range(0, len(self.rows), self.batch_size):
             rows = self.rows[start : start + self.batch_size]
-            yield collate([self._sequence(rows, k, False, captioned) for k in range(len(rows["caption"]))], self.layout)
+            yield collate(
+                [self._sequence(rows, k, False, captioned) for k in range(len(rows["caption"]))], self.vocabulary
+            )
 
     def _row(self, position: int) -> int:
         """Row at ``position`` of the endless stream of shuffled epochs."""
@@ -123,7 +125,7 @@ class CaptionedBatches(Batches):
 
     def _sequence(self, rows: dict[str, Any], k: int, dropped: bool, captioned: bool) -> TokenSequence:
         row = {name: rows[name][k] for name in ("caption", "codes", "height", "width")}
-        return captioned_sequence(row, self.text_tokenizer, self.layout, dropped, captioned, self.train_on_captions)
+        return captioned_sequence(row, self.text_tokenizer, self.vocabulary, dropped, captioned, self.train_on_captions)
 
 
 def bucketed_order(grids: np.ndarray, batch_size: int, begun: int, rng: np.random.Generator) -> np.ndarray:
@@ -160,18 +162,18 @@ def bucketed_order(grids: np.ndarray, batch_size: int, begun: int, rng: np.rando
 def captioned_sequence(
     row: dict[str, Any],
     text_tokenizer: TextTokenizer,
-    layout: TokenLayout,
+    vocabulary: Vocabulary,
     dropped: bool = False,
     captioned: bool = False,
     train_on_captions: bool = False,
 ) -> TokenSequence:
-    """A row of a codes cache as caption and picture, or as picture and caption if it is to be ``captioned``."""
+    """A row of a codes cache as caption and image, or as image and caption if it is to be ``captioned``."""
     caption = text_tokenizer.encode(str(row["caption"]))
-    picture = to_grid(row["codes"], row["height"], row["width"])
+    image = to_grid(row["codes"], row["height"], row["width"])
     if captioned:
-        return build_sequence([ImageSegment(picture, loss=False), TextSegment(caption)], layout, end=True)
+        return build_sequence([ImageSegment(image, loss=False), TextSegment(caption)], vocabulary, end=True)
     text = TextSegment([] if dropped else caption, loss=train_on_captions)
-    return build_sequence([text, ImageSegment(picture)], layout)
+    return build_sequence([text, ImageSegment(image)], vocabulary)
 
 
 def to_grid(codes: Sequence[int] | np.ndarray, height: int, width: int) -> torch.Tensor:
@@ -179,18 +181,18 @@ def to_grid(codes: Sequence[int] | np.ndarray, height: int, width: int) -> torch
     return torch.tensor(np.asarray(codes), dtype=torch.int64).reshape(int(height), int(width))
 
 
-def add_code_noise(sequence: TokenSequence, layout: TokenLayout, limit: float, rng: np.random.Generator) -> None:
-    """Replace input codes at random, at a rate drawn from [0, ``limit``]; the labels stay. A small set of pictures can be
+def add_code_noise(sequence: TokenSequence, vocabulary: Vocabulary, limit: float, rng: np.random.Generator) -> None:
+    """Replace input codes at random, at a rate sampled from [0, ``limit``]; the labels stay. A small set of images can be
     told apart by their first codes alone: noise makes the model look at the caption, and forgives its own slips when it
     draws.
     """
-    is_code = (sequence.input_ids >= layout.text_vocab_size).numpy()
+    is_code = (sequence.input_ids >= vocabulary.text_vocab_size).numpy()
     replaced = is_code & (rng.random(len(is_code)) < rng.uniform(0, limit))
-    codes = rng.integers(layout.codebook_size, size=int(replaced.sum())) + layout.text_vocab_size
+    codes = rng.integers(vocabulary.codebook_size, size=int(replaced.sum())) + vocabulary.text_vocab_size
     sequence.input_ids[torch.from_numpy(replaced)] = torch.from_numpy(codes)
 
 
 def loader(batches: Batches, start: int = 0, num_workers: int = 0) -> DataLoader:
-    """Iterate over batches from index ``start`` on. The global random stream, which dropout draws from, is left alone."""
+    """Iterate over batches from index ``start`` on. The global random stream, which dropout samples from, is left alone."""
     indices, generator = range(start, len(batches)), torch.Generator()
     return DataLoader(batches, batch_size=None, sampler=indices, num_workers=num_workers, generator=generator)

@@ -1,4 +1,4 @@
-"""The codes cache: pictures encoded once, stored with the fingerprint of the tokenizer that made them."""
+"""The codes cache: images encoded once, stored with the fingerprint of the tokenizer that made them."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ def encode_source(
     caption: str | None = None,
     storage_options: dict[str, Any] | None = None,
 ) -> dict[str, SkipReport]:
-    """Encode the pictures of a source and write an Arrow data set of codes, grids and captions.
+    """Encode the images of a source and write an Arrow data set of codes, grids and captions.
 
     The folder appears only when it is complete. Until then ``<out>.partial`` collects blocks of rows; a run that was killed
     goes on from there. Rows that cannot be used are skipped and reported per split. Licence and attribution of the source
@@ -53,12 +53,12 @@ def encode_source(
         splits: splits to encode.
         image_size: side of the square views, without ``views``: resized on the shorter side, centre-cropped.
         image_column, caption_column: columns of the source; its further text columns (ids, groups) are kept.
-        batch_size: pictures per encoder call.
+        batch_size: images per encoder call.
         streaming: read rows as they come.
         views: sizes, crops and flips; every view becomes a row.
         block_rows: rows of the source that are encoded between two writes.
         process: this process's place among several, from Accelerate; without it there is one.
-        caption: caption of all pictures, for a source that has none.
+        caption: caption of all images, for a source that has none.
         storage_options: as in :func:`unified.data.sources.load_source`.
 
     Returns:
@@ -103,7 +103,7 @@ def write_cache(
 
     Args:
         tokenizer, out, splits, block_rows, batch_size, process: as in :func:`encode_source`.
-        sizes: sizes of the encoded pictures.
+        sizes: sizes of the encoded images.
         settings: what the cache depends on; a begun cache of other settings is refused.
         rows_and_records: for a split its rows, how they become records, and the columns of these.
 
@@ -195,7 +195,7 @@ def load_codes(path: str | Path, split: str, fingerprint: str | None, kind: str 
         raise ValueError(f"codes: {str(path)!r} holds {holds} rows, not {kind} ones; give another folder.")
     if fingerprint is not None and made_with != fingerprint:
         raise ValueError(
-            f"codes: {str(path)!r} was made with tokenizer {made_with}, the one in use is {fingerprint}; encode the pictures again."
+            f"codes: {str(path)!r} was made with tokenizer {made_with}, the one in use is {fingerprint}; encode the images again."
         )
     dataset = load_source(str(path), split)
     assert isinstance(dataset, datasets.Dataset)  # a saved data set that is not streamed

@@ -1,4 +1,4 @@
-"""From a picture to the views of it that are encoded: centre, random or ten crops, mirrored, in aspect buckets."""
+"""From an image to the views of it that are encoded: centre, random or ten crops, mirrored, in aspect buckets."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ CROPS = ("center", "random", "ten")
 
 @dataclass(frozen=True)
 class Views:
-    """Which views of a picture are encoded.
+    """Which views of an image are encoded.
 
     Args:
-        sizes: sizes ``(height, width)``; a picture goes to the one with the most similar aspect ratio.
-        crop: ``center``, ``random`` (places and scales drawn per row) or ``ten`` (corners and centre, each mirrored, as
+        sizes: sizes ``(height, width)``; an image goes to the one with the most similar aspect ratio.
+        crop: ``center``, ``random`` (places and scales generated per row) or ``ten`` (corners and centre, each mirrored, as
             LlamaGen encodes ImageNet).
-        count: random crops per picture.
-        zoom: ``ten`` and ``random`` resize a picture to this factor above what the size needs (``random``: up to).
+        count: random crops per image.
+        zoom: ``ten`` and ``random`` resize an image to this factor above what the size needs (``random``: up to).
         flips: also encode every view mirrored; ``ten`` does so anyway.
         seed: seed of the random crops; a row's crops depend on it and the row alone.
 
@@ -47,7 +47,7 @@ class Views:
             raise ValueError(f"zoom: {self.zoom} must be at least 1.")
 
     def __call__(self, image: Image.Image, row: int) -> Iterator[Image.Image]:
-        """The views of one picture, each of one of the sizes, always in the same order."""
+        """The views of one image, each of one of the sizes, always in the same order."""
         size = nearest_aspect(image, self.sizes)
         for view in self._crops(image, size, row):
             yield view
@@ -69,7 +69,7 @@ class Views:
 
 
 def nearest_aspect(image: Image.Image, sizes: Sequence[Size]) -> Size:
-    """The size whose aspect ratio is nearest to the picture's, measured as a ratio of ratios."""
+    """The size whose aspect ratio is nearest to the image's, measured as a ratio of ratios."""
     wanted = np.log(image.height / image.width)
     return min(sizes, key=lambda size: abs(np.log(size[0] / size[1]) - wanted))
 
@@ -82,7 +82,7 @@ def cover(image: Image.Image, size: Size, zoom: float = 1.0) -> Image.Image:
 
 
 def cut(image: Image.Image, size: Size, x: float, y: float) -> Image.Image:
-    """Cut ``size`` out of a picture at least as large; (0, 0) is its upper left corner, (1, 1) its lower right."""
+    """Cut ``size`` out of an image at least as large; (0, 0) is its upper left corner, (1, 1) its lower right."""
     left, top = int((image.width - size[1]) * x), int((image.height - size[0]) * y)
     return image.crop((left, top, left + size[1], top + size[0]))
 

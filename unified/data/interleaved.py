@@ -1,4 +1,4 @@
-"""Interleaved rows, lists of texts and pictures in any order: read, encode once, and lay out as sequences."""
+"""Interleaved rows, lists of texts and images in any order: read, encode once, and lay out as sequences."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -11,7 +11,7 @@ import torch
 from accelerate import PartialState
 from PIL import Image, UnidentifiedImageError
 
-from unified.config import TokenLayout
+from unified.config import Vocabulary
 from unified.data.code_cache import write_cache
 from unified.data.crops import Size, fit, nearest_aspect
 from unified.data.encoding import MakeRecords, Numbered, Rows
@@ -23,8 +23,8 @@ from unified_tokenizers.images import to_tensor
 
 _FEATURES = datasets.Features(
     {
-        "texts": datasets.List(datasets.Value("string")),  # one entry per segment, null for a picture
-        "codes": datasets.List(datasets.Value("int32")),  # of all pictures, one after the other
+        "texts": datasets.List(datasets.Value("string")),  # one entry per segment, null for an image
+        "codes": datasets.List(datasets.Value("int32")),  # of all images, one after the other
         "heights": datasets.List(datasets.Value("int32")),
         "widths": datasets.List(datasets.Value("int32")),
         "source_row": datasets.Value("int64"),
@@ -46,15 +46,15 @@ def encode_interleaved(
     process: PartialState | None = None,
     storage_options: dict[str, Any] | None = None,
 ) -> dict[str, SkipReport]:
-    """Encode the pictures of interleaved rows and write an Arrow data set of texts, codes and grids.
+    """Encode the images of interleaved rows and write an Arrow data set of texts, codes and grids.
 
     A row of the source holds a list of segments ``{"text": ..., "image": ...}``, one of the two null. Blank texts are left
-    out; a row with a broken picture, or with nothing in it, is skipped and reported.
+    out; a row with a broken image, or with nothing in it, is skipped and reported.
 
     Args:
         tokenizer, source, out, splits, batch_size, streaming, block_rows, process, storage_options: as in
             :func:`unified.data.code_cache.encode_source`.
-        sizes: sizes ``(height, width)``; a picture is fitted to the one with the most similar aspect ratio.
+        sizes: sizes ``(height, width)``; an image is fitted to the one with the most similar aspect ratio.
         segments_column: column with the lists.
 
     Raises:
@@ -75,19 +75,19 @@ def encode_interleaved(
 
 
 def interleaved_sequence(
-    row: dict[str, Any], text_tokenizer: TextTokenizer, layout: TokenLayout, max_length: int
+    row: dict[str, Any], text_tokenizer: TextTokenizer, vocabulary: Vocabulary, max_length: int
 ) -> TokenSequence:
     """A row of the cache as one sequence of at most ``max_length`` tokens, all of it learned.
 
-    Texts are cut where the room ends, pictures are kept whole or left out with all that follows. ``<eos>`` is there if
+    Texts are cut where the room ends, images are kept whole or left out with all that follows. ``<eos>`` is there if
     nothing was cut.
 
     Raises:
-        ValueError: if not even the first picture fits.
+        ValueError: if not even the first image fits.
     """
-    room = max_length - (layout.bos_token_id is not None)
+    room = max_length - (vocabulary.bos_token_id is not None)
     segments: list[Segment] = []
-    pictures = _pictures(row)
+    pictures = _images(row)
     for text in row["texts"]:
         segment = TextSegment(text_tokenizer.encode(str(text))) if text is not None else ImageSegment(next(pictures))
         size = len(segment.ids) if isinstance(segment, TextSegment) else segment.codes.numel() + 2
@@ -99,11 +99,11 @@ def interleaved_sequence(
         segments.append(segment)
         room -= size
     if not segments:
-        raise ValueError(f"max_length: {max_length} has no room for the first picture of a row; raise it.")
-    return build_sequence(segments, layout, end=room > 0)
+        raise ValueError(f"max_length: {max_length} has no room for the first image of a row; raise it.")
+    return build_sequence(segments, vocabulary, end=room > 0)
 
 
-def _pictures(row: dict[str, Any]) -> Iterator[torch.Tensor]:
+def _images(row: dict[str, Any]) -> Iterator[torch.Tensor]:
     codes, start = torch.as_tensor(np.asarray(row["codes"])).long(), 0
     for height, width in zip(row["heights"], row["widths"], strict=True):
         yield codes[start : start + int(height * width)].reshape(int(height), int(width))
@@ -131,7 +131,7 @@ def _records(
     column: str,
     batch_size: int,
 ) -> list[dict[str, Any]]:
-    """Records of a block; pictures of one size are encoded together, whatever row they are from."""
+    """Records of a block; images of one size are encoded together, whatever row they are from."""
     records: list[tuple[int, list[str | None], list[np.ndarray]]] = []
     waiting: dict[Size, list[tuple[Image.Image, list[np.ndarray], int]]] = defaultdict(list)
 
@@ -148,7 +148,7 @@ def _records(
             report.skip("corrupt_image", number, str(error) or type(error).__name__)
             continue
         if not texts:
-            report.skip("empty_caption", number, "no text and no picture")
+            report.skip("empty_caption", number, "no text and no image")
             continue
         report.used += 1
         grids = [np.empty((0, 0), np.int32) for _ in views]
@@ -175,13 +175,13 @@ def _records(
 def _read(
     segments: Sequence[dict[str, Any]], sizes: Sequence[Size]
 ) -> tuple[list[str | None], list[tuple[Size, Image.Image]]]:
-    """Texts, None in the places of pictures, and the pictures fitted to their sizes."""
+    """Texts, None in the places of images, and the images fitted to their sizes."""
     texts: list[str | None] = []
     views = []
     for segment in segments or ():
         if segment["image"] is not None:
             if segment["text"] is not None:
-                raise ValueError("a segment holds both a text and a picture")
+                raise ValueError("a segment holds both a text and an image")
             image = open_rgb(segment["image"])
             size = nearest_aspect(image, sizes)
             views.append((size, fit(image, size)))

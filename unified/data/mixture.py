@@ -7,7 +7,7 @@ from typing import Any
 import datasets
 import numpy as np
 
-from unified.config import TokenLayout
+from unified.config import Vocabulary
 from unified.data.batches import Batch, Batches, add_code_noise, captioned_sequence
 from unified.sequence import TextSegment, TokenSequence, build_sequence, collate
 from unified_tokenizers import TextTokenizer
@@ -18,19 +18,19 @@ _MIX, _SHUFFLE, _CHOICE = 10, 11, 12  # independent random streams of one seed, 
 
 @dataclass
 class Source:
-    """Rows and how one of them becomes a sequence; the generator is for what is drawn anew in every epoch."""
+    """Rows and how one of them becomes a sequence; the generator is for what is sampled again in every epoch."""
 
     name: str
     rows: datasets.Dataset
     weight: float
     sequence: Callable[[dict[str, Any], np.random.Generator], TokenSequence]
 
-    def once(self, layout: TokenLayout, batch_size: int) -> Iterator[Batch]:
+    def once(self, vocabulary: Vocabulary, batch_size: int) -> Iterator[Batch]:
         """Every row once and in order; the last batch may be smaller."""
         rng = np.random.default_rng(0)
         for start in range(0, len(self.rows), batch_size):
             rows = range(start, min(start + batch_size, len(self.rows)))
-            yield collate([self.sequence(self.rows[row], rng) for row in rows], layout)
+            yield collate([self.sequence(self.rows[row], rng) for row in rows], vocabulary)
 
 
 class MixedBatches(Batches):
@@ -45,7 +45,7 @@ class MixedBatches(Batches):
     def __init__(
         self,
         sources: Sequence[Source],
-        layout: TokenLayout,
+        vocabulary: Vocabulary,
         batch_size: int,
         num_batches: int,
         seed: int = 0,
@@ -53,7 +53,7 @@ class MixedBatches(Batches):
         world_size: int = 1,
         pack_length: int | None = None,
     ):
-        super().__init__(layout, batch_size, num_batches, seed, rank, world_size, pack_length)
+        super().__init__(vocabulary, batch_size, num_batches, seed, rank, world_size, pack_length)
         for source in sources:
             if len(source.rows) == 0:
                 raise ValueError(f"data.sources: {source.name} has no row to train on.")
@@ -120,7 +120,7 @@ def image_source(
     rows: datasets.Dataset,
     weight: float,
     text_tokenizer: TextTokenizer,
-    layout: TokenLayout,
+    vocabulary: Vocabulary,
     caption_dropout: float = 0.0,
     code_noise: float = 0.0,
     train_on_captions: bool = False,
@@ -130,9 +130,9 @@ def image_source(
 
     def sequence(row: dict[str, Any], rng: np.random.Generator) -> TokenSequence:
         dropped, captioned = (bool(rng.random() < share) for share in (caption_dropout, captioning))
-        made = captioned_sequence(row, text_tokenizer, layout, dropped, captioned, train_on_captions)
+        made = captioned_sequence(row, text_tokenizer, vocabulary, dropped, captioned, train_on_captions)
         if code_noise:
-            add_code_noise(made, layout, code_noise, rng)
+            add_code_noise(made, vocabulary, code_noise, rng)
         return made
 
     return Source(name, rows, weight, sequence)
@@ -143,7 +143,7 @@ def text_source(
     rows: datasets.Dataset,
     weight: float,
     text_tokenizer: TextTokenizer,
-    layout: TokenLayout,
+    vocabulary: Vocabulary,
     text_column: str = "text",
     max_length: int = 512,
 ) -> Source:
@@ -151,7 +151,7 @@ def text_source(
 
     def sequence(row: dict[str, Any], rng: np.random.Generator) -> TokenSequence:
         ids = text_tokenizer.encode(str(row[text_column]))
-        room = max_length - (layout.bos_token_id is not None)
-        return build_sequence([TextSegment(ids[:room])], layout, end=len(ids) < room)
+        room = max_length - (vocabulary.bos_token_id is not None)
+        return build_sequence([TextSegment(ids[:room])], vocabulary, end=len(ids) < room)
 
     return Source(name, rows, weight, sequence)

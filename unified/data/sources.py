@@ -15,12 +15,12 @@ from yaml import YAMLError
 from unified_tokenizers.images import as_rgb
 
 _BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tar": "webdataset"}
-_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 @dataclass
 class CaptionedImage:
-    """One usable row of a source: an RGB picture, its caption, its row number and its other columns."""
+    """One usable row of a source: an RGB image, its caption, its row number and its other columns."""
 
     image: Image.Image
     caption: str
@@ -60,8 +60,8 @@ def load_source(
     """Open any `datasets` source.
 
     Args:
-        source: a folder written by ``save_to_disk``; a folder of pictures, with ``metadata.jsonl``, with a ``.txt`` file of
-            the same name beside every picture, or bare; a parquet, JSON or CSV file, or a ``.tar`` of pictures with
+        source: a folder written by ``save_to_disk``; a folder of images, with ``metadata.jsonl``, with a ``.txt`` file of
+            the same name beside every image, or bare; a parquet, JSON or CSV file, or a ``.tar`` of images with
             captions (WebDataset), or many of them by a pattern such as ``shards/*.parquet``; a folder of such files; a name
             on the Hub. Files may lie anywhere that fsspec reads: ``s3://bucket/*.parquet``, ``https://...``.
         split: name of the split to open; files and patterns have one, whatever it is called.
@@ -81,7 +81,7 @@ def load_source(
         return _load_files(source, streaming, storage_options)
     if not path.exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
         raise ValueError(f"source: {source!r} does not exist; give a data folder, a file or a Hub name.")
-    pictures = _picture_folder(path, split)
+    pictures = _image_folder(path, split)
     if pictures is not None:
         return pictures.to_iterable_dataset() if streaming else pictures
     return _pick_split(datasets.load_dataset(source, streaming=streaming), source, split)
@@ -109,7 +109,7 @@ def _load_files(
 
 
 def _name_columns(rows: Any) -> Any:
-    """``image`` and ``caption`` for the members of a WebDataset: its one picture, and ``txt`` or ``caption`` in ``json``."""
+    """``image`` and ``caption`` for the members of a WebDataset: its one image, and ``txt`` or ``caption`` in ``json``."""
     pictures = [name for name in rows.column_names if name in ("jpg", "jpeg", "png", "webp")]
     for name in pictures:  # not decoded on the way, because a broken one would stop everything
         rows = rows.cast_column(name, datasets.Image(decode=False))
@@ -128,7 +128,7 @@ def _name_columns(rows: Any) -> Any:
     return rows
 
 
-def _picture_folder(folder: Path, split: str) -> datasets.Dataset | None:
+def _image_folder(folder: Path, split: str) -> datasets.Dataset | None:
     """Pictures of a folder, or of its subfolder of the split's name, with captions from ``.txt`` files of the same names.
 
     None if there are none, or a metadata file holds the captions.
@@ -136,7 +136,7 @@ def _picture_folder(folder: Path, split: str) -> datasets.Dataset | None:
     inside = folder / split
     folder = inside if inside.is_dir() else folder
     files = sorted(file for file in folder.glob("*") if file.is_file())
-    pictures = [file for file in files if file.suffix.lower() in _PICTURES]
+    pictures = [file for file in files if file.suffix.lower() in _IMAGES]
     if not pictures or any(file.stem == "metadata" for file in files):
         return None
     if folder != inside and split != "train":
@@ -204,7 +204,7 @@ def with_caption(
 def undecoded_rows(
     source: datasets.Dataset | datasets.IterableDataset, image_column: str, caption_column: str
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """The rows of ``source`` with pictures as bytes or paths. Raises ValueError if a named column does not exist."""
+    """The rows of ``source`` with images as bytes or paths. Raises ValueError if a named column does not exist."""
     columns = source.column_names or list(next(iter(source)))
     for name, column in (("image_column", image_column), ("caption_column", caption_column)):
         if column not in columns:

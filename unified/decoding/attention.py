@@ -1,4 +1,4 @@
-"""Attention of new slots over a cache of keys and values."""
+"""Attention of new positions over a cache of keys and values."""
 
 from functools import lru_cache
 
@@ -14,8 +14,8 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> 
     Query heads that share a key head become further queries of it, so keys and values are never repeated.
 
     Args:
-        query: of the new slots.
-        keys: of all columns, those of the new slots included.
+        query: of the new positions.
+        keys: of all columns, those of the new positions included.
         values: beside the keys.
         bias: added to the scores, ``(B or 1, 1, T or 1, C)``.
     """
@@ -38,7 +38,7 @@ def _waits_for_memory(query: Tensor) -> bool:
 
 
 def _attend_by_rows(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
-    """What SDPA computes, with the rows of keys and values read in order: for many pictures in two thirds of its time.
+    """What SDPA computes, with the rows of keys and values read in order: for many images in two thirds of its time.
 
     A dot product for each key; then a bag of embeddings for each query, which is the sum of its values by their weights.
     """

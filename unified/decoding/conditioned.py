@@ -1,4 +1,4 @@
-"""Decoding pictures after a class or features instead of a text prompt."""
+"""Decoding images after a class or features instead of a text prompt."""
 
 from collections.abc import Sequence
 
@@ -24,14 +24,14 @@ def generate_conditioned(
     generators: Sequence[torch.Generator],
     condition_mask: Tensor | None = None,
 ) -> Tensor:
-    """Draw one picture for each condition of a model converted from LlamaGen.
+    """Draw one image for each condition of a model converted from LlamaGen.
 
     Args:
         model: a model with a condition module and its own ``llamagen`` positions, or a decoder of one.
         condition: ``(B,)`` classes or ``(B, P, F)`` features.
         grid: code grid ``(h, w)``.
         sampling: guidance and filters.
-        generators: one per picture.
+        generators: one per image.
         condition_mask: ``(B, P)``, 0 on padded features.
 
     Returns:

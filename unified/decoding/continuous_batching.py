@@ -28,13 +28,13 @@ class Request:
     """What to continue, and how far.
 
     Args:
-        prompt: the row; if it ends with ``<boi>`` a picture comes first, else text.
-        grid: code grid of the pictures that it draws.
-        generator: fixes the draws; a picture is the one that :func:`unified.decoding.iterate_codes` draws.
+        prompt: the row; if it ends with ``<boi>`` an image comes first, else text.
+        grid: code grid of the images that it draws.
+        generator: fixes the generates; an image is the one that :func:`unified.decoding.iterate_codes` draws.
         image_sampling, text_sampling: how codes and text tokens are drawn.
         negative: the unconditional row, ending with ``<boi>``; needed if ``image_sampling.guided``.
-        max_new_tokens: text tokens that it may write; 0 ends the row with its first picture.
-        max_images: pictures that it may draw; text cannot open another one after that.
+        max_new_tokens: text tokens that it may write; 0 ends the row with its first image.
+        max_images: images that it may generate; text cannot open another one after that.
         text_ids: number of text ids that have a meaning, those of the tokenizer; None for the whole vocabulary.
     """
 
@@ -57,34 +57,34 @@ class Request:
 class _Row:
     """A request in the batch: where it stands and what it has said."""
 
-    def __init__(self, request: Request, slots: list[int], decoder: Decoder):
-        self.request, self.slots, self.decoder = request, slots, decoder
+    def __init__(self, request: Request, indices: list[int], decoder: Decoder):
+        self.request, self.indices, self.decoder = request, indices, decoder
         generator = request.generator.clone_state()
         seed = int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
-        text_ids = decoder.model.config.layout.text_vocab_size
+        text_ids = decoder.model.config.vocabulary.text_vocab_size
         self.text_noise = PositionNoise([torch.Generator().manual_seed(seed)], text_ids, decoder.model.device)
         self.image_noise: PositionNoise | None = None
         self.segments: list[Segment] = []
         self.text: list[int] = []
         self.codes: list[int] = []
-        self.written = self.pictures = 0
+        self.written = self.images = 0
         self.first = 0  # column of the cache where it begins
         self.position = [0.0, 0.0]  # next coordinate of the row and of its unconditional side
-        self.places: Tensor | None = None  # (rows, h*w, ...) positions in the picture being drawn
+        self.places: Tensor | None = None  # (rows, h*w, ...) positions in the image being generated
         self.scales: list[float] = []  # guidance of its codes
         self.next: int | None = None  # a token that has to follow
         self.finished = False
 
-    def open_picture(self) -> None:
+    def open_image(self) -> None:
         self.codes = []
         grid, sampling = self.request.grid, self.request.image_sampling
         self.scales = sampling.scales(grid[0] * grid[1])
         size = self.decoder.model.config.codebook_size
         self.image_noise = PositionNoise([self.request.generator], size, self.decoder.model.device)
-        start = torch.tensor(self.position[: len(self.slots)], device=self.decoder.model.device)
+        start = torch.tensor(self.position[: len(self.indices)], device=self.decoder.model.device)
         self.places = self.decoder.positions(span_coordinates(self.decoder.model, start, grid))
 
-    def close_picture(self) -> None:
+    def close_image(self) -> None:
         config = self.decoder.model.config
         self.segments.append(ImageSegment(torch.tensor(self.codes).reshape(self.request.grid)))
         _, advance = span_offsets(
@@ -92,7 +92,7 @@ class _Row:
         )
         self.position[0] += advance
         self.places = None
-        self.pictures += 1
+        self.images += 1
         self.next = config.eoi_token_id
         self.finished = self.written >= self.request.max_new_tokens
 
@@ -103,27 +103,27 @@ class _Row:
 
 
 class Batcher:
-    """Keeps ``slots`` rows busy. Submit requests at any time, call :meth:`step` until they are done.
+    """Keeps ``max_rows`` rows busy. Submit requests at any time, call :meth:`step` until they are done.
 
     Args:
         decoder: from :func:`unified.decoding.make_decoder`.
-        slots: rows of the batch.
+        max_rows: rows of the batch.
         length: most tokens, prompt included, that a request may have.
     """
 
-    def __init__(self, decoder: Decoder, slots: int, length: int):
+    def __init__(self, decoder: Decoder, max_rows: int, length: int):
         self.decoder, self.length = decoder, length
-        self.free = list(range(slots))[::-1]  # the lowest one is taken first
-        self.slots = slots
+        self.free = list(range(max_rows))[::-1]  # the lowest one is taken first
+        self.max_rows = max_rows
         self.waiting: deque[Request] = deque()
         self.rows: list[_Row] = []
         self.failed: dict[Request, ValueError] = {}  # what :meth:`step` gave up
         self._cache = KeyValueCache(length + max(1, length // 4))  # columns move back every length // 4 steps or later
         self._column = 0
         dtype, device = decoder.model.dtype, decoder.model.device
-        self._bias = torch.full((slots, 1, 1, self._cache.length), float("-inf"), dtype=dtype, device=device)
-        self._hidden = torch.zeros(slots, decoder.model.backbone.config.hidden_size, dtype=dtype, device=device)
-        self._nowhere = decoder.positions(torch.zeros(slots, 1, 2, device=device))
+        self._bias = torch.full((max_rows, 1, 1, self._cache.length), float("-inf"), dtype=dtype, device=device)
+        self._hidden = torch.zeros(max_rows, decoder.model.backbone.config.hidden_size, dtype=dtype, device=device)
+        self._nowhere = decoder.positions(torch.zeros(max_rows, 1, 2, device=device))
 
     def submit(self, request: Request) -> None:
         """Queue a request. Raises ValueError as :meth:`check`."""
@@ -141,18 +141,18 @@ class Batcher:
             raise ValueError("negative: guidance needs an unconditional row ending with <boi>.")
         if request.max_images:
             request.image_sampling.scales(request.grid[0] * request.grid[1])  # a schedule may fall too low
-        pictures = request.max_images * (request.grid[0] * request.grid[1] + 2)
+        images = request.max_images * (request.grid[0] * request.grid[1] + 2)
         longest = max(len(request.prompt.ids), len(request.negative.ids) if guided and request.negative else 0)
-        if longest + pictures + request.max_new_tokens > self.length:
+        if longest + images + request.max_new_tokens > self.length:
             raise ValueError(
-                f"request: {longest} tokens and up to {pictures + request.max_new_tokens} new ones, a row holds {self.length}; "
+                f"request: {longest} tokens and up to {images + request.max_new_tokens} new ones, a row holds {self.length}; "
                 "shorten the prompt or lower max_new_tokens or max_images."
             )
-        if request.rows > self.slots:
-            raise ValueError(f"slots: {self.slots} cannot hold a guided request, which takes 2.")
+        if request.rows > self.max_rows:
+            raise ValueError(f"max_rows: {self.max_rows} cannot hold a guided request, which takes 2.")
 
     def partial(self, request: Request) -> list[int]:
-        """Codes so far of the picture that a request draws; none before it has begun."""
+        """Codes so far of the image that a request generates; none before it has begun."""
         return next((list(row.codes) for row in self.rows if row.request is request), [])
 
     def cancel(self, request: Request) -> None:
@@ -164,7 +164,7 @@ class Batcher:
 
     def _release(self, row: _Row) -> None:
         self.rows.remove(row)
-        self.free = sorted(self.free + row.slots, reverse=True)
+        self.free = sorted(self.free + row.indices, reverse=True)
 
     @property
     def busy(self) -> bool:
@@ -210,13 +210,13 @@ class Batcher:
         placed = []
         for row in fresh:
             placed.append((row, 0, row.request.prompt))
-            if row.request.prompt.ids[-1] == opens and len(row.slots) == 2:
+            if row.request.prompt.ids[-1] == opens and len(row.indices) == 2:
                 assert row.request.negative is not None  # submit has checked it
                 placed.append((row, 1, row.request.negative))
         self._place(placed)
         for row in fresh:
             if row.request.prompt.ids[-1] == opens:
-                row.open_picture()
+                row.open_image()
         self.rows += fresh
 
     def _place(self, placed: list[tuple[_Row, int, Prompt]]) -> None:
@@ -229,20 +229,20 @@ class Batcher:
             self._column = 0
         if not self._cache.keys:
             for mine, theirs in ((self._cache.keys, state.cache.keys), (self._cache.values, state.cache.values)):
-                mine += [t.new_zeros(self.slots, t.shape[1], self._cache.length, t.shape[3]) for t in theirs]
+                mine += [t.new_zeros(self.max_rows, t.shape[1], self._cache.length, t.shape[3]) for t in theirs]
         longest = max(len(prompt.ids) for _, _, prompt in placed)
         if longest > self._column:
             self._move(longest - self._column)
         for i, (row, side, prompt) in enumerate(placed):
-            slot, count = row.slots[side], len(prompt.ids)
+            index, count = row.indices[side], len(prompt.ids)
             columns = slice(self._column - count, self._column)
             row.first = columns.start if side == 0 else min(row.first, columns.start)
             for mine, theirs in ((self._cache.keys, state.cache.keys), (self._cache.values, state.cache.values)):
                 for target, source in zip(mine, theirs, strict=True):
-                    target[slot, :, columns] = source[i, :, end - count : end]
-            self._bias[slot] = float("-inf")
-            self._bias[slot, :, :, columns] = 0.0
-            self._hidden[slot] = state.hidden[i]
+                    target[index, :, columns] = source[i, :, end - count : end]
+            self._bias[index] = float("-inf")
+            self._bias[index, :, :, columns] = 0.0
+            self._hidden[index] = state.hidden[i]
             row.position[side] = float(state.position[i])
 
     @property
@@ -274,45 +274,48 @@ class Batcher:
                         self._give_up(row, error)
 
     def _draw_alike(self, rows: list[_Row], sampling: Sampling) -> None:
-        hidden = self._hidden[[row.slots[0] for row in rows]]
+        hidden = self._hidden[[row.indices[0] for row in rows]]
         if sampling.guided:
             scale = torch.tensor([row.scales[len(row.codes)] for row in rows], device=hidden.device)
-            hidden = guide(hidden, self._hidden[[row.slots[1] for row in rows]], scale[:, None])
+            hidden = guide(hidden, self._hidden[[row.indices[1] for row in rows]], scale[:, None])
         noise = []
         for row in rows:
-            assert row.image_noise is not None  # set when the picture opened
+            assert row.image_noise is not None  # set when the image opened
             noise.append(row.image_noise.at(len(row.codes))[:, 0])
         drawn = draw_filtered(self.decoder.image_logits(hidden), sampling, torch.cat(noise))
         for row, code in zip(rows, drawn.tolist(), strict=True):
             row.codes.append(code)
             if len(row.codes) == len(row.scales):
-                row.close_picture()
+                row.close_image()
 
     def _give_up(self, row: _Row, error: ValueError) -> None:
         self.failed[row.request] = error
         self._release(row)
         for kept in (*self._cache.keys, *self._cache.values):
-            kept[row.slots] = 0.0  # a bias of -inf would not hide NaN from the next request there
+            kept[row.indices] = 0.0  # a bias of -inf would not hide NaN from the next request there
 
     def _draw_text(self, rows: list[_Row]) -> None:
-        layout = self.decoder.model.config.layout
-        never = {layout.eoi_token_id, layout.bos_token_id, layout.pad_token_id} - {*layout.eos_token_ids, None}
+        vocabulary = self.decoder.model.config.vocabulary
+        never = {vocabulary.eoi_token_id, vocabulary.bos_token_id, vocabulary.pad_token_id} - {
+            *vocabulary.eos_token_ids,
+            None,
+        }
         for sampling, alike in _grouped(rows, lambda row: row.request.text_sampling):
-            logits = self.decoder.text_logits(self._hidden[[row.slots[0] for row in alike]]).float()
+            logits = self.decoder.text_logits(self._hidden[[row.indices[0] for row in alike]]).float()
             logits[:, list(never)] = float("-inf")
             for own, row in zip(logits, alike, strict=True):
-                if row.pictures >= row.request.max_images:
-                    own[layout.boi_token_id] = float("-inf")
+                if row.images >= row.request.max_images:
+                    own[vocabulary.boi_token_id] = float("-inf")
                 if row.request.text_ids is not None:
                     own[row.request.text_ids :] = float("-inf")
             noise = torch.cat([row.text_noise.at(row.written)[:, 0] for row in alike])
             for row, token in zip(alike, draw(filter_logits(logits, sampling), noise).tolist(), strict=True):
                 row.written += 1
-                if token in layout.eos_token_ids:
+                if token in vocabulary.eos_token_ids:
                     row.finished = True
                     continue
                 row.next = token
-                if token != layout.boi_token_id:
+                if token != vocabulary.boi_token_id:
                     row.text.append(token)
                     row.finished = row.written >= row.request.max_new_tokens
 
@@ -321,11 +324,11 @@ class Batcher:
         model, device = self.decoder.model, self._hidden.device
         writing = [(row, row.next) for row in self.rows if row.next is not None]
         drawing = [row for row in self.rows if row.next is None]
-        text, coordinates = torch.zeros(self.slots, dtype=torch.int64), torch.zeros(self.slots, 1, 2)
+        text, coordinates = torch.zeros(self.max_rows, dtype=torch.int64), torch.zeros(self.max_rows, 1, 2)
         opening = []
         for row, token in writing:
-            text[row.slots[0]] = token
-            coordinates[row.slots[0]] = row.position[0]
+            text[row.indices[0]] = token
+            coordinates[row.indices[0]] = row.position[0]
             row.position[0] += 1
             if token == model.config.boi_token_id:
                 row.close_text()
@@ -333,37 +336,39 @@ class Batcher:
             row.next = None
         embeds = model.get_input_embeddings()(text.to(device))
         positions = self.decoder.positions(coordinates.to(device)) if writing else self._nowhere.clone()
-        image_slots = torch.zeros(self.slots, 1, dtype=torch.bool, device=device)
+        image_positions = torch.zeros(self.max_rows, 1, dtype=torch.bool, device=device)
         if drawing:
-            slots, codes, places = [], [], []
+            indices, codes, places = [], [], []
             for row in drawing:
                 assert row.places is not None
-                slots += row.slots
-                codes += row.codes[-1:] * len(row.slots)
+                indices += row.indices
+                codes += row.codes[-1:] * len(row.indices)
                 places.append(row.places[:, len(row.codes) - 1])
-            embeds[slots] = self.decoder.embed(torch.tensor(codes, device=device)).to(embeds.dtype)
-            positions[slots] = torch.cat(places)[:, None]
-            image_slots[slots] = True
+            embeds[indices] = self.decoder.embed(torch.tensor(codes, device=device)).to(embeds.dtype)
+            positions[indices] = torch.cat(places)[:, None]
+            image_positions[indices] = True
         if self._column == self._cache.length:
             self._move(-self._first)
         first = self._first
         self._bias[..., self._column] = 0.0
-        used = 1 + max(slot for row in self.rows for slot in row.slots)  # the free rows above cost nothing
+        used = 1 + max(index for row in self.rows for index in row.indices)  # the free rows above cost nothing
         read = (slice(used), slice(None), slice(first, self._column + 1))
         cache = KeyValueCache(self.length)
         cache.keys, cache.values = [k[read] for k in self._cache.keys], [v[read] for v in self._cache.values]
         cache.column = self._column - first
         bias = self._bias[:used, ..., first : self._column + 1]
-        hidden = self.decoder(embeds[:used, None], positions[:used], cache, bias, image_slots[:used])
+        hidden = self.decoder(embeds[:used, None], positions[:used], cache, bias, image_positions[:used])
         self._hidden[:used] = hidden[:, -1]
         self._column += 1
-        self._place([(row, 1, row.request.negative) for row in opening if len(row.slots) == 2 and row.request.negative])
+        self._place(
+            [(row, 1, row.request.negative) for row in opening if len(row.indices) == 2 and row.request.negative]
+        )
         for row in opening:
-            row.open_picture()
+            row.open_image()
 
 
 def _grouped(rows: list[_Row], sampling: Callable[[_Row], Sampling]) -> Iterable[tuple[Sampling, list[_Row]]]:
-    """Rows that are drawn alike, to be drawn together."""
+    """Rows that are sampled alike, to be sampled together."""
     groups: dict[Sampling, list[_Row]] = {}
     for row in rows:
         groups.setdefault(sampling(row), []).append(row)

@@ -51,12 +51,12 @@ def iterate_codes(
 ) -> Iterator[Tensor]:
     """Decode one image span after every prompt, all rows together, one code at a time.
 
-    Only image codes can be drawn: the text head is never evaluated inside a span. Conditional and unconditional rows
+    Only image codes can be sampled: the text head is never evaluated inside a span. Conditional and unconditional rows
     run in one batch; equal prompts are read once.
 
     Args:
         decoder: from :func:`unified.decoding.make_decoder`.
-        prompts: ids of each row, ending with ``<boi>``; a :class:`Prompt` if they hold pictures.
+        prompts: ids of each row, ending with ``<boi>``; a :class:`Prompt` if they hold images.
         negative_prompts: as many rows for the unconditional side; needed if ``sampling.guided``.
         grid: code grid ``(h, w)``.
         sampling: guidance and filters.
@@ -129,7 +129,7 @@ def paired_prompts(
 ) -> list[Prompt]:
     """All rows of a batch: the prompts, then their negatives if guidance needs them."""
     if model.condition is not None or model.config.positions == "llamagen":
-        raise ValueError("model: draws after a class or features, not after a prompt; use generate_conditioned.")
+        raise ValueError("model: samples after a class or features, not after a prompt; use generate_conditioned.")
     rows = list(prompts)
     if len(generators) != len(rows):
         raise ValueError(f"generators: {len(generators)} given for {len(rows)} prompts; give one each.")
@@ -154,7 +154,7 @@ def check_known(known: Tensor, count: int, grid: Grid, model: UnifiedForCausalLM
         ValueError: on another shape or codes outside the codebook.
     """
     if tuple(known.shape) != (count, *grid):
-        raise ValueError(f"known: shape {tuple(known.shape)}, need {(count, *grid)}: one grid of codes per picture.")
+        raise ValueError(f"known: shape {tuple(known.shape)}, need {(count, *grid)}: one grid of codes per image.")
     size = model.config.codebook_size
     if known.numel() and (int(known.min()) < -1 or int(known.max()) >= size):
         raise ValueError(f"known: values {int(known.min())}..{int(known.max())} leave the codebook [0, {size}).")

@@ -1,4 +1,4 @@
-"""One forward pass over new slots with a cache: the general way, through any backbone of transformers."""
+"""One forward pass over new positions with a cache: the general way, through any backbone of transformers."""
 
 from typing import Protocol
 
@@ -19,12 +19,12 @@ class Decoder(Protocol):
         """Rows and columns ``(B, T, 2)`` to whatever the forward pass takes, indexed ``[B, T]`` alike."""
 
     def __call__(
-        self, embeds: Tensor, positions: Tensor, cache: KeyValueCache, bias: Tensor | None, image_slots: Tensor
+        self, embeds: Tensor, positions: Tensor, cache: KeyValueCache, bias: Tensor | None, image_positions: Tensor
     ) -> Tensor:
-        """Run T new slots ``(B, T, D)`` and write them to the cache; returns final hidden states ``(B, T, D)``.
+        """Run T new positions ``(B, T, D)`` and write them to the cache; returns final hidden states ``(B, T, D)``.
 
         ``bias`` ``(B, 1, T, end)`` is added to the attention scores, -inf hides a column; None shows all columns up to
-        the end and is for T = 1. ``image_slots``, True on codes, broadcasts to ``(B, T)``.
+        the end and is for T = 1. ``image_positions``, True on codes, broadcasts to ``(B, T)``.
         """
 
     def image_logits(self, hidden: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ class BackboneDecoder(Decoder):
         return coordinates
 
     def __call__(
-        self, embeds: Tensor, positions: Tensor, cache: KeyValueCache, bias: Tensor | None, image_slots: Tensor
+        self, embeds: Tensor, positions: Tensor, cache: KeyValueCache, bias: Tensor | None, image_positions: Tensor
     ) -> Tensor:
         """See :class:`Decoder`."""
         cache.open(embeds.shape[1])
@@ -77,7 +77,7 @@ class BackboneDecoder(Decoder):
         output = self.model.run_backbone(
             embeds,
             positions,
-            image_slots,
+            image_positions,
             attention_mask=mask,
             position_ids=positions[..., 0].long(),
             cache=cache,

@@ -1,8 +1,8 @@
-"""One forward pass over new slots with a cache: the lean way, for Llama-shaped backbones.
+"""One forward pass over new positions with a cache: the lean way, for Llama-shaped backbones.
 
 A small model spends most of a decoding step outside its matrix products. Here query, key and value are one product,
 gate and up another, residuals are added by the product that makes them, and the rotary embedding is one complex
-multiplication with a table made for the whole picture.
+multiplication with a table made for the whole image.
 """
 
 import copy
@@ -49,7 +49,7 @@ def make_decoder(model: UnifiedForCausalLM, compile: bool = False, int8: bool = 
         model: the model, inside an adapter's wrapper or not.
         compile: compile the step with ``torch.compile``. On an x86 CPU it gains nothing over :class:`Packed` weights, which
             a compiler cannot use.
-        int8: weights in 8 bits, one scale per output channel, inputs one per row, so that a picture
+        int8: weights in 8 bits, one scale per output channel, inputs one per row, so that an image
             does not depend on its batch. Not exact; about twice as fast on a CPU.
 
     Raises:
@@ -79,8 +79,8 @@ def _unsupported(model: UnifiedForCausalLM) -> str | None:
     rope = config.rope_parameters["rope_type"]
     if rope not in _ROPE_TYPES:
         return f"its {rope!r} rotary embedding depends on the length"
-    if model.slot_gate is not None:
-        return f"adapters that act on one kind of slots are loaded ({', '.join(sorted(model.slot_gate.kinds))})"
+    if model.modality_gate is not None:
+        return f"adapters that act on one modality are loaded ({', '.join(sorted(model.modality_gate.kinds))})"
     attention, mlp = decoder.layers[0].self_attn, decoder.layers[0].mlp
     parts = [getattr(attention, f"{n}_proj") for n in "qkvo"] + [
         getattr(mlp, f"{n}_proj") for n in ("gate", "up", "down")
@@ -155,7 +155,7 @@ class LeanDecoder(Decoder):
         return torch.view_as_complex(pairs) if self._compiled is None else pairs
 
     def __call__(
-        self, embeds: Tensor, positions: Tensor, cache: KeyValueCache, bias: Tensor | None, image_slots: Tensor
+        self, embeds: Tensor, positions: Tensor, cache: KeyValueCache, bias: Tensor | None, image_positions: Tensor
     ) -> Tensor:
         """See :class:`Decoder`."""
         cache.open(embeds.shape[1])

@@ -10,7 +10,7 @@ class KeyValueCache(Cache):
     """Keys and values of every layer, ``(B, heads, length, head_dim)``; all rows share the column that is written next.
 
     Rows of different lengths end in the same column, so a row's first columns may be empty; the attention bias hides
-    them. ``column`` may be set back to write anew what speculation got wrong.
+    them. ``column`` may be set back to write again what speculation got wrong.
 
     Args:
         length: number of columns.
@@ -52,7 +52,7 @@ class KeyValueCache(Cache):
         return self.column
 
     def expanded(self, rows: Tensor, length: int) -> "KeyValueCache":
-        """A longer cache whose row i starts with the columns of ``rows[i]``; one prompt may serve many pictures."""
+        """A longer cache whose row i starts with the columns of ``rows[i]``; one prompt may serve many images."""
         other = KeyValueCache(length)
         other.column = other.end = self.end
         for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):

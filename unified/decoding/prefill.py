@@ -14,7 +14,7 @@ from unified.prediction.slots import plan_slots, running_index
 
 @dataclass(frozen=True)
 class Prompt:
-    """Ids of a row, image codes as ``V_text + c``, and the grids of its pictures in order."""
+    """Ids of a row, image codes as ``V_text + c``, and the grids of its images in order."""
 
     ids: tuple[int, ...]
     grids: tuple[Grid, ...] = ()
@@ -41,7 +41,7 @@ def prefill(decoder: Decoder, prompts: Sequence[Prompt], room: int) -> Prefilled
     """Run prompts through the model, equal ones once, and leave ``room`` columns behind them.
 
     Raises:
-        ValueError: if a prompt is empty or its pictures are no valid spans.
+        ValueError: if a prompt is empty or its images are no valid spans.
     """
     if not prompts or not all(prompt.ids for prompt in prompts):
         raise ValueError("prompts: need one or more rows of at least one id.")
@@ -49,7 +49,7 @@ def prefill(decoder: Decoder, prompts: Sequence[Prompt], room: int) -> Prefilled
     config, device = decoder.model.config, decoder.model.device
     length = max(len(prompt.ids) for prompt in distinct)
     padding = torch.tensor([length - len(prompt.ids) for prompt in distinct], device=device)
-    fill = [config.layout.pad_token_id]
+    fill = [config.vocabulary.pad_token_id]
     ids = torch.tensor([fill * (length - len(p.ids)) + list(p.ids) for p in distinct], device=device)
     real = torch.arange(length, device=device) >= padding[:, None]
     grids = [grid for prompt in distinct for grid in prompt.grids]
@@ -63,7 +63,7 @@ def prefill(decoder: Decoder, prompts: Sequence[Prompt], room: int) -> Prefilled
 
     place = {prompt: i for i, prompt in enumerate(distinct)}
     rows = torch.tensor([place[prompt] for prompt in prompts], device=device)
-    return read(decoder, embeds, coordinates, real, plan.image_slots(), rows, room)
+    return read(decoder, embeds, coordinates, real, plan.image_positions(), rows, room)
 
 
 def read(
@@ -71,13 +71,13 @@ def read(
     embeds: Tensor,
     coordinates: Tensor,
     real: Tensor,
-    image_slots: Tensor,
+    image_positions: Tensor,
     rows: Tensor,
     room: int,
 ) -> Prefilled:
     """Run embedded starts ``(U, L, D)`` at ``(U, L, 2)`` through the model; row i of the result continues ``rows[i]``.
 
-    ``real (U, L)`` is False on padding, which is on the left; ``image_slots (U, L)`` is True on image codes.
+    ``real (U, L)`` is False on padding, which is on the left; ``image_positions (U, L)`` is True on image codes.
     """
     length, device = embeds.shape[1], embeds.device
     # Padding may look at itself alone: a row without any column would turn into NaN.
@@ -85,7 +85,7 @@ def read(
     visible |= torch.eye(length, dtype=torch.bool, device=device)
     cache = KeyValueCache(length)
     causal = as_bias(visible[:, None], embeds.dtype)
-    hidden = decoder(embeds, decoder.positions(coordinates), cache, causal, image_slots)
+    hidden = decoder(embeds, decoder.positions(coordinates), cache, causal, image_positions)
     bias = None
     if not bool(real.all()):
         shown = torch.nn.functional.pad(real, (0, room), value=True)[rows]
@@ -94,7 +94,7 @@ def read(
 
 
 def causal_bias(state: Prefilled, width: int) -> Tensor:
-    """``(B or 1, 1, width, end)`` for the next ``width`` slots: each sees the columns up to its own, but no padding."""
+    """``(B or 1, 1, width, end)`` for the next ``width`` positions: each sees the columns up to its own, but no padding."""
     start, end, device = state.cache.column, state.cache.column + width, state.hidden.device
     shown = torch.arange(end, device=device) <= torch.arange(start, end, device=device)[:, None]
     bias = as_bias(shown[None, None], state.hidden.dtype)

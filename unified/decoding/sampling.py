@@ -1,4 +1,4 @@
-"""Drawing codes from logits: guidance, temperature, top-k, top-p, and Gumbel-max with one noise stream per picture."""
+"""Drawing codes from logits: guidance, temperature, top-k, top-p, and Gumbel-max with one noise stream per image."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -17,8 +17,8 @@ class Sampling:
 
     Args:
         guidance_scale: classifier-free guidance ``u + s * (c - u)`` on the logits; 1 switches it off.
-        guidance_schedule: the scale over a picture: ``constant``; ``linear`` or ``cosine``, rising from 1 at the first code
-            to ``guidance_scale`` at the last; or a function of the share of the codes drawn, in [0, 1], to a scale.
+        guidance_schedule: the scale over an image: ``constant``; ``linear`` or ``cosine``, rising from 1 at the first code
+            to ``guidance_scale`` at the last; or a function of the share of the codes sampled, in [0, 1], to a scale.
         temperature: divides the logits; below 1 sharpens.
         top_k: keep the k most likely codes; 0 keeps all.
         top_p: keep the smallest set of codes with at least this probability; 1 keeps all.
@@ -117,7 +117,7 @@ def _tempered(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def draw(logits: Tensor, noise: Tensor) -> Tensor:
-    """Gumbel-max: draw from the softmax of filtered logits ``(..., K)`` with standard Gumbel noise of the same shape.
+    """Gumbel-max: sample from the softmax of filtered logits ``(..., K)`` with standard Gumbel noise of the same shape.
 
     Raises:
         ValueError: if the logits hold NaN or +inf, or a row has no finite one.
@@ -152,7 +152,7 @@ def draw_filtered(logits: Tensor, sampling: Sampling, noise: Tensor) -> Tensor:
 def gumbel_noise(generators: Sequence[torch.Generator], size: int, device: torch.device) -> Tensor:
     """``(B, size)`` standard Gumbel noise; row i comes from generator i alone, on the generator's device.
 
-    Adding it to logits and taking the argmax draws from their softmax, and a row does not depend on its batch.
+    Adding it to logits and taking the argmax generates from their softmax, and a row does not depend on its batch.
     """
     uniform = torch.empty(len(generators), size, device=device, dtype=torch.float64)
     for row, generator in zip(uniform, generators, strict=True):
@@ -168,18 +168,18 @@ def gumbel_noise(generators: Sequence[torch.Generator], size: int, device: torch
 class PositionNoise:
     """Gumbel noise that belongs to a place: the same generator, position and code always meet the same number.
 
-    Whatever else is decoded beside a picture, in which order, and how many codes at a time, its noise stays. Positions
+    Whatever else is decoded beside an image, in which order, and how many codes at a time, its noise stays. Positions
     are read in windows that move forward only; what lies behind is forgotten.
 
     Args:
-        generators: one per picture.
+        generators: one per image.
         size: number of codes K.
         device: where the noise is used.
     """
 
     def __init__(self, generators: Sequence[torch.Generator], size: int, device: torch.device):
         self.generators, self.size, self.device = generators, size, device
-        self._block = max(1, 8192 // size)  # positions drawn at once
+        self._block = max(1, 8192 // size)  # positions sampled at once
         self._start = 0
         self._rows = torch.empty(len(generators), 0, size, device=device)
 

@@ -2,19 +2,19 @@
 
 All modes guess a window of codes, run it through the model at once and keep the leading codes that the model confirms.
 What it says about the rest of the window, on a context that was partly wrong, becomes the next draft (Jacobi
-iteration); a place new in the window is guessed from the one above it in the picture. They differ in what counts as
+iteration); a place new in the window is guessed from the one above it in the image. They differ in what counts as
 confirmed:
 
 ``jacobi``
-    The draft equals the code that plain decoding draws with the noise of that place. The picture is that of plain
+    The draft equals the code that plain decoding samples with the noise of that place. The image is that of plain
     decoding, code for code.
 ``sjd``
-    Speculative Jacobi decoding (arXiv 2410.01699): a draft drawn from q is kept with probability ``min(1, p/q)``, else
-    redrawn from what p has more than q. The distribution is that of plain decoding; the picture for a seed is another.
+    Speculative Jacobi decoding (arXiv 2410.01699): a draft sampled from q is kept with probability ``min(1, p/q)``, else
+    redrawn from what p has more than q. The distribution is that of plain decoding; the image for a seed is another.
     Keeps more drafts than ``jacobi``.
 ``gsd``
     As ``sjd``, but a draft is judged by the probability of its group, the codes nearest to it in the model's image
-    embedding. Faster and not exact: it draws a code when the model only wanted one of its kind.
+    embedding. Faster and not exact: it samples a code when the model only wanted one of its kind.
 """
 
 from collections.abc import Iterator, Sequence
@@ -44,9 +44,9 @@ def speculate_codes(
     window: int = 16,
     group_size: int = 16,
 ) -> Iterator[Tensor]:
-    """Decode one image span after every prompt, one picture after the other.
+    """Decode one image span after every prompt, one image after the other.
 
-    Rows of a batch would wait for the one whose drafts fail, so pictures take turns; large batches are better served by
+    Rows of a batch would wait for the one whose drafts fail, so images take turns; large batches are better served by
     :func:`unified.decoding.iterate_codes`, whose arguments these are.
 
     Args:
@@ -55,7 +55,7 @@ def speculate_codes(
         group_size: codes in a group of ``gsd``; with 1 it is ``sjd``.
 
     Yields:
-        ``(B, n)`` codes so far, n those of the picture that is furthest, -1 where a picture has none yet.
+        ``(B, n)`` codes so far, n those of the image that is furthest, -1 where an image has none yet.
 
     Raises:
         ValueError: for an unknown mode, or a window or group below 1.
@@ -77,16 +77,16 @@ def speculate_codes(
     for index in range(count):
         state = prefill(decoder, rows[index::count], steps)
         judge = _Judge(mode, generators[index], groups, decoder.model.config.codebook_size, grid[1], codes.device)
-        for drawn in _one_picture(decoder, state, grid, sampling, judge, forced[index].to(codes.device), window):
+        for drawn in _one_image(decoder, state, grid, sampling, judge, forced[index].to(codes.device), window):
             codes[index, : len(drawn)] = drawn
             furthest = max(furthest, len(drawn))
             yield codes[:, :furthest]
 
 
-def _one_picture(
+def _one_image(
     decoder: Decoder, state: Prefilled, grid: Grid, sampling: Sampling, judge: "_Judge", known: Tensor, window: int
 ) -> Iterator[Tensor]:
-    """Codes ``(n,)`` of one picture as they are confirmed."""
+    """Codes ``(n,)`` of one image as they are confirmed."""
     cache, steps, sides, start = state.cache, len(known), len(state.hidden), state.cache.column
     positions = decoder.positions(span_coordinates(decoder.model, state.position, grid))
     scales = torch.tensor(sampling.scales(steps), device=known.device)
@@ -110,9 +110,9 @@ def _one_picture(
 
 
 class _Judge:
-    """Confirms drafts of one picture and holds those of the codes that follow.
+    """Confirms drafts of one image and holds those of the codes that follow.
 
-    All chance is tied to places: a draft of a place is always drawn with that place's noise, so that it stays the same
+    All chance is tied to places: a draft of a place is always sampled with that place's noise, so that it stays the same
     when its distribution hardly changes. Verdicts come from a second stream.
     """
 
@@ -125,23 +125,23 @@ class _Judge:
         columns: int,
         device: torch.device,
     ):
-        self.exact_picture, self.groups, self.columns = mode == "jacobi", groups, columns
+        self.exact_image, self.groups, self.columns = mode == "jacobi", groups, columns
         seed = int(torch.randint(2**63 - 1, (), generator=generator.clone_state(), device=generator.device))
         self.verdicts = torch.Generator(generator.device).manual_seed(seed)
         self.noise = PositionNoise([generator], codebook_size, device)
         self.drafts = torch.empty(0, dtype=torch.int64, device=device)
-        self.proposal = torch.empty(0, codebook_size, device=device)  # distributions that the drafts were drawn from
+        self.proposal = torch.empty(0, codebook_size, device=device)  # distributions that the drafts were sampled from
         self.seen = torch.empty(0, codebook_size, device=device)  # latest logits of places, from one row back on
 
     def __call__(self, logits: Tensor, place: int, known: Tensor, window: int) -> Tensor:
         """Confirm the leading drafts by filtered ``logits (T, K)`` of the codes from ``place`` on; at least one code.
 
-        The next drafts are drawn from the same logits, those of further places from the logits of the place above.
+        The next drafts are sampled from the same logits, those of further places from the logits of the place above.
         """
         width = len(logits)
         forced = known[place : place + width]
         drawn = self._drawn(range(place, place + width), logits, known, place)
-        if self.exact_picture:
+        if self.exact_image:
             kept = _leading(drawn[:-1] == self.drafts[: width - 1])
             confirmed = drawn[: kept + 1]
         else:
@@ -153,7 +153,7 @@ class _Judge:
             confirmed = torch.cat([self.drafts[:kept], last])
             self.proposal = probability[kept + 1 :]
         self.drafts = drawn[kept + 1 :]
-        beyond = place + len(confirmed)  # first place to be drafted anew
+        beyond = place + len(confirmed)  # first place to be drafted again
         missing = range(beyond + len(self.drafts), min(beyond + window - 1, len(known)))
         first, newest = max(0, place - self.columns), place + width - 1  # the places that `seen` reaches from and to
         seen = torch.cat([self.seen[: place - first], logits])
@@ -167,11 +167,11 @@ class _Judge:
     def _draft(self, places: range, logits: Tensor, known: Tensor, first: int) -> None:
         """Add drafts of places by ``logits`` of others, with noise from place ``first`` on."""
         self.drafts = torch.cat([self.drafts, self._drawn(places, logits, known, first)])
-        if not self.exact_picture:
+        if not self.exact_image:
             self.proposal = torch.cat([self.proposal, logits.softmax(dim=-1)])
 
     def _drawn(self, places: range, logits: Tensor, known: Tensor, first: int) -> Tensor:
-        """Codes of places, the known ones or drawn from ``logits``; the noise from place ``first`` on is kept."""
+        """Codes of places, the known ones or sampled from ``logits``; the noise from place ``first`` on is kept."""
         forced, noise = known[places.start : places.stop], self.noise.at(first, places.stop - first)[0]
         return torch.where(forced < 0, draw(logits, noise[places.start - first :]), forced)
 

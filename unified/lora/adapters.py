@@ -9,11 +9,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor
 
-from unified.lora.modality_gate import check_slots, forget_gates, gate_adapter
+from unified.lora.modality_gate import check_modality, forget_gates, gate_adapter
 from unified.lora.switching import adapter_state, apply_weights, check_not_fused, switch, unfuse_lora
 from unified.model.modeling import UnifiedForCausalLM
 
-LAYOUT_FILE = "unified_layout.json"
+BASE_FILE = "unified_base.json"
 ATTENTION_AND_MLP = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _SHAPES = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 IMAGE_TABLES = ("image_embed", "image_head")
@@ -26,7 +26,7 @@ def attach_lora(
     dropout: float = 0.0,
     target_modules: Sequence[str] = ATTENTION_AND_MLP,
     train_image_tables: bool | None = None,
-    slots: str = "all",
+    modality: str = "all",
     **options: Any,
 ) -> PeftModel:
     """Wrap a model for LoRA training (arXiv 2106.09685); only the adapter stays trainable.
@@ -39,14 +39,14 @@ def attach_lora(
         target_modules: names of the linear layers that get an update.
         train_image_tables: train and save full copies of both image tables with the adapter; None: exactly if they are
             new, as after ``from_backbone``, because an adapter alone cannot teach a model codes that it has never seen.
-        slots: ``text`` or ``image`` lets the update act on the slots of that kind only (Partial LoRA, arXiv 2401.16420): an
+        modality: ``text`` or ``image`` lets the update act on positions of that modality only (Partial LoRA, arXiv 2401.16420): an
             ``image`` adapter leaves rows of text as they are, bit for bit.
         options: further fields of ``peft.LoraConfig`` (``use_rslora``, ``use_dora``, ...).
 
     Raises:
-        ValueError: if ``slots`` is unknown, or not possible with other options.
+        ValueError: if ``modality`` is unknown, or not possible with other options.
     """
-    check_slots(slots, bool(options.get("use_dora")))
+    check_modality(modality, bool(options.get("use_dora")))
     if train_image_tables is None:
         train_image_tables = model.config.new_image_tables
     config = LoraConfig(
@@ -58,11 +58,11 @@ def attach_lora(
         **options,
     )
     adapted = get_peft_model(model, config)
-    gate_adapter(model, "default", slots)
+    gate_adapter(model, "default", modality)
     return adapted
 
 
-def layout_of(model: UnifiedForCausalLM) -> dict[str, Any]:
+def base_description(model: UnifiedForCausalLM) -> dict[str, Any]:
     """What an adapter has to agree on with the model that it is loaded into, as far as it is known."""
     config, text = model.config, model.config.text_config
     optional = {name: getattr(text, name, None) for name in _SHAPES}
@@ -102,25 +102,25 @@ def save_lora(
     # Nothing but the adapter: whether tables were resized would be looked up on the Hub.
     model.save_pretrained(str(save_directory), state_dict=state_dict, save_embedding_layers=False)  # type: ignore[arg-type]
     base = base_of(model)
-    kinds = {} if base.slot_gate is None else base.slot_gate.kinds
+    kinds = {} if base.modality_gate is None else base.modality_gate.kinds
     for name in model.peft_config:
         folder = Path(save_directory) / ("" if name == "default" else name)
-        layout = {**layout_of(base), "slots": kinds.get(name, "all")}
-        (folder / LAYOUT_FILE).write_text(json.dumps(layout, indent=2))
+        description = {**base_description(base), "modality": kinds.get(name, "all")}
+        (folder / BASE_FILE).write_text(json.dumps(description, indent=2))
     if card is not None:
         (Path(save_directory) / "README.md").write_text(card, encoding="utf-8")
 
 
-def check_layout(model: UnifiedForCausalLM | PeftModel, path: str | Path) -> None:
+def check_base(model: UnifiedForCausalLM | PeftModel, path: str | Path) -> None:
     """Refuse an adapter made for another model or tokenizer; fields that older folders do not have are not compared.
 
     Raises:
         ValueError: naming every field that differs, or the file that is missing.
     """
-    for name in (LAYOUT_FILE, "adapter_config.json", "adapter_model.safetensors"):
+    for name in (BASE_FILE, "adapter_config.json", "adapter_model.safetensors"):
         if not (Path(path) / name).is_file():
             raise ValueError(f"lora: {str(path)!r} holds no {name}; give a folder written by save_lora.")
-    wanted, actual = json.loads((Path(path) / LAYOUT_FILE).read_text()), layout_of(base_of(model))
+    wanted, actual = json.loads((Path(path) / BASE_FILE).read_text()), base_description(base_of(model))
     different = [
         f"{name}: adapter {wanted[name]!r}, model {value!r}"
         for name, value in actual.items()
@@ -140,7 +140,7 @@ def load_lora(
     Raises:
         ValueError: if the adapter belongs to another model, the name is taken, or adapters are fused.
     """
-    check_layout(model, path)
+    check_base(model, path)
     if isinstance(model, PeftModel):
         check_not_fused(model, "load_lora")
         if adapter_name in model.peft_config:
@@ -153,8 +153,8 @@ def load_lora(
     else:
         model = PeftModel.from_pretrained(model, str(path), adapter_name=adapter_name, is_trainable=trainable)
     apply_weights(model, {adapter_name: 1.0}, trainable)
-    slots = json.loads((Path(path) / LAYOUT_FILE).read_text()).get("slots", "all")
-    gate_adapter(model.get_base_model(), adapter_name, slots)
+    modality = json.loads((Path(path) / BASE_FILE).read_text()).get("modality", "all")
+    gate_adapter(model.get_base_model(), adapter_name, modality)
     return model
 
 

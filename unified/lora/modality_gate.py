@@ -1,4 +1,4 @@
-"""Partial LoRA (arXiv 2401.16420): adapters whose update acts on the slots of one kind only, text or image."""
+"""Partial LoRA (arXiv 2401.16420): adapters whose update acts on positions of one modality only, text or image."""
 
 from functools import partial
 from typing import Any
@@ -6,14 +6,14 @@ from typing import Any
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-SLOTS = ("all", "text", "image")
+MODALITIES = ("all", "text", "image")
 
 
-class SlotGate:
-    """Multiplies the updates of partial adapters by 0 on slots of the other kind.
+class ModalityGate:
+    """Multiplies the updates of partial adapters by 0 on positions of the other modality.
 
-    The kinds of a batch's slots travel to every attention module as the keyword ``image_slots (B, T)``. That module takes
-    them for its whole layer, so that a layer that is computed anew for its gradients finds those of its own batch.
+    The kinds of a batch's positions travel to every attention module as the keyword ``image_positions (B, T)``. That module takes
+    them for its whole layer, so that a layer that is computed again for its gradients finds those of its own batch.
 
     Args:
         decoder: the backbone's decoder, with ``layers`` that hold a ``self_attn`` each.
@@ -27,7 +27,8 @@ class SlotGate:
         self._image: Tensor | None = None
         self._decoder = decoder
         self._handles = [
-            layer.self_attn.register_forward_pre_hook(self._take_slots, with_kwargs=True) for layer in decoder.layers
+            layer.self_attn.register_forward_pre_hook(self._take_positions, with_kwargs=True)
+            for layer in decoder.layers
         ]
 
     def add(self, name: str, kind: str) -> None:
@@ -42,12 +43,12 @@ class SlotGate:
         for handle in self._handles:
             handle.remove()
 
-    def _take_slots(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def _take_positions(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         self._image = kwargs.pop("image_slots", None)
         if self._image is None:
             raise ValueError(
-                f"slots: {type(module).__name__} is not told which slots are images; load the adapters "
-                f"{sorted(self.kinds)} into another backbone, or train them with slots 'all'."
+                f"modality: {type(module).__name__} is not told which positions are images; load the adapters "
+                f"{sorted(self.kinds)} into another backbone, or train them with modality 'all'."
             )
         return args, kwargs
 
@@ -57,23 +58,23 @@ class SlotGate:
         return output * acts[..., None]
 
 
-def check_slots(slots: str, use_dora: bool) -> None:
+def check_modality(modality: str, use_dora: bool) -> None:
     """Raises ValueError for an unknown kind, or one that a variant of LoRA has no meaning for."""
-    if slots not in SLOTS:
-        raise ValueError(f"slots: {slots!r} is unknown; use one of {SLOTS}.")
-    if slots != "all" and use_dora:
+    if modality not in MODALITIES:
+        raise ValueError(f"modality: {modality!r} is unknown; use one of {MODALITIES}.")
+    if modality != "all" and use_dora:
         raise ValueError(
-            f"slots: {slots!r} is not possible with use_dora, which rescales whole weights; leave one of the two out."
+            f"modality: {modality!r} is not possible with use_dora, which rescales whole weights; leave one of the two out."
         )
 
 
-def gate_adapter(model: Any, name: str, slots: str) -> None:
-    """Let an adapter of a unified model act on the slots of one kind only.
+def gate_adapter(model: Any, name: str, modality: str) -> None:
+    """Let an adapter of a unified model act on positions of one modality only.
 
     Raises:
         ValueError: if it adapts modules outside of the decoder's layers, or those have no attention module.
     """
-    if slots == "all":
+    if modality == "all":
         return
     decoder = model.backbone.base_model
     inside = {module for layer in decoder.layers for module in layer.modules()}
@@ -84,20 +85,20 @@ def gate_adapter(model: Any, name: str, slots: str) -> None:
     ]
     if outside or not all(hasattr(layer, "self_attn") for layer in decoder.layers):
         raise ValueError(
-            f"slots: {slots!r} works inside decoder layers with attention only, not for "
-            f"{outside or type(decoder).__name__}; choose other target_modules, or slots 'all'."
+            f"modality: {modality!r} works inside decoder layers with attention only, not for "
+            f"{outside or type(decoder).__name__}; choose other target_modules, or modality 'all'."
         )
-    if model.slot_gate is None:
-        model.slot_gate = SlotGate(decoder)
-    model.slot_gate.add(name, slots)
+    if model.modality_gate is None:
+        model.modality_gate = ModalityGate(decoder)
+    model.modality_gate.add(name, modality)
 
 
 def forget_gates(model: Any, names: list[str]) -> None:
     """Undo :func:`gate_adapter` for adapters that are gone."""
-    if model.slot_gate is None:
+    if model.modality_gate is None:
         return
     for name in names:
-        model.slot_gate.kinds.pop(name, None)
-    if not model.slot_gate.kinds:
-        model.slot_gate.remove()
-        model.slot_gate = None
+        model.modality_gate.kinds.pop(name, None)
+    if not model.modality_gate.kinds:
+        model.modality_gate.remove()
+        model.modality_gate = None

@@ -159,14 +159,14 @@ def fuse_lora(model: PeftModel, lora_scale: float = 1.0) -> None:
     The old weights are kept, so it takes the memory of the adapted layers once more.
 
     Raises:
-        ValueError: if adapters are fused or disabled or act on some slots only, the scale is not finite, or the sum is not finite.
+        ValueError: if adapters are fused, disabled or act on one modality only, or the scale or the sum is not finite.
     """
     check_not_fused(model, "fuse_lora")
-    gate = cast(UnifiedForCausalLM, model.get_base_model()).slot_gate
+    gate = cast(UnifiedForCausalLM, model.get_base_model()).modality_gate
     for name in adapter_state(model).weights:
         if gate is not None and name in gate.kinds:
             raise ValueError(
-                f"fuse_lora: adapter {name!r} acts on {gate.kinds[name]} slots only, which weights cannot; leave it out "
+                f"fuse_lora: adapter {name!r} acts on {gate.kinds[name]} positions only, which weights cannot; leave it out "
                 "with set_adapters."
             )
     if _disabled(model):

@@ -1,4 +1,4 @@
-"""A pretrained decoder language model from a checkpoint of transformers, also out of a model that reads pictures."""
+"""A pretrained decoder language model from a checkpoint of transformers, also out of a model that reads images."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -20,11 +20,11 @@ def initialize_image_tables(
     codebook: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> None:
-    """Write the image embedding ``(K, D)`` and the weight of the image head ``(K, D)`` anew.
+    """Write the image embedding ``(K, D)`` and the weight of the image head ``(K, D)`` again.
 
     Args:
         model: the model, its backbone already holding the pretrained weights.
-        embed: ``text`` draws rows with the mean and the per-dimension spread of the text embedding, ``normal`` with the
+        embed: ``text`` samples rows with the mean and the per-dimension spread of the text embedding, ``normal`` with the
             backbone's ``initializer_range``; ``codebook`` turns the image tokenizer's code vectors at random into width D
             and gives them the mean and spread of the text embedding, so that similar codes start similar.
         head: ``text`` and ``normal`` likewise, from the text head; ``zero`` makes all codes equally likely, a loss of
@@ -42,7 +42,7 @@ def initialize_image_tables(
     table, scores = model.image_embed.weight, model.image_head.weight
     text, text_head = cast(nn.Embedding, model.get_input_embeddings()), cast(nn.Linear, model.get_output_embeddings())
     # Through the module, because some backbones (Gemma 3) scale what they look up.
-    looked_up = text(torch.arange(model.config.layout.text_vocab_size, device=table.device)).float()
+    looked_up = text(torch.arange(model.config.vocabulary.text_vocab_size, device=table.device)).float()
     if embed == "normal":
         table.normal_(0, deviation, generator=generator)
     else:

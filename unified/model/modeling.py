@@ -1,4 +1,4 @@
-"""The unified model: embed, group image spans, run any decoder backbone, score each slot over its own vocabulary."""
+"""The unified model: embed, group image spans, run any decoder backbone, score each position over its own vocabulary."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Generation
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from unified.config import UnifiedConfig
-from unified.lora.modality_gate import SlotGate
+from unified.lora.modality_gate import ModalityGate
 from unified.model.backbone import check_family, load_language_model
 from unified.model.image_head import ImageHead, patch_losses
 from unified.model.init import initialize_image_tables
@@ -28,8 +28,8 @@ class UnifiedOutput(CausalLMOutputWithPast):
     """Output of :class:`UnifiedForCausalLM`.
 
     Attributes:
-        loss: weighted mean over all learned slots, in nats.
-        text_loss, image_loss: plain means over the slots whose target is text, or an image patch; None without any.
+        loss: weighted mean over all learned positions, in nats.
+        text_loss, image_loss: plain means over the positions whose target is text, or an image patch; None without any.
         logits: ``(B, S, V_text)``, only without labels.
         image_logits: ``(B, S, K)``, only without labels and with ``image_grids``.
     """
@@ -59,12 +59,14 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
         self.backbone: Any = AutoModelForCausalLM.from_config(config.text_config) if backbone is None else backbone
         if backbone is not None:
             for module in backbone.modules():
-                module._is_hf_initialized = True  # or post_init draws its weights anew
+                module._is_hf_initialized = True  # or post_init samples its weights again
         width = self.backbone.config.hidden_size
         self.image_embed = nn.Embedding(config.codebook_size, width)
         self.image_head = ImageHead(width, config.codebook_size)
         self.condition = None if config.conditioning is None else build_condition(config.conditioning, width)
-        self.slot_gate: SlotGate | None = None  # set while an adapter is loaded that acts on some slots only
+        self.modality_gate: ModalityGate | None = (
+            None  # set while an adapter is loaded that acts on some positions only
+        )
         self._wrap_rotary()
         self.post_init()
 
@@ -139,9 +141,9 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
         flat = input_ids.reshape(-1)
         text = self.get_input_embeddings()(flat[plan.text_tokens])
         embeds = text.new_zeros(plan.batch_size * plan.length, text.shape[-1])
-        embeds = embeds.index_copy(0, plan.text_slots, text)
+        embeds = embeds.index_copy(0, plan.text_positions, text)
         for group in plan.spans:
-            codes = flat[group.tokens] - self.config.layout.text_vocab_size
+            codes = flat[group.tokens] - self.config.vocabulary.text_vocab_size
             patches = group_embeddings(self.image_embed(codes), group.grid, patch_size)
             embeds = embeds.index_copy(
                 0, group.slots.reshape(-1), patches.reshape(-1, patches.shape[-1]).to(embeds.dtype)
@@ -159,15 +161,15 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def run_backbone(
-        self, embeds: Tensor, coordinates: Tensor | None, image_slots: Tensor | None = None, **kwargs: Any
+        self, embeds: Tensor, coordinates: Tensor | None, image_positions: Tensor | None = None, **kwargs: Any
     ) -> Any:
         """Run the backbone on ``(B, S, D)`` embeddings with explicit rotary coordinates ``(B, S, 2)``.
 
-        ``image_slots``, True on image patches, broadcasts to ``(B, S)``; adapters of one kind of slots need it.
+        ``image_positions``, True on image patches, broadcasts to ``(B, S)``; adapters of one kind of positions need it.
         """
         decoder = self.backbone.base_model
-        if self.slot_gate is not None:
-            kwargs["image_slots"] = image_slots
+        if self.modality_gate is not None:
+            kwargs["image_slots"] = image_positions
         decoder.rotary_emb.coordinates = coordinates
         try:
             return decoder(inputs_embeds=embeds, **kwargs)
@@ -200,7 +202,7 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
             patch_size: side p of the patches that image spans are grouped into.
             position_ids, cache, use_cache, logits_to_keep: as in transformers, for text generation.
             condition: ``(B,)`` classes or ``(B, P, F)`` features, for models with ``conditioning``; its embeddings take the
-                place of the first slots (see :mod:`unified.model.prefix`).
+                place of the first positions (see :mod:`unified.model.prefix`).
 
         Raises:
             ValueError: if spans and grids disagree, ``patch_size`` does not divide a grid, or a condition is missing or
@@ -216,16 +218,16 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
         # Packed rows are told apart by restarting position ids, which needs the mask argument to be empty.
         mask = None if plan.documents is not None else attention_mask if cache is not None else plan.attention_mask
         index = running_index(plan) if position_ids is None and cache is None else position_ids
-        coordinates, image_slots = plan.coordinates, None if self.slot_gate is None else plan.image_slots()
-        if labels is not None and plan.length > 1:  # the last slot predicts nothing
+        coordinates, image_positions = plan.coordinates, None if self.modality_gate is None else plan.image_positions()
+        if labels is not None and plan.length > 1:  # the last position predicts nothing
             embeds = embeds[:, :-1].contiguous()
-            mask, index, coordinates, image_slots = (
-                None if each is None else each[:, :-1] for each in (mask, index, coordinates, image_slots)
+            mask, index, coordinates, image_positions = (
+                None if each is None else each[:, :-1] for each in (mask, index, coordinates, image_positions)
             )
         outputs = self.run_backbone(
             embeds,
             coordinates,
-            image_slots,
+            image_positions,
             attention_mask=mask,
             position_ids=index,
             cache=cache,
@@ -245,7 +247,7 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _with_condition(self, embeds: Tensor, condition: Tensor | None, plan: SlotPlan, patch_size: int) -> Tensor:
         if (condition is None) != (self.condition is None):
-            needed = "missing; the model draws after one" if condition is None else "given, but the model takes none"
+            needed = "missing; the model samples after one" if condition is None else "given, but the model takes none"
             raise ValueError(f"condition: {needed} (conditioning {self.config.conditioning}).")
         if self.condition is None or condition is None:
             return embeds
@@ -255,27 +257,27 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
         return torch.cat([self.condition(condition).to(embeds.dtype), embeds[:, length:]], dim=1)
 
     def _losses(self, hidden: Tensor, labels: Tensor, plan: SlotPlan, patch_size: int) -> UnifiedOutput:
-        """Score slot i + 1 from the hidden state of slot i, each over the vocabulary of its target.
+        """Score position i + 1 from the hidden state of position i, each over the vocabulary of its target.
 
         ``hidden`` is ``(B, S - 1, D)``.
         """
         flat_hidden = hidden.reshape(-1, hidden.shape[-1])
 
-        def before(slots: Tensor) -> Tensor:
-            return flat_hidden[slots - 1 - slots // plan.length]
+        def before(positions: Tensor) -> Tensor:
+            return flat_hidden[positions - 1 - positions // plan.length]
 
         flat_labels, predicted = labels.reshape(-1), plan.predicted().reshape(-1)
         text_targets = flat_labels[plan.text_tokens]
-        learned = (text_targets != IGNORE) & predicted[plan.text_slots]
+        learned = (text_targets != IGNORE) & predicted[plan.text_positions]
         text = F.cross_entropy(
-            self.text_logits(before(plan.text_slots[learned])).float(), text_targets[learned], reduction="none"
+            self.text_logits(before(plan.text_positions[learned])).float(), text_targets[learned], reduction="none"
         )
         states, targets = [], []
         for group in plan.spans:
             patches = group_targets(flat_labels[group.tokens], group.grid, patch_size)
             learned = (patches != IGNORE).all(dim=-1) & predicted[group.slots]
             states.append(before(group.slots[learned]))
-            targets.append(patches[learned] - self.config.layout.text_vocab_size)
+            targets.append(patches[learned] - self.config.vocabulary.text_vocab_size)
         image, count = text.new_zeros(()), 0
         if states:
             image, count = patch_losses(self.image_head, torch.cat(states), torch.cat(targets)), sum(map(len, states))
@@ -287,7 +289,7 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
         weight = text_weight * text.numel() + image_weight * count
         if weight == 0:
             raise ValueError(
-                "labels: no slot of the batch is learned; label at least one token (-100 means not learned)."
+                "labels: no position of the batch is learned; label at least one token (-100 means not learned)."
             )
         return UnifiedOutput(
             loss=(text_weight * text.sum() + image_weight * image) / weight,

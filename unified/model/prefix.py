@@ -1,4 +1,4 @@
-"""Conditions that are no text: a class, or features of another network, as the first slots of a sequence.
+"""Conditions that are no text: a class, or features of another network, as the first positions of a sequence.
 
 A conditioned sequence reads ``<pad> ... <pad> <boi> codes <eoi>``: the first :attr:`length` embeddings, ``<boi>`` the last
 of them, are replaced by what a condition module makes. The last one predicts the first code.
@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unified.config import TokenLayout
+from unified.config import Vocabulary
 from unified.sequence import TextSegment
 
 
 class ClassCondition(nn.Module):
-    """One slot for a class; class ``classes`` is the unconditional one."""
+    """One position for a class; class ``classes`` is the unconditional one."""
 
     length = 1
 
@@ -39,7 +39,7 @@ class ClassCondition(nn.Module):
 
 
 class FeatureCondition(nn.Module):
-    """``length`` slots for as many feature vectors, such as those of Flan-T5, projected by a small network."""
+    """``length`` positions for as many feature vectors, such as those of Flan-T5, projected by a small network."""
 
     def __init__(self, width: int, length: int, features: int):
         super().__init__()
@@ -79,6 +79,6 @@ def build_condition(description: dict[str, Any], width: int) -> ClassCondition |
     return ClassCondition(width, **given) if kind == "class" else FeatureCondition(width, **given)
 
 
-def condition_slots(length: int, layout: TokenLayout) -> TextSegment:
-    """What stands for a condition of ``length`` slots in front of an image segment (whose ``<boi>`` is the last slot)."""
-    return TextSegment([layout.pad_token_id] * (length - 1), loss=False)
+def condition_positions(length: int, vocabulary: Vocabulary) -> TextSegment:
+    """What stands for a condition of ``length`` positions in front of an image segment (whose ``<boi>`` is the last position)."""
+    return TextSegment([vocabulary.pad_token_id] * (length - 1), loss=False)

@@ -9,7 +9,7 @@ from unified.prediction.npp import Grid, patch_grid
 
 
 def span_offsets(grid: Grid, patch_size: int, positions: str, coarse: str, extent: float) -> tuple[Tensor, float]:
-    """Coordinates of the slots of one image span, relative to the position right after ``<boi>``.
+    """Coordinates of the positions of one image span, relative to the position right after ``<boi>``.
 
     Args:
         grid: code grid ``(h, w)``.
@@ -19,7 +19,7 @@ def span_offsets(grid: Grid, patch_size: int, positions: str, coarse: str, exten
         extent: range of the longer side for ``normalized``.
 
     Returns:
-        ``(n, 2)`` float row and column of each of the n = h*w/p^2 slots (equal for ``1d``), and how far the running
+        ``(n, 2)`` float row and column of each of the n = h*w/p^2 positions (equal for ``1d``), and how far the running
         index advances over the span. At p = 1, ``center`` and ``unit`` coincide.
     """
     rows, columns = patch_grid(grid, patch_size)
@@ -53,7 +53,7 @@ class GridRotary(nn.Module):
     Set ``coordinates`` to ``(B, T, 2)`` before a forward pass, or to None for the backbone's own positions.
 
     With ``llamagen``, the layout of LlamaGen (arXiv 2406.06525): every second frequency is used, first all of them for the
-    row, then all of them for the column. Slots with a negative coordinate (the condition) have cos = sin = 0: their
+    row, then all of them for the column. Positions with a negative coordinate (the condition) have cos = sin = 0: their
     queries and keys vanish, as in its published models.
     """
 

@@ -25,15 +25,15 @@ def check_parts(config: UnifiedConfig, image_tokenizer: ImageTokenizer, text_tok
     if expected is not None and image_tokenizer.fingerprint != expected:
         raise ValueError(
             f"image_tokenizer: fingerprint {image_tokenizer.fingerprint} is not the one that the model was trained "
-            f"with ({expected}); its codes would mean other pictures."
+            f"with ({expected}); its codes would mean other images."
         )
     if image_tokenizer.codebook_size != config.codebook_size:
         raise ValueError(
             f"image_tokenizer: {image_tokenizer.codebook_size} codes, the model has {config.codebook_size}."
         )
-    if text_tokenizer.vocab_size > config.layout.text_vocab_size:
+    if text_tokenizer.vocab_size > config.vocabulary.text_vocab_size:
         raise ValueError(
-            f"text_tokenizer: {text_tokenizer.vocab_size} ids, the model has {config.layout.text_vocab_size}."
+            f"text_tokenizer: {text_tokenizer.vocab_size} ids, the model has {config.vocabulary.text_vocab_size}."
         )
     expected, actual = config.text_tokenizer_fingerprint, text_tokenizer.fingerprint
     if expected not in (None, actual):
@@ -45,7 +45,7 @@ def check_parts(config: UnifiedConfig, image_tokenizer: ImageTokenizer, text_tok
 
 
 DECODING = ("plain", *MODES)
-GUIDANCE_SCALE = 3.0  # of pictures, unless told otherwise
+GUIDANCE_SCALE = 3.0  # of images, unless told otherwise
 
 
 def as_prompts(prompt: Any) -> list[str]:
@@ -71,7 +71,7 @@ def as_negatives(negative_prompt: Any, count: int) -> list[str]:
 
 
 def known_grid(config: UnifiedConfig, stride: int, height: int | None, width: int | None) -> Grid:
-    """Code grid of a picture of ``height`` x ``width`` pixels; None stands for the model's first grid.
+    """Code grid of an image of ``height`` x ``width`` pixels; None stands for the model's first grid.
 
     Raises:
         ValueError: if the model was not trained on it.
@@ -96,26 +96,26 @@ def known_grid(config: UnifiedConfig, stride: int, height: int | None, width: in
 def drawing_prompt(
     text: str, tokenizer: TextTokenizer, config: UnifiedConfig, grid: Grid, name: str = "prompt"
 ) -> Prompt:
-    """``<bos> text <boi>``. Raises ValueError, which calls the text ``name``, if the picture has no room behind it."""
+    """``<bos> text <boi>``. Raises ValueError, which calls the text ``name``, if the image has no room behind it."""
     ids = tokenizer.encode(text.strip()) if text.strip() else []
     limit = config.text_config.max_position_embeddings - grid[0] * grid[1] - 2
     if len(ids) > limit:
         raise ValueError(
-            f"{name}: {len(ids)} tokens, the model has room for {limit} beside the picture; shorten {text!r}."
+            f"{name}: {len(ids)} tokens, the model has room for {limit} beside the image; shorten {text!r}."
         )
-    start = [] if config.layout.bos_token_id is None else [config.layout.bos_token_id]
+    start = [] if config.vocabulary.bos_token_id is None else [config.vocabulary.bos_token_id]
     return Prompt((*start, *ids, config.boi_token_id))
 
 
 def per_image(
     generator: torch.Generator | Sequence[torch.Generator] | None, prompts: int, images_per_prompt: int = 1
 ) -> list[torch.Generator]:
-    """One generator per picture.
+    """One generator per image.
 
-    A list is taken as it is, and picture i depends on its generator alone. A single generator draws the first picture,
+    A list is taken as it is, and image i depends on its generator alone. A single generator generates the first image,
     so that it means the same as a list of one. All others are seeded by its state, or by the global one for None: every
-    prompt has a seed in turn, and picture j of a prompt depends on that seed and j; more prompts behind it or more
-    pictures of each change nothing.
+    prompt has a seed in turn, and image j of a prompt depends on that seed and j; more prompts behind it or more
+    images of each change nothing.
 
     Raises:
         ValueError: if a list has another length, or holds something else or one generator twice.
@@ -133,9 +133,9 @@ def per_image(
     if not isinstance(generator, Sequence) or not all(isinstance(each, torch.Generator) for each in generator):
         raise ValueError(f"generator: {generator!r} is not a torch.Generator or a list of them.")
     if len(generator) != count:
-        raise ValueError(f"generator: {len(generator)} given for {count} pictures; give one, or one per picture.")
+        raise ValueError(f"generator: {len(generator)} given for {count} images; give one, or one per image.")
     if len({id(each) for each in generator}) < count:
-        raise ValueError("generator: one and the same is given for several pictures; they would depend on one another.")
+        raise ValueError("generator: one and the same is given for several images; they would depend on one another.")
     return list(generator)
 
 
@@ -159,23 +159,21 @@ def check_call(callback: Any = None, known: Any = None, text_sampling: Any = Non
             raise ValueError(f"{name}: {sampling!r} is not a unified.decoding.Sampling.")
 
 
-def one_per_picture(codes: Tensor, name: str, prompts: int, images_per_prompt: int) -> Tensor:
-    """Grids ``(n, h, w)`` that are given once for all, per prompt or per picture, as one per picture.
+def one_per_image(codes: Tensor, name: str, prompts: int, images_per_prompt: int) -> Tensor:
+    """Grids ``(n, h, w)`` that are given once for all, per prompt or per image, as one per image.
 
     Raises:
         ValueError: if there is another number of them.
     """
     count = prompts * images_per_prompt
     if len(codes) not in (1, prompts, count):
-        raise ValueError(
-            f"{name}: {len(codes)} given for {count} pictures of {prompts} prompts; give one, or one each."
-        )
+        raise ValueError(f"{name}: {len(codes)} given for {count} images of {prompts} prompts; give one, or one each.")
     return codes.repeat_interleave(count // len(codes), dim=0)
 
 
 @dataclass
 class Drawing:
-    """A batch of pictures to be drawn, one row each; the fields are arguments of the decoding loops."""
+    """A batch of images to be generated, one row each; the fields are arguments of the decoding loops."""
 
     rows: list[Prompt]
     negatives: list[Prompt]
@@ -186,7 +184,7 @@ class Drawing:
     mode: str
 
     def codes(self, decoder: Decoder) -> Iterator[Tensor]:
-        """The codes so far ``(N, n)``, growing; -1 where a picture has none yet."""
+        """The codes so far ``(N, n)``, growing; -1 where an image has none yet."""
         arguments = (decoder, self.rows, self.negatives, self.grid, self.sampling, self.generators, self.known)
         return iterate_codes(*arguments) if self.mode == "plain" else speculate_codes(*arguments, mode=self.mode)
 
@@ -203,7 +201,7 @@ def plan_drawing(
     known: Tensor | None,
     mode: str,
 ) -> Drawing:
-    """Check the arguments of a pipeline's call and lay them out, the pictures of one caption side by side.
+    """Check the arguments of a pipeline's call and lay them out, the images of one caption side by side.
 
     Raises:
         ValueError: naming the argument that is wrong.
@@ -216,7 +214,7 @@ def plan_drawing(
     if known is not None:
         if tuple(known.shape[1:]) != tuple(grid):
             raise ValueError(f"known: shape {tuple(known.shape)}, need (N, {grid[0]}, {grid[1]}) for this size.")
-        known = one_per_picture(known, "known", len(prompts), images_per_prompt).long()
+        known = one_per_image(known, "known", len(prompts), images_per_prompt).long()
     rows, opposite = (
         [drawing_prompt(text, tokenizer, config, grid, name) for text in texts for _ in range(images_per_prompt)]
         for name, texts in (("prompt", prompts), ("negative_prompt", negatives))

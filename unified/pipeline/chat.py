@@ -1,4 +1,4 @@
-"""Pictures to text, and text and pictures in turn."""
+"""Pictures to text, and text and images in turn."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,10 +23,10 @@ def as_segments(messages: Any, image_tokenizer: ImageTokenizer, text_tokenizer: 
     """Messages of one conversation as segments that are not learned.
 
     Raises:
-        ValueError: for an empty conversation, an empty text, or anything but texts and pictures.
+        ValueError: for an empty conversation, an empty text, or anything but texts and images.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise ValueError(f"messages: {messages!r} is not a conversation; give a list of texts and PIL pictures.")
+        raise ValueError(f"messages: {messages!r} is not a conversation; give a list of texts and PIL images.")
     segments: list[Segment] = []
     for message in messages:
         if isinstance(message, Image.Image):
@@ -34,7 +34,7 @@ def as_segments(messages: Any, image_tokenizer: ImageTokenizer, text_tokenizer: 
         elif isinstance(message, str) and message.strip():
             segments.append(TextSegment(text_tokenizer.encode(message.strip()), loss=False))
         else:
-            raise ValueError(f"messages: {message!r} is neither a text nor a PIL picture.")
+            raise ValueError(f"messages: {message!r} is neither a text nor a PIL image.")
     return segments
 
 
@@ -50,7 +50,7 @@ def continue_conversations(
     max_images: int,
     batch_size: int = 16,
 ) -> list[list[Segment]]:
-    """What a model says next in each conversation; rows write and draw in one batch.
+    """What a model says next in each conversation; rows write and sample in one batch.
 
     Raises:
         ValueError: if a limit is not a whole number, or a conversation does not fit the model's context.
@@ -58,11 +58,11 @@ def continue_conversations(
     check_whole("max_new_tokens", max_new_tokens)
     check_whole("max_images", max_images, least=0)
     config = decoder.model.config
-    start = [] if config.layout.bos_token_id is None else [config.layout.bos_token_id]
+    start = [] if config.vocabulary.bos_token_id is None else [config.vocabulary.bos_token_id]
     negative = Prompt((*start, config.boi_token_id))
     requests = []
     for segments, generator in zip(conversations, generators, strict=True):
-        sequence = build_sequence(segments, config.layout)
+        sequence = build_sequence(segments, config.vocabulary)
         prompt = Prompt(tuple(sequence.input_ids.tolist()), tuple(sequence.image_grids))
         requests.append(Request(prompt, grid, generator, image_sampling, text_sampling, negative, max_new_tokens,
                                 max_images, text_tokenizer.vocab_size))  # fmt: skip
@@ -74,9 +74,9 @@ def continue_conversations(
             f"messages: {longest} tokens and up to {new} new ones, the model has room for {limit}; "
             "shorten the conversation or lower max_new_tokens or max_images."
         )
-    slots = min(batch_size, len(requests)) * requests[0].rows
-    replies = Batcher(decoder, slots, longest + new).run(requests)
-    for generator in generators:  # texts are drawn from copies; the next call shall say something else
+    rows = min(batch_size, len(requests)) * requests[0].rows
+    replies = Batcher(decoder, rows, longest + new).run(requests)
+    for generator in generators:  # texts are sampled from copies; the next call shall say something else
         torch.rand((), generator=generator, device=generator.device)
     return replies
 
@@ -84,7 +84,7 @@ def continue_conversations(
 def as_messages(
     segments: Sequence[Segment], image_tokenizer: ImageTokenizer, text_tokenizer: TextTokenizer
 ) -> list[Message]:
-    """Segments as texts and pictures; a text without visible characters is no message."""
+    """Segments as texts and images; a text without visible characters is no message."""
     messages: list[Message] = []
     for segment in segments:
         if isinstance(segment, ImageSegment):
@@ -95,7 +95,7 @@ def as_messages(
 
 
 def check_sizes(images: Sequence[Image.Image], config: UnifiedConfig, stride: int) -> None:
-    """Refuse pictures whose grid the model was not trained on."""
+    """Refuse images whose grid the model was not trained on."""
     known = [(int(h) * stride, int(w) * stride) for h, w in config.image_grids or []]
     for image in images:
         if known and (image.height, image.width) not in known:

@@ -1,4 +1,4 @@
-"""Pictures as known codes: masks, shares that are kept, larger canvases, and pictures that are not finished."""
+"""Pictures as known codes: masks, shares that are kept, larger canvases, and images that are not finished."""
 
 from collections.abc import Sequence
 
@@ -12,10 +12,10 @@ from unified_tokenizers.images import as_rgb, to_tensor
 
 
 def as_images(images: Image.Image | Sequence[Image.Image], name: str = "image") -> list[Image.Image]:
-    """One picture or several as a list. Raises ValueError for anything else, which it calls ``name``."""
+    """One image or several as a list. Raises ValueError for anything else, which it calls ``name``."""
     pictures = [images] if isinstance(images, Image.Image) else images
     if not isinstance(pictures, Sequence) or not pictures or not all(isinstance(p, Image.Image) for p in pictures):
-        raise ValueError(f"{name}: {images!r} is not a PIL picture; give one, or a list of them.")
+        raise ValueError(f"{name}: {images!r} is not a PIL image; give one, or a list of them.")
     return list(pictures)
 
 
@@ -24,18 +24,18 @@ def codes_to_keep(
     image: Image.Image | Sequence[Image.Image],
     mask_image: Image.Image | Sequence[Image.Image] | None,
 ) -> Tensor:
-    """Codes of pictures, -1 in every cell that a mask touches; without masks all of them.
+    """Codes of images, -1 in every cell that a mask touches; without masks all of them.
 
     Args:
         tokenizer: the pipeline's image tokenizer.
-        image: one picture or several, of one size.
+        image: one image or several, of one size.
         mask_image: as many masks of the same size; what is brighter than middle grey is to be redrawn.
 
     Returns:
         ``(N, h, w)``.
 
     Raises:
-        ValueError: if a mask has another size or there are more or fewer masks than pictures.
+        ValueError: if a mask has another size or there are more or fewer masks than images.
     """
     pictures = as_images(image)
     codes = tokenizer.encode(to_tensor(pictures))
@@ -43,11 +43,11 @@ def codes_to_keep(
         return codes
     masks = as_images(mask_image, "mask_image")
     if len(masks) != len(pictures):
-        raise ValueError(f"mask_image: {len(masks)} masks for {len(pictures)} pictures; give one mask per picture.")
+        raise ValueError(f"mask_image: {len(masks)} masks for {len(pictures)} images; give one mask per image.")
     for picture, mask in zip(pictures, masks, strict=True):
         if picture.size != mask.size:
             raise ValueError(
-                f"mask_image: {mask.width}x{mask.height} pixels, the picture has {picture.width}x{picture.height}; resize it."
+                f"mask_image: {mask.width}x{mask.height} pixels, the image has {picture.width}x{picture.height}; resize it."
             )
     stride = tokenizer.downsample
     redraw = torch.from_numpy(np.stack([np.asarray(mask.convert("L")) for mask in masks]) > 127)
@@ -56,7 +56,7 @@ def codes_to_keep(
 
 
 def share_to_keep(codes: Tensor, keep: float, generators: Sequence[torch.Generator]) -> Tensor:
-    """Codes ``(N, h, w)``, all but a random share ``keep`` of each picture's cells set to -1; its generator stays.
+    """Codes ``(N, h, w)``, all but a random share ``keep`` of each image's cells set to -1; its generator stays.
 
     Raises:
         ValueError: if ``keep`` is no share.
@@ -75,16 +75,16 @@ def share_to_keep(codes: Tensor, keep: float, generators: Sequence[torch.Generat
 def outpainting_canvas(
     image: Image.Image, height: int, width: int, top: int = 0, left: int = 0
 ) -> tuple[Image.Image, Image.Image]:
-    """A larger picture with ``image`` at ``(top, left)``, and the mask of what is to be drawn around it.
+    """A larger image with ``image`` at ``(top, left)``, and the mask of what is to be sampled around it.
 
     Raises:
-        ValueError: if the picture does not fit there.
+        ValueError: if the image does not fit there.
     """
     if top < 0 or left < 0 or top + image.height > height or left + image.width > width:
         raise ValueError(
             f"image: {image.width}x{image.height} pixels at top {top}, left {left} leave the canvas of {width}x{height}."
         )
-    # The border repeats the picture's edge, so that codes near it are those of a picture that goes on.
+    # The border repeats the image's edge, so that codes near it are those of an image that goes on.
     pixels = np.asarray(as_rgb(image))
     around = ((top, height - top - image.height), (left, width - left - image.width), (0, 0))
     canvas = Image.fromarray(np.pad(pixels, around, mode="edge"))
@@ -93,8 +93,8 @@ def outpainting_canvas(
     return canvas, mask
 
 
-def unfinished_pictures(tokenizer: ImageTokenizer, codes: Tensor) -> Tensor:
-    """Decode ``(N, h, w)`` codes to ``(N, 3, H, W)``; cells of -1, which nobody has drawn yet, are grey."""
+def unfinished_images(tokenizer: ImageTokenizer, codes: Tensor) -> Tensor:
+    """Decode ``(N, h, w)`` codes to ``(N, 3, H, W)``; cells of -1, which nobody has sampled yet, are grey."""
     missing = codes < 0
     if not bool(missing.any()):
         return tokenizer.decode(codes)

@@ -1,4 +1,4 @@
-"""`UnifiedPipeline`: text and pictures in, pictures and text out."""
+"""`UnifiedPipeline`: text and images in, images and text out."""
 
 import inspect
 import json
@@ -30,12 +30,12 @@ from unified.pipeline.arguments import (
     check_parts,
     check_whole,
     known_grid,
-    one_per_picture,
+    one_per_image,
     per_image,
     plan_drawing,
 )
 from unified.pipeline.chat import check_sizes
-from unified.pipeline.editing import as_images, codes_to_keep, share_to_keep, unfinished_pictures
+from unified.pipeline.editing import as_images, codes_to_keep, share_to_keep, unfinished_images
 from unified.pipeline.lora_methods import LoraMethods
 from unified.pipeline.text_methods import TextMethods
 from unified_tokenizers import AutoImageTokenizer, ImageTokenizer, TextTokenizer, load_text_tokenizer
@@ -48,7 +48,7 @@ StepCallback = Callable[["UnifiedPipeline", int, int, dict[str, Tensor]], Any]
 
 @dataclass
 class UnifiedPipelineOutput:
-    """Pictures in the requested form and their codes ``(N, h, w)``, -1 where drawing was interrupted."""
+    """Pictures in the requested form and their codes ``(N, h, w)``, -1 where sampling was interrupted."""
 
     images: list[Image.Image] | np.ndarray | Tensor
     codes: Tensor
@@ -183,25 +183,25 @@ class UnifiedPipeline(LoraMethods, TextMethods):
         decoding: str = "plain",
         known: Tensor | None = None,
     ) -> UnifiedPipelineOutput:
-        """Draw pictures for prompts.
+        """Draw images for prompts.
 
         Args:
             prompt: one caption or several.
             height, width: size in pixels; a grid that the model was trained on. Default: its first one.
             guidance_scale: classifier-free guidance; 1 switches it off.
             negative_prompt: what to steer away from; one for all, or one per prompt. Default: the empty caption.
-            num_images_per_prompt: pictures per caption; those of one caption are adjacent in the output.
+            num_images_per_prompt: images per caption; those of one caption are adjacent in the output.
             temperature, top_k, top_p: see :class:`unified.decoding.Sampling`.
-            generator: one ``torch.Generator`` per picture, or one that draws the first and seeds the others; fixes the
+            generator: one ``torch.Generator`` per image, or one that generates the first and seeds the others; fixes the
                 result, whatever else is in the batch. The same one with another caption meets the same noise.
             output_type: ``pil``; float32 in [0, 1] as ``np`` (N, H, W, 3) or ``pt`` (N, 3, H, W); or ``codes``.
             callback_on_step_end: called as ``f(pipeline, step, timestep, {"codes": (N, step + 1)})`` after every code, with
-                speculative decoding after every pass; -1 stands for codes that a picture does not have yet. Timestep and
-                step are the same here, and what it returns is not looked at: codes that are drawn stay.
+                speculative decoding after every pass; -1 stands for codes that an image does not have yet. Timestep and
+                step are the same here, and what it returns is not looked at: codes that are sampled stay.
             guidance_schedule: see :class:`unified.decoding.Sampling`.
-            decoding: ``plain``; ``jacobi`` (the same pictures) or ``sjd`` (the same distribution), often faster for few
-                pictures; ``gsd``, faster and not exact. See :mod:`unified.decoding.speculative`.
-            known: ``(N, h, w)`` codes that are forced, -1 where the model draws; one for all, per prompt or per picture.
+            decoding: ``plain``; ``jacobi`` (the same images) or ``sjd`` (the same distribution), often faster for few
+                images; ``gsd``, faster and not exact. See :mod:`unified.decoding.speculative`.
+            known: ``(N, h, w)`` codes that are forced, -1 where the model generates; one for all, per prompt or per image.
 
         Raises:
             ValueError: for an empty or too long prompt, a size the model does not know, lists of the wrong length,
@@ -221,7 +221,7 @@ class UnifiedPipeline(LoraMethods, TextMethods):
         keep: float | None = None,
         **options: Any,
     ) -> Iterator[UnifiedPipelineOutput]:
-        """Draw pictures for prompts and show them on the way.
+        """Draw images for prompts and show them on the way.
 
         Args:
             prompt: one caption or several.
@@ -231,7 +231,7 @@ class UnifiedPipeline(LoraMethods, TextMethods):
             options: all other arguments of :meth:`__call__`.
 
         Yields:
-            Outputs whose pictures are grey, and whose codes are -1, where nothing is drawn or known; the last one is complete.
+            Outputs whose images are grey, and whose codes are -1, where nothing is sampled or known; the last one is complete.
 
         Raises:
             ValueError: as :meth:`__call__`, when the first preview is asked for.
@@ -267,7 +267,7 @@ class UnifiedPipeline(LoraMethods, TextMethods):
         known: Tensor | None,
         preview_every: int | None,
     ) -> Iterator[UnifiedPipelineOutput]:
-        """Previews, unless ``preview_every`` is None, and the finished pictures."""
+        """Previews, unless ``preview_every`` is None, and the finished images."""
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type: {output_type!r} is unknown; use one of {OUTPUT_TYPES}.")
         check_call(callback=on_step, known=known)
@@ -300,14 +300,14 @@ class UnifiedPipeline(LoraMethods, TextMethods):
         interrupted = self._interrupted and bool((codes < 0).any())
         if output_type == "codes":
             return UnifiedPipelineOutput(codes, codes, interrupted)
-        pictures: Any = unfinished_pictures(self.image_tokenizer, codes)
+        pictures: Any = unfinished_images(self.image_tokenizer, codes)
         pictures = to_pil(pictures) if output_type == "pil" else (pictures.float() / 2 + 0.5).clamp(0, 1)
         if output_type == "np":
             pictures = pictures.permute(0, 2, 3, 1).cpu().numpy()
         return UnifiedPipelineOutput(pictures, codes, interrupted)
 
     def interrupt(self) -> None:
-        """Stop drawing after the current code, from a callback or another thread; what is missing stays grey."""
+        """Stop sampling after the current code, from a callback or another thread; what is missing stays grey."""
         self._interrupted = True
 
     def enable_fast_decoding(self, compile: bool = False, int8: bool = False) -> None:
@@ -345,12 +345,12 @@ class UnifiedPipeline(LoraMethods, TextMethods):
     ) -> UnifiedPipelineOutput:
         """Redraw the bright part of a mask; every other code stays.
 
-        Codes are drawn row by row, so what is redrawn follows what is above it and left of it. For a larger canvas
+        Codes are generated row by row, so what is redrawn follows what is above it and left of it. For a larger canvas
         see :func:`unified.pipeline.editing.outpainting_canvas`.
 
         Args:
-            prompt: what the whole picture shows.
-            image: one picture, one per prompt or one per picture drawn, of a size that the model was trained on.
+            prompt: what the whole image shows.
+            image: one image, one per prompt or one per image generated, of a size that the model was trained on.
             mask_image: as many masks of the same size.
             options: as in :meth:`__call__`.
 
@@ -363,22 +363,22 @@ class UnifiedPipeline(LoraMethods, TextMethods):
     def variation(
         self, prompt: str | Sequence[str], image: Image.Image | Sequence[Image.Image], keep: float = 0.5, **options: Any
     ) -> UnifiedPipelineOutput:
-        """Draw a picture anew but for a share ``keep`` of its codes; arguments as in :meth:`inpaint`.
+        """Draw an image again but for a share ``keep`` of its codes; arguments as in :meth:`inpaint`.
 
-        Which codes stay depends on the picture's generator.
+        Which codes stay depends on the image's generator.
         """
         return self(prompt, **self._edited(prompt, image, None, keep, options))
 
     def _edited(self, prompt: Any, image: Any, masks: Any, keep: Any, options: dict[str, Any]) -> dict[str, Any]:
-        """Options of a call that draws pictures anew: what masks cover, or all but a share ``keep``."""
+        """Options of a call that generates images again: what masks cover, or all but a share ``keep``."""
         for name in {"height", "width", "known"} & set(options):
-            raise ValueError(f"{name}: an edit takes it from the picture; leave it out.")
+            raise ValueError(f"{name}: an edit takes it from the image; leave it out.")
         images, prompts, per_prompt = as_images(image), as_prompts(prompt), options.get("num_images_per_prompt", 1)
         check_sizes(images, base_of(self.model).config, self.image_tokenizer.downsample)
         check_whole("num_images_per_prompt", per_prompt)
         generators = per_image(options.get("generator"), len(prompts), per_prompt)
         known = codes_to_keep(self.image_tokenizer, images, masks)
-        known = one_per_picture(known, "image", len(prompts), per_prompt)
+        known = one_per_image(known, "image", len(prompts), per_prompt)
         if masks is None:
             known = share_to_keep(known, keep, generators)
         size = {"height": images[0].height, "width": images[0].width}

@@ -1,4 +1,4 @@
-"""The pipeline's methods that write text: captions, and conversations of texts and pictures."""
+"""The pipeline's methods that write text: captions, and conversations of texts and images."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -37,17 +37,17 @@ class TextMethods:
         top_p: float = 1.0,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
     ) -> list[str]:
-        """Texts for pictures: ``<bos> <boi> codes <eoi> prompt`` and what the model writes until ``<eos>``.
+        """Texts for images: ``<bos> <boi> codes <eoi> prompt`` and what the model writes until ``<eos>``.
 
         Args:
-            images: one picture or several, of sizes that the model was trained on.
+            images: one image or several, of sizes that the model was trained on.
             prompt: how the text begins; it is not part of the result.
             max_new_tokens: tokens after which a text is cut off.
             temperature, top_k, top_p: see :class:`unified.decoding.Sampling`; ``top_k=1`` takes the likeliest token.
-            generator: one per picture, or one for all as in :meth:`unified.UnifiedPipeline.__call__`.
+            generator: one per image, or one for all as in :meth:`unified.UnifiedPipeline.__call__`.
 
         Raises:
-            ValueError: for pictures of a size the model does not know, an empty prompt, or a context that is too long.
+            ValueError: for images of a size the model does not know, an empty prompt, or a context that is too long.
         """
         begin = [] if prompt is None else as_prompts([prompt])
         conversations = [[image, *begin] for image in as_images(images, "images")]
@@ -67,21 +67,21 @@ class TextMethods:
         width: int | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
     ) -> list[Any]:
-        """Continue conversations of texts and pictures with texts and pictures.
+        """Continue conversations of texts and images with texts and images.
 
         Args:
-            messages: texts and PIL pictures in turn, or a list of such conversations.
+            messages: texts and PIL images in turn, or a list of such conversations.
             max_new_tokens, max_images: how much a reply may hold at most.
-            text_sampling, image_sampling: how text and codes are drawn; guidance applies to pictures, which have the
+            text_sampling, image_sampling: how text and codes are sampled; guidance applies to images, which have the
                 default scale of :meth:`unified.UnifiedPipeline.__call__`.
-            height, width: size of the pictures that it draws.
+            height, width: size of the images that it draws.
             generator: one per conversation, or one for all as in :meth:`unified.UnifiedPipeline.__call__`.
 
         Returns:
-            The reply as a list of texts and pictures, or one reply per conversation.
+            The reply as a list of texts and images, or one reply per conversation.
 
         Raises:
-            ValueError: for anything but texts and pictures, or a conversation that does not fit the model's context.
+            ValueError: for anything but texts and images, or a conversation that does not fit the model's context.
         """
         check_call(text_sampling=text_sampling, image_sampling=image_sampling)
         several = isinstance(messages, Sequence) and bool(messages) and not isinstance(messages[0], str | Image.Image)

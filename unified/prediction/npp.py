@@ -183,10 +183,10 @@ class PatchSchedule:
         return shares
 
     def relative_cost(self) -> float:
-        """Image slots processed, relative to next-token training on the same pictures."""
+        """Image positions processed, relative to next-token training on the same images."""
         return sum(share / size**2 for size, share in self.size_shares().items())
 
 
 def slot_counts(image_grids: Tensor, patch_size: int) -> int:
-    """Number of image slots that spans of the given grids ``(N, 2)`` take at ``patch_size``."""
+    """Number of image positions that spans of the given grids ``(N, 2)`` take at ``patch_size``."""
     return sum(math.prod(patch_grid((int(h), int(w)), patch_size)) for h, w in torch.as_tensor(image_grids).tolist())

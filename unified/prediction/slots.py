@@ -38,22 +38,22 @@ class SlotPlan:
     batch_size: int
     length: int
     text_tokens: Tensor
-    text_slots: Tensor
+    text_positions: Tensor
     spans: list[SpanGroup]
     attention_mask: Tensor | None
     documents: Tensor | None
     coordinates: Tensor | None = None
 
-    def image_slots(self) -> Tensor:
+    def image_positions(self) -> Tensor:
         """``(B, S)``, True on slots that hold a patch of an image."""
-        is_image = torch.zeros(self.batch_size * self.length, dtype=torch.bool, device=self.text_slots.device)
+        is_image = torch.zeros(self.batch_size * self.length, dtype=torch.bool, device=self.text_positions.device)
         for group in self.spans:
             is_image[group.slots] = True
         return is_image.reshape(self.batch_size, self.length)
 
     def predicted(self) -> Tensor:
         """``(B, S)``, True on slots that the slot before them predicts: all but the first of a row or document."""
-        inside = torch.ones(self.batch_size, self.length, dtype=torch.bool, device=self.text_slots.device)
+        inside = torch.ones(self.batch_size, self.length, dtype=torch.bool, device=self.text_positions.device)
         inside[:, 0] = False
         if self.documents is not None:
             inside[:, 1:] = self.documents[:, 1:] == self.documents[:, :-1]
@@ -67,9 +67,9 @@ def find_spans(input_ids: Tensor, image_grids: Tensor | None, config: UnifiedCon
         ValueError: if the runs of image codes do not match ``image_grids`` one to one, a span has no ``<boi>`` before it,
             or an id lies beyond the codebook.
     """
-    layout = config.layout
-    is_image = input_ids >= layout.text_vocab_size
-    total = layout.text_vocab_size + layout.codebook_size
+    vocabulary = config.vocabulary
+    is_image = input_ids >= vocabulary.text_vocab_size
+    total = vocabulary.text_vocab_size + vocabulary.codebook_size
     if input_ids.numel() and int(input_ids.max()) >= total:
         raise ValueError(f"input_ids: {int(input_ids.max())} is beyond text vocabulary and codebook ({total} ids).")
     before = torch.nn.functional.pad(is_image[:, :-1], (1, 0))
@@ -85,7 +85,7 @@ def find_spans(input_ids: Tensor, image_grids: Tensor | None, config: UnifiedCon
                 f"image_grids: the span in row {row} at {start} has {end - start + 1} codes, its grid {height}x{width} "
                 f"needs {height * width}."
             )
-        if start == 0 or int(input_ids[row, start - 1]) != layout.boi_token_id:
+        if start == 0 or int(input_ids[row, start - 1]) != vocabulary.boi_token_id:
             raise ValueError(f"input_ids: the image span in row {row} at {start} is not preceded by <boi>.")
     return [(row, start, grid) for (row, start), grid in zip(starts, grids, strict=True)]
 
@@ -102,7 +102,7 @@ def plan_slots(
     batch_size, length = input_ids.shape
     device = input_ids.device
     spans = find_spans(input_ids, image_grids, config)
-    is_image = input_ids >= config.layout.text_vocab_size
+    is_image = input_ids >= config.vocabulary.text_vocab_size
     real = torch.ones_like(is_image) if attention_mask is None else attention_mask.bool()
 
     by_grid: dict[Grid, list[int]] = {}
@@ -149,9 +149,9 @@ def _coordinates(plan: SlotPlan, patch_size: int, config: UnifiedConfig) -> Tens
     running = config.positions == "1d" and (patch_size == 1 or config.coarse_positions == "unit")
     if running or not plan.spans:
         return None
-    device = plan.text_slots.device
+    device = plan.text_positions.device
     advance = torch.zeros(plan.batch_size * plan.length, device=device)
-    advance[plan.text_slots] = 1.0
+    advance[plan.text_positions] = 1.0
     offsets = torch.zeros(plan.batch_size * plan.length, 2, device=device)
     for group in plan.spans:
         offset, span_advance = span_offsets(
@@ -169,8 +169,8 @@ def _coordinates(plan: SlotPlan, patch_size: int, config: UnifiedConfig) -> Tens
 
 
 def _grid_coordinates(plan: SlotPlan, patch_size: int, config: UnifiedConfig) -> Tensor:
-    """Row and column of every slot of a picture, counted from its corner; -1 elsewhere."""
-    coordinates = torch.full((plan.batch_size * plan.length, 2), -1.0, device=plan.text_slots.device)
+    """Row and column of every slot of an image, counted from its corner; -1 elsewhere."""
+    coordinates = torch.full((plan.batch_size * plan.length, 2), -1.0, device=plan.text_positions.device)
     for group in plan.spans:
         offset, _ = span_offsets(group.grid, patch_size, "2d", config.coarse_positions, config.normalized_range)
         coordinates[group.slots] = offset.to(coordinates.device)

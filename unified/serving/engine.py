@@ -1,9 +1,9 @@
-"""Serving many callers with one model: their pictures are drawn together, in one running batch.
+"""Serving many callers with one model: their images are generated together, in one running batch.
 
 transformers has continuous batching too (``generate_batch``). Its requests are independent rows of one vocabulary, which
-pictures are not: a guided picture is a pair of rows whose states become one prediction at every step; inside an image
+images are not: a guided image is a pair of rows whose states become one prediction at every step; inside an image
 span only codes are possible, embedded and scored by tables of their own, while other rows of the batch may write text;
-codes sit at 2D positions; and a picture's noise belongs to its request, so that it is the same picture in any company.
+codes sit at 2D positions; and an image's noise belongs to its request, so that it is the same image in any company.
 """
 
 import threading
@@ -21,7 +21,7 @@ from unified.decoding import Sampling
 from unified.decoding.continuous_batching import Batcher, Request
 from unified.lora.adapters import base_of
 from unified.pipeline.arguments import as_prompts, check_whole, known_grid, plan_drawing
-from unified.pipeline.editing import unfinished_pictures
+from unified.pipeline.editing import unfinished_images
 from unified.pipeline.pipeline import UnifiedPipeline, UnifiedPipelineOutput
 from unified.sequence import ImageSegment
 from unified_tokenizers.images import to_pil
@@ -37,9 +37,9 @@ class Job:
     def __init__(self, adapter: str | None, show: Callable[[Any], Any]):
         self.adapter, self.ahead, self.cancelled = adapter, 0, False
         self.work: Callable[[], Iterable[Any]] | None = None  # what runs alone, or
-        self.requests: list[Request] = []  # pictures for the batch
-        self.codes = torch.empty(0, 0, 0, dtype=torch.int64)  # (N, h, w), -1 in pictures that are not complete
-        self.complete = self.shown = 0  # complete pictures; codes in the last preview
+        self.requests: list[Request] = []  # images for the batch
+        self.codes = torch.empty(0, 0, 0, dtype=torch.int64)  # (N, h, w), -1 in images that are not complete
+        self.complete = self.shown = 0  # complete images; codes in the last preview
         self._show, self._changed = show, threading.Condition()
         self._state: Any = None
         self._ended = False
@@ -88,15 +88,15 @@ class Job:
 
 
 class Engine:
-    """One thread that owns a pipeline and draws what many callers ask for.
+    """One thread that owns a pipeline and generates what many callers ask for.
 
-    Pictures join the running batch at any step and leave it when they are done; each is the one that the pipeline
-    draws alone. Jobs begin in the order in which they came. An adapter belongs to the whole batch: a job that wants
+    Images join the running batch at any step and leave it when they are done; each is the one that the pipeline
+    generates alone. Jobs begin in the order in which they came. An adapter belongs to the whole batch: a job that wants
     another one waits until the batch is empty, and so does work that runs alone.
 
     Args:
         pipe: the pipeline; it belongs to the engine until :meth:`close`.
-        slots: rows of the batch; a guided picture takes two.
+        max_rows: rows of the batch; a guided image takes two.
         waiting: jobs that may wait to begin.
         prompt_tokens: tokens of the longest prompt that is taken.
 
@@ -104,10 +104,14 @@ class Engine:
         ValueError: if a number is too small, or the model does not say which grids it draws.
     """
 
-    def __init__(self, pipe: UnifiedPipeline, slots: int = 8, waiting: int = 8, prompt_tokens: int = 128):
-        for name, value, least in (("slots", slots, 2), ("waiting", waiting, 1), ("prompt_tokens", prompt_tokens, 1)):
+    def __init__(self, pipe: UnifiedPipeline, max_rows: int = 8, waiting: int = 8, prompt_tokens: int = 128):
+        for name, value, least in (
+            ("max_rows", max_rows, 2),
+            ("waiting", waiting, 1),
+            ("prompt_tokens", prompt_tokens, 1),
+        ):
             check_whole(name, value, least)
-        self.pipe, self.slots, self.limit, self.prompt_tokens = pipe, slots, waiting, prompt_tokens
+        self.pipe, self.max_rows, self.limit, self.prompt_tokens = pipe, max_rows, waiting, prompt_tokens
         self.adapters: list[str] = list(pipe.model.peft_config) if isinstance(pipe.model, PeftModel) else []
         self._adapter: str | None = None
         if self.adapters:
@@ -116,7 +120,7 @@ class Engine:
         known_grid(config, pipe.image_tokenizer.downsample, None, None)
         longest = max(height * width for height, width in config.image_grids or [])
         self._length = prompt_tokens + longest + 4  # <bos> prompt <boi> codes <eoi> <eos>
-        self._batcher = Batcher(pipe._decoder(), slots, self._length)
+        self._batcher = Batcher(pipe._decoder(), max_rows, self._length)
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
         self._wake, self._closed = threading.Condition(), False
@@ -135,7 +139,7 @@ class Engine:
         height: int | None = None,
         width: int | None = None,
     ) -> Job:
-        """Draw pictures in the batch; its job shows a :class:`UnifiedPipelineOutput` for every row of the grid.
+        """Draw images in the batch; its job shows a :class:`UnifiedPipelineOutput` for every row of the grid.
 
         Args:
             sampling: guidance and filters.
@@ -153,7 +157,7 @@ class Engine:
             self.check_prompt(text)
         for text in [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt or ():
             self.check_prompt(text, "negative_prompt")
-        job = Job(adapter, self._pictures)
+        job = Job(adapter, self._images)
         for row, negative, each in zip(plan.rows, plan.negatives, plan.generators, strict=True):
             job.requests.append(Request(row, grid, each, sampling, negative=negative))
             self._batcher.check(job.requests[-1])
@@ -167,7 +171,7 @@ class Engine:
             raise ValueError(f"{name}: {count} tokens, at most {self.prompt_tokens} are taken here; shorten it.")
 
     def alone(self, work: Callable[[], Iterable[Any]], adapter: str | None = None) -> Job:
-        """Run ``work`` on the engine's thread while nothing else is drawn; its last item is the job's result.
+        """Run ``work`` on the engine's thread while nothing else is generated; its last item is the job's result.
 
         Raises:
             ValueError: for an unknown adapter or a full queue.
@@ -267,7 +271,7 @@ class Engine:
             for job in self._running:
                 job.update(None, error=error)
             self._running.clear()
-            self._batcher = Batcher(self._batcher.decoder, self.slots, self._length)
+            self._batcher = Batcher(self._batcher.decoder, self.max_rows, self._length)
             return
         for request, reason in self._batcher.failed.items():
             for job in [each for each in self._running if request in each.requests]:
@@ -287,13 +291,13 @@ class Engine:
             if job.complete == len(codes):
                 self._running.remove(job)
                 job.update(job.codes, ended=True)
-            elif drawn >= job.shown + job.codes.shape[2] * len(codes):  # another row of each picture
+            elif drawn >= job.shown + job.codes.shape[2] * len(codes):  # another row of each image
                 job.shown = drawn
                 state = job.codes.clone()
-                for picture, some in zip(state, codes, strict=True):
-                    picture.view(-1)[: len(some)] = torch.tensor(some, dtype=torch.int64)
+                for image, some in zip(state, codes, strict=True):
+                    image.view(-1)[: len(some)] = torch.tensor(some, dtype=torch.int64)
                 job.update(state)
 
-    def _pictures(self, codes: Tensor) -> UnifiedPipelineOutput:
+    def _images(self, codes: Tensor) -> UnifiedPipelineOutput:
         with self._showing:
-            return UnifiedPipelineOutput(to_pil(unfinished_pictures(self.pipe.image_tokenizer, codes)), codes)
+            return UnifiedPipelineOutput(to_pil(unfinished_images(self.pipe.image_tokenizer, codes)), codes)

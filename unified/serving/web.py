@@ -1,4 +1,4 @@
-"""A web page for a pipeline: prompt in, the picture out as it is drawn; edits of a mask; captions. Needs gradio."""
+"""A web page for a pipeline: prompt in, the image out as it is generated; edits of a mask; captions. Needs gradio."""
 
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from unified.data.crops import fit
 from unified.decoding import Sampling
-from unified.lora.adapters import base_of, check_layout
+from unified.lora.adapters import base_of, check_base
 from unified.pipeline.pipeline import UnifiedPipeline, UnifiedPipelineOutput
 from unified.serving.engine import Engine, Job
 from unified_tokenizers.images import as_rgb
@@ -24,13 +24,13 @@ IMAGES_LIMIT = 4
 UPLOAD_LIMIT = "8mb"
 PIXEL_LIMIT = 16_000_000
 NO_ADAPTER = "none"
-DECODING = [("one code at a time", "plain"), ("several codes at a time, same picture", "jacobi"),
+DECODING = [("one code at a time", "plain"), ("several codes at a time, same image", "jacobi"),
             ("several codes at a time, same distribution", "sjd"), ("fastest, approximate", "gsd")]  # fmt: skip
 CSS = """
 .gradio-container {max-width: 1120px !important; margin: auto;}
-#pictures {min-height: 390px;}
-#pictures .grid-wrap {max-height: none;}
-#pictures img, #edited img {image-rendering: pixelated;}
+#images {min-height: 390px;}
+#images .grid-wrap {max-height: none;}
+#images img, #edited img {image-rendering: pixelated;}
 #status p, #edit-status p, #describe-status p {opacity: .75; font-size: .9em;}
 """
 
@@ -38,7 +38,7 @@ CSS = """
 def build_demo(engine: Engine, chosen: str = NO_ADAPTER) -> Any:
     """The page as a ``gradio.Blocks`` over a running engine.
 
-    Pictures that are drawn one code at a time share the engine's batch; everything else runs in it alone.
+    Images that are sampled one code at a time share the engine's batch; everything else runs in it alone.
 
     Args:
         engine: what answers; the page offers its adapters.
@@ -131,14 +131,14 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER) -> Any:
 
     with gradio.Blocks(title="unified", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gradio.Markdown(
-            "# unified\nOne language model that draws pictures from text, redraws parts of them, and describes them. "
-            f"This one has {parameters(pipe)} and draws {width} × {height} pixels."
+            "# unified\nOne language model that generates images from text, redraws parts of them, and describes them. "
+            f"This one has {parameters(pipe)} and samples {width} × {height} pixels."
         )
         with gradio.Row():
             with gradio.Column(scale=2, min_width=280):
                 with gradio.Group():
                     seed = gradio.Number(
-                        0, label="Seed", info="The same seed draws the same picture.", precision=0, elem_id="seed"
+                        0, label="Seed", info="The same seed samples the same image.", precision=0, elem_id="seed"
                     )
                     fresh = gradio.Button("New seed", size="sm")
                 guidance = gradio.Slider(
@@ -190,7 +190,7 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER) -> Any:
                         decoding = gradio.Dropdown(DECODING, value="plain", label="Decoding", elem_id="decoding")
                 with gradio.Tab("Edit"):
                     gradio.Markdown(
-                        "Upload a picture, paint over what is to be redrawn, and say what the whole picture shows."
+                        "Upload an image, paint over what is to be redrawn, and say what the whole image shows."
                     )
                     change = gradio.Textbox(label="Prompt", placeholder="green apple", elem_id="change")
                     with gradio.Row():
@@ -208,7 +208,7 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER) -> Any:
                     edit_status = gradio.Markdown(elem_id="edit-status")
                 with gradio.Tab("Describe"):
                     gradio.Markdown(
-                        "For models trained on pictures followed by their captions (`data.captioning`); others have not "
+                        "For models trained on images followed by their captions (`data.captioning`); others have not "
                         "learned to, and write nonsense."
                     )
                     upload = gradio.Image(
@@ -255,7 +255,7 @@ def parameters(pipe: UnifiedPipeline) -> str:
 
 
 def stored(image: Image.Image, cache: str) -> str:
-    """Path of a picture in gradio's cache. Gradio itself writes one anew that is there, while a browser may be reading it."""
+    """Path of an image in gradio's cache. Gradio itself writes one again that is there, while a browser may be reading it."""
     from gradio.processing_utils import encode_pil_to_bytes, hash_bytes
 
     data = encode_pil_to_bytes(image, "png")
@@ -269,16 +269,16 @@ def stored(image: Image.Image, cache: str) -> str:
 
 
 def drawn_text(codes: torch.Tensor, about: str) -> str:
-    """How far pictures ``(N, h, w)`` are, and how they were made."""
+    """How far images ``(N, h, w)`` are, and how they were made."""
     share = float((codes >= 0).float().mean())
     return f"Done: {about}." if share == 1 else f"Drawing ... {share:.0%}"
 
 
 def checked(prompt: str, negative: str, seed: float, count: float) -> dict[str, Any]:
-    """Arguments of a drawing, within what a public page allows.
+    """Arguments of a request, within what a public page allows.
 
     Raises:
-        ValueError: for texts above :data:`PROMPT_LIMIT`, more than :data:`IMAGES_LIMIT` pictures, or no whole seed.
+        ValueError: for texts above :data:`PROMPT_LIMIT`, more than :data:`IMAGES_LIMIT` images, or no whole seed.
     """
     for name, text in (("prompt", prompt), ("negative prompt", negative)):
         if len(text or "") > PROMPT_LIMIT:
@@ -294,7 +294,7 @@ def checked(prompt: str, negative: str, seed: float, count: float) -> dict[str, 
 
 
 def check_pixels(image: Image.Image) -> Image.Image:
-    """Refuse a picture above :data:`PIXEL_LIMIT`, before it is decoded: a small file may hold a huge one."""
+    """Refuse an image above :data:`PIXEL_LIMIT`, before it is decoded: a small file may hold a huge one."""
     if image.width * image.height > PIXEL_LIMIT:
         raise ValueError(
             f"image: {image.width}x{image.height} pixels, at most {PIXEL_LIMIT // 10**6} million are allowed here; "
@@ -304,13 +304,13 @@ def check_pixels(image: Image.Image) -> Image.Image:
 
 
 def opened(file: str | Path | None) -> Image.Image:
-    """An uploaded picture in RGB, upright, on white.
+    """An uploaded image in RGB, upright, on white.
 
     Raises:
-        ValueError: if there is none, it is no picture, or it has too many pixels.
+        ValueError: if there is none, it is no image, or it has too many pixels.
     """
     if file is None:
-        raise ValueError("image: none given; upload a picture.")
+        raise ValueError("image: none given; upload an image.")
     try:
         with Image.open(file) as image:
             return as_rgb(ImageOps.exif_transpose(check_pixels(image)))
@@ -322,10 +322,10 @@ def painted(layers: dict[str, Any] | None, size: tuple[int, int]) -> tuple[Image
     """Picture and mask of an image editor's value, scaled and cropped to ``size`` (height, width).
 
     Raises:
-        ValueError: if nothing was uploaded or painted, or the picture has too many pixels.
+        ValueError: if nothing was uploaded or painted, or the image has too many pixels.
     """
     if not layers or layers.get("background") is None:
-        raise ValueError("image: none given; upload a picture.")
+        raise ValueError("image: none given; upload an image.")
     background = check_pixels(layers["background"])
     mask = Image.new("L", background.size)
     for layer in layers["layers"]:
@@ -347,7 +347,7 @@ def load_adapters(pipe: UnifiedPipeline, folders: Sequence[str | Path]) -> list[
             f"loras: {names} must be different names without dots, none of them {NO_ADAPTER!r}; rename a folder."
         )
     for folder in folders:
-        check_layout(pipe.model, folder)
+        check_base(pipe.model, folder)
     for folder, name in zip(folders, names, strict=True):
         pipe.load_lora_weights(folder, adapter_name=name)
     return names
@@ -359,13 +359,13 @@ def serve(
     chosen: str | Path | None,
     host: str,
     port: int,
-    slots: int,
+    max_rows: int,
     waiting: int,
 ) -> None:
     """Run the page until interrupted; ``chosen`` is an adapter beside ``loras`` that counts at first."""
     names = load_adapters(pipe, [*([] if chosen is None else [chosen]), *loras])
     # gradio decodes uploads before the page sees them; Pillow refuses above twice this number.
     Image.MAX_IMAGE_PIXELS = PIXEL_LIMIT // 2
-    with closing(Engine(pipe, slots, waiting)) as engine:
+    with closing(Engine(pipe, max_rows, waiting)) as engine:
         page = build_demo(engine, NO_ADAPTER if chosen is None else names[0])
-        launch(page, threads=40 + slots + waiting, server_name=host, server_port=port)
+        launch(page, threads=40 + max_rows + waiting, server_name=host, server_port=port)

@@ -28,7 +28,7 @@ def save_checkpoint(
     accelerator: Accelerator,
     folder: Path,
     step: int,
-    slots: int,
+    positions: int,
     keep: int,
     settings: object,
     inputs: dict[str, Any],
@@ -42,7 +42,7 @@ def save_checkpoint(
         accelerator: holds the prepared objects.
         folder: parent of the checkpoints.
         step: finished optimizer steps.
-        slots: backbone slots processed so far (the cost axis of the logs).
+        positions: backbone positions processed so far (the cost axis of the logs).
         keep: how many checkpoints to keep.
         settings: the run's dataclass of settings, kept beside so that a resumed run can be compared with them.
         inputs: what else it has to agree on, for JSON (see :func:`unified.training.inputs.describe_inputs`).
@@ -55,7 +55,7 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         (partial / _SETTINGS_FILE).write_text(_comparable(settings))
-        (partial / _STATE_FILE).write_text(json.dumps({"step": step, "slots": slots, "inputs": inputs}))
+        (partial / _STATE_FILE).write_text(json.dumps({"step": step, "positions": positions, "inputs": inputs}))
         partial.rename(final)
         for old in list_checkpoints(folder)[:-keep]:
             _discard(old)
@@ -73,7 +73,7 @@ def start_checkpoint(resume: str | None, folder: Path) -> Path | None:
         if found:
             raise ValueError(
                 f"output_dir: {str(folder)!r} has checkpoints of an earlier run, up to {found[-1].name}; resume=latest goes "
-                "on with it, another output_dir (or removing them) starts anew."
+                "on with it, another output_dir (or removing them) starts again."
             )
         return None
     path = find_checkpoint(resume, folder)
@@ -160,7 +160,7 @@ def find_checkpoint(resume: str, folder: Path) -> Path:
     if resume == "latest":
         found = list_checkpoints(folder)
         if not found:
-            raise ValueError(f"resume: no checkpoint in {str(folder)!r}; leave resume out to start anew.")
+            raise ValueError(f"resume: no checkpoint in {str(folder)!r}; leave resume out to start again.")
         return found[-1]
     if not (Path(resume) / _STATE_FILE).is_file():
         raise ValueError(f"resume: {resume!r} is not a checkpoint folder; give one, or 'latest'.")
@@ -168,10 +168,10 @@ def find_checkpoint(resume: str, folder: Path) -> Path:
 
 
 def load_checkpoint(accelerator: Accelerator, path: Path) -> tuple[int, int]:
-    """Restore the prepared objects; returns the finished steps and slots."""
+    """Restore the prepared objects; returns the finished steps and positions."""
     accelerator.load_state(str(path))
     state = _state_of(path)
-    return state["step"], state["slots"]
+    return state["step"], state["positions"]
 
 
 def check_settings(path: Path, settings: object, allow_changes: bool) -> None:

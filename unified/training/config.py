@@ -19,19 +19,19 @@ KINDS = ("image", "text", "interleaved")
 class SourceConfig:
     """One of several sources that are mixed by weight."""
 
-    path: str = MISSING  # a codes cache, or any source of `unified.data.sources.load_source`; pictures are encoded once
-    kind: str = "image"  # image: captioned pictures; text: plain texts; interleaved: lists of texts and pictures
+    path: str = MISSING  # a codes cache, or any source of `unified.data.sources.load_source`; images are encoded once
+    kind: str = "image"  # image: captioned images; text: plain texts; interleaved: lists of texts and images
     weight: float = 1.0  # its share of the rows that are learned, relative to the weights of the other sources
     split: str = "train"
     validation_split: str | None = None  # measured every validate_every steps, as `<kind>_validation_loss`
     image_column: str = "image"
     caption_column: str = "caption"
-    caption: str | None = None  # one caption for all pictures, in place of the column
+    caption: str | None = None  # one caption for all images, in place of the column
     text_column: str = "text"
     segments_column: str = "segments"  # every row a list of {text, image}, one of them null
     max_length: int = 512  # tokens that a text or an interleaved row is cut to
-    captioning: float | None = None  # for pictures; default: that of `data`
-    caption_dropout: float | None = None  # for pictures; default: that of `data`
+    captioning: float | None = None  # for images; default: that of `data`
+    caption_dropout: float | None = None  # for images; default: that of `data`
 
 
 @dataclass
@@ -49,17 +49,17 @@ class DataConfig:
     validation_split: str = "validation"
     image_column: str = "image"
     caption_column: str = "caption"
-    caption: str | None = None  # one caption for all pictures of `train`, in place of the column
+    caption: str | None = None  # one caption for all images of `train`, in place of the column
     image_size: int = 64
-    crops: int | None = None  # so many random crops of every picture that the run encodes, instead of the centre
-    flips: bool = False  # also encode every picture mirrored
+    crops: int | None = None  # so many random crops of every image that the run encodes, instead of the centre
+    flips: bool = False  # also encode every image mirrored
     streaming: bool = False
     storage_options: dict[str, Any] = field(default_factory=dict)  # of fsspec, for files elsewhere; keep secrets out
     max_samples: int | None = None  # use only the first rows of the training split
     caption_dropout: float = 0.1  # share of empty captions, for classifier-free guidance
-    code_noise: float = 0.0  # input codes are replaced at random, at a rate drawn from [0, code_noise] for each picture
+    code_noise: float = 0.0  # input codes are replaced at random, at a rate sampled from [0, code_noise] for each image
     train_on_captions: bool = False  # also learn the captions as text
-    captioning: float = 0.0  # share of rows laid out picture first, whose caption is learned and not the picture
+    captioning: float = 0.0  # share of rows laid out image first, whose caption is learned and not the image
     pack: int | None = None  # put the sequences of a batch together into rows of at most so many tokens
     bucket: bool = False  # batches of one code grid each, for codes of several aspect ratios; leftovers share batches
     num_workers: int = 0
@@ -74,7 +74,7 @@ class ModelConfig:
     architecture: dict[str, Any] | None = None  # a backbone from scratch: fields of its transformers config
     image_tokenizer: str | None = None
     text_tokenizer: str | None = None
-    boi: str | None = None  # tokens that frame a picture, for a pretrained text tokenizer
+    boi: str | None = None  # tokens that frame an image, for a pretrained text tokenizer
     eoi: str | None = None
     image_init: str = "text"  # image tables on a backbone: like its text, normal, or codebook (similar codes alike)
     head_init: str = "normal"  # likewise normal, text, zero (a loss of ln K) or tied-like (rows of the image embedding)
@@ -93,7 +93,7 @@ class LoraSettings:
     train_image_tables: bool | None = (
         None  # copies of the image tables in the adapter; null: if the base's are untrained
     )
-    slots: str = "all"  # or text, image: act on the slots of that kind only
+    modality: str = "all"  # text or image: act on positions of that modality only
     use_rslora: bool = False
     use_dora: bool = False
 
@@ -123,12 +123,12 @@ class OptimizerConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     gradient_clip: float = 1.0  # norm that gradients are scaled down to; .inf for none
     gradient_limit: float | None = None  # stop if the norm before clipping exceeds this; NaN and infinity always stop
-    ema_decay: float | None = None  # average of the weights; starts anew at every change of patch size
+    ema_decay: float | None = None  # average of the weights; starts again at every change of patch size
 
 
 @dataclass
 class SampleConfig:
-    """Pictures drawn while training, from stage p = 1 on."""
+    """Pictures sampled while training, from stage p = 1 on."""
 
     every: int | None = None
     prompts: list[str] = field(default_factory=list)
@@ -138,10 +138,10 @@ class SampleConfig:
 
 @dataclass
 class EvaluationConfig:
-    """Figures of drawn pictures while training, from stage p = 1 on; needs the `eval` extra."""
+    """Metrics of generated images while training, from stage p = 1 on; needs the `eval` extra."""
 
     every: int = MISSING
-    data: str = MISSING  # captioned pictures to compare with
+    data: str = MISSING  # captioned images to compare with
     split: str = "train"
     clip: str = MISSING  # CLIP folder, or its name on the Hub
     extractor: str = "efficientnet-lite0"
@@ -219,7 +219,7 @@ def _check(config: TrainConfig) -> None:
     if config.optimizer.name not in ("adamw", "muon"):
         raise ValueError(f"optimizer.name: {config.optimizer.name!r} is unknown; use adamw or muon.")
     if config.sample.every and not config.sample.prompts:
-        raise ValueError("sample.prompts: empty; name what to draw, or leave out sample.every.")
+        raise ValueError("sample.prompts: empty; name what to generate, or leave out sample.every.")
     if not config.optimizer.gradient_clip > 0:
         raise ValueError(
             f"optimizer.gradient_clip: {config.optimizer.gradient_clip} must be above 0; .inf switches clipping off."

@@ -28,25 +28,25 @@ def check_grids(grids: Iterable[Grid], patch_sizes: Iterable[int]) -> None:
             if height % size or width % size:
                 raise ValueError(
                     f"schedule.patch_sizes: {size} does not divide the code grid {height}x{width} of the data; use divisors of "
-                    "its sides, or encode the pictures at another size."
+                    "its sides, or encode the images at another size."
                 )
 
 
 def check_lengths(rows: datasets.Dataset, tokenizer: TextTokenizer, config: UnifiedConfig) -> None:
-    """Raises ValueError if a caption and its picture need more positions than the backbone has."""
+    """Raises ValueError if a caption and its image need more positions than the backbone has."""
     limit = getattr(config.text_config, "max_position_embeddings", None)
     if limit is None:
         return
     columns = rows.select_columns(["height", "width", "caption"])[:]
     longest = 0
     for height, width, caption in zip(columns["height"], columns["width"], columns["caption"], strict=True):
-        picture = int(height) * int(width) + 4  # between <bos>, <boi>, <eoi>, <eos>
-        if picture + len(str(caption).encode()) >= limit:  # a token takes a byte or more: the others fit unseen
-            longest = max(longest, picture + len(tokenizer.encode(str(caption))))
+        image = int(height) * int(width) + 4  # between <bos>, <boi>, <eoi>, <eos>
+        if image + len(str(caption).encode()) >= limit:  # a token takes a byte or more: the others fit unseen
+            longest = max(longest, image + len(tokenizer.encode(str(caption))))
     if longest > limit:
         raise ValueError(
             f"max_position_embeddings: the backbone has {limit} positions, the longest row of the data needs {longest}; raise it "
-            "in model.architecture, shorten captions, or encode the pictures at a smaller size."
+            "in model.architecture, shorten captions, or encode the images at a smaller size."
         )
 
 
@@ -54,13 +54,13 @@ def learn_grids(config: UnifiedConfig, grids: Iterable[Grid], fixed: bool) -> No
     """Add the data's grids to those that the model knows.
 
     Raises:
-        ValueError: if the model is ``fixed``, as the base of an adapter is: it would refuse to draw them.
+        ValueError: if the model is ``fixed``, as the base of an adapter is: it would refuse to sample them.
     """
     known = [list(grid) for grid in config.image_grids or []]
     new = [list(grid) for grid in grids if list(grid) not in known]
     if fixed and known and new:
         raise ValueError(
-            f"model.pipeline: it draws the code grids {known}, the data also has {new}; encode the pictures at a size that it "
+            f"model.pipeline: it samples the code grids {known}, the data also has {new}; encode the images at a size that it "
             "knows, or train without lora."
         )
     config.image_grids = known + new

@@ -47,7 +47,7 @@ Measure = Callable[[UnifiedPipeline], dict[str, float]]
 def train(config: TrainConfig, measure: Measure | None = None) -> Path:
     """Run a training from scratch, a full fine-tune or a LoRA run, as configured.
 
-    ``measure`` turns a pipeline into figures for the log, every ``evaluation.every`` steps of the stage p = 1 and at the
+    ``measure`` turns a pipeline into metrics for the log, every ``evaluation.every`` steps of the stage p = 1 and at the
     end; it is called on every process.
 
     Writes ``log.jsonl``, ``checkpoints/`` and ``samples/`` on the way, and at the end ``pipeline/``, or ``lora/`` if an
@@ -77,19 +77,19 @@ def train(config: TrainConfig, measure: Measure | None = None) -> Path:
     base, image_tokenizer, text_tokenizer = build_parts(config)
     if isinstance(image_tokenizer, nn.Module):
         image_tokenizer.to(accelerator.device)
-    layout_config = base.config
-    data = open_data(accelerator, config, image_tokenizer, text_tokenizer, layout_config)
+    model_config = base.config
+    data = open_data(accelerator, config, image_tokenizer, text_tokenizer, model_config)
     run_card(config, "pipeline", image_tokenizer.fingerprint)  # fails here rather than after the training
     accumulation = config.gradient_accumulation_steps
 
     schedule = config.patch_schedule()
     check_grids(data.grids, schedule.patch_sizes)
-    learn_grids(layout_config, data.grids, fixed=config.lora is not None and config.model.pipeline is not None)
+    learn_grids(model_config, data.grids, fixed=config.lora is not None and config.model.pipeline is not None)
     model: UnifiedForCausalLM | PeftModel = adapt(config, base, image_tokenizer, text_tokenizer)
-    if config.sample.every and layout_config.image_grids:  # fails here rather than after the coarse stages
-        (height, width), sampling = layout_config.image_grids[0], Sampling(config.sample.guidance_scale)
+    if config.sample.every and model_config.image_grids:  # fails here rather than after the coarse stages
+        (height, width), sampling = model_config.image_grids[0], Sampling(config.sample.guidance_scale)
         prompts = config.sample.prompts
-        plan_drawing(layout_config, text_tokenizer, (height, width), prompts, None, 1, sampling, None, None, "plain")
+        plan_drawing(model_config, text_tokenizer, (height, width), prompts, None, 1, sampling, None, None, "plain")
     inputs = describe_inputs(data.rows, model, accelerator, text_tokenizer)
     if checkpoint:
         check_inputs(checkpoint, inputs, config.allow_changes)
@@ -100,7 +100,7 @@ def train(config: TrainConfig, measure: Measure | None = None) -> Path:
     ema = _average_of(accelerator.unwrap_model(model), config.optimizer.ema_decay)
     if ema is not None:
         accelerator.register_for_checkpointing(ema)
-    step, slots = load_checkpoint(accelerator, checkpoint) if checkpoint else (0, 0)
+    step, positions = load_checkpoint(accelerator, checkpoint) if checkpoint else (0, 0)
     remove_stale(accelerator, output / "checkpoints", step)
     if accelerator.is_main_process:
         (output / "config.yaml").write_text(dump_settings(config))
@@ -117,7 +117,7 @@ def train(config: TrainConfig, measure: Measure | None = None) -> Path:
 
     def validate() -> None:
         losses.update({name: check(current(), accelerator.device) for name, check in data.checks.items()})
-        log.write(step, slots=slots, **losses)
+        log.write(step, positions=positions, **losses)
 
     model.train()
     losses: dict[str, float] = {}
@@ -130,7 +130,9 @@ def train(config: TrainConfig, measure: Measure | None = None) -> Path:
         parts = list(islice(stream, accumulation))
         images += sum(len(part["image_grids"]) for part in parts) * processes
         with kept_on_failure(accelerator, parts, output, step, patch_size=patch_size, learning_rate=rate):
-            slots += train_step(accelerator, model, layout_config, optimizers, parts, patch_size, rate, config, meter)
+            positions += train_step(
+                accelerator, model, model_config, optimizers, parts, patch_size, rate, config, meter
+            )
             skipped = skipped + 1 if accelerator.optimizer_step_was_skipped else 0
             check_skipped(skipped)
 
@@ -148,7 +150,7 @@ def train(config: TrainConfig, measure: Measure | None = None) -> Path:
                 **means,
                 patch_size=patch_size,
                 lr=rate,
-                slots=slots,
+                positions=positions,
                 images_per_second=images / seconds,
             )
             bar.set_postfix(
@@ -168,7 +170,9 @@ def train(config: TrainConfig, measure: Measure | None = None) -> Path:
             log.write(step, **measure(_pipeline(current(), image_tokenizer, text_tokenizer)))
             model.train()
         if config.checkpoint_every and (step % config.checkpoint_every == 0 or last):
-            save_checkpoint(accelerator, output / "checkpoints", step, slots, config.keep_checkpoints, config, inputs)
+            save_checkpoint(
+                accelerator, output / "checkpoints", step, positions, config.keep_checkpoints, config, inputs
+            )
     bar.close()
     # Gathers what is cut over processes, so all of them take part.
     state = accelerator.get_state_dict(model) if ema is None else None

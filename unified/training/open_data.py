@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from torch import nn
 
-from unified.config import TokenLayout, UnifiedConfig
+from unified.config import UnifiedConfig, Vocabulary
 from unified.data.batches import Batches, CaptionedBatches
 from unified.data.code_cache import is_codes_cache, load_codes
 from unified.data.interleaved import encode_interleaved, interleaved_sequence
@@ -35,7 +35,7 @@ class TrainingData:
         batches: batches of this process.
         checks: losses to measure on the way, by name.
         rows: all rows that are read, by what they are for.
-        grids: code grids of the pictures that are learned, each once.
+        grids: code grids of the images that are learned, each once.
         summary: a few words for the log.
     """
 
@@ -53,7 +53,7 @@ def open_data(
     text_tokenizer: TextTokenizer,
     model_config: UnifiedConfig,
 ) -> TrainingData:
-    """Open ``data.train`` or ``data.sources``; pictures are encoded once, into ``<output_dir>/codes...``.
+    """Open ``data.train`` or ``data.sources``; images are encoded once, into ``<output_dir>/codes...``.
 
     Raises:
         ValueError: if a source, a split or a column is missing, a source is empty, codes are of another tokenizer, or a row
@@ -61,13 +61,13 @@ def open_data(
     """
     if config.data.sources:
         return _mixture(accelerator, config, image_tokenizer, text_tokenizer, model_config)
-    data, layout = config.data, model_config.layout
+    data, vocabulary = config.data, model_config.vocabulary
     rows, validation = open_codes(accelerator, config, image_tokenizer)
     opened = {"train": rows} if validation is None else {"train": rows, "validation": validation}
     for part in opened.values():
         check_lengths(part, text_tokenizer, model_config)
     batches = CaptionedBatches(
-        rows, text_tokenizer, layout, config.batch_size, config.steps * config.gradient_accumulation_steps, config.seed,
+        rows, text_tokenizer, vocabulary, config.batch_size, config.steps * config.gradient_accumulation_steps, config.seed,
         data.caption_dropout, data.code_noise, data.train_on_captions, data.captioning,
         accelerator.process_index, accelerator.num_processes, data.pack, data.bucket,
     )  # fmt: skip
@@ -75,13 +75,14 @@ def open_data(
     if validation is not None:
         seen = rows.select(range(min(len(rows), len(validation))))
         held_out, known = (
-            CaptionedBatches(r, text_tokenizer, layout, config.batch_size, num_batches=0) for r in (validation, seen)
+            CaptionedBatches(r, text_tokenizer, vocabulary, config.batch_size, num_batches=0)
+            for r in (validation, seen)
         )
         checks["validation_loss"] = lambda model, device: image_loss(model, held_out, device)
         checks["train_subset_loss"] = lambda model, device: image_loss(model, known, device)
         if data.captioning:
             checks["caption_loss"] = lambda model, device: caption_loss(model, held_out, device)
-    return TrainingData(batches, checks, opened, code_grids(rows), f"{len(rows)} pictures")
+    return TrainingData(batches, checks, opened, code_grids(rows), f"{len(rows)} images")
 
 
 def _mixture(
@@ -91,7 +92,7 @@ def _mixture(
     text_tokenizer: TextTokenizer,
     model_config: UnifiedConfig,
 ) -> TrainingData:
-    layout, limit = model_config.layout, getattr(model_config.text_config, "max_position_embeddings", None)
+    vocabulary, limit = model_config.vocabulary, getattr(model_config.text_config, "max_position_embeddings", None)
     sources: list[Source] = []
     checks: dict[str, Check] = {}
     rows: dict[str, datasets.Dataset] = {}
@@ -103,7 +104,7 @@ def _mixture(
                 "backbone; lower it, or raise max_position_embeddings."
             )
         out = Path(config.output_dir) / f"codes-{number}"
-        open_split = partial(_open, accelerator, config.data, source, image_tokenizer, text_tokenizer, layout)
+        open_split = partial(_open, accelerator, config.data, source, image_tokenizer, text_tokenizer, vocabulary)
         sources.append(open_split(source.split, out, learned=True))
         rows[f"sources.{number}"] = sources[-1].rows
         if source.kind == "image":
@@ -115,9 +116,9 @@ def _mixture(
             name = f"{source.kind}_validation_loss"
             if name in checks:
                 name += f"_{number}"
-            checks[name] = partial(_measure, held_out, layout, config.batch_size, _LOSSES[source.kind])
+            checks[name] = partial(_measure, held_out, vocabulary, config.batch_size, _LOSSES[source.kind])
     batches = MixedBatches(
-        sources, layout, config.batch_size, config.steps * config.gradient_accumulation_steps, config.seed,
+        sources, vocabulary, config.batch_size, config.steps * config.gradient_accumulation_steps, config.seed,
         accelerator.process_index, accelerator.num_processes, config.data.pack,
     )  # fmt: skip
     shares = zip(sources, batches.shares, strict=True)
@@ -135,9 +136,9 @@ def _grids(rows: datasets.Dataset, kind: str) -> list[Grid]:
 
 
 def _measure(
-    source: Source, layout: TokenLayout, rows: int, name: str, model: nn.Module, device: torch.device
+    source: Source, vocabulary: Vocabulary, rows: int, name: str, model: nn.Module, device: torch.device
 ) -> float:
-    return mean_loss(model, source.once(layout, rows), layout, device, name)
+    return mean_loss(model, source.once(vocabulary, rows), vocabulary, device, name)
 
 
 def _open(
@@ -146,7 +147,7 @@ def _open(
     source: SourceConfig,
     image_tokenizer: ImageTokenizer,
     text_tokenizer: TextTokenizer,
-    layout: TokenLayout,
+    vocabulary: Vocabulary,
     split: str,
     out: Path,
     learned: bool,
@@ -155,14 +156,14 @@ def _open(
     name = f"{source.kind} {source.path!r}"
     if source.kind == "text":
         rows = _texts(data, source, split)
-        return text_source(name, rows, source.weight, text_tokenizer, layout, source.text_column, source.max_length)
+        return text_source(name, rows, source.weight, text_tokenizer, vocabulary, source.text_column, source.max_length)
     if source.kind == "interleaved":
         rows = _interleaved(accelerator, data, source, split, image_tokenizer, out)
         return Source(
             name,
             rows,
             source.weight,
-            lambda row, rng: interleaved_sequence(row, text_tokenizer, layout, source.max_length),
+            lambda row, rng: interleaved_sequence(row, text_tokenizer, vocabulary, source.max_length),
         )
     own = replace(data, image_column=source.image_column, caption_column=source.caption_column, caption=source.caption)
     if is_codes_cache(source.path):
@@ -170,11 +171,19 @@ def _open(
     path = as_cache(accelerator, own, source.path, split, image_tokenizer, out, learned)
     rows = load_codes(path, split, image_tokenizer.fingerprint)
     if not learned:
-        return image_source(name, rows, source.weight, text_tokenizer, layout)
+        return image_source(name, rows, source.weight, text_tokenizer, vocabulary)
     dropout = data.caption_dropout if source.caption_dropout is None else source.caption_dropout
     captioning = data.captioning if source.captioning is None else source.captioning
     return image_source(
-        name, rows, source.weight, text_tokenizer, layout, dropout, data.code_noise, data.train_on_captions, captioning
+        name,
+        rows,
+        source.weight,
+        text_tokenizer,
+        vocabulary,
+        dropout,
+        data.code_noise,
+        data.train_on_captions,
+        captioning,
     )
 
 

@@ -74,7 +74,7 @@ def adapt(
         s.dropout,
         s.target_modules,
         s.train_image_tables,
-        s.slots,
+        s.modality,
         use_rslora=s.use_rslora,
         use_dora=s.use_dora,
     )
@@ -125,10 +125,10 @@ def _new_model(
 def open_codes(
     accelerator: Accelerator, config: TrainConfig, tokenizer: ImageTokenizer
 ) -> tuple[datasets.Dataset, datasets.Dataset | None]:
-    """Training and validation rows as codes; a source of pictures is encoded once into ``<output_dir>/codes``."""
+    """Training and validation rows as codes; a source of images is encoded once into ``<output_dir>/codes``."""
     data = config.data
     if data.train is None:
-        raise ValueError("data.train: missing; name the pictures or their codes.")
+        raise ValueError("data.train: missing; name the images or their codes.")
     output = Path(config.output_dir)
     train_path = as_cache(accelerator, data, data.train, data.train_split, tokenizer, output / "codes")
     train = load_codes(train_path, data.train_split, tokenizer.fingerprint)
@@ -155,13 +155,13 @@ def as_cache(
     out: Path,
     learned: bool = True,
 ) -> str | Path:
-    """``source`` if it is a codes cache, else ``out`` with its captioned pictures, encoded once by all processes.
+    """``source`` if it is a codes cache, else ``out`` with its captioned images, encoded once by all processes.
 
-    Random crops and mirrored pictures are for rows that are ``learned``.
+    Random crops and mirrored images are for rows that are ``learned``.
     """
     if is_codes_cache(source):
         if learned and (data.crops is not None or data.flips or data.caption is not None):
-            raise ValueError(f"data: {source!r} holds codes already; crops, flips and caption are for pictures.")
+            raise ValueError(f"data: {source!r} holds codes already; crops, flips and caption are for images.")
         return source
     size = ((data.image_size, data.image_size),)
     views = Views(size)

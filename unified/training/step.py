@@ -11,7 +11,7 @@ from accelerate.utils import DistributedType, send_to_device
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from unified.config import TokenLayout, UnifiedConfig
+from unified.config import UnifiedConfig, Vocabulary
 from unified.prediction.npp import slot_counts
 from unified.sequence import IGNORE
 from unified.training.config import TrainConfig
@@ -20,28 +20,28 @@ from unified.training.tracking import LossMeter, sum_over_processes
 MAX_SKIPPED = 20
 
 
-def learned_slots(batch: dict[str, Tensor], patch_size: int, layout: TokenLayout) -> tuple[int, float]:
-    """Slots of a batch that are learned: those whose target is text, and those whose target is a patch."""
+def learned_slots(batch: dict[str, Tensor], patch_size: int, vocabulary: Vocabulary) -> tuple[int, float]:
+    """Positions of a batch that are learned: those whose target is text, and those whose target is a patch."""
     labels = batch["labels"][:, 1:]  # nothing predicts the first token, nor a document's first one
     if "document_ids" in batch:
         documents = batch["document_ids"]
         labels = labels.masked_fill(documents[:, 1:] != documents[:, :-1], IGNORE)
-    images = int((labels >= layout.text_vocab_size).sum())
+    images = int((labels >= vocabulary.text_vocab_size).sum())
     return int((labels != IGNORE).sum()) - images, images / patch_size**2
 
 
 def learned_weight(batch: dict[str, Tensor], patch_size: int, config: UnifiedConfig) -> float:
-    """What a batch weighs in the mean loss: its learned slots, each with the weight of its kind.
+    """What a batch weighs in the mean loss: its learned positions, each with the weight of its kind.
 
-    ``loss * learned_weight`` is a plain sum over slots, so means of parts can be put together exactly.
+    ``loss * learned_weight`` is a plain sum over positions, so means of parts can be put together exactly.
     """
-    texts, images = learned_slots(batch, patch_size, config.layout)
+    texts, images = learned_slots(batch, patch_size, config.vocabulary)
     per_patch = patch_size**2 if config.loss_normalization == "token" else 1
     return config.text_loss_weight * texts + config.image_loss_weight * images * per_patch
 
 
 def count_slots(batch: dict[str, Tensor], patch_size: int) -> int:
-    """Slots that a batch takes in the backbone, without padding."""
+    """Positions that a batch takes in the backbone, without padding."""
     text = int(batch["attention_mask"].sum()) - int(batch["image_grids"].prod(dim=1).sum())
     return text + slot_counts(batch["image_grids"], patch_size)
 
@@ -49,7 +49,7 @@ def count_slots(batch: dict[str, Tensor], patch_size: int) -> int:
 def train_step(
     accelerator: Accelerator,
     model: nn.Module,
-    layout: UnifiedConfig,
+    vocabulary: UnifiedConfig,
     optimizers: Sequence[torch.optim.Optimizer],
     batches: Sequence[dict[str, Tensor]],
     patch_size: int,
@@ -60,7 +60,7 @@ def train_step(
     """Learn from ``batches`` of all processes as if they were one batch; the gradient is that of its mean loss.
 
     Returns:
-        Backbone slots that all processes went through, padding not counted.
+        Backbone positions that all processes went through, padding not counted.
 
     Raises:
         FloatingPointError: if gradients are not finite or too large; the weights are still those of before the step.
@@ -69,9 +69,9 @@ def train_step(
     for optimizer in optimizers:  # first of all, because DeepSpeed steps inside of backward
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
-    weights = [learned_weight(batch, patch_size, layout) for batch in batches]
-    slots = sum(count_slots(batch, patch_size) for batch in batches)
-    total, all_slots = sum_over_processes(accelerator, [sum(weights), slots])
+    weights = [learned_weight(batch, patch_size, vocabulary) for batch in batches]
+    positions = sum(count_slots(batch, patch_size) for batch in batches)
+    total, all_slots = sum_over_processes(accelerator, [sum(weights), positions])
     parts = len(batches) * accelerator.num_processes  # Accelerate and DDP divide by this
     for batch, weight in zip(batches, weights, strict=True):
         with accelerator.accumulate(model):
@@ -85,7 +85,7 @@ def train_step(
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-        texts, images = learned_slots(batch, patch_size, layout.layout)
+        texts, images = learned_slots(batch, patch_size, vocabulary.vocabulary)
         meter.add(image_loss=(output.image_loss, images), text_loss=(output.text_loss, texts))
     return int(all_slots)
 

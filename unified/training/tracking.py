@@ -50,7 +50,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, int |
 
 
 class RunLog:
-    """One line of JSON per record, and the same figures to Accelerate's trackers."""
+    """One line of JSON per record, and the same metrics to Accelerate's trackers."""
 
     def __init__(self, accelerator: Accelerator, output_dir: Path, resumed_at: int):
         self.accelerator, self.path = accelerator, output_dir / LOG_FILE
@@ -60,7 +60,7 @@ class RunLog:
             write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, step: int, **figures: Any) -> None:
-        """Record figures after ``step`` steps."""
+        """Record metrics after ``step`` steps."""
         if self.accelerator.is_main_process:
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": step, **figures}) + "\n")
@@ -81,15 +81,15 @@ class RunLog:
         save_image(grid, folder / f"step-{step:08d}.png")
         self._track(to_pil_image(grid), step)
 
-    def _track(self, picture: Image, step: int) -> None:
-        """Hand a picture to those trackers that take pictures."""
+    def _track(self, image: Image, step: int) -> None:
+        """Hand an image to those trackers that take images."""
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard":
-                tracker.writer.add_image("samples", np.asarray(picture), step, dataformats="HWC")
+                tracker.writer.add_image("samples", np.asarray(image), step, dataformats="HWC")
             elif tracker.name in ("wandb", "swanlab"):
-                tracker.log_images({"samples": [picture]}, step=step)
+                tracker.log_images({"samples": [image]}, step=step)
             elif tracker.name == "trackio":
-                tracker.log({"samples": importlib.import_module("trackio").Image(picture)}, step=step)
+                tracker.log({"samples": importlib.import_module("trackio").Image(image)}, step=step)
 
 
 def sum_over_processes(accelerator: Accelerator, values: Sequence[float]) -> list[float]:
@@ -107,14 +107,14 @@ class LossMeter:
         self._losses: dict[str, list[tuple[torch.Tensor, float]]] = {}
 
     def add(self, **losses: tuple[torch.Tensor | None, float]) -> None:
-        """Add a batch's mean losses, each with its weight: the number of slots that it is the mean of."""
+        """Add a batch's mean losses, each with its weight: the number of positions that it is the mean of."""
         for name, (loss, weight) in losses.items():
             seen = self._losses.setdefault(name, [])
             if loss is not None:
                 seen.append((loss.detach(), weight))  # read later: that waits for the device
 
     def means(self) -> dict[str, float]:
-        """Means by name, without those that never occurred; starts anew."""
+        """Means by name, without those that never occurred; starts again."""
         sums = [[sum(float(x) * w for x, w in seen), sum(w for _, w in seen)] for seen in self._losses.values()]
         flat = sum_over_processes(self.accelerator, [number for pair in sums for number in pair])
         found = dict(zip(self._losses, zip(flat[::2], flat[1::2], strict=True), strict=True))
