@@ -21,8 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmark_peers import load_peer
 from unified import UnifiedConfig, UnifiedForCausalLM
-from unified.prediction.flops import training_flops
-from unified.prediction.npp import patch_grid
+from unified.prediction.schedule import training_flops
+from unified.prediction.merge import merged_grid
 from unified.sequence import ImageSegment, TextSegment, TokenSequence, build_sequence, collate, pack
 from unified_eval.timing import compared, interleaved
 from unified_tokenizers import VQGAN, VQGANConfig
@@ -219,7 +219,7 @@ def sweep(rounds: int) -> list[dict[str, Any]]:
         batch = batch_of(model, pictures, grid)
         timings = interleaved({str(p): ours(model, batch, p) for p in (1, 2, 4)}, rounds)
         for p in (1, 2, 4):
-            side, _ = patch_grid((grid, grid), p)
+            side, _ = merged_grid((grid, grid), p)
             forward = partial(model, **batch, patch_size=p)
             seconds = sorted(wall for wall, _ in timings[str(p)])[rounds // 2] / pictures
             rows.append(

@@ -30,7 +30,7 @@ from unified.data.batches import CaptionedBatches
 from unified.data.code_cache import load_codes
 from unified.data.sources import fit_square
 from unified.lora.adapters import base_of
-from unified.prediction.flops import schedule_flops
+from unified.prediction.schedule import schedule_flops
 from unified.settings import dump_settings, refuse_other
 from unified.training.config import TrainConfig, load_config
 from unified.training.loop import train
@@ -121,7 +121,7 @@ def train_and_measure(run: Run) -> dict[str, Any]:
 
 
 def training_flops(config: TrainConfig, pipeline: UnifiedPipeline) -> float:
-    """FLOPs of the whole training by the formula of ``unified.prediction.flops``, with the captions' mean length."""
+    """FLOPs of the whole training by the formula of ``unified.prediction.schedule``, with the captions' mean length."""
     captions = load_codes(str(config.data.train), config.data.train_split, None)["caption"]
     lengths = [len(pipeline.text_tokenizer.encode(caption)) for caption in captions]
     text_positions = sum(lengths) / len(lengths) + 2  # <bos>, <boi>

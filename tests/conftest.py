@@ -13,7 +13,10 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 from unified import UnifiedConfig, UnifiedForCausalLM, UnifiedPipeline
+from unified.data.batches import make_batch
 from unified.data.code_cache import encode_source
+from unified.prediction.merge import patches
+from unified.sequence import TokenSequence
 from unified_tokenizers import SentencePieceTokenizer, VQConfig, VQModel, train_sentencepiece
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,6 +39,11 @@ def tiny_config(**changes) -> UnifiedConfig:
 def tiny_model(seed: int = 0, **changes) -> UnifiedForCausalLM:
     torch.manual_seed(seed)
     return UnifiedForCausalLM(tiny_config(**changes)).eval()
+
+
+def inputs_of(config: UnifiedConfig, *sequences: TokenSequence, p: int = 1, pack: int | None = None) -> dict[str, torch.Tensor]:
+    """A batch of sequences as keyword arguments of the model, images in patches of side p."""
+    return make_batch(sequences, config, patches(p), pack).inputs
 
 
 @pytest.fixture(scope="session")

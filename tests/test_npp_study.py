@@ -13,7 +13,7 @@ from npp_study_report import relative_to_baseline, summarise, table, write_study
 from unified import PatchSchedule, UnifiedForCausalLM, UnifiedPipeline
 from unified.data.batches import CaptionedBatches
 from unified.data.code_cache import load_codes
-from unified.prediction.flops import schedule_flops, training_flops
+from unified.prediction.schedule import schedule_flops, training_flops
 from unified.sequence import ImageSegment, TextSegment, build_sequence, collate
 from unified.training.validation import image_loss
 from unified_eval.clip import clip_features, load_clip, retrieval_at_1

@@ -3,7 +3,8 @@
 from unified.config import UnifiedConfig, Vocabulary
 from unified.model.modeling import UnifiedForCausalLM, UnifiedOutput
 from unified.pipeline.pipeline import UnifiedPipeline, UnifiedPipelineOutput
-from unified.prediction.npp import PatchSchedule, group_embeddings, group_targets, patch_cross_entropy
+from unified.prediction.npp import group_embeddings, group_targets, patch_cross_entropy
+from unified.prediction.schedule import PatchSchedule
 
 __version__ = "0.1.0"
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from unified.config import UnifiedConfig
 from unified.model.modeling import UnifiedForCausalLM
-from unified.prediction.npp import Grid
+from unified.prediction.merge import Grid
 from unified_tokenizers.weights import load_exactly, shape_of
 
 # Heads cannot be read from the weights; these are the published sizes, by width.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unified.prediction.npp import Grid
+from unified.prediction.merge import Grid
 
 
 @dataclass

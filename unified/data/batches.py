@@ -1,36 +1,97 @@
-"""Training batches as a pure function of the step, so that a resumed run sees exactly what it would have seen."""
+"""Training batches as a pure function of their index, so that a resumed run sees exactly what it would have seen."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from unified.config import Vocabulary
-from unified.sequence import ImageSegment, TextSegment, TokenSequence, build_sequence, collate, pack
-from unified_tokenizers import TextTokenizer
+from unified.config import UnifiedConfig
+from unified.prediction.arrange import Counts, arrange, collate, count, pack
+from unified.prediction.merge import ONE, Merge
+from unified.sequence import TokenSequence
 
-_SHUFFLE, _DROPOUT, _NOISE, _DIRECTION = 0, 1, 2, 3  # independent random streams of one seed
-Batch = dict[str, torch.Tensor]
+BLOCK = 1000
+_MIX, _SHUFFLE, _CHOICE = 10, 11, 12  # independent random streams of one seed
+
+
+class Batch(NamedTuple):
+    """Keyword arguments of the model, and what the batch holds."""
+
+    inputs: dict[str, torch.Tensor]
+    counts: Counts
+
+
+@dataclass
+class Source:
+    """Rows, and how one of them becomes a sequence; the generator is for random choices, new in every epoch.
+
+    Attributes:
+        name: for messages.
+        rows: of any kind.
+        sequence: from a row and a generator to a sequence.
+        weight: share of the rows, relative to the weights of other sources.
+    """
+
+    name: str
+    rows: datasets.Dataset
+    sequence: Callable[[dict[str, Any], np.random.Generator], TokenSequence]
+    weight: float = 1.0
 
 
 class Batches(Dataset):
-    """Item i is the i-th batch of this process. Processes take interleaved slices of one global batch."""
+    """Item i is the i-th batch of this process. Processes take interleaved slices of one global batch.
+
+    Sequences are numbered through all batches and processes, and every block of 1000 numbers holds the sources' shares
+    exactly (rounded to thousandths), shuffled. The n-th sequence of a source is row ``n mod rows`` of its epoch
+    ``n // rows``, each epoch a new permutation: every row once before any comes again. Random choices of a sequence depend
+    on the seed and its number alone, so that resuming, gradient accumulation and the number of processes change nothing.
+
+    Args:
+        sources: one or more.
+        config: of the model.
+        batch_size: sequences of a batch on each process.
+        num_batches: length.
+        seed, rank, world_size: of the run and of this process.
+        pack_length: put the sequences of a batch together into rows of so many positions.
+        bucket: batches of one code grid each, for a single source of captioned images (see :func:`bucketed_order`).
+        merge_of: how codes are merged in batch i; default one position each.
+
+    Raises:
+        ValueError: if a source has no rows, or ``bucket`` is set for several sources.
+    """
 
     def __init__(
         self,
-        vocabulary: Vocabulary,
+        sources: Sequence[Source],
+        config: UnifiedConfig,
         batch_size: int,
         num_batches: int,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
         pack_length: int | None = None,
+        bucket: bool = False,
+        merge_of: Callable[[int], Merge] | None = None,
     ):
-        self.vocabulary, self.batch_size, self.num_batches, self.seed = vocabulary, batch_size, num_batches, seed
-        self.rank, self.world_size, self.pack_length = rank, world_size, pack_length
+        for source in sources:
+            if len(source.rows) == 0:
+                raise ValueError(f"data: {source.name} has no row to train on.")
+        if bucket and len(sources) > 1:
+            raise ValueError(
+                "data.bucket: batches of several sources hold several lengths anyway; use data.pack instead."
+            )
+        self.sources, self.config, self.batch_size, self.num_batches = list(sources), config, batch_size, num_batches
+        self.seed, self.rank, self.world_size, self.pack_length = seed, rank, world_size, pack_length
+        self.merge_of = merge_of
+        self.shares = block_shares([source.weight for source in sources])
+        rows = self.sources[0].rows
+        self._grids = np.stack([rows["height"], rows["width"]], axis=1) if bucket else None
+        self._block: tuple[int, np.ndarray, np.ndarray] | None = None
+        self._orders: dict[int, tuple[int, np.ndarray]] = {}
 
     def __len__(self) -> int:
         return self.num_batches
@@ -38,94 +99,96 @@ class Batches(Dataset):
     def __getitem__(self, index: int) -> Batch:
         if not 0 <= index < self.num_batches:
             raise IndexError(index)
-        sequences = self.sequences(index)
-        if self.pack_length is not None:
-            longest = max(len(sequence.input_ids) for sequence in sequences)
-            if longest > self.pack_length:
-                raise ValueError(
-                    f"data.pack: {self.pack_length} is shorter than a sequence of {longest} tokens; raise it."
-                )
-            sequences = pack(sequences, self.pack_length)
-        return collate(sequences, self.vocabulary)
+        merge = ONE if self.merge_of is None else self.merge_of(index)
+        return make_batch(self.sequences(index), self.config, merge, self.pack_length)
 
     def sequences(self, index: int) -> list[TokenSequence]:
-        """The ``batch_size`` sequences of batch ``index``."""
-        raise NotImplementedError
-
-
-class CaptionedBatches(Batches):
-    """Captions and codes laid out as ``<bos> caption <boi> codes <eoi>``.
-
-    For a share ``captioning`` of the rows the image comes first and the caption is learned instead:
-    ``<bos> <boi> codes <eoi> caption <eos>``. Every epoch is a new permutation of the rows; batches run across its end,
-    so no row is dropped. With ``bucket`` the global batches of an epoch hold rows of one grid each (see
-    :func:`bucketed_order`).
-    """
-
-    def __init__(
-        self,
-        rows: datasets.Dataset,
-        text_tokenizer: TextTokenizer,
-        vocabulary: Vocabulary,
-        batch_size: int,
-        num_batches: int,
-        seed: int = 0,
-        caption_dropout: float = 0.0,
-        code_noise: float = 0.0,
-        train_on_captions: bool = False,
-        captioning: float = 0.0,
-        rank: int = 0,
-        world_size: int = 1,
-        pack_length: int | None = None,
-        bucket: bool = False,
-    ):
-        if len(rows) == 0:
-            raise ValueError("data.train: no rows to train on.")
-        super().__init__(vocabulary, batch_size, num_batches, seed, rank, world_size, pack_length)
-        self.rows, self.text_tokenizer = rows, text_tokenizer
-        self.caption_dropout, self.code_noise, self.train_on_captions = caption_dropout, code_noise, train_on_captions
-        self.captioning = captioning
-        self._grids = np.stack([rows["height"], rows["width"]], axis=1) if bucket else None
-        self._epoch: tuple[int, np.ndarray] | None = None
-
-    def sequences(self, index: int) -> list[TokenSequence]:
-        """This process's share of the global batch ``index``."""
+        """The ``batch_size`` sequences of batch ``index`` on this process."""
         total = self.batch_size * self.world_size
-        dropped = np.random.default_rng((self.seed, _DROPOUT, index)).random(total) < self.caption_dropout
-        captioned = np.random.default_rng((self.seed, _DIRECTION, index)).random(total) < self.captioning
-        mine = range(self.rank, total, self.world_size)
-        rows = self.rows[[self._row(index * total + i) for i in mine]]
-        sequences = [self._sequence(rows, k, bool(dropped[i]), bool(captioned[i])) for k, i in enumerate(mine)]
-        if self.code_noise:
-            for sequence, i in zip(sequences, mine, strict=True):
-                rng = np.random.default_rng((self.seed, _NOISE, index * total + i))
-                add_code_noise(sequence, self.vocabulary, self.code_noise, rng)
-        return sequences
+        numbers = range(index * total + self.rank, (index + 1) * total, self.world_size)
+        places = [self.place(number) for number in numbers]
+        rows: dict[tuple[int, int], dict[str, Any]] = {}
+        for source in {source for source, _ in places}:  # rows of one source are read together
+            wanted = sorted({row for owner, row in places if owner == source})
+            columns = self.sources[source].rows[wanted]
+            rows |= {(source, row): {n: column[k] for n, column in columns.items()} for k, row in enumerate(wanted)}
+        generators = [np.random.default_rng((self.seed, _CHOICE, number)) for number in numbers]
+        return [
+            self.sources[place[0]].sequence(rows[place], rng) for place, rng in zip(places, generators, strict=True)
+        ]
 
-    def once(self, captioned: bool = False) -> Iterator[Batch]:
-        """Every row once and in order, without dropout or noise; the last batch may be smaller."""
-        for start in range(0, len(self.rows), self.batch_size):
-            rows = self.rows[start : start + self.batch_size]
-            yield collate(
-                [self._sequence(rows, k, False, captioned) for k in range(len(rows["caption"]))], self.vocabulary
-            )
+    def place(self, number: int) -> tuple[int, int]:
+        """Source and row of sequence ``number``."""
+        block, offset = divmod(number, BLOCK)
+        if self._block is None or self._block[0] != block:
+            owners = np.repeat(np.arange(len(self.shares)), self.shares)
+            owners = np.random.default_rng((self.seed, _MIX, block)).permutation(owners)
+            ranks = np.empty(BLOCK, dtype=int)  # of each sequence among those of its source in the block
+            for source, share in enumerate(self.shares):
+                ranks[owners == source] = np.arange(share)
+            self._block = (block, owners, ranks)
+        source = int(self._block[1][offset])
+        number = block * self.shares[source] + int(self._block[2][offset])
+        epoch, position = divmod(number, len(self.sources[source].rows))
+        return source, int(self._order(source, epoch)[position])
 
-    def _row(self, position: int) -> int:
-        """Row at ``position`` of the endless stream of shuffled epochs."""
-        epoch, offset = divmod(position, len(self.rows))
-        if self._epoch is None or self._epoch[0] != epoch:
-            rng = np.random.default_rng((self.seed, _SHUFFLE, epoch))
+    def _order(self, source: int, epoch: int) -> np.ndarray:
+        if source not in self._orders or self._orders[source][0] != epoch:
+            rng, rows = np.random.default_rng((self.seed, _SHUFFLE, source, epoch)), len(self.sources[source].rows)
             if self._grids is None:
-                order = rng.permutation(len(self.rows))
+                order = rng.permutation(rows)
             else:
                 total = self.batch_size * self.world_size
-                order = bucketed_order(self._grids, total, -epoch * len(self.rows) % total, rng)
-            self._epoch = (epoch, order)
-        return int(self._epoch[1][offset])
+                order = bucketed_order(self._grids, total, -epoch * rows % total, rng)
+            self._orders[source] = (epoch, order)
+        return self._orders[source][1]
 
-    def _sequence(self, rows: dict[str, Any], k: int, dropped: bool, captioned: bool) -> TokenSequence:
-        row = {name: rows[name][k] for name in ("caption", "codes", "height", "width")}
-        return captioned_sequence(row, self.text_tokenizer, self.vocabulary, dropped, captioned, self.train_on_captions)
+
+def make_batch(
+    sequences: Sequence[TokenSequence], config: UnifiedConfig, merge: Merge = ONE, pack_length: int | None = None
+) -> Batch:
+    """Arrange sequences, pack them if a length is given, and put them side by side.
+
+    Raises:
+        ValueError: if a sequence does not fit into a packed row, and as :func:`unified.prediction.arrange.arrange`.
+    """
+    rows = [arrange(sequence, config, merge=merge) for sequence in sequences]
+    if pack_length is not None:
+        longest = max(map(len, rows))
+        if longest > pack_length:
+            raise ValueError(f"data.pack: {pack_length} is shorter than a sequence of {longest} tokens; raise it.")
+        rows = pack(rows, pack_length)
+    return Batch(collate(rows, config.vocabulary), count(rows, config))
+
+
+def in_order(source: Source, config: UnifiedConfig, batch_size: int) -> Iterator[Batch]:
+    """Every row once and in order, a position for every code; the last batch may be smaller."""
+    rng = np.random.default_rng(0)
+    for start in range(0, len(source.rows), batch_size):
+        rows = range(start, min(start + batch_size, len(source.rows)))
+        yield make_batch([source.sequence(source.rows[row], rng) for row in rows], config)
+
+
+def block_shares(weights: Sequence[float]) -> list[int]:
+    """Weights as whole numbers that sum to 1000, by largest remainders.
+
+    Raises:
+        ValueError: if a weight is not above 0, or less than half a thousandth of the sum.
+    """
+    for weight in weights:
+        if not 0 < weight < float("inf"):
+            raise ValueError(
+                f"data.sources: weight {weight} must be above 0; leave out a source that is not to be used."
+            )
+    exact = np.asarray(weights) / sum(weights) * BLOCK
+    shares = np.floor(exact).astype(int)
+    rest = np.argsort(shares - exact, kind="stable")[: BLOCK - shares.sum()]
+    shares[rest] += 1
+    if shares.min() == 0:
+        raise ValueError(
+            f"data.sources: weight {weights[int(shares.argmin())]} is below 1/{BLOCK} of their sum; raise it."
+        )
+    return [int(share) for share in shares]
 
 
 def bucketed_order(grids: np.ndarray, batch_size: int, begun: int, rng: np.random.Generator) -> np.ndarray:
@@ -134,7 +197,7 @@ def bucketed_order(grids: np.ndarray, batch_size: int, begun: int, rng: np.rando
     Args:
         grids: height and width of every row, ``(N, 2)``.
         batch_size: rows of a global batch.
-        begun: rows that the last batch of the epoch before still wants; leftovers fill it, and begin the last one here.
+        begun: rows that the last batch of the epoch before still needs; leftovers fill it, and begin the last one here.
         rng: source of randomness.
 
     Returns:
@@ -159,40 +222,7 @@ def bucketed_order(grids: np.ndarray, batch_size: int, begun: int, rng: np.rando
     return np.concatenate([rest[:begun], *batches, rest[begun : begun + ending]])
 
 
-def captioned_sequence(
-    row: dict[str, Any],
-    text_tokenizer: TextTokenizer,
-    vocabulary: Vocabulary,
-    dropped: bool = False,
-    captioned: bool = False,
-    train_on_captions: bool = False,
-) -> TokenSequence:
-    """A row of a codes cache as caption and image, or as image and caption if it is to be ``captioned``."""
-    caption = text_tokenizer.encode(str(row["caption"]))
-    image = to_grid(row["codes"], row["height"], row["width"])
-    if captioned:
-        return build_sequence([ImageSegment(image, loss=False), TextSegment(caption)], vocabulary, end=True)
-    text = TextSegment([] if dropped else caption, loss=train_on_captions)
-    return build_sequence([text, ImageSegment(image)], vocabulary)
-
-
-def to_grid(codes: Sequence[int] | np.ndarray, height: int, width: int) -> torch.Tensor:
-    """Flat codes as ``(height, width)``."""
-    return torch.tensor(np.asarray(codes), dtype=torch.int64).reshape(int(height), int(width))
-
-
-def add_code_noise(sequence: TokenSequence, vocabulary: Vocabulary, limit: float, rng: np.random.Generator) -> None:
-    """Replace input codes at random, at a rate sampled from [0, ``limit``]; the labels stay. A small set of images can be
-    told apart by their first codes alone: noise makes the model look at the caption, and forgives its own slips when it
-    draws.
-    """
-    is_code = (sequence.input_ids >= vocabulary.text_vocab_size).numpy()
-    replaced = is_code & (rng.random(len(is_code)) < rng.uniform(0, limit))
-    codes = rng.integers(vocabulary.codebook_size, size=int(replaced.sum())) + vocabulary.text_vocab_size
-    sequence.input_ids[torch.from_numpy(replaced)] = torch.from_numpy(codes)
-
-
 def loader(batches: Batches, start: int = 0, num_workers: int = 0) -> DataLoader:
-    """Iterate over batches from index ``start`` on. The global random stream, which dropout samples from, is left alone."""
+    """Iterate over batches from index ``start`` on. The global random stream, which dropout draws from, is left alone."""
     indices, generator = range(start, len(batches)), torch.Generator()
     return DataLoader(batches, batch_size=None, sampler=indices, num_workers=num_workers, generator=generator)

@@ -11,8 +11,8 @@ from unified.decoding.fused_llama import make_decoder
 from unified.decoding.prefill import read
 from unified.decoding.sampling import Sampling
 from unified.model.modeling import UnifiedForCausalLM
-from unified.model.rotary import span_offsets
-from unified.prediction.npp import Grid
+from unified.prediction.coordinates import span_offsets
+from unified.prediction.merge import Grid
 
 
 @torch.inference_mode()

@@ -18,8 +18,8 @@ from unified.decoding.decoder import Decoder
 from unified.decoding.kv_cache import KeyValueCache
 from unified.decoding.prefill import Prompt, prefill
 from unified.decoding.sampling import PositionNoise, Sampling, draw, draw_filtered, filter_logits, guide
-from unified.model.rotary import span_offsets
-from unified.prediction.npp import Grid
+from unified.prediction.coordinates import span_offsets
+from unified.prediction.merge import Grid
 from unified.sequence import ImageSegment, Segment, TextSegment
 
 

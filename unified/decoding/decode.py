@@ -10,8 +10,8 @@ from unified.decoding.fused_llama import make_decoder
 from unified.decoding.prefill import Prefilled, Prompt, causal_bias, prefill
 from unified.decoding.sampling import PositionNoise, Sampling, draw_filtered, guide
 from unified.model.modeling import UnifiedForCausalLM
-from unified.model.rotary import span_offsets
-from unified.prediction.npp import Grid
+from unified.prediction.coordinates import span_offsets
+from unified.prediction.merge import Grid
 
 
 def generate_codes(

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from unified.decoding.decoder import Decoder
 from unified.decoding.kv_cache import KeyValueCache
-from unified.prediction.npp import Grid
-from unified.prediction.slots import plan_slots, running_index
+from unified.prediction.arrange import arrange
+from unified.prediction.merge import Grid
+from unified.sequence import TokenSequence
 
 
 @dataclass(frozen=True)
@@ -47,23 +48,28 @@ def prefill(decoder: Decoder, prompts: Sequence[Prompt], room: int) -> Prefilled
         raise ValueError("prompts: need one or more rows of at least one id.")
     distinct = list(dict.fromkeys(prompts))
     config, device = decoder.model.config, decoder.model.device
-    length = max(len(prompt.ids) for prompt in distinct)
-    padding = torch.tensor([length - len(prompt.ids) for prompt in distinct], device=device)
-    fill = [config.vocabulary.pad_token_id]
-    ids = torch.tensor([fill * (length - len(p.ids)) + list(p.ids) for p in distinct], device=device)
-    real = torch.arange(length, device=device) >= padding[:, None]
-    grids = [grid for prompt in distinct for grid in prompt.grids]
-    plan = plan_slots(ids, torch.tensor(grids).reshape(-1, 2), real, None, 1, config)
-    embeds = decoder.model.embed(ids, plan, 1)
-    coordinates = plan.coordinates
-    if coordinates is None:
-        index = running_index(plan)
-        index = torch.arange(length, device=device).expand(len(ids), -1) if index is None else index
-        coordinates = index[..., None].expand(-1, -1, 2).float()
-
+    rows = [arrange(_sequence(prompt), config) for prompt in distinct]
+    length = max(map(len, rows))
+    ids = torch.full((len(rows), length), config.vocabulary.pad_token_id)
+    coordinates, is_image = torch.zeros(len(rows), length, 2), torch.zeros(len(rows), length, dtype=torch.bool)
+    for number, row in enumerate(rows):  # padding stands on the left
+        ids[number, length - len(row) :] = row.input_ids[:, 0]
+        coordinates[number, length - len(row) :] = row.positions
+        is_image[number, length - len(row) :] = row.is_image
+    padding = torch.tensor([length - len(row) for row in rows])
+    real = torch.arange(length) >= padding[:, None]
+    image_inputs = is_image.flatten().nonzero().flatten()
     place = {prompt: i for i, prompt in enumerate(distinct)}
-    rows = torch.tensor([place[prompt] for prompt in prompts], device=device)
-    return read(decoder, embeds, coordinates, real, plan.image_positions(), rows, room)
+    owners = torch.tensor([place[prompt] for prompt in prompts])
+    ids, image_inputs, coordinates, real, is_image, owners = (
+        each.to(device) for each in (ids, image_inputs, coordinates, real, is_image, owners)
+    )
+    return read(decoder, decoder.model.embed(ids, image_inputs), coordinates, real, is_image, owners, room)
+
+
+def _sequence(prompt: Prompt) -> TokenSequence:
+    ids = torch.tensor(prompt.ids)
+    return TokenSequence(ids, ids, list(prompt.grids))
 
 
 def read(

@@ -26,7 +26,7 @@ from unified.decoding.decode import check_known, paired_prompts, span_coordinate
 from unified.decoding.decoder import Decoder
 from unified.decoding.prefill import Prefilled, Prompt, causal_bias, prefill
 from unified.decoding.sampling import PositionNoise, Sampling, draw, filter_logits, guide, gumbel_noise
-from unified.prediction.npp import Grid
+from unified.prediction.merge import Grid
 
 MODES = ("jacobi", "sjd", "gsd")
 

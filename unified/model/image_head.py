@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from unified.prediction.npp import patch_cross_entropy
+from unified.sequence import IGNORE
 
 _SCORES_AT_ONCE = 2**23  # 32 MB in float32: large enough for an efficient product, small enough to stay near the core
 
@@ -23,61 +24,80 @@ class ImageHead(nn.Linear):
     def __init__(self, width: int, codebook_size: int):
         super().__init__(width, codebook_size, bias=False)
 
-    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, targets: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
         """Scores ``(..., K)`` of ``hidden (..., D)``; with targets ``(N, P)`` the loss of ``hidden (N, D)`` in nats.
 
-        The loss is the sum of :func:`unified.prediction.npp.patch_cross_entropy` over the N patches.
+        The loss is the sum over the N windows of :func:`unified.prediction.npp.patch_cross_entropy`, each times its weight
+        ``(N,)``.
         """
         if targets is None:
             return super().forward(hidden)
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         if dtype == torch.float16:  # gradients as small as these vanish unless the loss was scaled before
-            return patch_cross_entropy(super().forward(hidden), targets).sum()
-        return _PatchLoss.apply(hidden, self.weight, targets, dtype, torch.is_grad_enabled())
+            return weighted_sum(patch_cross_entropy(super().forward(hidden), targets), weights)
+        return _PatchLoss.apply(hidden, self.weight, targets, weights, dtype, torch.is_grad_enabled())
 
 
-def patch_losses(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Summed patch loss under any head: an adapter on it, or 8-bit weights, need its scores."""
+def patch_losses(head: nn.Module, hidden: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Weighted sum of patch losses under any head: an adapter on it, or 8-bit weights, need its scores."""
     if isinstance(head, ImageHead | ModulesToSaveWrapper):
-        return head(hidden, targets)
-    return patch_cross_entropy(head(hidden), targets).sum()
+        return head(hidden, targets, weights)
+    return weighted_sum(patch_cross_entropy(head(hidden), targets), weights)
+
+
+def weighted_sum(losses: Tensor, weights: Tensor | None) -> Tensor:
+    """Sum of losses ``(N,)``, each times its weight; None weighs all alike."""
+    return losses.sum() if weights is None else (losses * weights).sum()
 
 
 class _PatchLoss(torch.autograd.Function):
-    """Sum of patch losses, with its gradient made on the way."""
+    """Weighted sum of patch losses, with its gradient made on the way."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, learning: bool
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        weights: Tensor | None,
+        dtype: torch.dtype,
+        learning: bool,
     ) -> Tensor:
         wants_hidden, wants_weight = (learning and wanted for wanted in ctx.needs_input_grad[:2])
         by_hidden = torch.empty_like(hidden) if wants_hidden else None
         by_weight = torch.zeros_like(weight) if wants_weight else None
+        used = targets != IGNORE
+        count = used.sum(dim=1, keepdim=True).clamp_min(1)
+        factors = used.any(dim=1, keepdim=True).float()  # of each loss
+        if weights is not None:
+            factors = factors * weights[:, None]
         rows = max(1, _SCORES_AT_ONCE // weight.shape[0])
         buffer = hidden.new_empty(min(rows, len(hidden)), weight.shape[0], dtype=torch.float32)
         losses = [hidden.new_zeros(0, dtype=torch.float32)]
         with torch.autocast(hidden.device.type, enabled=False):
             matrix = weight.to(dtype)
             for start in range(0, len(hidden), rows):
-                part, codes = hidden[start : start + rows].to(dtype), targets[start : start + rows]
+                span = slice(start, start + rows)
+                part, codes, share = hidden[span].to(dtype), targets[span].clamp_min(0), used[span] / count[span]
                 if dtype == torch.float32:
                     scores = torch.mm(part, matrix.T, out=buffer[: len(part)])
                 else:
                     scores = buffer[: len(part)].copy_(part @ matrix.T)
                 peak = scores.amax(dim=1, keepdim=True)
-                of_targets = scores.gather(1, codes).mean(dim=1, keepdim=True)
+                of_targets = (scores.gather(1, codes) * share).sum(dim=1, keepdim=True)
                 total = scores.sub_(peak).exp_().sum(dim=1, keepdim=True)
-                losses.append((peak + total.log() - of_targets).squeeze(1))
+                losses.append(((peak + total.log() - of_targets) * factors[span]).squeeze(1))
                 if not (wants_hidden or wants_weight):
                     continue
-                # Probabilities less the targets' share, times total: dividing the small factors saves a pass.
-                gradient = scores.scatter_add_(1, codes, (-total / codes.shape[1]).expand(codes.shape)).to(dtype)
+                # Probabilities less the targets' shares, times total: dividing the small factors saves a pass.
+                gradient = scores.scatter_add_(1, codes, -total * share).to(dtype)
+                scale = factors[span] / total
                 if by_hidden is not None:
-                    by_hidden[start : start + rows] = (gradient @ matrix) / total
+                    by_hidden[span] = (gradient @ matrix) * scale
                 if by_weight is None:
                     continue
-                shared = (part / total).to(dtype)
+                shared = (part * scale).to(dtype)
                 if by_weight.dtype == dtype:
                     by_weight.addmm_(gradient.T, shared)
                 else:
@@ -87,6 +107,6 @@ class _PatchLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, total: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, total: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:  # type: ignore[override]
         by_hidden, by_weight = (None if g is None else g * total.to(g.dtype) for g in ctx.saved_tensors)
-        return by_hidden, by_weight, None, None, None
+        return by_hidden, by_weight, None, None, None, None

@@ -1,4 +1,4 @@
-"""The unified model: embed, group image spans, run any decoder backbone, score each position over its own vocabulary."""
+"""The unified model: embed text and codes, run any decoder backbone, score each position over its own vocabulary."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,14 +10,14 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Generation
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from unified.config import UnifiedConfig
-from unified.lora.modality_gate import ModalityGate
 from unified.model.backbone import check_family, load_language_model
 from unified.model.image_head import ImageHead, patch_losses
 from unified.model.init import initialize_image_tables
+from unified.model.masks import NoCache, packed_arguments
 from unified.model.prefix import build_condition
 from unified.model.rotary import GridRotary
-from unified.prediction.npp import group_embeddings, group_targets
-from unified.prediction.slots import SlotPlan, plan_slots, running_index
+from unified.model.text_loss import text_cross_entropy
+from unified.prediction.npp import mean_embedding
 from unified.sequence import IGNORE
 
 LOGIT_SCALES = ("logits_scaling", "logit_scale", "final_logit_softcapping")  # of Granite, Cohere and Gemma
@@ -28,10 +28,10 @@ class UnifiedOutput(CausalLMOutputWithPast):
     """Output of :class:`UnifiedForCausalLM`.
 
     Attributes:
-        loss: weighted mean over all learned positions, in nats.
-        text_loss, image_loss: plain means over the positions whose target is text, or an image patch; None without any.
+        loss: weighted mean over all supervised positions, in nats.
+        text_loss, image_loss: means over the positions whose target is text, or image codes; None without any.
         logits: ``(B, S, V_text)``, only without labels.
-        image_logits: ``(B, S, K)``, only without labels and with ``image_grids``.
+        image_logits: ``(B, S, K)``, only without labels and with ``image_inputs``.
     """
 
     text_loss: Tensor | None = None
@@ -64,9 +64,7 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
         self.image_embed = nn.Embedding(config.codebook_size, width)
         self.image_head = ImageHead(width, config.codebook_size)
         self.condition = None if config.conditioning is None else build_condition(config.conditioning, width)
-        self.modality_gate: ModalityGate | None = (
-            None  # set while an adapter is loaded that acts on some positions only
-        )
+        self.modality_gate: Any = None  # set while an adapter is loaded that acts on one modality only
         self._wrap_rotary()
         self.post_init()
 
@@ -136,19 +134,22 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
         """The backbone's text head."""
         return self.backbone.get_output_embeddings()
 
-    def embed(self, input_ids: Tensor, plan: SlotPlan, patch_size: int) -> Tensor:
-        """Slot embeddings ``(B, S, D)`` of ids ``(B, T)``: text rows as they are, image spans grouped."""
-        flat = input_ids.reshape(-1)
-        text = self.get_input_embeddings()(flat[plan.text_tokens])
-        embeds = text.new_zeros(plan.batch_size * plan.length, text.shape[-1])
-        embeds = embeds.index_copy(0, plan.text_positions, text)
-        for group in plan.spans:
-            codes = flat[group.tokens] - self.config.vocabulary.text_vocab_size
-            patches = group_embeddings(self.image_embed(codes), group.grid, patch_size)
-            embeds = embeds.index_copy(
-                0, group.slots.reshape(-1), patches.reshape(-1, patches.shape[-1]).to(embeds.dtype)
-            )
-        return embeds.reshape(plan.batch_size, plan.length, -1)
+    def embed(self, input_ids: Tensor, image_inputs: Tensor | None = None) -> Tensor:
+        """Embeddings ``(B, S, D)`` of positions ``(B, S)`` or ``(B, S, P)``: text ids, and codes merged by their mean.
+
+        ``image_inputs`` are flat indices of the positions that codes enter; B * S stands for none.
+        """
+        ids = input_ids if input_ids.ndim == 3 else input_ids[..., None]
+        flat, vocab_size = ids.flatten(0, 1), self.config.text_config.vocab_size
+        text = flat[:, 0]
+        if image_inputs is None or not len(image_inputs):
+            return self.get_input_embeddings()(text).view(*ids.shape[:2], -1)
+        # One row more, for the indices that stand for none.
+        text = F.pad(text.masked_fill(text >= vocab_size, 0), (0, 1))
+        codes = F.pad(flat, (0, 0, 0, 1), value=vocab_size)[image_inputs] - vocab_size
+        embeds = self.get_input_embeddings()(text)
+        embeds = embeds.index_copy(0, image_inputs, mean_embedding(self.image_embed, codes).to(embeds.dtype))
+        return embeds[:-1].view(*ids.shape[:2], -1)
 
     def text_logits(self, hidden: Tensor) -> Tensor:
         """``(..., D)`` to ``(..., V_text)`` through the backbone's own head."""
@@ -180,121 +181,124 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor,
         labels: Tensor | None = None,
-        image_grids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        image_inputs: Tensor | None = None,
+        text_targets: Tensor | None = None,
+        image_targets: Tensor | None = None,
         document_ids: Tensor | None = None,
-        patch_size: int = 1,
+        attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         cache: Any = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         condition: Tensor | None = None,
+        num_items_in_batch: float | Tensor | None = None,
         **kwargs: Any,
     ) -> UnifiedOutput:
-        """Losses with ``labels``, logits without.
+        """Losses with ``labels``, logits without. Batches with images come from :mod:`unified.prediction.arrange`.
 
         Args:
-            input_ids: ``(B, T)``; text ids below ``V_text``, image code c as ``V_text + c``.
-            labels: ``(B, T)``, -100 where nothing is learned. A patch is learned if all of its codes are labelled.
-            image_grids: ``(N, 2)``, the (h, w) of every image span in order of appearance.
-            attention_mask: ``(B, T)``, 0 on padding.
-            document_ids: ``(B, T)`` for packed rows, -1 on padding: no attention, position or loss across documents.
-            patch_size: side p of the patches that image spans are grouped into.
+            input_ids: ``(B, S)``, text ids below ``V_text``, image code c as ``V_text + c``; ``(B, S, P)`` where windows of
+                codes enter, -100 in unused columns.
+            labels: as ``input_ids``, the ids to be predicted for each position; -100 where there are none.
+            positions: ``(B, S, 2)`` rotary coordinates; None for the running index.
+            image_inputs, text_targets, image_targets: flat indices of the positions that codes enter, and of the
+                supervised positions; B * S stands for none. Without them all is text.
+            document_ids: ``(B, S)`` for packed rows, -1 on padding: no attention across documents.
+            attention_mask: ``(B, S)``, 0 on padding; padding on the right needs none.
             position_ids, cache, use_cache, logits_to_keep: as in transformers, for text generation.
             condition: ``(B,)`` classes or ``(B, P, F)`` features, for models with ``conditioning``; its embeddings take the
                 place of the first positions (see :mod:`unified.model.prefix`).
+            num_items_in_batch: what the summed loss is divided by; default: the weight of the batch's own targets.
 
         Raises:
-            ValueError: if spans and grids disagree, ``patch_size`` does not divide a grid, or a condition is missing or
-                not expected.
+            ValueError: if nothing is supervised, or a condition is missing or not expected.
         """
-        if cache is not None and image_grids is not None:
-            raise ValueError("cache: cached decoding of image spans goes through unified.decoding.")
-        plan = plan_slots(input_ids, image_grids, attention_mask, document_ids, patch_size, self.config)
-        embeds = self._with_condition(self.embed(input_ids, plan, patch_size), condition, plan, patch_size)
-        attention = str(self.backbone.config._attn_implementation)
-        if plan.documents is not None and attention.startswith("flash") and len(input_ids) > 1:
-            raise ValueError(f"document_ids: {attention} keeps documents apart in a batch of one row only; use sdpa.")
-        # Packed rows are told apart by restarting position ids, which needs the mask argument to be empty.
-        mask = None if plan.documents is not None else attention_mask if cache is not None else plan.attention_mask
-        index = running_index(plan) if position_ids is None and cache is None else position_ids
-        coordinates, image_positions = plan.coordinates, None if self.modality_gate is None else plan.image_positions()
-        if labels is not None and plan.length > 1:  # the last position predicts nothing
+        embeds = self._with_condition(self.embed(input_ids, image_inputs), condition, document_ids)
+        image_positions = None if self.modality_gate is None else self._image_positions(embeds, image_inputs)
+        if labels is not None and embeds.shape[1] > 1:  # the last position predicts nothing
             embeds = embeds[:, :-1].contiguous()
-            mask, index, coordinates, image_positions = (
-                None if each is None else each[:, :-1] for each in (mask, index, coordinates, image_positions)
+            positions, image_positions, document_ids, attention_mask, position_ids = (
+                None if each is None else each[:, :-1]
+                for each in (positions, image_positions, document_ids, attention_mask, position_ids)
             )
-        outputs = self.run_backbone(
-            embeds,
-            coordinates,
-            image_positions,
-            attention_mask=mask,
-            position_ids=index,
-            cache=cache,
-            use_cache=bool(use_cache) and labels is None,
-            **kwargs,
-        )
-        hidden = outputs.last_hidden_state
+        arguments: dict[str, Any] = {"attention_mask": attention_mask, "position_ids": position_ids, "cache": cache}
+        config = self.backbone.base_model.config
+        if document_ids is not None:
+            arguments |= packed_arguments(config, document_ids, embeds.dtype)
+        elif labels is not None and cache is None and attention_mask is None and NoCache.fits(config):
+            arguments["cache"] = None if self.backbone.is_activation_checkpointing else NoCache()
+        use_cache = bool(use_cache) and labels is None
+        outputs = self.run_backbone(embeds, positions, image_positions, use_cache=use_cache, **arguments, **kwargs)
         if labels is not None:
-            return self._losses(hidden, labels, plan, patch_size)
+            hidden = outputs.last_hidden_state
+            return self._losses(hidden, labels, text_targets, image_targets, num_items_in_batch)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        kept = hidden[:, keep]
-        return UnifiedOutput(
-            logits=self.text_logits(kept),
-            image_logits=None if image_grids is None else self.image_head(kept),
-            cache=outputs.cache,
-        )
+        kept = outputs.last_hidden_state[:, keep]
+        image_logits = None if image_inputs is None else self.image_head(kept)
+        return UnifiedOutput(logits=self.text_logits(kept), image_logits=image_logits, cache=outputs.cache)
 
-    def _with_condition(self, embeds: Tensor, condition: Tensor | None, plan: SlotPlan, patch_size: int) -> Tensor:
+    def _with_condition(self, embeds: Tensor, condition: Tensor | None, document_ids: Tensor | None) -> Tensor:
         if (condition is None) != (self.condition is None):
             needed = "missing; the model samples after one" if condition is None else "given, but the model takes none"
             raise ValueError(f"condition: {needed} (conditioning {self.config.conditioning}).")
         if self.condition is None or condition is None:
             return embeds
-        length = self.condition.length
-        if plan.documents is not None or (patch_size > 1 and length > 1 and plan.attention_mask is not None):
-            raise ValueError("condition: not possible in packed rows, nor with masked features and patch_size above 1.")
-        return torch.cat([self.condition(condition).to(embeds.dtype), embeds[:, length:]], dim=1)
+        if document_ids is not None:
+            raise ValueError("condition: not possible in packed rows; leave data.pack out.")
+        return torch.cat([self.condition(condition).to(embeds.dtype), embeds[:, self.condition.length :]], dim=1)
 
-    def _losses(self, hidden: Tensor, labels: Tensor, plan: SlotPlan, patch_size: int) -> UnifiedOutput:
+    def _image_positions(self, embeds: Tensor, image_inputs: Tensor | None) -> Tensor:
+        """``(B, S)``, True on positions that codes enter."""
+        found = torch.zeros(embeds.shape[0] * embeds.shape[1] + 1, dtype=torch.bool, device=embeds.device)
+        if image_inputs is not None:
+            found = found.index_fill(0, image_inputs, True)
+        return found[:-1].view(embeds.shape[:2])
+
+    def _losses(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        text_targets: Tensor | None,
+        image_targets: Tensor | None,
+        num_items: float | Tensor | None,
+    ) -> UnifiedOutput:
         """Score position i + 1 from the hidden state of position i, each over the vocabulary of its target.
 
         ``hidden`` is ``(B, S - 1, D)``.
         """
-        flat_hidden = hidden.reshape(-1, hidden.shape[-1])
-
-        def before(positions: Tensor) -> Tensor:
-            return flat_hidden[positions - 1 - positions // plan.length]
-
-        flat_labels, predicted = labels.reshape(-1), plan.predicted().reshape(-1)
-        text_targets = flat_labels[plan.text_tokens]
-        learned = (text_targets != IGNORE) & predicted[plan.text_positions]
-        text = F.cross_entropy(
-            self.text_logits(before(plan.text_positions[learned])).float(), text_targets[learned], reduction="none"
-        )
-        states, targets = [], []
-        for group in plan.spans:
-            patches = group_targets(flat_labels[group.tokens], group.grid, patch_size)
-            learned = (patches != IGNORE).all(dim=-1) & predicted[group.slots]
-            states.append(before(group.slots[learned]))
-            targets.append(patches[learned] - self.config.vocabulary.text_vocab_size)
-        image, count = text.new_zeros(()), 0
-        if states:
-            image, count = patch_losses(self.image_head, torch.cat(states), torch.cat(targets)), sum(map(len, states))
-        elif self.training:  # zeros for both image tables: DDP waits for a gradient of every weight
-            none = flat_labels[:0]
-            image = patch_losses(self.image_head, flat_hidden[:0], none[:, None]) + self.image_embed(none).sum()
-        per_patch = patch_size**2 if self.config.loss_normalization == "token" else 1
-        text_weight, image_weight = self.config.text_loss_weight, self.config.image_loss_weight * per_patch
-        weight = text_weight * text.numel() + image_weight * count
-        if weight == 0:
+        config, length = self.config, labels.shape[1]
+        ids, states = labels.reshape(labels.shape[0] * length, -1), hidden.flatten(0, 1)
+        if text_targets is None:
+            text_targets = torch.arange(len(ids), device=ids.device).view(-1, length)[:, 1:].flatten()
+        image_targets = text_targets[:0] if image_targets is None else image_targets
+        if not len(text_targets) and not len(image_targets) and num_items is None:
             raise ValueError(
-                "labels: no position of the batch is learned; label at least one token (-100 means not learned)."
+                "labels: no position of the batch is supervised; label at least one token (-100 means not)."
             )
+        ids = F.pad(ids, (0, 0, 0, 1), value=IGNORE)  # one row more, for the indices that stand for none
+        text_ids, codes = ids[text_targets, 0], ids[image_targets]
+        codes = torch.where(codes == IGNORE, IGNORE, codes - config.text_config.vocab_size)
+
+        def sources(targets: Tensor) -> Tensor:
+            return states[targets - 1 - targets // length]
+
+        text = text_cross_entropy(self.text_logits, sources(text_targets), text_ids, config.text_config.vocab_size)
+        image, weights = text.new_zeros(()), (codes != IGNORE).sum(dim=1)
+        if config.loss_normalization == "position":
+            weights = weights.clamp_max(1)
+        if len(image_targets):
+            image = patch_losses(self.image_head, sources(image_targets), codes, weights)
+        elif self.training:  # zeros for both image tables: DDP waits for a gradient of every weight
+            none = text_ids[:0]
+            image = patch_losses(self.image_head, states[:0], none[:, None], none) + self.image_embed(none).sum()
+        texts, images = (text_ids != IGNORE).sum(), weights.sum()
+        if num_items is None:
+            num_items = config.text_loss_weight * texts + config.image_loss_weight * images
         return UnifiedOutput(
-            loss=(text_weight * text.sum() + image_weight * image) / weight,
-            text_loss=text.mean() if text.numel() else None,
-            image_loss=image / count if count else None,
+            loss=(config.text_loss_weight * text + config.image_loss_weight * image) / num_items,
+            text_loss=text / texts if len(text_targets) else None,
+            image_loss=image / images if len(image_targets) else None,
         )
 
 

@@ -11,7 +11,7 @@ from unified.config import UnifiedConfig
 from unified.decoding import Prompt, Sampling, iterate_codes
 from unified.decoding.decoder import Decoder
 from unified.decoding.speculative import MODES, speculate_codes
-from unified.prediction.npp import Grid
+from unified.prediction.merge import Grid
 from unified_tokenizers import ImageTokenizer, TextTokenizer
 
 

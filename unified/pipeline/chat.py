@@ -11,7 +11,7 @@ from unified.decoding import Prompt, Sampling
 from unified.decoding.continuous_batching import Batcher, Request
 from unified.decoding.decoder import Decoder
 from unified.pipeline.arguments import check_whole
-from unified.prediction.npp import Grid
+from unified.prediction.merge import Grid
 from unified.sequence import ImageSegment, Segment, TextSegment, build_sequence
 from unified_tokenizers import ImageTokenizer, TextTokenizer
 from unified_tokenizers.images import to_pil, to_tensor

@@ -2,41 +2,16 @@
 
 A grid of image codes is cut into p x p windows. A window enters the backbone as the mean of its code embeddings, and
 one output distribution is scored against all of its codes. Training goes from large patches to p = 1, which is plain
-next-token prediction; generation is always p = 1.
+next-token prediction; sampling is always p = 1.
 """
 
-import math
-from dataclasses import dataclass
+from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Grid = tuple[int, int]
-
-
-def patch_grid(grid: Grid, patch_size: int) -> Grid:
-    """Grid of patches for a grid of codes.
-
-    Raises:
-        ValueError: if ``patch_size`` does not divide both sides.
-    """
-    height, width = grid
-    if patch_size < 1 or height % patch_size or width % patch_size:
-        raise ValueError(
-            f"patch_size: {patch_size} does not divide the code grid {height}x{width}; use a common divisor of its sides."
-        )
-    return height // patch_size, width // patch_size
-
-
-def _windows(tokens: Tensor, grid: Grid, patch_size: int) -> Tensor:
-    """``(B, h*w, ...)`` in raster order to ``(B, h*w/p^2, p^2, ...)``, windows and their contents in raster order."""
-    rows, columns = patch_grid(grid, patch_size)
-    if tokens.shape[1] != grid[0] * grid[1]:
-        raise ValueError(f"grid: {grid[0]}x{grid[1]} needs {grid[0] * grid[1]} codes, got {tokens.shape[1]}.")
-    rest = tokens.shape[2:]
-    split = tokens.reshape(-1, rows, patch_size, columns, patch_size, *rest)
-    return split.transpose(2, 3).reshape(-1, rows * columns, patch_size * patch_size, *rest)
+from unified.prediction.merge import Grid, windows
+from unified.sequence import IGNORE
 
 
 def group_embeddings(embeds: Tensor, grid: Grid, patch_size: int) -> Tensor:
@@ -45,8 +20,8 @@ def group_embeddings(embeds: Tensor, grid: Grid, patch_size: int) -> Tensor:
     Raises:
         ValueError: if ``patch_size`` does not divide the grid, or the grid does not match the number of codes.
     """
-    windows = _windows(embeds, grid, patch_size)
-    return windows.squeeze(2) if patch_size == 1 else windows.mean(dim=2)
+    grouped = windows(embeds, grid, patch_size)
+    return grouped.squeeze(2) if patch_size == 1 else grouped.mean(dim=2)
 
 
 def group_targets(codes: Tensor, grid: Grid, patch_size: int) -> Tensor:
@@ -55,7 +30,15 @@ def group_targets(codes: Tensor, grid: Grid, patch_size: int) -> Tensor:
     Raises:
         ValueError: if ``patch_size`` does not divide the grid, or the grid does not match the number of codes.
     """
-    return _windows(codes, grid, patch_size)
+    return windows(codes, grid, patch_size)
+
+
+def mean_embedding(embed: Callable[[Tensor], Tensor], codes: Tensor) -> Tensor:
+    """Mean embedding of the codes of each window: ``(N, P)`` to ``(N, D)``; negative codes are unused columns."""
+    if codes.shape[1] == 1:
+        return embed(codes[:, 0])
+    used = (codes >= 0)[..., None]
+    return (embed(codes.clamp_min(0)) * used).sum(dim=1) / used.sum(dim=1)
 
 
 def patch_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -63,130 +46,16 @@ def patch_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
     Args:
         logits: ``(..., K)``, one distribution per patch.
-        targets: ``(..., P)`` codes of the patch.
+        targets: ``(..., P)`` codes of the patch; -100 in unused columns.
 
     Returns:
         ``(...)`` loss per patch in nats: ``logsumexp(z) - mean_k z[t_k]``, which equals the mean of P cross-entropies
-        without a P-fold copy of the logits. At P = 1 it is ``F.cross_entropy``.
+        without a P-fold copy of the logits. At P = 1 it is ``F.cross_entropy``. 0 for a patch without codes.
     """
     if targets.shape[-1] == 1:
         flat = F.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), targets.reshape(-1), reduction="none")
         return flat.reshape(targets.shape[:-1])
-    logits = logits.float()
-    return logits.logsumexp(dim=-1) - logits.gather(-1, targets).mean(dim=-1)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Steps ``[start, end)`` trained with one patch size."""
-
-    patch_size: int
-    start: int
-    end: int
-
-
-@dataclass(frozen=True)
-class PatchSchedule:
-    """Patch sizes from coarse to fine and the share of the training steps that each one gets.
-
-    Args:
-        patch_sizes: strictly decreasing, ending at 1.
-        shares: one positive share per patch size; they sum to 1.
-        restart: restart the learning rate in every stage (as in the paper), or run one schedule over all of them.
-        warmup: share of a schedule spent on linear warm-up from ``1 / warmup_steps``.
-        decay: share of a schedule spent on linear decay.
-        final: multiplier reached at the end of the decay.
-        mixed: share of every stage's steps that go back to the coarser sizes in turn, so that they stay trained to the
-            end; 0 as in the paper.
-    """
-
-    patch_sizes: tuple[int, ...] = (2, 1)
-    shares: tuple[float, ...] = (0.5, 0.5)
-    restart: bool = True
-    warmup: float = 0.05
-    decay: float = 0.2
-    final: float = 0.1
-    mixed: float = 0.0
-
-    def __post_init__(self) -> None:
-        sizes = list(self.patch_sizes)
-        if not sizes or sizes[-1] != 1 or sizes != sorted(set(sizes), reverse=True):
-            raise ValueError(f"patch_sizes: {self.patch_sizes} must be strictly decreasing and end at 1.")
-        if (
-            len(self.shares) != len(sizes)
-            or min(self.shares) <= 0
-            or not math.isclose(sum(self.shares), 1.0, abs_tol=1e-6)
-        ):
-            raise ValueError(f"shares: {self.shares} must be {len(sizes)} positive numbers that sum to 1.")
-        if not (self.warmup >= 0 and self.decay >= 0 and self.warmup + self.decay <= 1):
-            raise ValueError(f"warmup, decay: {self.warmup} and {self.decay} must be shares that sum to at most 1.")
-        if not 0 <= self.mixed < 1:
-            raise ValueError(f"mixed: {self.mixed} must lie in [0, 1).")
-
-    @classmethod
-    def from_levels(cls, levels: int, ratio: float = 0.5, **options: float | bool) -> "PatchSchedule":
-        """The paper's schedule: ``levels`` patch sizes ending at 1, stage boundaries at ``ratio ** i`` of the training."""
-        if not 1 <= levels <= 4 or not 0 < ratio < 1:
-            raise ValueError(f"levels, ratio: {levels} and {ratio} must lie in 1..4 and (0, 1).")
-        ends = [ratio**i for i in reversed(range(levels))]
-        shares = tuple(end - start for start, end in zip([0.0, *ends], ends, strict=False))
-        return cls(patch_sizes=tuple(2**i for i in reversed(range(levels))), shares=shares, **options)  # type: ignore[arg-type]
-
-    def stages(self, total_steps: int) -> list[Stage]:
-        """Cut ``total_steps`` into stages; every stage gets at least one step."""
-        if total_steps < len(self.patch_sizes):
-            raise ValueError(f"total_steps: {total_steps} is too few for {len(self.patch_sizes)} stages.")
-        stages, start, passed = [], 0, 0.0
-        for i, (size, share) in enumerate(zip(self.patch_sizes, self.shares, strict=True)):
-            passed += share
-            later = len(self.patch_sizes) - 1 - i
-            end = min(max(round(passed * total_steps), start + 1), total_steps - later) if later else total_steps
-            stages.append(Stage(size, start, end))
-            start = end
-        return stages
-
-    def stage(self, step: int, total_steps: int) -> Stage:
-        """The stage that ``step`` (counted from 0) belongs to."""
-        if not 0 <= step < total_steps:
-            raise ValueError(f"step: {step} lies outside the {total_steps} steps of the schedule.")
-        return next(stage for stage in self.stages(total_steps) if step < stage.end)
-
-    def patch_size(self, step: int, total_steps: int) -> int:
-        """The patch size of ``step``: its stage's, or a coarser one for the share ``mixed`` of the steps, evenly spread."""
-        stage = self.stage(step, total_steps)
-        coarser = [size for size in self.patch_sizes if size > stage.patch_size]
-        done = step - stage.start
-        before, after = math.floor(done * self.mixed), math.floor((done + 1) * self.mixed)
-        return coarser[before % len(coarser)] if coarser and after > before else stage.patch_size
-
-    def lr_multiplier(self, step: int, total_steps: int) -> float:
-        """Factor on the peak learning rate at ``step``: linear warm-up, constant, linear decay. Never 0, never past the end."""
-        stage = self.stage(step, total_steps) if self.restart else Stage(1, 0, total_steps)
-        length, done = stage.end - stage.start, step - stage.start
-        warmup_steps, decay_steps = round(self.warmup * length), round(self.decay * length)
-        if done < warmup_steps:
-            return (done + 1) / warmup_steps
-        left = length - done
-        if left < decay_steps:
-            return self.final + (1 - self.final) * left / decay_steps
-        return 1.0
-
-    def size_shares(self) -> dict[int, float]:
-        """Share of all steps that each patch size gets, with mixed steps counted where they are spent."""
-        shares = dict.fromkeys(self.patch_sizes, 0.0)
-        for i, (size, share) in enumerate(zip(self.patch_sizes, self.shares, strict=True)):
-            coarser = self.patch_sizes[:i]
-            mixed = self.mixed if coarser else 0.0
-            shares[size] += share * (1 - mixed)
-            for other in coarser:
-                shares[other] += share * mixed / len(coarser)
-        return shares
-
-    def relative_cost(self) -> float:
-        """Image positions processed, relative to next-token training on the same images."""
-        return sum(share / size**2 for size, share in self.size_shares().items())
-
-
-def slot_counts(image_grids: Tensor, patch_size: int) -> int:
-    """Number of image positions that spans of the given grids ``(N, 2)`` take at ``patch_size``."""
-    return sum(math.prod(patch_grid((int(h), int(w)), patch_size)) for h, w in torch.as_tensor(image_grids).tolist())
+    logits, used = logits.float(), targets != IGNORE
+    count = used.sum(dim=-1)
+    of_targets = (logits.gather(-1, targets.clamp_min(0)) * used).sum(dim=-1) / count.clamp_min(1)
+    return (logits.logsumexp(dim=-1) - of_targets) * (count > 0)

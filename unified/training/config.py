@@ -9,7 +9,7 @@ from omegaconf import MISSING
 
 from unified.lora.adapters import ATTENTION_AND_MLP
 from unified.model.init import EMBED_KINDS, HEAD_KINDS
-from unified.prediction.npp import PatchSchedule
+from unified.prediction.schedule import PatchSchedule
 from unified.settings import load_settings
 
 KINDS = ("image", "text", "interleaved")

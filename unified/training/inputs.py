@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from unified.config import UnifiedConfig
-from unified.prediction.npp import Grid
+from unified.prediction.merge import Grid
 from unified_tokenizers import TextTokenizer
 
 
@@ -50,7 +50,7 @@ def check_lengths(rows: datasets.Dataset, tokenizer: TextTokenizer, config: Unif
         )
 
 
-def learn_grids(config: UnifiedConfig, grids: Iterable[Grid], fixed: bool) -> None:
+def add_grids(config: UnifiedConfig, grids: Iterable[Grid], fixed: bool) -> None:
     """Add the data's grids to those that the model knows.
 
     Raises:

@@ -1,30 +1,181 @@
-"""From a configuration to the parts of a run: tokenizers, model, data."""
+"""Setting a run up: model, tokenizers, data, optimizers, checkpoint, logs."""
 
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import datasets
 from accelerate import Accelerator, PartialState
+from accelerate.utils import GradientAccumulationPlugin, set_seed
 from peft import PeftModel
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from unified.config import UnifiedConfig
-from unified.data.code_cache import CACHE_FILE, encode_source, is_codes_cache, load_codes
-from unified.data.crops import Views
-from unified.data.sources import SkipReport
-from unified.lora.adapters import attach_lora
+from unified.decoding import Sampling
+from unified.lora.adapters import attach_lora, base_of
 from unified.model.modeling import UnifiedForCausalLM
 from unified.model_card import run_card
+from unified.pipeline.arguments import plan_drawing
 from unified.pipeline.pipeline import UnifiedPipeline
-from unified.settings import refuse_other
-from unified.training.config import DataConfig, TrainConfig
+from unified.prediction.schedule import PatchSchedule
+from unified.settings import dump_settings, refuse_other
+from unified.training.checkpoint import (
+    check_inputs,
+    check_settings,
+    leave_out_frozen,
+    load_checkpoint,
+    remove_stale,
+    start_checkpoint,
+)
+from unified.training.config import TrainConfig
+from unified.training.data import Context, TrainingData, open_data
+from unified.training.inputs import add_grids, check_grids, describe_inputs
+from unified.training.optimizer import build_optimizers
+from unified.training.sharding import check_sharding, configure_deepspeed
+from unified.training.tracking import RunLog, check_trackers, start_trackers
 from unified_tokenizers import AutoImageTokenizer, ImageTokenizer, TextTokenizer, load_text_tokenizer
 
 BASE_FILE = "made_from.json"
 Parts = tuple[UnifiedForCausalLM, ImageTokenizer, TextTokenizer]
+
+
+@dataclass
+class Run:
+    """A run that is ready to go on after ``step`` steps; ``positions`` is the cost so far."""
+
+    config: TrainConfig
+    accelerator: Accelerator
+    model: nn.Module
+    optimizers: list[Optimizer]
+    average: AveragedModel | None
+    image_tokenizer: ImageTokenizer
+    text_tokenizer: TextTokenizer
+    data: TrainingData
+    schedule: PatchSchedule
+    inputs: dict[str, Any]
+    log: RunLog
+    step: int
+    positions: int
+
+    @property
+    def output(self) -> Path:
+        """Folder of the run."""
+        return Path(self.config.output_dir)
+
+    def current(self) -> UnifiedForCausalLM | PeftModel:
+        """The weights that are measured and saved: the average if there is one."""
+        if self.average is not None:
+            return cast(UnifiedForCausalLM, self.average.module)
+        return self.accelerator.unwrap_model(self.model)
+
+    def pipeline(self) -> UnifiedPipeline:
+        """The current model as a pipeline, in evaluation mode."""
+        pipeline = UnifiedPipeline(base_of(self.current()), self.image_tokenizer, self.text_tokenizer)
+        pipeline.model.eval()
+        return pipeline
+
+    def update_average(self, step: int) -> None:
+        """Take the weights after ``step`` into the average, which starts again with every stage: it would keep those of
+        the coarse stage before.
+        """
+        if self.average is not None:
+            if step == self.schedule.stage(step, self.config.steps).start:
+                self.average.n_averaged.zero_()
+            self.average.update_parameters(self.accelerator.unwrap_model(self.model))
+
+
+def set_up(config: TrainConfig) -> Run:
+    """Build everything that a run needs; whatever is wrong shows here, before the first step.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    # 1. Processes, and the checkpoint to resume
+    check_trackers(config.track_with)
+    output = Path(config.output_dir)
+    accelerator = make_accelerator(config)
+    check_sharding(accelerator, config)
+    checkpoint = start_checkpoint(config.resume, output / "checkpoints")
+    if checkpoint:
+        check_settings(checkpoint, config, config.allow_changes)
+    set_seed(config.seed)
+    output.mkdir(parents=True, exist_ok=True)
+
+    # 2. Model, tokenizers and data
+    base, image_tokenizer, text_tokenizer = build_parts(config)
+    if isinstance(image_tokenizer, nn.Module):
+        image_tokenizer.to(accelerator.device)
+    data = open_data(Context(accelerator, config, image_tokenizer, text_tokenizer, base.config))
+    run_card(config, "pipeline", image_tokenizer.fingerprint)  # fails here rather than after the training
+    schedule = config.patch_schedule()
+    check_grids(data.grids, schedule.patch_sizes)
+    add_grids(base.config, data.grids, fixed=config.lora is not None and config.model.pipeline is not None)
+    check_samples(config, base.config, text_tokenizer)
+    model: nn.Module = adapt(config, base, image_tokenizer, text_tokenizer)
+    inputs = describe_inputs(data.rows, model, accelerator, text_tokenizer)
+    if checkpoint:
+        check_inputs(checkpoint, inputs, config.allow_changes)
+
+    # 3. Optimizers, average, and what the checkpoint holds of them
+    if config.lora is not None:
+        leave_out_frozen(accelerator)
+    configure_deepspeed(accelerator, config)
+    model, *optimizers = accelerator.prepare(model, *build_optimizers(model, config.optimizer))
+    average = average_of(accelerator.unwrap_model(model), config.optimizer.ema_decay)
+    if average is not None:
+        accelerator.register_for_checkpointing(average)
+    step, positions = load_checkpoint(accelerator, checkpoint) if checkpoint else (0, 0)
+    remove_stale(accelerator, output / "checkpoints", step)
+
+    # 4. Logs
+    if accelerator.is_main_process:
+        (output / "config.yaml").write_text(dump_settings(config))
+    start_trackers(accelerator, config, step)
+    log = RunLog(accelerator, output, resumed_at=step)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    accelerator.print(f"{trainable / 1e6:.2f} M trainable parameters, {accelerator.num_processes} process(es)")
+    accelerator.print(data.summary)
+    for stage in schedule.stages(config.steps):
+        accelerator.print(f"  p = {stage.patch_size}: steps {stage.start} to {stage.end}")
+    return Run(config, accelerator, model, optimizers, average, image_tokenizer, text_tokenizer, data, schedule, inputs,
+               log, step, positions)  # fmt: skip
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """Accelerate's view of the processes. Raises ValueError if there are more or fewer than ``processes``."""
+    accelerator = Accelerator(
+        # As a plugin, because `accelerate launch` sets the number for DeepSpeed (to "auto"), and its environment would win.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.gradient_accumulation_steps),
+        mixed_precision=config.mixed_precision,
+        log_with=config.track_with or None,
+        project_dir=Path(config.output_dir),
+    )
+    if config.processes not in (None, accelerator.num_processes):
+        raise ValueError(
+            f"processes: {config.processes} wanted, {accelerator.num_processes} started. `accelerate launch --cpu` starts "
+            "one whatever its options say; on CPUs use `torchrun --nproc_per_node N`, with ACCELERATE_USE_CPU=true set."
+        )
+    return accelerator
+
+
+def check_samples(config: TrainConfig, model_config: UnifiedConfig, text_tokenizer: TextTokenizer) -> None:
+    """Raises ValueError if the prompts of ``sample`` cannot be sampled, which would show after the coarse stages only."""
+    if config.sample.every and model_config.image_grids:
+        (height, width), sampling = model_config.image_grids[0], Sampling(config.sample.guidance_scale)
+        prompts = config.sample.prompts
+        plan_drawing(model_config, text_tokenizer, (height, width), prompts, None, 1, sampling, None, None, "plain")
+
+
+def average_of(model: nn.Module, decay: float | None) -> AveragedModel | None:
+    """An exponential moving average of the weights. Raises ValueError for an adapter."""
+    if decay is None:
+        return None
+    if isinstance(model, PeftModel):
+        raise ValueError("optimizer.ema_decay: not available with lora; leave it out.")
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
 
 def build_parts(config: TrainConfig) -> Parts:
@@ -120,75 +271,3 @@ def _new_model(
         "pad_token_id": text_tokenizer.pad_token_id,
     }
     return UnifiedForCausalLM(UnifiedConfig(text_config=architecture, **shared))
-
-
-def open_codes(
-    accelerator: Accelerator, config: TrainConfig, tokenizer: ImageTokenizer
-) -> tuple[datasets.Dataset, datasets.Dataset | None]:
-    """Training and validation rows as codes; a source of images is encoded once into ``<output_dir>/codes``."""
-    data = config.data
-    if data.train is None:
-        raise ValueError("data.train: missing; name the images or their codes.")
-    output = Path(config.output_dir)
-    train_path = as_cache(accelerator, data, data.train, data.train_split, tokenizer, output / "codes")
-    train = load_codes(train_path, data.train_split, tokenizer.fingerprint)
-    if data.max_samples is not None:
-        train = train.select(range(min(data.max_samples, len(train))))
-    if config.validate_every is None:
-        return train, None
-    if data.validation is None and is_codes_cache(data.train):
-        validation_path: str | Path = data.train
-    else:
-        source = data.validation or data.train
-        validation_path = as_cache(
-            accelerator, data, source, data.validation_split, tokenizer, output / "codes-validation", learned=False
-        )
-    return train, load_codes(validation_path, data.validation_split, tokenizer.fingerprint)
-
-
-def as_cache(
-    accelerator: Accelerator,
-    data: DataConfig,
-    source: str,
-    split: str,
-    tokenizer: ImageTokenizer,
-    out: Path,
-    learned: bool = True,
-) -> str | Path:
-    """``source`` if it is a codes cache, else ``out`` with its captioned images, encoded once by all processes.
-
-    Random crops and mirrored images are for rows that are ``learned``.
-    """
-    if is_codes_cache(source):
-        if learned and (data.crops is not None or data.flips or data.caption is not None):
-            raise ValueError(f"data: {source!r} holds codes already; crops, flips and caption are for images.")
-        return source
-    size = ((data.image_size, data.image_size),)
-    views = Views(size)
-    if learned:
-        views = Views(size, "center" if data.crops is None else "random", data.crops or 1, flips=data.flips)
-
-    def encode() -> dict[str, SkipReport]:
-        return encode_source(
-            tokenizer, source, out, (split,), data.image_size, data.image_column, data.caption_column,
-            streaming=data.streaming, views=views, process=PartialState(), caption=data.caption,
-            storage_options=data.storage_options or None,
-        )  # fmt: skip
-
-    wanted = {
-        "source": source, "image_size": data.image_size, "columns": [data.image_column, data.caption_column],
-        "views": {**asdict(views), "sizes": [list(s) for s in size]}, "caption": data.caption,
-    }  # fmt: skip
-    return encode_once(accelerator, out, wanted, encode)
-
-
-def encode_once(
-    accelerator: Accelerator, out: Path, wanted: dict[str, Any], encode: Callable[[], dict[str, SkipReport]]
-) -> Path:
-    """Encode into ``out`` unless an earlier run did. Raises ValueError if that one's codes are not what is ``wanted``."""
-    if is_codes_cache(out):
-        refuse_other("data", out, json.loads((out / CACHE_FILE).read_text()), wanted)
-        return out
-    for split, report in encode().items():
-        accelerator.print(f"{wanted['source']} ({split}): {report.summary()}")
-    return out

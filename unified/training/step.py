@@ -11,53 +11,23 @@ from accelerate.utils import DistributedType, send_to_device
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from unified.config import UnifiedConfig, Vocabulary
-from unified.prediction.npp import slot_counts
-from unified.sequence import IGNORE
+from unified.data.batches import Batch
 from unified.training.config import TrainConfig
 from unified.training.tracking import LossMeter, sum_over_processes
 
 MAX_SKIPPED = 20
 
 
-def learned_slots(batch: dict[str, Tensor], patch_size: int, vocabulary: Vocabulary) -> tuple[int, float]:
-    """Positions of a batch that are learned: those whose target is text, and those whose target is a patch."""
-    labels = batch["labels"][:, 1:]  # nothing predicts the first token, nor a document's first one
-    if "document_ids" in batch:
-        documents = batch["document_ids"]
-        labels = labels.masked_fill(documents[:, 1:] != documents[:, :-1], IGNORE)
-    images = int((labels >= vocabulary.text_vocab_size).sum())
-    return int((labels != IGNORE).sum()) - images, images / patch_size**2
-
-
-def learned_weight(batch: dict[str, Tensor], patch_size: int, config: UnifiedConfig) -> float:
-    """What a batch weighs in the mean loss: its learned positions, each with the weight of its kind.
-
-    ``loss * learned_weight`` is a plain sum over positions, so means of parts can be put together exactly.
-    """
-    texts, images = learned_slots(batch, patch_size, config.vocabulary)
-    per_patch = patch_size**2 if config.loss_normalization == "token" else 1
-    return config.text_loss_weight * texts + config.image_loss_weight * images * per_patch
-
-
-def count_slots(batch: dict[str, Tensor], patch_size: int) -> int:
-    """Positions that a batch takes in the backbone, without padding."""
-    text = int(batch["attention_mask"].sum()) - int(batch["image_grids"].prod(dim=1).sum())
-    return text + slot_counts(batch["image_grids"], patch_size)
-
-
 def train_step(
     accelerator: Accelerator,
     model: nn.Module,
-    vocabulary: UnifiedConfig,
     optimizers: Sequence[torch.optim.Optimizer],
-    batches: Sequence[dict[str, Tensor]],
-    patch_size: int,
+    batches: Sequence[Batch],
     learning_rate: float,
     config: TrainConfig,
     meter: LossMeter,
 ) -> int:
-    """Learn from ``batches`` of all processes as if they were one batch; the gradient is that of its mean loss.
+    """One optimizer step on ``batches`` of all processes as if they were one batch, whose mean loss it follows.
 
     Returns:
         Backbone positions that all processes went through, padding not counted.
@@ -69,37 +39,40 @@ def train_step(
     for optimizer in optimizers:  # first of all, because DeepSpeed steps inside of backward
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
-    weights = [learned_weight(batch, patch_size, vocabulary) for batch in batches]
-    positions = sum(count_slots(batch, patch_size) for batch in batches)
-    total, all_slots = sum_over_processes(accelerator, [sum(weights), positions])
-    parts = len(batches) * accelerator.num_processes  # Accelerate and DDP divide by this
-    for batch, weight in zip(batches, weights, strict=True):
+    weight, positions = (sum(getattr(batch.counts, name) for batch in batches) for name in ("weight", "positions"))
+    weight, positions = sum_over_processes(accelerator, [weight, positions])
+    if not weight:
+        raise ValueError("data: nothing is supervised in a whole step; label at least one token (-100 means not).")
+    items = weight / (len(batches) * accelerator.num_processes)  # Accelerate and DDP divide by these
+    for batch in batches:
         with accelerator.accumulate(model):
-            output = model(**send_to_device(batch, accelerator.device), patch_size=patch_size)
+            output = model(**send_to_device(batch.inputs, accelerator.device), num_items_in_batch=items)
             if accelerator.distributed_type == DistributedType.DEEPSPEED:
                 check_loss(accelerator, output.loss)
-            accelerator.backward(output.loss * (weight / total * parts))
+            accelerator.backward(output.loss)
             if accelerator.sync_gradients:
                 norm = accelerator.clip_grad_norm_(model.parameters(), config.optimizer.gradient_clip)
                 check_gradients(accelerator, norm, config.optimizer.gradient_limit)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-        texts, images = learned_slots(batch, patch_size, vocabulary.vocabulary)
-        meter.add(image_loss=(output.image_loss, images), text_loss=(output.text_loss, texts))
-    return int(all_slots)
+        counts = batch.counts
+        meter.add(
+            image_loss=(output.image_loss, counts.image_targets), text_loss=(output.text_loss, counts.text_targets)
+        )
+    return int(positions)
 
 
 @contextmanager
 def kept_on_failure(
-    accelerator: Accelerator, batches: Sequence[dict[str, Tensor]], folder: Path, step: int, **numbers: float
+    accelerator: Accelerator, batches: Sequence[Batch], folder: Path, step: int, **numbers: float
 ) -> Iterator[None]:
     """Keep what failed: all micro-batches, tensors of the i-th as ``i.name``, with the numbers in the metadata."""
     try:
         yield
     except FloatingPointError as error:
         path = folder / f"failed-step-{step:08d}-process-{accelerator.process_index}.safetensors"
-        tensors = {f"{i}.{name}": t.contiguous() for i, batch in enumerate(batches) for name, t in batch.items()}
+        tensors = {f"{i}.{name}": t.contiguous() for i, batch in enumerate(batches) for name, t in batch.inputs.items()}
         save_file(tensors, path, {name: str(number) for name, number in {"step": step, **numbers}.items()})
         raise FloatingPointError(
             f"{error} at step {step}; the batches are kept in {str(path)!r}. Lower optimizer.learning_rate, or "

@@ -66,7 +66,7 @@ class RunLog:
                 file.write(json.dumps({"step": step, **figures}) + "\n")
         self.accelerator.log({name: value for name, value in figures.items() if value is not None}, step=step)
 
-    def pictures(self, step: int, pipeline: UnifiedPipeline, config: SampleConfig) -> None:
+    def images(self, step: int, pipeline: UnifiedPipeline, config: SampleConfig) -> None:
         """Draw the sample prompts with fixed seeds into ``samples/step-N.png``."""
         if not self.accelerator.is_main_process:
             return

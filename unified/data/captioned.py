@@ -1,0 +1,77 @@
+"""Rows of a codes cache as sequences: caption and image, or image and caption."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from unified.config import Vocabulary
+from unified.sequence import ImageSegment, Segment, TextSegment, TokenSequence, build_sequence
+from unified_tokenizers import TextTokenizer
+
+
+def captioned_sequence(
+    row: dict[str, Any],
+    rng: np.random.Generator,
+    text_tokenizer: TextTokenizer,
+    vocabulary: Vocabulary,
+    caption_dropout: float = 0.0,
+    code_noise: float = 0.0,
+    train_on_captions: bool = False,
+    captioning: float = 0.0,
+) -> TokenSequence:
+    """``<bos> caption <boi> codes <eoi>``, or ``<bos> <boi> codes <eoi> caption <eos>`` with the caption in the loss.
+
+    Args:
+        row: ``caption``, flat ``codes``, ``height`` and ``width`` of the grid.
+        rng: source of the row's random choices.
+        text_tokenizer, vocabulary: of the model.
+        caption_dropout: share of rows with an empty caption, for classifier-free guidance.
+        code_noise: see :func:`add_code_noise`.
+        train_on_captions: whether captions before an image are in the loss.
+        captioning: share of rows with the image first.
+    """
+    dropped, captioned = (bool(rng.random() < share) for share in (caption_dropout, captioning))
+    caption = text_tokenizer.encode(str(row["caption"]))
+    image = to_grid(row["codes"], row["height"], row["width"])
+    segments: list[Segment]
+    if captioned:
+        segments = [ImageSegment(image, loss=False), TextSegment(caption)]
+    else:
+        segments = [TextSegment([] if dropped else caption, loss=train_on_captions), ImageSegment(image)]
+    sequence = build_sequence(segments, vocabulary, end=captioned)
+    if code_noise:
+        add_code_noise(sequence, vocabulary, code_noise, rng)
+    return sequence
+
+
+def to_grid(codes: Sequence[int] | np.ndarray, height: int, width: int) -> torch.Tensor:
+    """Flat codes as ``(height, width)``."""
+    return torch.tensor(np.asarray(codes), dtype=torch.int64).reshape(int(height), int(width))
+
+
+def add_code_noise(sequence: TokenSequence, vocabulary: Vocabulary, limit: float, rng: np.random.Generator) -> None:
+    """Replace input codes at random, at a rate sampled from [0, ``limit``]; the labels stay.
+
+    A small set of images can be told apart by their first codes alone: noise makes the model look at the caption, and
+    forgives its own slips when it samples.
+    """
+    is_code = (sequence.input_ids >= vocabulary.text_vocab_size).numpy()
+    replaced = is_code & (rng.random(len(is_code)) < rng.uniform(0, limit))
+    codes = rng.integers(vocabulary.codebook_size, size=int(replaced.sum())) + vocabulary.text_vocab_size
+    sequence.input_ids[torch.from_numpy(replaced)] = torch.from_numpy(codes)
+
+
+def text_sequence(
+    row: dict[str, Any],
+    rng: np.random.Generator,
+    text_tokenizer: TextTokenizer,
+    vocabulary: Vocabulary,
+    text_column: str = "text",
+    max_length: int = 512,
+) -> TokenSequence:
+    """``<bos> text <eos>``, all in the loss; a longer text is cut to ``max_length`` tokens, without ``<eos>``."""
+    ids = text_tokenizer.encode(str(row[text_column]))
+    room = max_length - (vocabulary.bos_token_id is not None)
+    return build_sequence([TextSegment(ids[:room])], vocabulary, end=len(ids) < room)

@@ -1,0 +1,69 @@
+"""How finished image codes enter the backbone: one position each, or a window of s x s codes a position.
+
+``one``
+    A position for every code: next-token prediction, and every way of sampling.
+``mean``
+    The mean of the embeddings of a window (next-patch prediction, arXiv 2412.15321): training only, because the codes of
+    a window are predicted by one distribution.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+Grid = tuple[int, int]
+MERGES = ("one", "mean")
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A way to merge, and the side s of its windows.
+
+    Raises:
+        ValueError: for an unknown way, or a side that it cannot have.
+    """
+
+    kind: str = "one"
+    side: int = 1
+
+    def __post_init__(self) -> None:
+        if self.kind not in MERGES:
+            raise ValueError(f"merge: {self.kind!r} is unknown; use one of {MERGES}.")
+        if self.side < 1 or (self.kind == "one" and self.side != 1):
+            raise ValueError(f"merge: {self.kind!r} cannot have windows of side {self.side}.")
+
+
+ONE = Merge()
+
+
+def patches(patch_size: int) -> Merge:
+    """The merge of next-patch prediction at patch side p; p = 1 is next-token prediction."""
+    return ONE if patch_size == 1 else Merge("mean", patch_size)
+
+
+def merged_grid(grid: Grid, side: int) -> Grid:
+    """Grid of windows for a grid of codes.
+
+    Raises:
+        ValueError: if ``side`` does not divide both sides of the grid.
+    """
+    height, width = grid
+    if side < 1 or height % side or width % side:
+        raise ValueError(
+            f"patch_size: {side} does not divide the code grid {height}x{width}; use a common divisor of its sides."
+        )
+    return height // side, width // side
+
+
+def windows(values: Tensor, grid: Grid, side: int) -> Tensor:
+    """``(B, h*w, ...)`` in raster order to ``(B, h*w/s^2, s^2, ...)``, windows and their contents in raster order.
+
+    Raises:
+        ValueError: if ``side`` does not divide the grid, or the grid does not match the number of codes.
+    """
+    rows, columns = merged_grid(grid, side)
+    if values.shape[1] != grid[0] * grid[1]:
+        raise ValueError(f"grid: {grid[0]}x{grid[1]} needs {grid[0] * grid[1]} codes, got {values.shape[1]}.")
+    rest = values.shape[2:]
+    split = values.reshape(-1, rows, side, columns, side, *rest)
+    return split.transpose(2, 3).reshape(-1, rows * columns, side * side, *rest)

@@ -1,0 +1,152 @@
+"""Stages over a training, from coarse patches to single codes, and their cost by formula."""
+
+import math
+from dataclasses import dataclass
+
+from unified.config import UnifiedConfig
+from unified.prediction.merge import Grid, merged_grid
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Steps ``[start, end)`` trained with one patch size."""
+
+    patch_size: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class PatchSchedule:
+    """Patch sizes from coarse to fine and the share of the training steps that each one gets.
+
+    Args:
+        patch_sizes: strictly decreasing, ending at 1.
+        shares: one positive share per patch size; they sum to 1.
+        restart: restart the learning rate in every stage (as in the paper), or run one schedule over all of them.
+        warmup: share of a schedule spent on linear warm-up from ``1 / warmup_steps``.
+        decay: share of a schedule spent on linear decay.
+        final: multiplier reached at the end of the decay.
+        mixed: share of every stage's steps that go back to the coarser sizes in turn, so that they stay trained to the
+            end; 0 as in the paper.
+    """
+
+    patch_sizes: tuple[int, ...] = (2, 1)
+    shares: tuple[float, ...] = (0.5, 0.5)
+    restart: bool = True
+    warmup: float = 0.05
+    decay: float = 0.2
+    final: float = 0.1
+    mixed: float = 0.0
+
+    def __post_init__(self) -> None:
+        sizes = list(self.patch_sizes)
+        if not sizes or sizes[-1] != 1 or sizes != sorted(set(sizes), reverse=True):
+            raise ValueError(f"patch_sizes: {self.patch_sizes} must be strictly decreasing and end at 1.")
+        if (
+            len(self.shares) != len(sizes)
+            or min(self.shares) <= 0
+            or not math.isclose(sum(self.shares), 1.0, abs_tol=1e-6)
+        ):
+            raise ValueError(f"shares: {self.shares} must be {len(sizes)} positive numbers that sum to 1.")
+        if not (self.warmup >= 0 and self.decay >= 0 and self.warmup + self.decay <= 1):
+            raise ValueError(f"warmup, decay: {self.warmup} and {self.decay} must be shares that sum to at most 1.")
+        if not 0 <= self.mixed < 1:
+            raise ValueError(f"mixed: {self.mixed} must lie in [0, 1).")
+
+    @classmethod
+    def from_levels(cls, levels: int, ratio: float = 0.5, **options: float | bool) -> "PatchSchedule":
+        """The paper's schedule: ``levels`` patch sizes ending at 1, stage boundaries at ``ratio ** i`` of the training."""
+        if not 1 <= levels <= 4 or not 0 < ratio < 1:
+            raise ValueError(f"levels, ratio: {levels} and {ratio} must lie in 1..4 and (0, 1).")
+        ends = [ratio**i for i in reversed(range(levels))]
+        shares = tuple(end - start for start, end in zip([0.0, *ends], ends, strict=False))
+        return cls(patch_sizes=tuple(2**i for i in reversed(range(levels))), shares=shares, **options)  # type: ignore[arg-type]
+
+    def stages(self, total_steps: int) -> list[Stage]:
+        """Cut ``total_steps`` into stages; every stage gets at least one step."""
+        if total_steps < len(self.patch_sizes):
+            raise ValueError(f"total_steps: {total_steps} is too few for {len(self.patch_sizes)} stages.")
+        stages, start, passed = [], 0, 0.0
+        for i, (size, share) in enumerate(zip(self.patch_sizes, self.shares, strict=True)):
+            passed += share
+            later = len(self.patch_sizes) - 1 - i
+            end = min(max(round(passed * total_steps), start + 1), total_steps - later) if later else total_steps
+            stages.append(Stage(size, start, end))
+            start = end
+        return stages
+
+    def stage(self, step: int, total_steps: int) -> Stage:
+        """The stage that ``step`` (counted from 0) belongs to."""
+        if not 0 <= step < total_steps:
+            raise ValueError(f"step: {step} lies outside the {total_steps} steps of the schedule.")
+        return next(stage for stage in self.stages(total_steps) if step < stage.end)
+
+    def patch_size(self, step: int, total_steps: int) -> int:
+        """The patch size of ``step``: its stage's, or a coarser one for the share ``mixed`` of the steps, evenly spread."""
+        stage = self.stage(step, total_steps)
+        coarser = [size for size in self.patch_sizes if size > stage.patch_size]
+        done = step - stage.start
+        before, after = math.floor(done * self.mixed), math.floor((done + 1) * self.mixed)
+        return coarser[before % len(coarser)] if coarser and after > before else stage.patch_size
+
+    def lr_multiplier(self, step: int, total_steps: int) -> float:
+        """Factor on the peak learning rate at ``step``: linear warm-up, constant, linear decay. Never 0, never past the end."""
+        stage = self.stage(step, total_steps) if self.restart else Stage(1, 0, total_steps)
+        length, done = stage.end - stage.start, step - stage.start
+        warmup_steps, decay_steps = round(self.warmup * length), round(self.decay * length)
+        if done < warmup_steps:
+            return (done + 1) / warmup_steps
+        left = length - done
+        if left < decay_steps:
+            return self.final + (1 - self.final) * left / decay_steps
+        return 1.0
+
+    def size_shares(self) -> dict[int, float]:
+        """Share of all steps that each patch size gets, with mixed steps counted where they are spent."""
+        shares = dict.fromkeys(self.patch_sizes, 0.0)
+        for i, (size, share) in enumerate(zip(self.patch_sizes, self.shares, strict=True)):
+            coarser = self.patch_sizes[:i]
+            mixed = self.mixed if coarser else 0.0
+            shares[size] += share * (1 - mixed)
+            for other in coarser:
+                shares[other] += share * mixed / len(coarser)
+        return shares
+
+    def relative_cost(self) -> float:
+        """Image positions processed, relative to next-token training on the same images."""
+        return sum(share / size**2 for size, share in self.size_shares().items())
+
+
+def training_flops(config: UnifiedConfig, text_positions: float, image_positions: float) -> float:
+    """FLOPs of one training step on one sequence: forward and backward, two per multiply-add (arXiv 2001.08361).
+
+    Counts the decoder's matrices, causal attention and the image head; a gated MLP is assumed. Embeddings, norms and the
+    text head (one or two positions of an image's sequence are scored over text) are left out.
+
+    Args:
+        config: the model's configuration.
+        text_positions: text tokens of the sequence, frame tokens included.
+        image_positions: image positions, ``h*w/p^2`` for every span.
+    """
+    c = config.text_config
+    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    queries = c.num_attention_heads * head_dim
+    keys = (getattr(c, "num_key_value_heads", None) or c.num_attention_heads) * head_dim
+    matrices = c.hidden_size * (2 * queries + 2 * keys + 3 * c.intermediate_size)
+    positions = text_positions + image_positions
+    attention = queries * positions  # scores and values, each over half of the positions on average
+    forward = (
+        c.num_hidden_layers * positions * (matrices + attention)
+        + image_positions * c.hidden_size * config.codebook_size
+    )
+    return 6.0 * forward
+
+
+def schedule_flops(schedule: PatchSchedule, config: UnifiedConfig, grid: Grid, text_positions: float) -> float:
+    """Mean FLOPs per image of ``grid`` codes over a whole patch schedule."""
+    total = 0.0
+    for size, share in schedule.size_shares().items():
+        rows, columns = merged_grid(grid, size)
+        total += share * training_flops(config, text_positions, rows * columns)
+    return total

@@ -1,0 +1,247 @@
+"""From a run's data settings to its batches, and to the losses that are measured on held-out rows."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import torch
+from accelerate import Accelerator, PartialState
+from torch import nn
+
+from unified.config import UnifiedConfig
+from unified.data.batches import Batches, Source, in_order
+from unified.data.captioned import captioned_sequence, text_sequence
+from unified.data.code_cache import CACHE_FILE, encode_source, is_codes_cache, load_codes
+from unified.data.crops import Views
+from unified.data.interleaved import encode_interleaved, interleaved_sequence
+from unified.data.sources import SkipReport, load_source
+from unified.prediction.merge import Grid, Merge, patches
+from unified.settings import refuse_other
+from unified.training.config import SourceConfig, TrainConfig
+from unified.training.inputs import check_lengths, code_grids
+from unified.training.validation import mean_loss
+from unified_tokenizers import ImageTokenizer, TextTokenizer
+
+Check = Callable[[nn.Module, torch.device], float]
+_LOSSES = {"image": "image_loss", "text": "text_loss", "interleaved": "loss"}
+
+
+@dataclass
+class TrainingData:
+    """The data of a run.
+
+    Attributes:
+        batches: batches of this process.
+        checks: losses to measure while training, by name.
+        rows: all rows that are read, by their use.
+        grids: code grids of the images in the loss, each once.
+        summary: a few words for the log.
+    """
+
+    batches: Batches
+    checks: dict[str, Check]
+    rows: dict[str, datasets.Dataset]
+    grids: list[Grid]
+    summary: str
+
+
+class Context(NamedTuple):
+    """What all sources of a run share."""
+
+    accelerator: Accelerator
+    config: TrainConfig
+    image_tokenizer: ImageTokenizer
+    text_tokenizer: TextTokenizer
+    model_config: UnifiedConfig
+
+
+def open_data(context: Context) -> TrainingData:
+    """Open all sources; images are encoded once, into ``<output_dir>/codes...``.
+
+    Raises:
+        ValueError: if a source, a split or a column is missing, a source is empty, codes are of another tokenizer, or a row
+            is longer than the backbone can read.
+    """
+    config, data, output = context.config, context.config.data, Path(context.config.output_dir)
+    several = bool(data.sources)
+    sources: list[Source] = []
+    checks: dict[str, Check] = {}
+    rows: dict[str, datasets.Dataset] = {}
+    grids: set[Grid] = set()
+    for number, settings in enumerate(data.sources or [train_source(config)]):
+        name, folder = (f"sources.{number}", f"codes-{number}") if several else ("train", "codes")
+        sources.append(open_source(context, settings, settings.split, output / folder))
+        rows[name] = sources[-1].rows
+        grids.update(_grids(sources[-1].rows, settings.kind))
+        if not config.validate_every or not settings.validation_split:
+            continue
+        path = settings.path if several else data.validation or settings.path
+        held_out = open_source(
+            context,
+            replace(settings, path=path),
+            settings.validation_split,
+            output / f"{folder}-validation",
+            clean=True,
+        )
+        rows[f"{name}.validation" if several else "validation"] = held_out.rows
+        loss = f"{settings.kind}_validation_loss" if several else "validation_loss"
+        checks[loss if loss not in checks else f"{loss}_{number}"] = _check(context, held_out, _LOSSES[settings.kind])
+        if not several:
+            checks |= _further_checks(context, sources[0], held_out)
+    batches = Batches(
+        sources, context.model_config, config.batch_size, config.steps * config.gradient_accumulation_steps, config.seed,
+        context.accelerator.process_index, context.accelerator.num_processes, data.pack, data.bucket,
+        partial(merge_of_batch, config),
+    )  # fmt: skip
+    shares = zip(sources, batches.shares, strict=True)
+    summary = ", ".join(f"{share / 10:g} % {source.name} ({len(source.rows)} rows)" for source, share in shares)
+    return TrainingData(batches, checks, rows, sorted(grids), summary)
+
+
+def train_source(config: TrainConfig) -> SourceConfig:
+    """``data.train`` and the keys beside it as the only source."""
+    data = config.data
+    return SourceConfig(
+        path=str(data.train), split=data.train_split, validation_split=data.validation_split,
+        image_column=data.image_column, caption_column=data.caption_column, caption=data.caption,
+    )  # fmt: skip
+
+
+def merge_of_batch(config: TrainConfig, index: int) -> Merge:
+    """How codes are merged in micro-batch ``index``: by the patch size of its step."""
+    return patches(config.patch_schedule().patch_size(index // config.gradient_accumulation_steps, config.steps))
+
+
+def open_source(context: Context, source: SourceConfig, split: str, folder: Path, clean: bool = False) -> Source:
+    """One split of a source; ``clean`` rows have no crops, flips, dropout or noise, and no row is left out."""
+    config, text_tokenizer, vocabulary = context.model_config, context.text_tokenizer, context.model_config.vocabulary
+    name = f"{source.kind} {source.path!r}"
+    shared: dict[str, Any] = {"text_tokenizer": text_tokenizer, "vocabulary": vocabulary}
+    if source.kind != "image":
+        limit = getattr(config.text_config, "max_position_embeddings", None)
+        if limit is not None and source.max_length > limit:
+            raise ValueError(
+                f"data.sources: max_length {source.max_length} of {source.path!r} is beyond the {limit} positions of the "
+                "backbone; lower it, or raise max_position_embeddings."
+            )
+        shared["max_length"] = source.max_length
+    if source.kind == "text":
+        sequence = partial(text_sequence, text_column=source.text_column, **shared)
+        return Source(name, _texts(context, source, split), sequence, source.weight)
+    if source.kind == "interleaved":
+        rows = _interleaved_rows(context, source, split, folder)
+        return Source(name, rows, partial(interleaved_sequence, **shared), source.weight)
+    data = context.config.data
+    rows = _captioned_rows(context, source, split, folder, clean)
+    if not clean:
+        if data.max_samples is not None:
+            rows = rows.select(range(min(data.max_samples, len(rows))))
+        shared |= {
+            "caption_dropout": data.caption_dropout if source.caption_dropout is None else source.caption_dropout,
+            "captioning": data.captioning if source.captioning is None else source.captioning,
+            "code_noise": data.code_noise,
+            "train_on_captions": data.train_on_captions,
+        }
+    check_lengths(rows, text_tokenizer, config)
+    return Source(name, rows, partial(captioned_sequence, **shared), source.weight)
+
+
+def _captioned_rows(context: Context, source: SourceConfig, split: str, folder: Path, clean: bool) -> datasets.Dataset:
+    """A split of captioned images as codes; images are encoded once by all processes."""
+    data, tokenizer, path = context.config.data, context.image_tokenizer, source.path
+    if is_codes_cache(path):
+        alone = not context.config.data.sources
+        if not clean and (source.caption is not None or (alone and (data.crops is not None or data.flips))):
+            raise ValueError(f"data: {path!r} holds codes already; crops, flips and caption are for images.")
+        return load_codes(path, split, tokenizer.fingerprint)
+    size = ((data.image_size, data.image_size),)
+    views = Views(size)
+    if not clean:
+        views = Views(size, "center" if data.crops is None else "random", data.crops or 1, flips=data.flips)
+
+    def encode() -> dict[str, SkipReport]:
+        return encode_source(
+            tokenizer, path, folder, (split,), data.image_size, source.image_column, source.caption_column,
+            streaming=data.streaming, views=views, process=PartialState(), caption=source.caption,
+            storage_options=data.storage_options or None,
+        )  # fmt: skip
+
+    wanted = {
+        "source": path, "image_size": data.image_size, "columns": [source.image_column, source.caption_column],
+        "views": {**asdict(views), "sizes": [list(s) for s in size]}, "caption": source.caption,
+    }  # fmt: skip
+    return load_codes(encode_once(context, folder, wanted, encode), split, tokenizer.fingerprint)
+
+
+def _interleaved_rows(context: Context, source: SourceConfig, split: str, folder: Path) -> datasets.Dataset:
+    data, tokenizer, path = context.config.data, context.image_tokenizer, Path(source.path)
+    if not is_codes_cache(path):
+        size = (data.image_size, data.image_size)
+
+        def encode() -> dict[str, SkipReport]:
+            return encode_interleaved(
+                tokenizer, source.path, folder, (split,), (size,), source.segments_column, streaming=data.streaming,
+                process=PartialState(), storage_options=data.storage_options or None,
+            )  # fmt: skip
+
+        wanted = {"source": source.path, "sizes": [list(size)], "columns": [source.segments_column]}
+        path = encode_once(context, folder, wanted, encode)
+    return load_codes(path, split, tokenizer.fingerprint, "interleaved").with_format(None)
+
+
+def encode_once(
+    context: Context, folder: Path, wanted: dict[str, Any], encode: Callable[[], dict[str, SkipReport]]
+) -> Path:
+    """Encode into ``folder`` unless an earlier run did. Raises ValueError if that one's codes are not ``wanted``."""
+    if is_codes_cache(folder):
+        refuse_other("data", folder, json.loads((folder / CACHE_FILE).read_text()), wanted)
+        return folder
+    for split, report in encode().items():
+        context.accelerator.print(f"{wanted['source']} ({split}): {report.summary()}")
+    return folder
+
+
+def _texts(context: Context, source: SourceConfig, split: str) -> datasets.Dataset:
+    """The rows of a split that have a text."""
+    rows = load_source(source.path, split, storage_options=context.config.data.storage_options or None)
+    assert isinstance(rows, datasets.Dataset)  # not streamed
+    column = source.text_column
+    if column not in rows.column_names:
+        raise ValueError(
+            f"data.sources: text_column {column!r} is not a column of {source.path!r}; it has {sorted(rows.column_names)}."
+        )
+    return rows.select_columns(column).filter(
+        lambda text: isinstance(text, str) and bool(text.strip()), input_columns=column, keep_in_memory=True
+    )
+
+
+def _grids(rows: datasets.Dataset, kind: str) -> list[Grid]:
+    if kind == "image":
+        return code_grids(rows)
+    if kind == "text":
+        return []
+    sizes = rows.select_columns(["heights", "widths"])
+    return [(h, w) for row in sizes for h, w in zip(row["heights"], row["widths"], strict=True)]
+
+
+def _check(context: Context, source: Source, loss: str) -> Check:
+    batch_size, config = context.config.batch_size, context.model_config
+
+    def check(model: nn.Module, device: torch.device) -> float:
+        return mean_loss(model, in_order(source, config, batch_size), device, loss)
+
+    return check
+
+
+def _further_checks(context: Context, train: Source, held_out: Source) -> dict[str, Check]:
+    """For a single source: the loss on as many rows that the model has seen, and that of captions after images."""
+    seen = train.rows.select(range(min(len(train.rows), len(held_out.rows))))
+    checks = {"train_subset_loss": _check(context, replace(held_out, rows=seen), "image_loss")}
+    if context.config.data.captioning:
+        captions = replace(held_out, sequence=partial(held_out.sequence, captioning=1.0))  # type: ignore[call-arg]
+        checks["caption_loss"] = _check(context, captions, "text_loss")
+    return checks
