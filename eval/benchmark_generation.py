@@ -23,6 +23,7 @@ from torch import Tensor
 from benchmark_peers import llamagen_generate, load_llamagen, transformers_generate
 from benchmark_training import SPECIAL, our_model, plain_llama
 from unified import UnifiedPipeline
+from unified.data.batches import make_batch
 from unified.decoding import Prompt, Sampling, generate_codes, generate_conditioned, make_decoder
 from unified.decoding.continuous_batching import Batcher, Request
 from unified.decoding.decode import span_coordinates
@@ -30,7 +31,7 @@ from unified.decoding.prefill import causal_bias, prefill
 from unified.decoding.sampling import PositionNoise, draw, filter_logits, guide
 from unified.decoding.speculative import MODES, speculate_codes
 from unified.lora.adapters import base_of
-from unified.sequence import ImageSegment
+from unified.sequence import ImageSegment, TokenSequence
 from unified_eval.sheets import captioned_grid
 from unified_eval.timing import compared, interleaved
 from unified_tokenizers import VQGAN, VQGANConfig
@@ -75,8 +76,10 @@ def check_against_full_forward(model: Any, codes: Tensor, sampling: Sampling) ->
     sides = []
     with torch.inference_mode():
         for ids in (START, NOTHING):
-            row = torch.tensor([[*ids, *(vocabulary.text_vocab_size + codes).flatten().tolist()]])
-            sides.append(model(row, image_grids=torch.tensor([grid])).image_logits[0, len(ids) - 1 : -1])
+            row = torch.tensor([*ids, *(vocabulary.text_vocab_size + codes).flatten().tolist()])
+            inputs = make_batch([TokenSequence(row, row, [grid])], model.config).inputs
+            del inputs["labels"]
+            sides.append(model(**inputs).image_logits[0, len(ids) - 1 : -1])
     scales = torch.tensor(sampling.scales(codes.numel()))[:, None]
     noise = PositionNoise(seeds(1), vocabulary.codebook_size, codes.device).at(0, codes.numel())[0]
     drawn = draw(filter_logits(guide(sides[0], sides[1], scales), sampling), noise)

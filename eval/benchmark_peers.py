@@ -10,15 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from unified.convert import llamagen_from_weights
+from unified.data.batches import make_batch
 from unified.decoding import Sampling
 from unified.model.prefix import condition_positions
-from unified.sequence import ImageSegment, build_sequence, collate
+from unified.prediction.merge import patches
+from unified.sequence import ImageSegment, TokenSequence, build_sequence
 
 Trainer = Callable[[nn.Module, Callable[[], Tensor]], Callable[[], None]]
 
 
 def load_peer(
-    folder: str, model: Any, batch: dict[str, Tensor], grid: int, p: int, trainer: Trainer
+    folder: str, model: Any, sequences: list[TokenSequence], grid: int, p: int, trainer: Trainer
 ) -> tuple[Callable[[], None], Callable[[], None]]:
     """Training steps of LlamaGen's (or the NPP fork's) class-conditional model, and of ours with the same weights and data.
 
@@ -27,7 +29,7 @@ def load_peer(
     Args:
         folder: checkout with ``autoregressive/models/gpt.py``.
         model: our model, for its sizes.
-        batch: our batch, for its codes.
+        sequences: ours, for their codes.
         grid: side of the code grid.
         p: patch size; above 1 only for the NPP fork.
         trainer: makes a step of a model and its loss.
@@ -58,7 +60,7 @@ def load_peer(
     )  # fmt: skip
     peer = gpt.Transformer(arguments).train()
     torch.nn.init.normal_(peer.output.weight, std=0.02)  # theirs starts at zero, where every loss is ln K
-    ids = batch["input_ids"]
+    ids = torch.stack([sequence.input_ids for sequence in sequences])
     codes = (
         ids[ids >= model.config.vocabulary.text_vocab_size].reshape(len(ids), -1)
         - model.config.vocabulary.text_vocab_size
@@ -77,12 +79,10 @@ def load_peer(
     twin = llamagen_from_weights(state, "random weights", num_attention_heads=text.num_attention_heads).train()
     vocabulary = twin.config.vocabulary
     images = codes.reshape(-1, grid, grid)
-    rows = collate(
-        [build_sequence([condition_positions(1, vocabulary), ImageSegment(c)], vocabulary) for c in images], vocabulary
-    )
+    conditioned = [build_sequence([condition_positions(1, vocabulary), ImageSegment(c)], vocabulary) for c in images]
 
     def our_loss() -> Tensor:
-        return twin(**rows, condition=classes, patch_size=p).loss
+        return twin(**make_batch(conditioned, twin.config, patches(p)).inputs, condition=classes).loss
 
     ours, theirs = float(our_loss().detach()), float(loss().detach())
     if not abs(ours - theirs) < 1e-4:

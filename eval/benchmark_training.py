@@ -21,16 +21,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmark_peers import load_peer
 from unified import UnifiedConfig, UnifiedForCausalLM
+from unified.data.batches import Batch, make_batch
+from unified.prediction.merge import merged_grid, patches
 from unified.prediction.schedule import training_flops
-from unified.prediction.merge import merged_grid
-from unified.sequence import ImageSegment, TextSegment, TokenSequence, build_sequence, collate, pack
+from unified.sequence import ImageSegment, TextSegment, TokenSequence, build_sequence
 from unified_eval.timing import compared, interleaved
 from unified_tokenizers import VQGAN, VQGANConfig
 
 # T1 and T4 are against transformers; T4 at p = 1, T4_p2 at p = 2.
 GOALS = {"T1": 1.1, "T1_llamagen": 1.2, "T2": 1.25, "T3": 3.6, "T4": 1.6, "T4_p2": 3.5, "T5": 1 / 0.64, "T6": 5.0}
 SPECIAL = 4  # pad, bos, boi, eoi
-Batch = dict[str, Tensor]
+Sequences = list[TokenSequence]
 
 
 def our_model(codebook: int, text_vocab: int = SPECIAL, width: int = 384, layers: int = 6, grid: int = 16) -> Any:
@@ -45,7 +46,7 @@ def our_model(codebook: int, text_vocab: int = SPECIAL, width: int = 384, layers
     return UnifiedForCausalLM(config).train()
 
 
-def batch_of(model: Any, rows: int, grid: int, text: int = 0) -> Batch:
+def sequences_of(model: Any, rows: int, grid: int, text: int = 0) -> Sequences:
     """Random images after ``text`` random text tokens (or after ``<bos>`` alone)."""
     generator = torch.Generator().manual_seed(1)
     vocabulary = model.config.vocabulary
@@ -53,11 +54,15 @@ def batch_of(model: Any, rows: int, grid: int, text: int = 0) -> Batch:
         SPECIAL, max(vocabulary.text_vocab_size, SPECIAL + 1), (rows, text), generator=generator
     ).tolist()
     codes = torch.randint(vocabulary.codebook_size, (rows, grid, grid), generator=generator)
-    sequences = [
-        build_sequence([TextSegment(ids, loss=False), ImageSegment(picture)], vocabulary)
-        for ids, picture in zip(words, codes, strict=True)
+    return [
+        build_sequence([TextSegment(ids, loss=False), ImageSegment(image)], vocabulary)
+        for ids, image in zip(words, codes, strict=True)
     ]
-    return collate(sequences, vocabulary)
+
+
+def batch_of(model: Any, sequences: Sequences, p: int = 1, length: int | None = None) -> Batch:
+    """Sequences at patch size p, packed into rows of ``length`` positions if one is given."""
+    return make_batch(sequences, model.config, patches(p), length)
 
 
 def plain_llama(model: Any) -> LlamaForCausalLM:
@@ -74,12 +79,12 @@ def plain_llama(model: Any) -> LlamaForCausalLM:
     return llama
 
 
-def reference_loss(llama: LlamaForCausalLM, model: Any, batch: Batch, grid: int, p: int) -> Tensor:
+def reference_loss(llama: LlamaForCausalLM, model: Any, ids: Tensor, grid: int, p: int) -> Tensor:
     """Loss of one image after ``<bos> <boi>``, written word by word: pooled embeddings, p*p cross-entropies a patch."""
-    start, count = int((batch["input_ids"][0] < SPECIAL).int().argmin()), grid * grid
+    start, count = int((ids[0] < SPECIAL).int().argmin()), grid * grid
     vocab = model.config.vocabulary.text_vocab_size
-    embeds = llama.get_input_embeddings()(batch["input_ids"])
-    codes = batch["input_ids"][:, start : start + count].reshape(-1, grid, grid)
+    embeds = llama.get_input_embeddings()(ids)
+    codes = ids[:, start : start + count].reshape(-1, grid, grid)
     side = grid // p
     windows = [(r * p, c * p) for r in range(side) for c in range(side)]
     image = embeds[:, start : start + count].reshape(-1, grid, grid, embeds.shape[-1])
@@ -93,7 +98,7 @@ def reference_loss(llama: LlamaForCausalLM, model: Any, batch: Batch, grid: int,
     image_losses = torch.stack(
         [F.cross_entropy(scores.flatten(0, 1), patches[..., k].flatten(), reduction="none") for k in range(p * p)]
     ).mean(0)
-    end = F.cross_entropy(logits[:, start - 1 + len(windows), :vocab], batch["input_ids"][:, -1], reduction="none")
+    end = F.cross_entropy(logits[:, start - 1 + len(windows), :vocab], ids[:, -1], reduction="none")
     return (image_losses.sum() + end.sum()) / (image_losses.numel() + end.numel())
 
 
@@ -101,10 +106,12 @@ def check_losses() -> dict[str, float]:
     """Largest difference between our loss and the reference at p = 1, 2, 4; raises RuntimeError above 1e-4."""
     model = our_model(codebook=64, width=64, layers=2, grid=8)
     model.config.positions, model.config.coarse_positions = "1d", "unit"
-    llama, batch = plain_llama(model), batch_of(model, 3, 8)
+    llama, sequences = plain_llama(model), sequences_of(model, 3, 8)
+    ids = torch.stack([sequence.input_ids for sequence in sequences])
     differences = {}
     for p in (1, 2, 4):
-        ours, reference = model(**batch, patch_size=p).loss, reference_loss(llama, model, batch, 8, p)
+        ours = model(**batch_of(model, sequences, p).inputs).loss
+        reference = reference_loss(llama, model, ids, 8, p)
         differences[f"p={p}"] = abs(float(ours.detach()) - float(reference.detach()))
     if max(differences.values()) > 1e-4:
         raise RuntimeError(f"loss differs from the reference: {differences}")
@@ -124,14 +131,14 @@ def trainer(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
     return step
 
 
-def ours(model: Any, batch: Batch, p: int = 1) -> Callable[[], None]:
-    """Our training step at patch size p."""
-    return trainer(model, lambda: model(**batch, patch_size=p).loss)
+def ours(model: Any, sequences: Sequences, p: int = 1, length: int | None = None) -> Callable[[], None]:
+    """Our training step at patch size p; arranging the sequences is part of it."""
+    return trainer(model, lambda: model(**batch_of(model, sequences, p, length).inputs).loss)
 
 
-def theirs(llama: LlamaForCausalLM, batch: Batch) -> Callable[[], None]:
+def theirs(llama: LlamaForCausalLM, sequences: Sequences) -> Callable[[], None]:
     """transformers' training step on the joint vocabulary, with its own loss."""
-    ids, labels = batch["input_ids"], batch["labels"]
+    ids, labels = (torch.stack([getattr(s, name) for s in sequences]) for name in ("input_ids", "labels"))
     return trainer(llama, lambda: llama(input_ids=ids, labels=labels).loss)
 
 
@@ -139,12 +146,12 @@ def measure(rounds: int, llamagen: str | None, npp: str | None) -> dict[str, dic
     """All goals, with ratios above 1 when ours is faster."""
     goals: dict[str, dict[str, Any]] = {}
     model = our_model(codebook=16384)
-    batch = batch_of(model, 8, 16)
-    steps = {"hf": theirs(plain_llama(model), batch), "p1": ours(model, batch), "p2": ours(model, batch, 2)}
+    sequences = sequences_of(model, 8, 16)
+    steps = {"hf": theirs(plain_llama(model), sequences), "p1": ours(model, sequences), "p2": ours(model, sequences, 2)}
     if llamagen:
-        steps["llamagen"], steps["as llamagen"] = load_peer(llamagen, model, batch, 16, 1, trainer)
+        steps["llamagen"], steps["as llamagen"] = load_peer(llamagen, model, sequences, 16, 1, trainer)
     if npp:
-        steps["npp"], steps["as npp"] = load_peer(npp, model, batch, 16, 2, trainer)
+        steps["npp"], steps["as npp"] = load_peer(npp, model, sequences, 16, 2, trainer)
     timings = interleaved(steps, rounds)
     goals["T1"] = compared(timings, "hf", "p1")
     if llamagen:
@@ -163,24 +170,24 @@ def measure(rounds: int, llamagen: str | None, npp: str | None) -> dict[str, dic
     del steps, timings
 
     model = our_model(codebook=16384, text_vocab=20000)
-    batch = batch_of(model, 8, 16)
-    steps = {"hf": theirs(plain_llama(model), batch), "p1": ours(model, batch), "p2": ours(model, batch, 2)}
+    sequences = sequences_of(model, 8, 16)
+    steps = {"hf": theirs(plain_llama(model), sequences), "p1": ours(model, sequences), "p2": ours(model, sequences, 2)}
     timings = interleaved(steps, rounds)
     goals["T4"], goals["T4_p2"] = (compared(timings, "hf", p) for p in ("p1", "p2"))
     return {name: {**figures, "goal": round(GOALS[name], 3)} for name, figures in goals.items()}
 
 
-def cached_against_in_loop(model: Any, rounds: int, pictures: int = 2, epochs: int = 20) -> dict[str, Any]:
+def cached_against_in_loop(model: Any, rounds: int, images_a_step: int = 2, epochs: int = 20) -> dict[str, Any]:
     """Epochs over 256 px images: encoding once and training from codes, against encoding in every step."""
     tokenizer = VQGAN(VQGANConfig()).eval()
-    images = torch.rand(pictures, 3, 256, 256, generator=torch.Generator().manual_seed(2)) * 2 - 1
-    batch = batch_of(model, pictures, 16)
+    images = torch.rand(images_a_step, 3, 256, 256, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    sequences = sequences_of(model, images_a_step, 16)
 
     @torch.inference_mode()
     def encode() -> Tensor:
         return tokenizer.encode(images)
 
-    timings = interleaved({"encode": encode, "p1": ours(model, batch), "p2": ours(model, batch, 2)}, rounds)
+    timings = interleaved({"encode": encode, "p1": ours(model, sequences), "p2": ours(model, sequences, 2)}, rounds)
     ratios = []
     for (encoding, _), (fine, _), (coarse, _) in zip(timings["encode"], timings["p1"], timings["p2"], strict=True):
         step = (fine + coarse) / 2
@@ -188,7 +195,7 @@ def cached_against_in_loop(model: Any, rounds: int, pictures: int = 2, epochs: i
     return {
         "ratio": round(sorted(ratios)[rounds // 2], 3),
         "spread": [round(min(ratios), 3), round(max(ratios), 3)],
-        "meaning": f"{epochs} epochs of p=2 then p=1, half and half; encoder of LlamaGen's VQ-16 size, {pictures} images a step",
+        "meaning": f"{epochs} epochs of p=2 then p=1, half and half; encoder of VQ-16 size, {images_a_step} images a step",
     }
 
 
@@ -215,24 +222,24 @@ def sweep(rounds: int) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for grid, codebook in ((8, 1024), (16, 1024), (32, 1024), (64, 1024), (16, 16384), (16, 65536)):
         model = our_model(codebook, width=256, layers=4, grid=grid)
-        pictures = max(1, 1024 // grid**2)
-        batch = batch_of(model, pictures, grid)
-        timings = interleaved({str(p): ours(model, batch, p) for p in (1, 2, 4)}, rounds)
+        images = max(1, 1024 // grid**2)
+        sequences = sequences_of(model, images, grid)
+        timings = interleaved({str(p): ours(model, sequences, p) for p in (1, 2, 4)}, rounds)
         for p in (1, 2, 4):
             side, _ = merged_grid((grid, grid), p)
-            forward = partial(model, **batch, patch_size=p)
-            seconds = sorted(wall for wall, _ in timings[str(p)])[rounds // 2] / pictures
+            forward = partial(model, **batch_of(model, sequences, p).inputs)
+            seconds = sorted(wall for wall, _ in timings[str(p)])[rounds // 2] / images
             rows.append(
                 {
                     "grid": grid, "codebook": codebook, "patch_size": p,
-                    "gflops_per_picture": training_flops(model.config, 3, side * side) / 1e9,
-                    "activation_mb_per_picture": saved_megabytes(model, forward) / pictures,
-                    "time_per_picture": seconds,
+                    "gflops_per_image": training_flops(model.config, 3, side * side) / 1e9,
+                    "activation_mb_per_image": saved_megabytes(model, forward) / images,
+                    "time_per_image": seconds,
                 }
             )  # fmt: skip
-    first = rows[0]["time_per_picture"]
+    first = rows[0]["time_per_image"]
     for row in rows:
-        row["time_per_picture"] /= first
+        row["time_per_image"] /= first
     return rows
 
 
@@ -258,20 +265,19 @@ def packing(rounds: int, length: int = 512, count: int = 24, **options: int) -> 
     """
     model = our_model(**{"codebook": 1024, "text_vocab": 4096, "width": 256, "layers": 4, **options})
     sequences = mixed_lengths(model, count)
-    padded = collate(sequences, model.config.vocabulary)
-    packed = collate(pack(sequences, length), model.config.vocabulary)
-    tokens = int(padded["attention_mask"].sum())
+    padded, packed = (batch_of(model, sequences, 1, size) for size in (None, length))
+    tokens = padded.counts.positions
     result: dict[str, Any] = {
         "meaning": f"real tokens per second, packed over padded; {count} captions of 4 to 64 tokens with grids of 64 to 256",
         "length": length,
-        "real_share_padded": round(tokens / padded["input_ids"].numel(), 3),
-        "real_share_packed": round(tokens / packed["input_ids"].numel(), 3),
+        "real_share_padded": round(tokens / padded.inputs["input_ids"].numel(), 3),
+        "real_share_packed": round(tokens / packed.inputs["input_ids"].numel(), 3),
     }
     for p in (1, 2):
-        losses = [float(model(**batch, patch_size=p).loss.detach()) for batch in (padded, packed)]
+        losses = [float(model(**batch_of(model, sequences, p, size).inputs).loss.detach()) for size in (None, length)]
         if not abs(losses[0] - losses[1]) < 1e-4:
             raise RuntimeError(f"packed loss {losses[1]} differs from the padded one {losses[0]} at p = {p}")
-        steps = {"padded": ours(model, padded, p), "packed": ours(model, packed, p)}
+        steps = {"padded": ours(model, sequences, p), "packed": ours(model, sequences, p, length)}
         timings = interleaved(steps, rounds)
         result[f"p{p}"] = compared(timings, "padded", "packed")
     return result

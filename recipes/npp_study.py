@@ -26,7 +26,6 @@ from tqdm import tqdm
 
 from npp_study_report import write_study
 from unified import UnifiedPipeline
-from unified.data.batches import CaptionedBatches
 from unified.data.code_cache import load_codes
 from unified.data.sources import fit_square
 from unified.lora.adapters import base_of
@@ -136,13 +135,9 @@ def losses(config: TrainConfig, pipeline: UnifiedPipeline) -> dict[str, float]:
     held_out = load_codes(str(config.data.validation or config.data.train), config.data.validation_split, None)
     seen = load_codes(str(config.data.train), config.data.train_split, None)
     seen = seen.select(range(min(len(seen), len(held_out))))
-    vocabulary = base_of(pipeline.model).config.vocabulary
+    model, text_tokenizer = base_of(pipeline.model), pipeline.text_tokenizer
     return {
-        name: image_loss(
-            pipeline.model,
-            CaptionedBatches(rows, pipeline.text_tokenizer, vocabulary, config.batch_size, num_batches=0),
-            torch.device("cpu"),
-        )
+        name: image_loss(model, rows, text_tokenizer, model.config, config.batch_size, torch.device("cpu"))
         for name, rows in (("validation_loss", held_out), ("training_loss", seen))
     }
 

@@ -21,10 +21,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from unified import UnifiedPipeline
-from unified.data.batches import CaptionedBatches
 from unified.lora.adapters import base_of
 from unified.training.config import TrainConfig, load_config
-from unified.training.setup import open_codes
+from unified.training.data import Context, open_data
 from unified.training.tracking import read_log
 from unified.training.validation import image_loss
 from unified_eval.curves import plot_loss
@@ -120,13 +119,14 @@ def report(
     """
     config = load_config(run / "config.yaml", [f"output_dir={run}", "validate_every=1"])
     pipe = UnifiedPipeline.from_pretrained(run / "base")
-    train, validation = open_codes(Accelerator(), config, pipe.image_tokenizer)
-    assert validation is not None  # because validate_every is set
-    vocabulary, codebook_size = base_of(pipe.model).config.vocabulary, pipe.image_tokenizer.codebook_size
+    model_config, codebook_size = base_of(pipe.model).config, pipe.image_tokenizer.codebook_size
+    context = Context(Accelerator(), config, pipe.image_tokenizer, pipe.text_tokenizer, model_config)
+    rows = open_data(context).rows
+    train, validation = rows["train"], rows["validation"]
 
     def validation_loss() -> float:
-        batches = CaptionedBatches(validation, pipe.text_tokenizer, vocabulary, config.batch_size, num_batches=0)
-        return image_loss(pipe.model, batches, torch.device("cpu"))
+        device = torch.device("cpu")
+        return image_loss(pipe.model, validation, pipe.text_tokenizer, model_config, config.batch_size, device)
 
     losses = {"untrained": validation_loss(), "code_frequencies": code_entropy(train, validation, codebook_size)}
     pipe.load_lora_weights(run / "lora")

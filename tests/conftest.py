@@ -41,9 +41,19 @@ def tiny_model(seed: int = 0, **changes) -> UnifiedForCausalLM:
     return UnifiedForCausalLM(tiny_config(**changes)).eval()
 
 
-def inputs_of(config: UnifiedConfig, *sequences: TokenSequence, p: int = 1, pack: int | None = None) -> dict[str, torch.Tensor]:
+def inputs_of(
+    config: UnifiedConfig, *sequences: TokenSequence, p: int = 1, pack: int | None = None
+) -> dict[str, torch.Tensor]:
     """A batch of sequences as keyword arguments of the model, images in patches of side p."""
     return make_batch(sequences, config, patches(p), pack).inputs
+
+
+def full_forward(model, ids, grids, **arguments):
+    """Logits of a plain forward pass over rows of ids ``(B, T)`` (or one row), each with images of the given grids."""
+    rows = torch.atleast_2d(torch.as_tensor(ids))
+    sequences = [TokenSequence(row, row, [tuple(map(int, grid)) for grid in grids]) for row in rows]
+    inputs = inputs_of(model.config, *sequences)
+    return model(**{name: inputs[name] for name in ("input_ids", "positions", "image_inputs")}, **arguments)
 
 
 @pytest.fixture(scope="session")

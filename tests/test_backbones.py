@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import full_forward, inputs_of, tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from unified import UnifiedConfig, UnifiedForCausalLM
+from unified.data.batches import make_batch
 from unified.lora.adapters import attach_lora
-from unified.sequence import ImageSegment, TextSegment, build_sequence, collate, pack
-from unified.training.step import learned_weight
+from unified.prediction.merge import patches
+from unified.sequence import ImageSegment, TextSegment, build_sequence
 
 SIZES = {
     "vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -47,9 +48,7 @@ def unified(folder, **config):
 
 def drawing(vocabulary, seed=0):
     codes = torch.randint(0, 20, (4, 4), generator=torch.Generator().manual_seed(seed))
-    return collate(
-        [build_sequence([TextSegment([5, 6, 7]), ImageSegment(codes), TextSegment([8])], vocabulary)], vocabulary
-    )
+    return build_sequence([TextSegment([5, 6, 7]), ImageSegment(codes), TextSegment([8])], vocabulary)
 
 
 @pytest.mark.parametrize("positions", ["1d", "2d"])
@@ -81,14 +80,15 @@ def test_image_span_equals_the_backbone_fed_by_hand(backbone, p):
     """1D positions: look up, pool and concatenate by hand, and hand that to the plain model."""
     plain, folder = backbone
     model = unified(folder, positions="1d", coarse_positions="unit")
-    batch = drawing(model.config.vocabulary)
-    codes = batch["input_ids"][0][batch["input_ids"][0] >= 50].reshape(4, 4) - 50
+    sequence = drawing(model.config.vocabulary)
+    codes = sequence.input_ids[sequence.input_ids >= 50].reshape(4, 4) - 50
     patches = model.image_embed(codes).unfold(0, p, p).unfold(1, p, p).mean(dim=(-1, -2)).reshape(1, -1, 32)
     lookup = plain.get_input_embeddings()
     head, tail = lookup(torch.tensor([[1, 5, 6, 7, 3]])), lookup(torch.tensor([[4, 8]]))
     hidden = plain.base_model(inputs_embeds=torch.cat([head, patches, tail], 1)).last_hidden_state
     expected = hidden[0, 4 : 4 + patches.shape[1]] @ model.image_head.weight.T
-    got = model(batch["input_ids"], image_grids=batch["image_grids"], patch_size=p).image_logits
+    inputs = inputs_of(model.config, sequence, p=p)
+    got = model(**{name: inputs[name] for name in ("input_ids", "positions", "image_inputs")}).image_logits
     torch.testing.assert_close(got[0, 4 : 4 + patches.shape[1]], expected, rtol=1e-5, atol=1e-5)
 
 
@@ -106,7 +106,7 @@ def test_gradient_checkpointing_changes_nothing(backbone):
         model = unified(folder).train()
         if checkpointing:
             model.gradient_checkpointing_enable()
-        model(**drawing(model.config.vocabulary), patch_size=2).loss.backward()
+        model(**inputs_of(model.config, drawing(model.config.vocabulary), p=2)).loss.backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     assert gradients[0].abs().sum() > 0
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-7)
@@ -115,10 +115,8 @@ def test_gradient_checkpointing_changes_nothing(backbone):
 def test_two_dimensional_positions_reach_the_layers(backbone):
     """1D and 2D agree up to the first code and part where a grid row begins."""
     _, folder = backbone
-    batch = drawing(tiny_config().vocabulary)
-    one, two = (
-        unified(folder, positions=p)(batch["input_ids"], image_grids=batch["image_grids"]) for p in ("1d", "2d")
-    )
+    ids = drawing(tiny_config().vocabulary).input_ids
+    one, two = (full_forward(unified(folder, positions=p), ids, [(4, 4)]) for p in ("1d", "2d"))
     start = 5  # <bos>, three words, <boi>; the first code of an image sits where a word would
     assert torch.equal(one.image_logits[:, : start + 1], two.image_logits[:, : start + 1])
     assert (one.image_logits[:, start + 4] - two.image_logits[:, start + 4]).abs().max() > 1e-3
@@ -147,32 +145,30 @@ def test_packed_rows_keep_documents_apart(backbone, p):
             [TextSegment([32, 33])],
         )
     ]
-    rows = pack(documents, 50)
-    assert [len(row.input_ids) for row in rows] == [50, 41, 16] and sum(
-        len(row.document_ids.unique()) for row in rows
-    ) == 6
-    packed = collate(rows, vocabulary)
+    packed = inputs_of(model.config, *documents, p=p, pack=50)
+    if p == 1:
+        assert (packed["document_ids"] >= 0).sum(dim=1).tolist() == [50, 41, 16]
     total, weights, sums = 0.0, 0.0, {"text_loss": 0.0, "image_loss": 0.0}
     for document in documents:
-        part = collate([document], vocabulary)
-        output, weight = model(**part, patch_size=p), learned_weight(part, p, model.config)
+        part = make_batch([document], model.config, patches(p))
+        output, weight = model(**part.inputs), part.counts.weight
         total, weights = total + output.loss * weight, weights + weight
-        images = int((part["labels"] >= 50).sum()) // p**2
+        images = part.counts.image_targets
         sums["image_loss"] += output.image_loss * images if images else 0
         sums["text_loss"] += output.text_loss * (weight - images)
     (total / weights).backward()
     expected = {name: q.grad.clone() for name, q in model.named_parameters()}
     model.zero_grad()
-    output = model(**packed, patch_size=p)
+    output = model(**packed)
     output.loss.backward()
     torch.testing.assert_close(output.loss, total / weights, rtol=1e-5, atol=1e-6)
-    patches = 4 * 16 // p**2
-    torch.testing.assert_close(output.image_loss, sums["image_loss"] / patches, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(output.text_loss, sums["text_loss"] / (weights - patches), rtol=1e-5, atol=1e-6)
+    images = 4 * 16 // p**2
+    torch.testing.assert_close(output.image_loss, sums["image_loss"] / images, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(output.text_loss, sums["text_loss"] / (weights - images), rtol=1e-5, atol=1e-6)
     for name, q in model.named_parameters():
         torch.testing.assert_close(q.grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
     del packed["document_ids"]
-    mixed = model(**packed, patch_size=p)
+    mixed = model(**packed)
     assert max(abs(mixed.text_loss - output.text_loss), abs(mixed.image_loss - output.image_loss)) > 5e-3
 
 
@@ -187,8 +183,8 @@ def test_saved_and_loaded(backbone, tmp_path):
         assert (each.get_input_embeddings().weight is each.get_output_embeddings().weight) == tied
     before, after = model.state_dict(), loaded.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    batch = drawing(model.config.vocabulary)
-    ours, theirs = (m(batch["input_ids"], image_grids=batch["image_grids"]) for m in (model, loaded))
+    sequence = drawing(model.config.vocabulary)
+    ours, theirs = (full_forward(m, sequence.input_ids, [(4, 4)]) for m in (model, loaded))
     assert torch.equal(ours.logits, theirs.logits) and torch.equal(ours.image_logits, theirs.image_logits)
 
 
@@ -205,7 +201,7 @@ def test_gradient_checkpointing_reaches_adapters_on_a_frozen_base(backbone, moda
         for name, weight in adapted.named_parameters():
             if "lora_" in name:
                 torch.nn.init.normal_(weight, 0, 0.1)
-        adapted(**drawing(model.config.vocabulary), patch_size=2).loss.backward()
+        adapted(**inputs_of(model.config, drawing(model.config.vocabulary), p=2)).loss.backward()
         assert all(p.grad is None for p in adapted.parameters() if not p.requires_grad)
         gradients.append(torch.cat([p.grad.flatten() for p in adapted.parameters() if p.requires_grad]))
     assert gradients[0].abs().sum() > 0

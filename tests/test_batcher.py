@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import generators, tiny_model
+from conftest import full_forward, generators, tiny_model
 
 from unified.decoding import Prompt, Sampling, generate_codes, make_decoder
 from unified.decoding.continuous_batching import Batcher, Request
@@ -76,7 +76,7 @@ def naive_interleaved(model, segments, request, seed):
     ids, grids, produced, written = start.input_ids.tolist(), list(start.image_grids), [], 0
     while written < request.max_new_tokens:
         with torch.no_grad():
-            output = model(torch.tensor([ids]), image_grids=torch.tensor(grids).reshape(-1, 2))
+            output = full_forward(model, ids, grids)
         logits = output.logits[:, -1].clone()
         images = sum(isinstance(p, ImageSegment) for p in produced)
         banned = [vocabulary.eoi_token_id, vocabulary.bos_token_id, vocabulary.pad_token_id]
@@ -93,7 +93,7 @@ def naive_interleaved(model, segments, request, seed):
         for step in range(size):
             hidden = [*ids, *[vocabulary.text_vocab_size] * (size - step)]
             with torch.no_grad():
-                output = model(torch.tensor([hidden]), image_grids=torch.tensor([*grids, request.grid]))
+                output = full_forward(model, hidden, [*grids, request.grid])
             logits = output.image_logits[:, len(ids) - 1]
             ids.append(
                 vocabulary.text_vocab_size

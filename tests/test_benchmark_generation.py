@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import full_forward
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,9 +62,7 @@ def test_logits_along_a_image_are_those_of_a_full_forward():
     found = guided_logits_along(make_decoder(model), [START, NOTHING], codes, sampling)
     with torch.no_grad():
         sides = [
-            model(torch.tensor([[*ids, *range(4, 20)]]), image_grids=torch.tensor([[4, 4]])).image_logits[
-                0, len(ids) - 1 : -1
-            ]
+            full_forward(model, [*ids, *range(4, 20)], [(4, 4)]).image_logits[0, len(ids) - 1 : -1]
             for ids in (START, NOTHING)
         ]
     scales = torch.linspace(1, 3, 16)[:, None]

@@ -23,8 +23,8 @@ def test_memory_kept_for_the_backward_pass():
 
     def kept(codebook, p):
         model = b.our_model(codebook=codebook, width=64, layers=1, grid=8)
-        batch = b.batch_of(model, 4, 8)
-        return b.saved_megabytes(model, lambda: model(**batch, patch_size=p))
+        batch = b.batch_of(model, b.sequences_of(model, 4, 8), p)
+        return b.saved_megabytes(model, lambda: model(**batch.inputs))
 
     assert kept(4096, 1) == pytest.approx(kept(64, 1), rel=1e-3)
     assert 3.3 < kept(64, 1) / kept(64, 2) < 4.0
@@ -42,10 +42,13 @@ def test_packing_is_timed_on_equal_losses_only(monkeypatch):
     lengths = [len(sequence.input_ids) for sequence in b.mixed_lengths(b.our_model(**small), 6)]
     assert result["real_share_padded"] == round(sum(lengths) / (6 * max(lengths)), 3)
 
-    def mixed_up(rows, vocabulary):
-        return {k: v for k, v in b.collate_rows(rows, vocabulary).items() if k != "document_ids"}
+    make = b.batch_of
 
-    monkeypatch.setattr(b, "collate_rows", b.collate, raising=False)
-    monkeypatch.setattr(b, "collate", mixed_up)
+    def mixed_up(*arguments):
+        batch = make(*arguments)
+        batch.inputs.pop("document_ids", None)
+        return batch
+
+    monkeypatch.setattr(b, "batch_of", mixed_up)
     with pytest.raises(RuntimeError, match=r"packed loss .* differs from the padded one .* at p = 1"):
         b.packing(1, count=6, **small)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import full_forward, inputs_of
 from transformers import (
     Emu3Config,
     Emu3ForConditionalGeneration,
@@ -22,7 +23,7 @@ from unified import UnifiedForCausalLM
 from unified.convert import emu3_generation, janus_generation, llamagen_from_weights, split_joint_table
 from unified.decoding import Sampling, generate_codes, generate_conditioned
 from unified.model.prefix import condition_positions
-from unified.sequence import ImageSegment, TextSegment, build_sequence, collate
+from unified.sequence import ImageSegment, TextSegment, build_sequence
 
 WIDTH, HEADS, LAYERS, HIDDEN, CODES, CLASSES = 32, 4, 2, 48, 20, 5
 CAPTION, FEATURES = 6, 10
@@ -123,12 +124,13 @@ def some_condition(kind):
     return torch.randn(2, CAPTION, FEATURES, generator=torch.Generator().manual_seed(7)), mask
 
 
-def conditioned_batch(model, codes, mask):
+def conditioned_batch(model, codes, mask, p=1):
     vocabulary = model.config.vocabulary
     positions = condition_positions(model.condition.length, vocabulary)
-    batch = collate([build_sequence([positions, ImageSegment(image)], vocabulary) for image in codes], vocabulary)
+    sequences = [build_sequence([positions, ImageSegment(image)], vocabulary) for image in codes]
+    batch = inputs_of(model.config, *sequences, p=p)
     if mask is not None:
-        batch["attention_mask"][:, : mask.shape[1]] = mask
+        batch["attention_mask"] = F.pad(mask, (0, batch["input_ids"].shape[1] - mask.shape[1]), value=1)
     return batch
 
 
@@ -168,9 +170,8 @@ class TestLlamaGen:
         codes, (condition, _) = some_codes(), some_condition("c2i")
         batch = conditioned_batch(loaded, codes, None)
         with torch.no_grad():
-            actual = loaded(batch["input_ids"], image_grids=batch["image_grids"], condition=condition).image_logits[
-                :, :12
-            ]
+            del batch["labels"]
+            actual = loaded(**batch, condition=condition).image_logits[:, :12]
         torch.testing.assert_close(
             actual, llamagen_logits(state, condition, codes.flatten(1), (3, 4)), rtol=0, atol=1e-5
         )
@@ -195,8 +196,8 @@ class TestLlamaGen:
     @pytest.mark.parametrize("patch_size", [1, 2])
     def test_it_trains_with_patches(self, patch_size):
         model = llamagen_from_weights(llamagen_state("c2i"), "x.pt", num_attention_heads=HEADS).train()
-        batch = conditioned_batch(model, some_codes(height=4), None)
-        model(**batch, condition=torch.tensor([0, 1]), patch_size=patch_size).loss.backward()
+        batch = conditioned_batch(model, some_codes(height=4), None, patch_size)
+        model(**batch, condition=torch.tensor([0, 1])).loss.backward()
         assert model.condition.table.weight.grad[:2].abs().sum() > 0
         assert model.backbone.model.layers[0].self_attn.q_proj.weight.grad.abs().sum() > 0
 
@@ -227,7 +228,7 @@ class TestLlamaGen:
             model(**batch, condition=torch.tensor([0, 6]))
         with pytest.raises(ValueError, match="generators: 1 given for 2 conditions"):
             generate_conditioned(model, torch.tensor([0, 1]), (3, 4), Sampling(), generators(0))
-        with pytest.raises(ValueError, match="draws after a class or features, not after a prompt"):
+        with pytest.raises(ValueError, match="samples after a class or features, not after a prompt"):
             generate_codes(model, [[1]], None, (3, 4), Sampling(), generators(0))
         features = llamagen_from_weights(llamagen_state("t2i"), "x.pt", num_attention_heads=HEADS)
         with pytest.raises(ValueError, match=r"condition: need features \(B, 6, 10\), got \(2, 5, 10\)"):
@@ -255,7 +256,7 @@ class TestJointTable:
         )
         ids = sequence.input_ids[None]
         with torch.no_grad():
-            ours, theirs = model(ids, image_grids=torch.tensor([[3, 4]])), joint(ids).logits
+            ours, theirs = full_forward(model, ids, [(3, 4)]), joint(ids).logits
         torch.testing.assert_close(ours.logits, theirs[..., :50], rtol=0, atol=1e-5)
         torch.testing.assert_close(ours.image_logits, theirs[..., 50:], rtol=0, atol=1e-5)
         start = [*sequence.input_ids[:5].tolist()]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import generators, tiny_model
+from conftest import full_forward, generators, tiny_model
 
 from unified.decoding import Sampling, generate_codes, make_decoder
 from unified.decoding.sampling import draw, draw_filtered, filter_logits, guide, gumbel_noise
@@ -15,7 +15,7 @@ def naive_codes(model, prompt, negative, grid, sampling, generator, known=None):
         sides = []
         for ids in (prompt, negative):
             rest = [50 + c for c in codes] + [50] * (steps - step)  # codes to come are hidden by causality
-            output = model(torch.tensor([[*ids, *rest]]), image_grids=torch.tensor([grid]))
+            output = full_forward(model, [*ids, *rest], [grid])
             sides.append(output.image_logits[:, len(ids) - 1 + step])
         logits = guide(*sides, sampling.guidance_scale) if sampling.guidance_scale > 1 else sides[0]
         noise = gumbel_noise([generator], 20, logits.device)

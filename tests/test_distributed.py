@@ -15,12 +15,12 @@ from accelerate.utils import DeepSpeedPlugin, DistributedType
 from conftest import CAPTIONS, ROOT, tiny_config, tiny_model
 from safetensors.torch import load_file
 
-from unified.data.mixture import MixedBatches, Source
-from unified.sequence import ImageSegment, TextSegment, build_sequence, collate
+from unified.data.batches import Batches, Source, make_batch
+from unified.prediction.merge import patches
+from unified.sequence import ImageSegment, TextSegment, build_sequence
 from unified.training.config import load_config
 from unified.training.loop import train
 from unified.training.sharding import check_sharding, configure_deepspeed
-from unified.training.step import learned_weight
 from unified.training.tracking import read_log
 
 # Both directions, so that the parts of a batch weigh differently; token-wise weights differ most.
@@ -85,8 +85,8 @@ def test_processes_without_images_learn_with_the_others(config_file, parts, tmp_
     ours, theirs = (load_file(tmp_path / name / "pipeline/model/model.safetensors") for name in ("two", "one"))
     for name in theirs:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=2e-5)
-    vocabulary = tiny_config().vocabulary
-    batches = [MixedBatches([Source("i", [0] * 12, 1, None), Source("t", [0] * 6, 3, None)], vocabulary, 2, 6, rank=r, world_size=2)
+    sources = [Source("i", [0] * 12, None, 1), Source("t", [0] * 6, None, 3)]
+    batches = [Batches(sources, tiny_config(), 2, 6, rank=r, world_size=2)
                for r in (0, 1)]  # fmt: skip
     kinds = [[b.place(4 * i + r + 2 * k)[0] for k in (0, 1)] for i in range(6) for r, b in enumerate(batches)]
     assert [1, 1] in kinds and [0, 1] in [sorted(pair) for pair in kinds]
@@ -125,10 +125,12 @@ def test_parts_of_a_batch_put_together_give_its_loss(p, normalization):
         build_sequence([image(1, False), TextSegment([8, 9])], vocabulary, end=True),
         build_sequence([TextSegment([5, 6], loss=False), image(2)], vocabulary),
     ]
-    parts = [collate([sequence], vocabulary) for sequence in sequences]
-    weights = [learned_weight(part, p, model.config) for part in parts]
-    mean = sum(w * model(**part, patch_size=p).loss for w, part in zip(weights, parts, strict=True)) / sum(weights)
-    torch.testing.assert_close(mean, model(**collate(sequences, vocabulary), patch_size=p).loss, rtol=1e-5, atol=1e-6)
+    parts = [make_batch([sequence], model.config, patches(p)) for sequence in sequences]
+    whole = make_batch(sequences, model.config, patches(p))
+    mean = sum(part.counts.weight * model(**part.inputs).loss for part in parts) / whole.counts.weight
+    torch.testing.assert_close(mean, model(**whole.inputs).loss, rtol=1e-5, atol=1e-6)
+    told = sum(model(**part.inputs, num_items_in_batch=whole.counts.weight).loss for part in parts)
+    torch.testing.assert_close(told, mean, rtol=1e-5, atol=1e-6)
 
 
 # Accelerate chooses FSDP for processes on GPUs; told so, it cuts weights over CPU processes just as well. The process ends

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import inputs_of, tiny_model
 from peft import LoraConfig, get_peft_model
 
 import unified.model.image_head
 from unified import patch_cross_entropy
 from unified.model.image_head import ImageHead, patch_losses
-from unified.sequence import ImageSegment, TextSegment, build_sequence, collate
+from unified.sequence import ImageSegment, TextSegment, build_sequence
 
 WIDTH, CODES, PATCHES = 8, 20, 13
 
@@ -97,5 +97,5 @@ def test_an_adapter_on_the_head_counts():
     torch.testing.assert_close(patch_losses(head, hidden, targets), patch_cross_entropy(head(hidden), targets).sum())
     vocabulary = model.get_base_model().config.vocabulary
     image = ImageSegment(torch.zeros(4, 4, dtype=torch.int64))
-    model(**collate([build_sequence([TextSegment([5]), image], vocabulary)], vocabulary)).loss.backward()
+    model(**inputs_of(model.config, build_sequence([TextSegment([5]), image], vocabulary))).loss.backward()
     assert all(p.grad.abs().sum() > 0 for name, p in model.named_parameters() if "lora" in name)

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import inputs_of, tiny_model
 from scipy.stats import spearmanr
 
 from unified.model.init import EMBED_KINDS, HEAD_KINDS, initialize_image_tables
-from unified.sequence import ImageSegment, TextSegment, build_sequence, collate
+from unified.sequence import ImageSegment, TextSegment, build_sequence
 from unified.training.config import load_config
 from unified.training.setup import build_parts
 
@@ -71,7 +71,7 @@ def test_zero_head_starts_at_the_uniform_guess():
     initialize(model, "codebook", "zero", vectors=codebook())
     vocabulary = model.config.vocabulary
     rows = [build_sequence([TextSegment([5, 6]), ImageSegment(torch.arange(16).reshape(4, 4))], vocabulary)]
-    loss = model(**collate(rows, vocabulary)).image_loss
+    loss = model(**inputs_of(model.config, *rows)).image_loss
     assert loss.item() == pytest.approx(math.log(CODES), rel=1e-6)
 
 

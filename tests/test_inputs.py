@@ -7,7 +7,6 @@ from conftest import tiny_config
 from safetensors.torch import load_file
 
 from unified import UnifiedPipeline
-from unified.data.batches import CaptionedBatches
 from unified.data.code_cache import load_codes
 from unified.training.config import load_config
 from unified.training.inputs import check_grids, check_lengths, code_grids, learn_grids
@@ -72,9 +71,9 @@ def test_adapter_on_a_new_model_loads_into_the_kept_base(config_file, parts, tmp
     pipe = UnifiedPipeline.from_pretrained(tmp_path / "base")
     assert pipe.default_size == (16, 16)
     rows = load_codes(parts / "codes", "validation", None)
-    vocabulary = pipe.model.config.vocabulary
+    config = pipe.model.config
     pipe.load_lora_weights(folder)
-    adapted = image_loss(pipe.model, CaptionedBatches(rows, pipe.text_tokenizer, vocabulary, 4, 0), torch.device("cpu"))
+    adapted = image_loss(pipe.model, rows, pipe.text_tokenizer, config, 4, torch.device("cpu"))
     assert adapted == pytest.approx(read_log(tmp_path)[-1]["validation_loss"], rel=1e-5)
 
     before = load_file(tmp_path / "base" / "model" / "model.safetensors")

@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from conftest import CAPTIONS, generators, tiny_model
+from conftest import CAPTIONS, generators, inputs_of, tiny_model
 
 from unified import UnifiedPipeline
 from unified.lora.adapters import attach_lora, base_of, check_base, load_lora, save_lora, unload_lora
-from unified.sequence import ImageSegment, TextSegment, build_sequence, collate
+from unified.sequence import ImageSegment, TextSegment, build_sequence
 from unified_tokenizers import train_sentencepiece
 
 PROMPTS = ["red apple", "blue car"]
@@ -62,8 +62,10 @@ def test_unloading_restores_every_weight_bitwise(pipeline, tmp_path):
 @pytest.mark.parametrize("train_image_tables", [False, True])
 def test_reloaded_adapter_is_identical(tmp_path, train_image_tables):
     model = tiny_model()
-    layout = model.config.layout
-    batch = collate([build_sequence([TextSegment([5]), ImageSegment(torch.arange(16).reshape(4, 4))], layout)], layout)
+    vocabulary = model.config.vocabulary
+    batch = inputs_of(
+        model.config, build_sequence([TextSegment([5]), ImageSegment(torch.arange(16).reshape(4, 4))], vocabulary)
+    )
     adapted = attach_lora(model, rank=4, train_image_tables=train_image_tables)
     trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
     assert any("image_head" in name for name in trained) == train_image_tables

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import generators, tiny_model
+from conftest import full_forward, generators, inputs_of, tiny_model
 from test_backbones import FAMILIES, SIZES
 from test_decoding import naive_codes
 from test_lora import noisy_adapter
@@ -15,7 +15,7 @@ from unified.decoding.prefill import prefill
 from unified.decoding.speculative import speculate_codes
 from unified.lora.adapters import attach_lora, base_of, load_lora, save_lora, unload_lora
 from unified.lora.switching import delete_adapters, fuse_lora, set_adapters
-from unified.sequence import ImageSegment, TextSegment, build_sequence, collate
+from unified.sequence import ImageSegment, TextSegment, build_sequence
 from unified_tokenizers.images import to_tensor
 
 TEXT = torch.tensor([[1, 5, 6, 7, 8, 3]])
@@ -34,7 +34,7 @@ def rows(vocabulary):
         build_sequence([TextSegment(words), ImageSegment(codes), TextSegment([7, 8])], vocabulary)
         for words in ([5, 6], [5, 6, 9, 9])
     ]
-    return collate(made, vocabulary)
+    return made
 
 
 @torch.no_grad()
@@ -112,10 +112,9 @@ def test_decoding_equals_full_forward_passes(modality, tmp_path):
 @torch.no_grad()
 def test_images_in_a_prompt_are_image_slots(tmp_path):
     model = base_of(partial_model(tmp_path, "image"))
-    batch = rows(model.config.vocabulary)
-    ids = batch["input_ids"][1].tolist()
+    ids = rows(model.config.vocabulary)[1].input_ids.tolist()
     state = prefill(make_decoder(model), [Prompt(tuple(ids), ((4, 4),))], 0)
-    full = model(batch["input_ids"][1:], image_grids=torch.tensor([[4, 4]]))
+    full = full_forward(model, ids, [(4, 4)])
     torch.testing.assert_close(model.image_head(state.hidden), full.image_logits[:, -1], rtol=1e-4, atol=1e-4)
 
 
@@ -136,7 +135,7 @@ def test_conversations_mix_both_kinds(pipeline, tmp_path):
     written = []
     while len(written) < 4:
         with torch.no_grad():
-            scores = model(torch.tensor([ids]), image_grids=torch.tensor([[4, 4]])).logits[0, -1]
+            scores = full_forward(model, ids, [(4, 4)]).logits[0, -1]
         scores[banned] = float("-inf")
         if int(scores.argmax()) == vocabulary.eos_token_id:
             break
@@ -158,8 +157,8 @@ def test_recomputed_layers_see_the_slots_of_their_own_batch(family):
         for name, weight in adapted.named_parameters():
             if "lora_" in name:
                 torch.nn.init.normal_(weight, 0, 0.3)
-        batch = rows(model.config.vocabulary)
-        losses = [adapted(**batch, patch_size=p).loss for p in (2, 1)]
+        made = rows(model.config.vocabulary)
+        losses = [adapted(**inputs_of(model.config, *made, p=p)).loss for p in (2, 1)]
         torch.stack(losses).sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in adapted.parameters() if p.grad is not None]))
     assert gradients[0].abs().sum() > 0

@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_config, tiny_model
+from conftest import inputs_of, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from unified import UnifiedForCausalLM, group_embeddings
-from unified.sequence import ImageSegment, TextSegment, build_sequence, collate, pack
-from unified.training.step import learned_slots
+from unified.data.batches import make_batch
+from unified.sequence import ImageSegment, TextSegment, build_sequence
 
 
 def image(height=4, width=4, seed=0):
@@ -50,20 +50,20 @@ def test_generate_equals_llama(plain_llama):
 def test_p1_equals_a_plain_path_bitwise():
     """At p = 1 the model is: look up both tables, run the backbone, score every position. No grouping anywhere."""
     model = tiny_model(positions="1d")
-    batch = collate(
-        [build_sequence([TextSegment([5, 6]), image(), TextSegment([7])], model.config.vocabulary)],
-        model.config.vocabulary,
-    )
+    sequence = build_sequence([TextSegment([5, 6]), image(), TextSegment([7])], model.config.vocabulary)
+    batch = inputs_of(model.config, sequence)
     ids, labels = batch["input_ids"], batch["labels"]
     is_image = ids >= 50
     embeds = model.get_input_embeddings()(ids.clamp_max(49))
     embeds[is_image] = model.image_embed(ids[is_image] - 50)
-    hidden = model.backbone.base_model(inputs_embeds=embeds).last_hidden_state[:, :-1]
+    hidden = model.backbone.base_model(
+        inputs_embeds=embeds[:, :-1].contiguous()
+    ).last_hidden_state  # the last predicts nothing
     target = labels[:, 1:]
     of_image, of_text = (target >= 50), (target >= 0) & (target < 50)
     image_loss = F.cross_entropy(model.image_head(hidden[of_image]), target[of_image] - 50, reduction="none")
     text_loss = F.cross_entropy(model.backbone.lm_head(hidden[of_text]), target[of_text], reduction="none")
-    output = model(**batch, patch_size=1)
+    output = model(**batch)
     assert torch.equal(output.image_loss, image_loss.mean())
     assert torch.equal(output.text_loss, text_loss.mean())
     assert torch.equal(output.loss, (text_loss.sum() + image_loss.sum()) / (len(text_loss) + len(image_loss)))
@@ -99,7 +99,7 @@ def test_grouped_loss_equals_slot_by_slot_reference(p, positions):
         per_patch.append(-log_probability[members].mean())
     targets = [(0, 5), (1, 6), (2, 3), (3 + n, 4), (4 + n, 7), (5 + n, 8)]
     per_text = [-model.text_logits(hidden[position]).log_softmax(-1)[token] for position, token in targets]
-    output = model(**collate([sequence], model.config.vocabulary), patch_size=p)
+    output = model(**inputs_of(model.config, sequence, p=p))
     torch.testing.assert_close(output.image_loss, torch.stack(per_patch).mean(), rtol=0, atol=1e-5)
     torch.testing.assert_close(output.text_loss, torch.stack(per_text).mean(), rtol=0, atol=1e-5)
 
@@ -111,9 +111,8 @@ def test_batching_does_not_change_losses(p, arrange):
     model = tiny_model()
     vocabulary = model.config.vocabulary
     sequences = mixed_sequences(vocabulary)
-    alone = [model(**collate([s], vocabulary), patch_size=p) for s in sequences]
-    batch = collate(sequences if arrange == "pad" else pack(sequences, 1000), vocabulary)
-    together = model(**batch, patch_size=p)
+    alone = [model(**inputs_of(model.config, s, p=p)) for s in sequences]
+    together = model(**inputs_of(model.config, *sequences, p=p, pack=1000 if arrange == "pack" else None))
     spans = [[16 // p**2], [8 // p**2, 16 // p**2], []]
     image_total = sum(o.image_loss * sum(n) for o, n in zip(alone, spans, strict=True) if n)
     torch.testing.assert_close(together.image_loss, image_total / sum(map(sum, spans)), rtol=0, atol=2e-6)
@@ -122,64 +121,63 @@ def test_batching_does_not_change_losses(p, arrange):
     torch.testing.assert_close(together.text_loss, text_total / sum(text_counts), rtol=0, atol=2e-6)
 
 
-def test_no_loss_across_documents():
-    """Without masks in the labels either: the first token of a document is not learned from the document before."""
+def test_nothing_predicts_the_first_token_of_a_document():
+    """Even if it is labelled: the loss of packed documents is that of the documents one by one."""
     model = tiny_model()
-    vocabulary = model.config.vocabulary
-    batch = collate(pack(mixed_sequences(vocabulary), 1000), vocabulary)
-    everything = {**batch, "labels": batch["input_ids"].where(batch["document_ids"] >= 0, torch.tensor(-100))}
-    first = batch["document_ids"] != torch.nn.functional.pad(batch["document_ids"][:, :-1], (1, 0), value=-2)
-    masked = {**everything, "labels": everything["labels"].where(~first, torch.tensor(-100))}
-    assert int(first.sum()) > 1
-    assert torch.equal(model(**everything).loss, model(**masked).loss)
-    assert learned_slots(everything, 1, vocabulary) == learned_slots(masked, 1, vocabulary)
+    sequences = mixed_sequences(model.config.vocabulary)
+    for sequence in sequences:
+        sequence.labels = sequence.input_ids.clone()
+    batch = make_batch(sequences, model.config, pack_length=1000)
+    alone = [make_batch([sequence], model.config) for sequence in sequences]
+    total = sum(part.counts.weight * model(**part.inputs).loss for part in alone)
+    assert batch.counts.weight == sum(len(sequence.input_ids) - 1 for sequence in sequences)
+    torch.testing.assert_close(model(**batch.inputs).loss, total / batch.counts.weight, rtol=0, atol=2e-6)
 
 
 def test_packed_rows_are_refused_where_attention_would_mix_them():
     """The flash kernels of transformers read restarting positions in a batch of one row only."""
     model = tiny_model()
-    rows = pack(mixed_sequences(model.config.vocabulary), 40)
-    assert len(rows) == 2
+    batch = inputs_of(model.config, *mixed_sequences(model.config.vocabulary), pack=40)
+    assert len(batch["input_ids"]) == 2
     model.backbone.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="document_ids: flash_attention_2 keeps documents apart in a batch of one row"):
-        model(**collate(rows, model.config.vocabulary))
+        model(**batch)
 
 
 def test_loss_does_not_depend_on_train_mode():
     model = tiny_model()
-    batch = collate(mixed_sequences(model.config.vocabulary), model.config.vocabulary)
-    assert torch.equal(model.train()(**batch, patch_size=2).loss, model.eval()(**batch, patch_size=2).loss)
+    batch = inputs_of(model.config, *mixed_sequences(model.config.vocabulary), p=2)
+    assert torch.equal(model.train()(**batch).loss, model.eval()(**batch).loss)
 
 
 def test_loss_normalization_and_weights():
     def sequence_of(m):
-        return collate([build_sequence([TextSegment([5, 6]), image()], m.config.vocabulary)], m.config.vocabulary)
+        return inputs_of(m.config, build_sequence([TextSegment([5, 6]), image()], m.config.vocabulary), p=2)
 
     position = tiny_model(text_loss_weight=0.5)
-    output = position(**sequence_of(position), patch_size=2)  # 4 text targets (5, 6, <boi>, <eoi>), 4 patches
+    output = position(**sequence_of(position))  # 4 text targets (5, 6, <boi>, <eoi>), 4 patches
     torch.testing.assert_close(output.loss, (0.5 * 4 * output.text_loss + 4 * output.image_loss) / (0.5 * 4 + 4))
     token = tiny_model(loss_normalization="token")
-    output = token(**sequence_of(token), patch_size=2)
+    output = token(**sequence_of(token))
     torch.testing.assert_close(output.loss, (4 * output.text_loss + 16 * output.image_loss) / (4 + 16))
 
 
 def test_gradients_reach_both_tables_and_the_backbone():
     model = tiny_model()
-    model(**collate(mixed_sequences(model.config.vocabulary), model.config.vocabulary), patch_size=2).loss.backward()
+    model(**inputs_of(model.config, *mixed_sequences(model.config.vocabulary), p=2)).loss.backward()
     missing = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert missing == []
 
 
-@pytest.mark.parametrize("without", ["pictures", "text"])
+@pytest.mark.parametrize("without", ["images", "text"])
 def test_weights_that_a_batch_does_not_need_get_zeros(without):
     """DDP needs a gradient of every weight on every process; the loss and the other gradients stay what they are."""
     model = tiny_model(text={"tie_word_embeddings": False}).train()
     vocabulary = model.config.vocabulary
-    batch = collate(
-        [build_sequence([TextSegment([5, 6, 7]) if without == "pictures" else image()], vocabulary)], vocabulary
-    )
-    batch["labels"][batch["labels"] == vocabulary.eoi_token_id] = -100
-    tables = {"pictures": (model.image_embed, model.image_head), "text": (model.get_output_embeddings(),)}[without]
+    sequence = build_sequence([TextSegment([5, 6, 7]) if without == "images" else image()], vocabulary)
+    sequence.labels[sequence.labels == vocabulary.eoi_token_id] = -100
+    batch = inputs_of(model.config, sequence)
+    tables = {"images": (model.image_embed, model.image_head), "text": (model.get_output_embeddings(),)}[without]
     loss = model(**batch).loss
     assert torch.equal(loss, model.eval()(**batch).loss)
     loss.backward()
@@ -193,8 +191,8 @@ def test_save_and_load(tmp_path, auto):
     model = tiny_model(positions="2d", coarse_positions="unit")
     model.save_pretrained(tmp_path)
     loaded = auto.from_pretrained(tmp_path).eval()
-    batch = collate(mixed_sequences(model.config.vocabulary), model.config.vocabulary)
-    assert torch.equal(loaded(**batch, patch_size=2).loss, model(**batch, patch_size=2).loss)
+    batch = inputs_of(model.config, *mixed_sequences(model.config.vocabulary), p=2)
+    assert torch.equal(loaded(**batch).loss, model(**batch).loss)
     assert loaded.config.coarse_positions == "unit" and loaded.config.vocabulary == model.config.vocabulary
 
 
@@ -210,32 +208,11 @@ def test_from_backbone_keeps_text_logits(tmp_path):
     torch.testing.assert_close(codes.std(), text.std(), rtol=0.1, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"image_grids": torch.tensor([[4, 4], [4, 4]])}, "image_grids: 2 grids for 1 image spans"),
-        ({"image_grids": torch.tensor([[4, 2]])}, "has 16 codes, its grid 4x2 needs 8"),
-        ({"image_grids": None}, "image_grids: 0 grids for 1 image spans"),
-        ({"patch_size": 3}, "patch_size: 3 does not divide the code grid 4x4"),
-    ],
-)
-def test_bad_batches_are_named(change, message):
+def test_nothing_supervised_is_named():
     model = tiny_model()
-    batch = collate([build_sequence([TextSegment([5]), image()], model.config.vocabulary)], model.config.vocabulary)
-    with pytest.raises(ValueError, match=message):
-        model(**{**batch, **change})
-
-
-def test_missing_boi_and_foreign_ids_are_named():
-    model = tiny_model()
-    batch = collate([build_sequence([TextSegment([5]), image()], model.config.vocabulary)], model.config.vocabulary)
-    stray = batch["input_ids"].clone()
-    stray[0, 2] = 5
-    with pytest.raises(ValueError, match="not preceded by <boi>"):
-        model(stray, image_grids=batch["image_grids"])
-    stray[0, 3] = 70
-    with pytest.raises(ValueError, match="input_ids: 70 is beyond text vocabulary and codebook"):
-        model(stray, image_grids=batch["image_grids"])
+    sequence = build_sequence([TextSegment([5], loss=False)], model.config.vocabulary)
+    with pytest.raises(ValueError, match="labels: no position of the batch is supervised"):
+        model(**inputs_of(model.config, sequence))
 
 
 @pytest.mark.parametrize(

@@ -4,17 +4,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import generators, tiny_config
+from conftest import generators, inputs_of, tiny_config
 from torch.utils.flop_counter import FlopCounterMode
 
 import unified_eval
 from npp_study import VARIANTS, parse_arguments, plan, train_and_measure
 from npp_study_report import relative_to_baseline, summarise, table, write_study
 from unified import PatchSchedule, UnifiedForCausalLM, UnifiedPipeline
-from unified.data.batches import CaptionedBatches
 from unified.data.code_cache import load_codes
 from unified.prediction.schedule import schedule_flops, training_flops
-from unified.sequence import ImageSegment, TextSegment, build_sequence, collate
+from unified.sequence import ImageSegment, TextSegment, build_sequence
 from unified.training.validation import image_loss
 from unified_eval.clip import clip_features, load_clip, retrieval_at_1
 from unified_eval.selection import choose_evenly, first_usable_rows, unique_captions
@@ -28,12 +27,10 @@ def test_formula_agrees_with_counted_matrix_products(p):
     model = UnifiedForCausalLM(config)
     model.set_attn_implementation("eager")
     codes = torch.randint(512, (8, 8))
-    batch = collate(
-        [build_sequence([TextSegment([9, 8, 7], loss=False), ImageSegment(codes)], config.vocabulary)],
-        config.vocabulary,
-    )
+    sequence = build_sequence([TextSegment([9, 8, 7], loss=False), ImageSegment(codes)], config.vocabulary)
+    batch = inputs_of(config, sequence, p=p)
     with FlopCounterMode(display=False) as counter:
-        model(**batch, patch_size=p).loss.backward()
+        model(**batch).loss.backward()
     text, image = 5, 64 // p**2  # <eoi>, the last position, is predicted but not run
     positions = text + image
     attention = 6 * 2 * 64 * positions**2  # what the formula leaves out: the half above the diagonal, per layer
@@ -66,8 +63,8 @@ def test_a_run_from_training_to_figures(config_file, parts, picture_source, text
     pipe = UnifiedPipeline.from_pretrained(f"{run.out}/pipeline")
     pipe.set_progress_bar_config(disable=True)
     held_out = load_codes(str(parts / "codes"), "validation", None)
-    batches = CaptionedBatches(held_out, text_tokenizer, pipe.model.config.vocabulary, 4, num_batches=0)
-    assert result["validation_loss"] == image_loss(pipe.model, batches, torch.device("cpu"))
+    expected = image_loss(pipe.model, held_out, text_tokenizer, pipe.model.config, 4, torch.device("cpu"))
+    assert result["validation_loss"] == expected
     captions = [
         row.caption for row in choose_evenly(unique_captions(first_usable_rows(picture_source, "train")[0]), 4, 0)
     ]

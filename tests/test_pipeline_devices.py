@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import generators
+from conftest import full_forward, generators
 from PIL import Image
 
 from unified import UnifiedPipeline
@@ -63,7 +63,7 @@ def test_every_trained_grid_is_drawn(pipeline, image_tokenizer):
     for step in range(12):
         rest = [vocabulary.text_vocab_size + c for c in [*codes, *[0] * (12 - step)]]  # what is to come is not seen
         with torch.no_grad():
-            output = pipeline.model(torch.tensor([prompt + rest]), image_grids=torch.tensor([[2, 6]]))
+            output = full_forward(pipeline.model, prompt + rest, [(2, 6)])
         codes.append(int(output.image_logits[0, len(prompt) - 1 + step].argmax()))
     drawn = pipeline("red apple", height=8, width=24, guidance_scale=1.0, top_k=1)
     assert drawn.codes.tolist() == [[codes[:6], codes[6:]]] and drawn.images[0].size == (24, 8)

@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from conftest import generators
+from conftest import full_forward, generators
 from PIL import Image
 
 from unified.decoding import Sampling
@@ -326,7 +326,7 @@ def test_caption_is_the_models_own_continuation(pipeline, photo):
     banned = [vocabulary.boi_token_id, vocabulary.eoi_token_id, vocabulary.bos_token_id, vocabulary.pad_token_id]
     while len(written) < 6:
         with torch.no_grad():
-            logits = pipeline.model(torch.tensor([ids]), image_grids=torch.tensor([[4, 4]])).logits[0, -1]
+            logits = full_forward(pipeline.model, ids, [(4, 4)]).logits[0, -1]
         logits[banned] = float("-inf")
         token = int(logits.argmax())
         if token == vocabulary.eos_token_id:

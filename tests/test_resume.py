@@ -19,9 +19,10 @@ from conftest import LAUNCH, ROOT, tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from unified.data.batches import make_batch
 from unified.data.code_cache import encode_source
 from unified.data.crops import Views
-from unified.sequence import ImageSegment, TextSegment, build_sequence, collate
+from unified.sequence import ImageSegment, TextSegment, build_sequence
 from unified.training import loop
 from unified.training.checkpoint import list_checkpoints, save_checkpoint
 from unified.training.config import load_config
@@ -321,15 +322,15 @@ def test_deepspeed_steps_with_this_steps_rate_and_never_from_a_bad_loss(config_f
     accelerator = DeepSpeedLike(optimizer)
     config = load_config(config_file, [f"output_dir={tmp_path}"])
     image = ImageSegment(torch.zeros(4, 4, dtype=torch.long))
-    batch = collate([build_sequence([TextSegment([5, 6]), image], model.config.vocabulary)], model.config.vocabulary)
+    batch = make_batch([build_sequence([TextSegment([5, 6]), image], model.config.vocabulary)], model.config)
     rest = (config, LossMeter(accelerator))
     for rate in (0.5, 0.25):
-        train_step(accelerator, model, model.config, [optimizer], [batch], 1, rate, *rest)
+        train_step(accelerator, model, [optimizer], [batch], rate, *rest)
     assert accelerator.rates == [0.5, 0.25]
     with torch.no_grad():
         model.image_head.weight.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match=r"loss: not finite on 1 process\(es\), nan on this one"):
-        train_step(accelerator, model, model.config, [optimizer], [batch], 1, 0.1, *rest)
+        train_step(accelerator, model, [optimizer], [batch], 0.1, *rest)
     assert accelerator.rates == [0.5, 0.25]
 
 

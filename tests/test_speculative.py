@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import generators, tiny_model
+from conftest import full_forward, generators, tiny_model
 
 from unified.decoding import Sampling, generate_codes, make_decoder, speculative
 from unified.decoding.sampling import filter_logits, guide
@@ -58,7 +58,7 @@ def tiny_world():
     for prompt in (PROMPTS[0], NEGATIVES[0]):
         ids = torch.tensor([[*prompt, *(50 + c for c in image)] for image in images])
         with torch.no_grad():
-            output = model(ids, image_grids=torch.tensor([[2, 2]] * len(images)))
+            output = full_forward(model, ids, [(2, 2)])
         sides.append(output.image_logits[:, len(prompt) - 1 : -1])
     log_probability = filter_logits(guide(*sides, sampling.guidance_scale), sampling).log_softmax(-1)
     probability = log_probability.gather(-1, torch.tensor(images)[..., None]).squeeze(-1).sum(1).exp()

@@ -1,20 +1,17 @@
-"""Training: batches, resume, stages, and the recipes through a real launch."""
+"""Training: stages, what a run leaves behind, and the recipe through a real launch."""
 
 import json
 import math
 import shutil
 
-import datasets
-import numpy as np
 import pytest
 import torch
-from conftest import generators, tiny_config, tiny_model
+from conftest import generators, tiny_model
 from safetensors.torch import load_file
 from torch.optim.swa_utils import AveragedModel
 from transformers import AutoModelForCausalLM
 
 from unified import UnifiedPipeline
-from unified.data.batches import CaptionedBatches, bucketed_order, loader
 from unified.data.code_cache import load_codes
 from unified.lora.adapters import base_of
 from unified.training.config import OptimizerConfig, load_config
@@ -22,149 +19,6 @@ from unified.training.loop import train
 from unified.training.optimizer import build_optimizers
 from unified.training.tracking import read_log
 from unified.training.validation import image_loss
-
-
-class TestBatches:
-    def build(self, parts, text_tokenizer, **changes):
-        rows = load_codes(parts / "codes", "train", None)
-        vocabulary = tiny_config(text={"vocab_size": text_tokenizer.vocab_size}).vocabulary
-        return CaptionedBatches(
-            rows, text_tokenizer, vocabulary, **{"batch_size": 4, "num_batches": 9, "seed": 1, **changes}
-        )
-
-    def test_every_epoch_sees_every_row_once(self, parts, text_tokenizer):
-        batches = self.build(parts, text_tokenizer)
-        order = [batches._row(i) for i in range(36)]
-        assert [sorted(order[i : i + 12]) for i in (0, 12, 24)] == [list(range(12))] * 3
-        assert order[:12] != order[12:24]
-
-    def test_a_batch_is_a_function_of_its_index(self, parts, text_tokenizer):
-        straight = list(loader(self.build(parts, text_tokenizer, caption_dropout=0.5)))
-        resumed = list(loader(self.build(parts, text_tokenizer, caption_dropout=0.5), start=5))
-        assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(straight[5:], resumed, strict=True))
-
-    def test_processes_share_the_global_batch(self, parts, text_tokenizer):
-        whole = self.build(parts, text_tokenizer, caption_dropout=0.5)[2]
-        halves = [
-            self.build(parts, text_tokenizer, caption_dropout=0.5, batch_size=2, rank=r, world_size=2)[2]
-            for r in (0, 1)
-        ]
-        length = [int(mask.sum()) for mask in whole["attention_mask"]]
-        for i in range(4):
-            part, k = halves[i % 2], i // 2
-            assert part["input_ids"][k][: length[i]].tolist() == whole["input_ids"][i][: length[i]].tolist()
-
-    def test_packed_batches_hold_the_same_documents(self, parts, text_tokenizer):
-        padded, packed = (self.build(parts, text_tokenizer, captioning=0.4, pack_length=n)[2] for n in (None, 60))
-        assert len(packed["input_ids"]) == 2
-        documents = [
-            row[packed["document_ids"][i] == d].tolist()
-            for i, row in enumerate(packed["input_ids"])
-            for d in range(int(packed["document_ids"][i].max()) + 1)
-        ]
-        rows = [
-            row[mask.bool()].tolist() for row, mask in zip(padded["input_ids"], padded["attention_mask"], strict=True)
-        ]
-        assert sorted(documents) == sorted(rows)
-
-    def test_caption_dropout_share(self, parts, text_tokenizer):
-        batches = self.build(parts, text_tokenizer, caption_dropout=0.25, num_batches=300)
-        vocabulary = batches.vocabulary
-        dropped = [int(row[1]) == vocabulary.boi_token_id for batch in loader(batches) for row in batch["input_ids"]]
-        assert sum(dropped) / len(dropped) == pytest.approx(0.25, abs=0.04)
-
-    def test_captioning_turns_rows_around(self, parts, text_tokenizer):
-        """Codes first, then the caption, which alone is learned; the other rows are as they were."""
-        plain, mixed = (
-            list(loader(self.build(parts, text_tokenizer, captioning=c, num_batches=60))) for c in (0.0, 0.4)
-        )
-        vocabulary, turned = self.build(parts, text_tokenizer).vocabulary, 0
-        for a, b in zip(plain, mixed, strict=True):
-            for i in range(4):
-                before, after = (x["input_ids"][i][x["attention_mask"][i].bool()] for x in (a, b))
-                labels = b["labels"][i][b["attention_mask"][i].bool()]
-                if int(after[1]) != vocabulary.boi_token_id:
-                    assert before.tolist() == after.tolist()
-                    continue
-                turned += 1
-                start = before.tolist().index(vocabulary.boi_token_id)
-                caption, picture = before[1:start].tolist(), before[start:].tolist()
-                assert after.tolist() == [int(before[0]), *picture, *caption, vocabulary.eos_token_id]
-                assert labels.tolist() == [-100] * (1 + len(picture)) + [*caption, vocabulary.eos_token_id]
-        assert turned / 240 == pytest.approx(0.4, abs=0.08)
-
-    def test_code_noise_touches_inputs_only(self, parts, text_tokenizer):
-        clean, noisy = (
-            list(loader(self.build(parts, text_tokenizer, code_noise=n, num_batches=60))) for n in (0.0, 0.8)
-        )
-        shares = []
-        for a, b in zip(clean, noisy, strict=True):
-            assert torch.equal(a["labels"], b["labels"])
-            is_code = a["input_ids"] >= text_tokenizer.vocab_size
-            assert torch.equal(a["input_ids"][~is_code], b["input_ids"][~is_code])
-            assert torch.equal(b["input_ids"] >= text_tokenizer.vocab_size, is_code)
-            changed = (a["input_ids"] != b["input_ids"]) & is_code
-            shares += (changed.sum(1) / is_code.sum(1)).tolist()
-        # Rates are uniform in [0, 0.8]; one sample in twenty hits the code that was there.
-        assert sum(shares) / len(shares) == pytest.approx(0.4 * 19 / 20, abs=0.04)
-        assert max(shares) > 0.6 and min(shares) < 0.1
-
-
-class TestBuckets:
-    GRIDS = [(4, 4)] * 13 + [(3, 6)] * 9 + [(6, 3)] * 5  # 27 rows
-
-    def build(self, text_tokenizer, **changes):
-        vocabulary = tiny_config(text={"vocab_size": text_tokenizer.vocab_size}).vocabulary
-        rows = [
-            {"codes": [i % 20] * (h * w), "height": h, "width": w, "caption": "red apple"}
-            for i, (h, w) in enumerate(self.GRIDS)
-        ]
-        rows = datasets.Dataset.from_list(rows).with_format("numpy")
-        return CaptionedBatches(
-            rows,
-            text_tokenizer,
-            vocabulary,
-            **{"batch_size": 4, "num_batches": 27, "seed": 1, "bucket": True, **changes},
-        )
-
-    def test_every_epoch_sees_every_row_once(self, text_tokenizer):
-        batches = self.build(text_tokenizer)
-        order = [batches._row(i) for i in range(4 * 27)]
-        epochs = [order[start : start + 27] for start in range(0, 4 * 27, 27)]
-        assert [sorted(epoch) for epoch in epochs] == [list(range(27))] * 4
-        assert len({tuple(epoch) for epoch in epochs}) == 4
-
-    def test_batches_hold_one_grid_but_for_leftovers(self, text_tokenizer):
-        """Of 27 rows in fours 3 + 2 + 1 batches are whole; the other three rows, and at most one whole batch, make the ends."""
-        whole = []
-        for batch in loader(self.build(text_tokenizer)):
-            grids = set(map(tuple, batch["image_grids"].tolist()))
-            whole.append(len(grids) == 1)
-        assert sum(whole) >= 4 * 5
-
-    def test_resume_and_processes_see_the_same(self, text_tokenizer):
-        straight = [batch["input_ids"] for batch in loader(self.build(text_tokenizer))]
-        resumed = [batch["input_ids"] for batch in loader(self.build(text_tokenizer), start=11)]
-        assert all(torch.equal(a, b) for a, b in zip(straight[11:], resumed, strict=True))
-        whole = self.build(text_tokenizer)
-        halves = [self.build(text_tokenizer, batch_size=2, rank=r, world_size=2) for r in (0, 1)]
-        for index in (0, 6, 13):
-            expected = [s.input_ids.tolist() for s in whole.sequences(index)]
-            for rank, half in enumerate(halves):
-                assert [s.input_ids.tolist() for s in half.sequences(index)] == expected[rank::2]
-
-    @pytest.mark.parametrize(
-        ("counts", "mixed"), [((1,), 0), ((2, 1), 0), ((1, 1, 1, 1), 1), ((13, 9, 5), 0), ((7, 7, 7, 7), 3)]
-    )
-    def test_leftovers_alone_are_mixed(self, counts, mixed):
-        """In fours from the start of a batch: 7 rows of four grids each leave three mixed batches among four whole ones."""
-        grids = np.repeat([(4, 4), (3, 6), (6, 3), (2, 8)][: len(counts)], counts, axis=0)
-        for begun in range(4):
-            order = bucketed_order(grids, 4, begun, np.random.default_rng(begun))
-            assert sorted(order) == list(range(sum(counts)))
-            batches = order[begun:][: (len(order) - begun) // 4 * 4].reshape(-1, 4)
-            found = sum(len(set(map(tuple, grids[batch]))) > 1 for batch in batches)
-            assert found == mixed if begun == 0 else found <= mixed
 
 
 def test_launched_run_leaves_what_it_should(finished):
@@ -182,12 +36,12 @@ def test_launched_run_leaves_what_it_should(finished):
     assert pipe("red apple", generator=generators(0)).images[0].size == (16, 16)
 
 
-def test_cost_counts_slots(finished, text_tokenizer):
+def test_cost_counts_positions(finished, text_tokenizer):
     """Cumulative positions: text tokens plus 16 / p^2 per image."""
     costs = [r["positions"] for r in read_log(finished) if "image_loss" in r]
     per_step = [b - a for a, b in zip([0, *costs], costs, strict=False)]
-    picture_slots = [4 * 1] * 3 + [4 * 4] * 3 + [4 * 16] * 6
-    text_positions = [total - image for total, image in zip(per_step, picture_slots, strict=True)]
+    image_positions = [4 * 1] * 3 + [4 * 4] * 3 + [4 * 16] * 6
+    text_positions = [total - image for total, image in zip(per_step, image_positions, strict=True)]
     assert all(4 * 3 <= text <= 4 * (3 + 14) for text in text_positions)  # <bos>, caption, <boi>, <eoi>
 
 
@@ -339,10 +193,10 @@ def test_adapter_on_a_language_model_loads_into_the_kept_base(
     ids = torch.tensor([[1, 5, 6, 7]])
     assert torch.equal(pipe.model(ids).logits, plain(ids).logits)
     pipe.load_lora_weights(folder)
-    rows = load_codes(parts / "codes", "train", None)
-    batches = CaptionedBatches(rows, pipe.text_tokenizer, base_of(pipe.model).config.vocabulary, 4, 0)
+    rows, config = load_codes(parts / "codes", "train", None), base_of(pipe.model).config
     log = read_log(tmp_path / "run")
-    assert image_loss(pipe.model, batches, torch.device("cpu")) < log[0]["image_loss"] - 0.2
+    loss = image_loss(pipe.model, rows, pipe.text_tokenizer, config, 4, torch.device("cpu"))
+    assert loss < log[0]["image_loss"] - 0.2
     pipe.fuse_lora()
     pipe.save_pretrained(tmp_path / "fused")
     assert not UnifiedPipeline.from_pretrained(tmp_path / "fused").model.config.new_image_tables

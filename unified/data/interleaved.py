@@ -75,9 +75,13 @@ def encode_interleaved(
 
 
 def interleaved_sequence(
-    row: dict[str, Any], text_tokenizer: TextTokenizer, vocabulary: Vocabulary, max_length: int
+    row: dict[str, Any],
+    rng: np.random.Generator | None,
+    text_tokenizer: TextTokenizer,
+    vocabulary: Vocabulary,
+    max_length: int,
 ) -> TokenSequence:
-    """A row of the cache as one sequence of at most ``max_length`` tokens, all of it learned.
+    """A row of the cache as one sequence of at most ``max_length`` tokens, all of it in the loss; nothing is random.
 
     Texts are cut where the room ends, images are kept whole or left out with all that follows. ``<eos>`` is there if
     nothing was cut.

@@ -1,12 +1,17 @@
 """Losses on held-out rows, always with a position for every code."""
 
 from collections.abc import Iterable
+from functools import partial
 
+import datasets
 import torch
 from accelerate.utils import send_to_device
 from torch import nn
 
-from unified.data.batches import Batch
+from unified.config import UnifiedConfig
+from unified.data.batches import Batch, Source, in_order
+from unified.data.captioned import captioned_sequence
+from unified_tokenizers import TextTokenizer
 
 
 @torch.no_grad()
@@ -25,3 +30,16 @@ def mean_loss(model: nn.Module, batches: Iterable[Batch], device: torch.device, 
         targets += targets_here
     model.train(training)
     return total / targets
+
+
+def image_loss(
+    model: nn.Module,
+    rows: datasets.Dataset,
+    text_tokenizer: TextTokenizer,
+    config: UnifiedConfig,
+    batch_size: int,
+    device: torch.device,
+) -> float:
+    """Mean image loss over the rows of a codes cache after their captions, in nats a code."""
+    sequence = partial(captioned_sequence, text_tokenizer=text_tokenizer, vocabulary=config.vocabulary)
+    return mean_loss(model, in_order(Source("rows", rows, sequence), config, batch_size), device, "image_loss")

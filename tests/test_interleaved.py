@@ -1,22 +1,21 @@
-"""Several sources mixed by weight: exact shares, whole epochs, resume, processes; interleaved rows."""
+"""Interleaved rows, and runs on several sources."""
 
 import runpy
 import sys
-from collections import Counter
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, tiny_config
+from conftest import ROOT
 from PIL import Image
+from test_batches import TEXTS, text_config, text_source
 
 from unified import UnifiedPipeline
-from unified.data.batches import loader
+from unified.data.batches import in_order
 from unified.data.code_cache import encode_source, load_codes
 from unified.data.crops import fit
 from unified.data.interleaved import encode_interleaved, interleaved_sequence
-from unified.data.mixture import MixedBatches, block_shares, image_source, text_source
 from unified.data.sources import fit_square
 from unified.sequence import ImageSegment, TextSegment, build_sequence, split_sequence
 from unified.training.config import load_config
@@ -25,82 +24,10 @@ from unified.training.tracking import read_log
 from unified.training.validation import mean_loss
 from unified_tokenizers.images import to_tensor
 
-TEXTS = ["the small dog and a cat", "a green tree and a red apple", "blue car", "yellow sun", "a blue dog"]
-
 
 @pytest.fixture(scope="module")
 def vocabulary(text_tokenizer):
-    return tiny_config(
-        text={"vocab_size": text_tokenizer.vocab_size},
-        boi_token_id=text_tokenizer.boi_token_id,
-        eoi_token_id=text_tokenizer.eoi_token_id,
-    ).vocabulary
-
-
-def mixture(parts, text_tokenizer, vocabulary, weights=(3, 1), **changes):
-    images = load_codes(parts / "codes", "train", None)
-    texts = datasets.Dataset.from_dict({"text": TEXTS})
-    sources = [
-        image_source("images", images, weights[0], text_tokenizer, vocabulary, caption_dropout=0.5, code_noise=0.5),
-        text_source("texts", texts, weights[1], text_tokenizer, vocabulary),
-    ]
-    return MixedBatches(sources, vocabulary, **{"batch_size": 4, "num_batches": 300, "seed": 1, **changes})
-
-
-@pytest.mark.parametrize(
-    ("weights", "shares"),
-    [((1, 1, 1), [334, 333, 333]), ((3, 1), [750, 250]), ((0.7, 0.2, 0.1), [700, 200, 100]), ((5,), [1000])],
-)
-def test_shares_are_rounded_to_thousandths(weights, shares):
-    assert block_shares(weights) == shares
-
-
-def test_every_block_holds_the_shares_and_every_epoch_every_row(parts, text_tokenizer, vocabulary):
-    batches = mixture(parts, text_tokenizer, vocabulary, weights=(2, 1))
-    places = [batches.place(number) for number in range(3000)]
-    for start in (0, 1000, 2000):
-        assert Counter(source for source, _ in places[start : start + 1000]) == {0: 667, 1: 333}
-    assert [source for source, _ in places[:1000]] != [source for source, _ in places[1000:2000]]
-    for source, rows in ((0, 12), (1, 5)):
-        nth = {}  # the place of a sequence among those of its source, from the blocks before and inside its own
-        for number, (owner, row) in enumerate(places):
-            batches.place(number)
-            if owner == source:
-                nth[number // 1000 * batches.shares[source] + int(batches._block[2][number % 1000])] = row
-        assert sorted(nth) == list(range(3 * batches.shares[source]))
-        epochs = [[nth[n] for n in range(start, start + rows)] for start in range(0, len(nth) - rows, rows)]
-        assert all(sorted(epoch) == list(range(rows)) for epoch in epochs)
-        assert epochs[0] != epochs[1]
-
-
-def test_a_batch_is_a_function_of_its_index(parts, text_tokenizer, vocabulary):
-    straight = list(loader(mixture(parts, text_tokenizer, vocabulary)))
-    resumed = list(loader(mixture(parts, text_tokenizer, vocabulary), start=240))  # blocks end at 250
-    assert len(resumed) == 60
-    for a, b in zip(straight[240:], resumed, strict=True):
-        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-    other = mixture(parts, text_tokenizer, vocabulary, seed=2)
-    assert not torch.equal(other[0]["input_ids"][:, :4], straight[0]["input_ids"][:, :4])
-
-
-def test_processes_share_the_global_batch(parts, text_tokenizer, vocabulary):
-    whole = mixture(parts, text_tokenizer, vocabulary)
-    halves = [mixture(parts, text_tokenizer, vocabulary, batch_size=2, rank=r, world_size=2) for r in (0, 1)]
-    for index in (0, 7, 251):
-        expected = [s.input_ids.tolist() for s in whole.sequences(index)]
-        parted = [[s.input_ids.tolist() for s in half.sequences(index)] for half in halves]
-        assert [parted[0][0], parted[1][0], parted[0][1], parted[1][1]] == expected
-
-
-def test_texts_are_cut_and_learned(text_tokenizer, vocabulary):
-    texts = datasets.Dataset.from_dict({"text": TEXTS[:1]})
-    ids = text_tokenizer.encode(TEXTS[0])
-    rng = np.random.default_rng(0)
-    bos, eos = vocabulary.bos_token_id, vocabulary.eos_token_id
-    whole = text_source("t", texts, 1, text_tokenizer, vocabulary).sequence(texts[0], rng)
-    assert whole.input_ids.tolist() == [bos, *ids, eos] and whole.labels.tolist() == [-100, *ids, eos]
-    cut = text_source("t", texts, 1, text_tokenizer, vocabulary, max_length=len(ids)).sequence(texts[0], rng)
-    assert cut.input_ids.tolist() == [bos, *ids[:-1]]
+    return text_config(text_tokenizer).vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +64,7 @@ def test_interleaved_rows_are_encoded_once(image_tokenizer, text_tokenizer, voca
     codes = [image_tokenizer.encode(to_tensor([fit_square(picture, 16)]))[0] for picture in pictures]
     expected = [["a cat", codes[0], "and a dog", codes[1]], [codes[2], "blue car"], ["only words"], [codes[3]]]
     for row, segments in zip(rows, expected, strict=True):
-        made = interleaved_sequence(row, text_tokenizer, vocabulary, 512)
+        made = interleaved_sequence(row, None, text_tokenizer, vocabulary, 512)
         parts = [TextSegment(text_tokenizer.encode(s)) if isinstance(s, str) else ImageSegment(s) for s in segments]
         reference = build_sequence(parts, vocabulary, end=True)
         assert torch.equal(made.input_ids, reference.input_ids) and torch.equal(made.labels, reference.labels)
@@ -175,7 +102,7 @@ def test_interleaved_rows_are_cut_at_their_length(text_tokenizer, vocabulary):
     whole = 1 + len(words) + 18 + len(after)
 
     def cut(length):
-        made = interleaved_sequence(row, text_tokenizer, vocabulary, length)
+        made = interleaved_sequence(row, None, text_tokenizer, vocabulary, length)
         assert len(made.input_ids) <= length
         return [
             s.ids if isinstance(s, TextSegment) else "picture"
@@ -187,7 +114,7 @@ def test_interleaved_rows_are_cut_at_their_length(text_tokenizer, vocabulary):
     assert cut(whole - 1) == [words, "picture", after[:-1]]
     assert cut(1 + len(words) + 17) == [words]
     with pytest.raises(ValueError, match="max_length: 18 has no room for the first image"):
-        interleaved_sequence({**row, "texts": [None]}, text_tokenizer, vocabulary, 18)
+        interleaved_sequence({**row, "texts": [None]}, None, text_tokenizer, vocabulary, 18)
 
 
 def test_interleaved_columns_and_kinds_are_checked(image_tokenizer, interleaved, picture_source, parts, tmp_path):
@@ -224,11 +151,8 @@ def test_a_run_on_mixed_sources_keeps_its_text(config_file, parts, interleaved, 
     for name, sources in (("alone", alone), ("mixed", mixed)):
         train(load_config(train_file, [f"output_dir={tmp_path}/{name}", *shared, sources]))
         pipe = UnifiedPipeline.from_pretrained(tmp_path / name / "pipeline")
-        source = text_source(
-            "t", datasets.Dataset.from_dict({"text": TEXTS}), 1, pipe.text_tokenizer, pipe.model.config.vocabulary
-        )
-        vocabulary = pipe.model.config.vocabulary
-        texts[name] = mean_loss(pipe.model, source.once(vocabulary, 4), vocabulary, torch.device("cpu"), "text_loss")
+        held_out = in_order(text_source(pipe.text_tokenizer, pipe.model.config), pipe.model.config, 4)
+        texts[name] = mean_loss(pipe.model, held_out, torch.device("cpu"), "text_loss")
     assert texts["mixed"] < texts["alone"] - 1
     log = read_log(tmp_path / "mixed")
     assert log[-1]["text_validation_loss"] == pytest.approx(texts["mixed"], rel=1e-3)
