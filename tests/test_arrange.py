@@ -26,6 +26,10 @@ def sequence(*segments):
     return build_sequence(segments, VOCABULARY)
 
 
+def arranged(made, merge=ONE):
+    return arrange(made, VOCABULARY, CONFIG.coordinates, merge=merge)
+
+
 def sequences():
     return [
         sequence(TextSegment([5, 6, 7]), image(4, 4), TextSegment([8, 9])),
@@ -36,7 +40,7 @@ def sequences():
 
 def test_one_position_a_code():
     made = sequence(TextSegment([7], loss=False), ImageSegment(torch.tensor([[0, 1], [2, 19]])))
-    row = arrange(made, CONFIG)
+    row = arranged(made)
     assert row.input_ids[:, 0].tolist() == [1, 7, 3, 50, 51, 52, 69, 4]
     assert row.labels[:, 0].tolist() == [-100, -100, -100, 50, 51, 52, 69, 4]
     assert row.is_image.tolist() == [False] * 3 + [True] * 4 + [False]
@@ -46,7 +50,7 @@ def test_one_position_a_code():
 def test_a_position_takes_a_window():
     """Text stays in column 0; windows of 2 x 2 in raster order, each with its four codes."""
     codes = torch.arange(16).reshape(4, 4)
-    row = arrange(sequence(TextSegment([7]), ImageSegment(codes)), CONFIG, merge=patches(2))
+    row = arranged(sequence(TextSegment([7]), ImageSegment(codes)), merge=patches(2))
     assert row.input_ids.tolist() == [
         *([[id, -100, -100, -100] for id in (1, 7, 3)]),
         *([[50 + c, 51 + c, 54 + c, 55 + c] for c in (0, 2, 8, 10)]),
@@ -58,7 +62,7 @@ def test_a_position_takes_a_window():
 def test_a_window_is_supervised_with_all_of_its_codes():
     made = sequence(ImageSegment(torch.arange(16).reshape(4, 4)))
     made.labels[2] = -100  # the first code
-    row = arrange(made, CONFIG, merge=patches(2))
+    row = arranged(made, merge=patches(2))
     assert row.labels[row.is_image].tolist() == [[-100] * 4, [52, 53, 56, 57], [58, 59, 62, 63], [60, 61, 64, 65]]
 
 
@@ -66,7 +70,7 @@ def test_different_merges_in_one_batch():
     """The loss of a batch of two patch sizes is made of the losses of its parts."""
     model = tiny_model()
     first, second, _ = sequences()
-    rows = [arrange(first, CONFIG, merge=patches(2)), arrange(second, CONFIG)]
+    rows = [arranged(first, merge=patches(2)), arranged(second)]
     counts = [count([row], CONFIG) for row in rows]
     parts = [model(**collate([row], VOCABULARY)) for row in rows]
     for together in (rows, pack(rows, 1000)):
@@ -85,7 +89,7 @@ def test_counts(p):
 
 
 def test_collate_pads_on_the_right():
-    rows = [arrange(s, CONFIG) for s in (sequence(TextSegment([7])), sequence(TextSegment([7]), image(2, 2)))]
+    rows = [arranged(s) for s in (sequence(TextSegment([7])), sequence(TextSegment([7]), image(2, 2)))]
     batch = collate(rows, VOCABULARY)
     assert batch["input_ids"][0].tolist() == [1, 7, 0, 0, 0, 0, 0, 0]
     assert batch["labels"][0].tolist() == [-100, 7, *[-100] * 6]
@@ -96,7 +100,7 @@ def test_collate_pads_on_the_right():
 def test_few_shapes_for_a_compiler():
     """Lengths and lists of indices are padded to a multiple; the loss and its gradients stay what they are."""
     model = tiny_model().train()
-    rows = [arrange(s, CONFIG, merge=patches(2)) for s in sequences()]
+    rows = [arranged(s, merge=patches(2)) for s in sequences()]
     gradients = []
     for multiple in (1, 16):
         batch = collate(rows, VOCABULARY, multiple)
@@ -109,7 +113,7 @@ def test_few_shapes_for_a_compiler():
 
 
 def test_pack_keeps_documents_apart():
-    rows = pack([arrange(sequence(TextSegment([7 + n] * n)), CONFIG) for n in (3, 4, 5)], max_length=10)
+    rows = pack([arranged(sequence(TextSegment([7 + n] * n))) for n in (3, 4, 5)], max_length=10)
     assert [row.input_ids[:, 0].tolist() for row in rows] == [
         [1, 10, 10, 10, 1, 12, 12, 12, 12, 12],
         [1, 11, 11, 11, 11],
@@ -120,19 +124,19 @@ def test_pack_keeps_documents_apart():
 
 def test_pack_puts_each_sequence_into_the_fullest_row():
     """Three full rows; row by row in the order given it would take four."""
-    rows = pack([arrange(sequence(TextSegment([7] * (n - 1))), CONFIG) for n in (3, 6, 5, 2, 7, 4, 3)], max_length=10)
+    rows = pack([arranged(sequence(TextSegment([7] * (n - 1)))) for n in (3, 6, 5, 2, 7, 4, 3)], max_length=10)
     assert [torch.bincount(row.document_ids).tolist() for row in rows] == [[3, 7], [6, 4], [5, 2, 3]]
 
 
 def test_pack_fills_rows_at_every_patch_size():
     """Eight images of 64 codes: at p = 2 each takes 16 + 4 positions, and three stand in a row of 64."""
     images = [sequence(TextSegment([5]), image(8, 8, seed)) for seed in range(8)]
-    rows = pack([arrange(s, CONFIG, merge=patches(2)) for s in images], max_length=64)
+    rows = pack([arranged(s, merge=patches(2)) for s in images], max_length=64)
     assert [len(row) for row in rows] == [60, 60, 40]
 
 
 def test_text_after_an_image_and_packed_documents():
-    row = arrange(sequence(TextSegment([5]), image(2, 4), TextSegment([6])), CONFIG)
+    row = arranged(sequence(TextSegment([5]), image(2, 4), TextSegment([6])))
     packed = collate(pack([row, row], 100), VOCABULARY)
     one = [(0, 0), (1, 1), (2, 2), *[(3 + r, 3 + c) for r in range(2) for c in range(4)], (7, 7), (8, 8)]
     assert packed["positions"][0].tolist() == [list(map(float, pair)) for pair in one + one]
@@ -178,19 +182,19 @@ def test_normalized_needs_2d():
 def test_wrong_grids_are_named(grids, message):
     made = sequence(TextSegment([5]), image())
     with pytest.raises(ValueError, match=message):
-        arrange(TokenSequence(made.input_ids, made.labels, grids), CONFIG)
+        arranged(TokenSequence(made.input_ids, made.labels, grids))
 
 
 def test_patches_that_do_not_divide_missing_boi_and_foreign_ids_are_named():
     made = sequence(TextSegment([5]), image())
     with pytest.raises(ValueError, match="patch_size: 3 does not divide the code grid 4x4"):
-        arrange(made, CONFIG, merge=patches(3))
+        arranged(made, merge=patches(3))
     made.input_ids[2] = 5
     with pytest.raises(ValueError, match="not preceded by <boi>"):
-        arrange(made, CONFIG)
+        arranged(made)
     made.input_ids[3] = 70
     with pytest.raises(ValueError, match="input_ids: 70 is beyond text vocabulary and codebook"):
-        arrange(made, CONFIG)
+        arranged(made)
 
 
 def test_bad_merges_packing_and_mixed_rows_are_named():
@@ -198,7 +202,7 @@ def test_bad_merges_packing_and_mixed_rows_are_named():
         Merge("sum", 2)
     with pytest.raises(ValueError, match="merge: 'one' cannot have windows of side 2"):
         Merge("one", 2)
-    row = arrange(sequence(TextSegment([7] * 5)), CONFIG, merge=ONE)
+    row = arranged(sequence(TextSegment([7] * 5)), merge=ONE)
     with pytest.raises(ValueError, match="max_length: 3 is shorter than a sequence of 6"):
         pack([row], max_length=3)
     with pytest.raises(ValueError, match="rows: 1 of 2 are packed"):

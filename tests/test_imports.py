@@ -1,4 +1,4 @@
-"""The layout of the repository: folders that must not shadow packages, imports that point down only."""
+"""The structure of the repository: folders that must not shadow packages, imports that point down only."""
 
 import ast
 import subprocess
@@ -8,9 +8,23 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FLOOR = {"unified_tokenizers": 0, "unified": 1, "unified_eval": 2}
-PLACES = {"unified_tokenizers": ROOT / "tokenizers" / "unified_tokenizers", "unified": ROOT / "unified",
-          "unified_eval": ROOT / "eval" / "unified_eval"}  # fmt: skip
+PACKAGES = {"unified_tokenizers": ROOT / "tokenizers" / "unified_tokenizers", "unified": ROOT / "unified",
+            "unified_eval": ROOT / "eval" / "unified_eval"}  # fmt: skip
+# Floors and rooms from the ground up; an import points to a lower line, or stays in its room.
+FLOORS = [
+    {"unified_tokenizers"},
+    {"unified.hub", "unified.settings", "unified.errors", "unified.locks", "unified.config"},
+    {"unified.sequence", "unified.model_card"},
+    {"unified.prediction"},
+    {"unified.model", "unified.data"},
+    {"unified.lora"},
+    {"unified.decoding"},
+    {"unified.pipeline"},
+    {"unified.training", "unified.convert", "unified.serving"},
+    {"unified.cli", "unified.__main__", "unified"},
+    {"unified_eval"},
+]
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 
 @pytest.mark.parametrize("how", [["-c", "from transformers import AutoTokenizer; import datasets; print(datasets.__version__)"],
@@ -25,20 +39,48 @@ def test_outer_folders_are_no_packages(folder):
     assert not (ROOT / folder / "__init__.py").exists()
 
 
+def room_of(module: str) -> str | None:
+    """The room that a module of the project lies in; None for other packages."""
+    parts = module.split(".")
+    if parts[0] not in PACKAGES:
+        return None
+    return parts[0] if parts[0] != "unified" else ".".join(parts[:2])
+
+
 def imported(path: Path) -> set[str]:
+    """Modules that a file imports anywhere, also inside functions and under ``TYPE_CHECKING``."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            names.add(node.module.split(".")[0])
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= inner if node.module == "unified" else {node.module}
     return names
 
 
-@pytest.mark.parametrize("package", FLOOR)
-def test_imports_point_down(package):
-    files = list(PLACES[package].rglob("*.py"))
-    assert files
-    for file in files:
-        above = {name for name in imported(file) if FLOOR.get(name, -1) > FLOOR[package]}
-        assert not above, f"{file} imports {above} from a floor above"
+def files() -> dict[Path, str]:
+    found = {}
+    for package, folder in PACKAGES.items():
+        for file in folder.rglob("*.py"):
+            inner = file.relative_to(folder).with_suffix("").parts
+            module = ".".join([package, *(part for part in inner if part != "__init__")])
+            found[file] = str(room_of(module))
+    return found
+
+
+def test_every_file_lies_in_a_known_room():
+    assert {room for room in files().values()} <= set(FLOOR)
+    assert all(any(known == room for room in files().values()) for known in FLOOR)
+
+
+def test_imports_point_down():
+    wrong = []
+    for file, room in files().items():
+        for module in imported(file):
+            other = room_of(module)
+            if module.startswith("unified.") and module.count(".") == 1 and other not in FLOOR:
+                other = "unified"  # a name of the package itself, such as `from unified import UnifiedPipeline`
+            if other is not None and other != room and FLOOR[other] >= FLOOR[room]:
+                wrong.append(f"{file.relative_to(ROOT)} imports {module}")
+    assert wrong == []

@@ -1,7 +1,7 @@
 """Configuration of a unified text-and-image language model."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
@@ -22,6 +22,14 @@ class Vocabulary:
     eos_token_id: int | None = None
     pad_token_id: int = 0
     eos_token_ids: tuple[int, ...] = ()
+
+
+class Coordinates(NamedTuple):
+    """Where image codes sit for the rotary embedding; the fields are those of :class:`UnifiedConfig`."""
+
+    positions: str
+    coarse_positions: str
+    normalized_range: float
 
 
 class UnifiedConfig(PreTrainedConfig):
@@ -105,6 +113,11 @@ class UnifiedConfig(PreTrainedConfig):
         return Vocabulary(
             text.vocab_size, self.codebook_size, self.boi_token_id, self.eoi_token_id, text.bos_token_id, eos, pad, ends
         )
+
+    @property
+    def coordinates(self) -> Coordinates:
+        """Where image codes sit for the rotary embedding."""
+        return Coordinates(self.positions, self.coarse_positions, self.normalized_range)
 
 
 def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -7,6 +7,7 @@ elsewhere; the shift by one position happens inside the model.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,36 +54,37 @@ def build_sequence(segments: Iterable[Segment], vocabulary: Vocabulary, end: boo
         ValueError: if text ids or codes leave their ranges, or codes are not ``(h, w)`` integers.
     """
     start = [] if vocabulary.bos_token_id is None else [vocabulary.bos_token_id]
-    ids = [torch.tensor(start, dtype=torch.int64)]
-    in_loss = [torch.zeros(len(start), dtype=torch.bool)]
+    ids = [np.array(start, dtype=np.int64)]
+    in_loss = [np.zeros(len(start), dtype=bool)]
     grids: list[tuple[int, int]] = []
     supervised = text_supervised = False
     for segment in segments:
         supervised = segment.loss
         if isinstance(segment, TextSegment):
-            part = torch.tensor(segment.ids, dtype=torch.int64)
+            part = np.array(segment.ids, dtype=np.int64)
             _check_range("text ids", part, vocabulary.text_vocab_size)
-            in_loss.append(torch.full((len(part),), supervised))
+            in_loss.append(np.full(len(part), supervised))
             text_supervised = supervised
         else:
             codes = segment.codes
             if codes.ndim != 2 or codes.is_floating_point() or codes.numel() == 0:
                 raise ValueError(f"codes: need integers of shape (h, w), got {codes.dtype} {tuple(codes.shape)}.")
-            _check_range("codes", codes, vocabulary.codebook_size)
-            part = torch.nn.functional.pad(codes.reshape(-1).long() + vocabulary.text_vocab_size, (1, 1))
-            part[0], part[-1] = vocabulary.boi_token_id, vocabulary.eoi_token_id
-            in_loss.append(torch.full((len(part),), supervised))
+            flat = codes.cpu().numpy().reshape(-1).astype(np.int64)
+            _check_range("codes", flat, vocabulary.codebook_size)
+            frame = vocabulary.boi_token_id, vocabulary.eoi_token_id
+            part = np.concatenate([frame[:1], flat + vocabulary.text_vocab_size, frame[1:]])
+            in_loss.append(np.full(len(part), supervised))
             in_loss[-1][0] = text_supervised
             grids.append((codes.shape[0], codes.shape[1]))
         ids.append(part)
     if end:
         if vocabulary.eos_token_id is None:
             raise ValueError("end: the backbone has no eos token id; set one in its configuration.")
-        ids.append(torch.tensor([vocabulary.eos_token_id]))
-        in_loss.append(torch.tensor([supervised]))
-    input_ids = torch.cat(ids)
-    labels = torch.where(torch.cat(in_loss), input_ids, IGNORE)
-    return TokenSequence(input_ids, labels, grids)
+        ids.append(np.array([vocabulary.eos_token_id]))
+        in_loss.append(np.array([supervised]))
+    input_ids = np.concatenate(ids)
+    labels = np.where(np.concatenate(in_loss), input_ids, IGNORE)
+    return TokenSequence(torch.from_numpy(input_ids), torch.from_numpy(labels), grids)
 
 
 def split_sequence(input_ids: Tensor, image_grids: Sequence[tuple[int, int]], vocabulary: Vocabulary) -> list[Segment]:
@@ -112,7 +114,7 @@ def split_sequence(input_ids: Tensor, image_grids: Sequence[tuple[int, int]], vo
     return segments
 
 
-def _check_range(name: str, values: Tensor, size: int) -> None:
-    if values.numel() and not (values.min() >= 0 and values.max() < size):
+def _check_range(name: str, values: np.ndarray, size: int) -> None:
+    if values.size and not (values.min() >= 0 and values.max() < size):
         low, high = int(values.min()), int(values.max())
         raise ValueError(f"{name}: values {low}..{high} leave [0, {size}); made for another layout?")

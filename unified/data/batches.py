@@ -56,7 +56,7 @@ class Batches(Dataset):
         batch_size: sequences of a batch on each process.
         num_batches: length.
         seed, rank, world_size: of the run and of this process.
-        pack_length: put the sequences of a batch together into rows of so many positions.
+        pack_length: put the sequences of a batch together into rows (see :func:`make_batch`).
         bucket: batches of one code grid each, for a single source of captioned images (see :func:`bucketed_order`).
         merge_of: how codes are merged in batch i; default one position each.
 
@@ -149,16 +149,20 @@ def make_batch(
 ) -> Batch:
     """Arrange sequences, pack them if a length is given, and put them side by side.
 
+    Rows are packed to ``pack_length`` codes: windows of s x s codes take rows of ``pack_length / s^2`` positions (or of the
+    longest sequence), because the cost of attention grows with their square.
+
     Raises:
         ValueError: if a sequence does not fit into a packed row, and as :func:`unified.prediction.arrange.arrange`.
     """
-    rows = [arrange(sequence, config, merge=merge) for sequence in sequences]
+    vocabulary, coordinates = config.vocabulary, config.coordinates
+    rows = [arrange(sequence, vocabulary, coordinates, merge=merge) for sequence in sequences]
     if pack_length is not None:
         longest = max(map(len, rows))
         if longest > pack_length:
             raise ValueError(f"data.pack: {pack_length} is shorter than a sequence of {longest} tokens; raise it.")
-        rows = pack(rows, pack_length)
-    return Batch(collate(rows, config.vocabulary), count(rows, config))
+        rows = pack(rows, max(longest, pack_length // merge.side**2))
+    return Batch(collate(rows, vocabulary), count(rows, config))
 
 
 def in_order(source: Source, config: UnifiedConfig, batch_size: int) -> Iterator[Batch]:

@@ -48,7 +48,7 @@ def prefill(decoder: Decoder, prompts: Sequence[Prompt], room: int) -> Prefilled
         raise ValueError("prompts: need one or more rows of at least one id.")
     distinct = list(dict.fromkeys(prompts))
     config, device = decoder.model.config, decoder.model.device
-    rows = [arrange(_sequence(prompt), config) for prompt in distinct]
+    rows = [arrange(_sequence(prompt), config.vocabulary, config.coordinates) for prompt in distinct]
     length = max(map(len, rows))
     ids = torch.full((len(rows), length), config.vocabulary.pad_token_id)
     coordinates, is_image = torch.zeros(len(rows), length, 2), torch.zeros(len(rows), length, dtype=torch.bool)

@@ -7,15 +7,17 @@ rotary coordinates, and flat indices of the image positions and of the supervise
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unified.config import UnifiedConfig, Vocabulary
+from unified.config import Coordinates, UnifiedConfig, Vocabulary
 from unified.prediction.coordinates import span_offsets
-from unified.prediction.merge import ONE, Grid, Merge, windows
+from unified.prediction.merge import ONE, Grid, Merge, merged_grid, windows
 from unified.prediction.order import ORDERS
 from unified.sequence import IGNORE, TokenSequence
 
@@ -54,14 +56,20 @@ class Counts(NamedTuple):
     weight: float
 
 
-def arrange(sequence: TokenSequence, config: UnifiedConfig, order: str = "raster", merge: Merge = ONE) -> Row:
+def arrange(
+    sequence: TokenSequence,
+    vocabulary: Vocabulary,
+    coordinates: Coordinates,
+    order: str = "raster",
+    merge: Merge = ONE,
+) -> Row:
     """Turn a sequence into positions: text as it is, every image in the given order with its codes merged.
 
     A window is supervised if all of its codes are. Nothing predicts the first position.
 
     Args:
         sequence: ids, labels and the grid of every image.
-        config: of the model; gives the vocabulary and the coordinates.
+        vocabulary, coordinates: of the model.
         order: a name in :data:`unified.prediction.order.ORDERS`.
         merge: how codes enter.
 
@@ -69,56 +77,59 @@ def arrange(sequence: TokenSequence, config: UnifiedConfig, order: str = "raster
         ValueError: if image spans and grids disagree, a span has no ``<boi>`` before it, an id lies beyond the codebook, or
             the merge does not divide a grid.
     """
-    columns = merge.side**2 if sequence.image_grids else 1
-    ids, labels, positions, is_image = [], [], [], []
-    base, cursor = 0.0, 0
-
-    def add_text(stop: int) -> float:
-        count = stop - cursor
-        ids.append(_in_columns(sequence.input_ids[cursor:stop, None], columns))
-        labels.append(_in_columns(sequence.labels[cursor:stop, None], columns))
-        index = (
-            torch.arange(base, base + count)[:count] if config.positions != "llamagen" else torch.full((count,), -1.0)
-        )
-        positions.append(index[:, None].expand(-1, 2))
-        is_image.append(torch.zeros(count, dtype=torch.bool))
-        return base + count
-
-    for start, grid in find_spans(sequence, config.vocabulary):
-        base = add_text(start)
-        cursor = start + grid[0] * grid[1]
-        cells = ORDERS[order]((grid[0] // merge.side, grid[1] // merge.side)).argsort(stable=True)
-        codes, targets = (
-            windows(part[None, start:cursor], grid, merge.side)[0, cells]
-            for part in (sequence.input_ids, sequence.labels)
-        )
-        offsets, advance = offsets_of(grid, config, merge)
-        ids.append(codes)
-        labels.append(targets.masked_fill((targets == IGNORE).any(dim=1, keepdim=True), IGNORE))
-        positions.append(offsets[cells] + (base if config.positions != "llamagen" else 0.0))
-        is_image.append(torch.ones(len(cells), dtype=torch.bool))
-        base += advance
-    add_text(len(sequence.input_ids))
-    row = Row(torch.cat(ids), torch.cat(labels), torch.cat(positions), torch.cat(is_image), len(sequence.image_grids))
-    row.labels[:1] = IGNORE
-    return row
+    ids, labels = sequence.input_ids.numpy(), sequence.labels.numpy()
+    spans = find_spans(ids, sequence.image_grids, vocabulary)
+    images = [_image(grid, order, merge, coordinates) for _, grid in spans]
+    length = len(ids) + sum(len(index) - index.size for index, _, _ in images)
+    shape = (length, merge.side**2 if spans else 1)
+    row_ids, row_labels = np.full(shape, IGNORE), np.full(shape, IGNORE)
+    positions, is_image = np.full((length, 2), -1.0, dtype=np.float32), np.zeros(length, dtype=bool)
+    cursor, end, base = 0, 0, 0.0  # in the sequence, in the row, and the index of the text
+    for number in range(len(spans) + 1):
+        stop = spans[number][0] if number < len(spans) else len(ids)
+        text = slice(end, end + stop - cursor)
+        row_ids[text, 0], row_labels[text, 0] = ids[cursor:stop], labels[cursor:stop]
+        if coordinates.positions != "llamagen":
+            positions[text] = base + np.arange(stop - cursor)[:, None]
+        base, end = base + stop - cursor, text.stop
+        if number == len(spans):
+            break
+        index, offsets, advance = images[number]
+        image, targets = slice(end, end + len(index)), labels[stop + index]
+        targets[(targets == IGNORE).any(axis=1)] = IGNORE
+        row_ids[image], row_labels[image], is_image[image] = ids[stop + index], targets, True
+        positions[image] = offsets if coordinates.positions == "llamagen" else base + offsets
+        cursor, end, base = stop + index.size, image.stop, base + advance
+    row_labels[:1] = IGNORE
+    tensor = torch.from_numpy
+    return Row(tensor(row_ids), tensor(row_labels), tensor(positions), tensor(is_image), len(spans))
 
 
-def find_spans(sequence: TokenSequence, vocabulary: Vocabulary) -> list[tuple[int, Grid]]:
+@lru_cache(maxsize=256)
+def _image(grid: Grid, order: str, merge: Merge, coordinates: Coordinates) -> tuple[np.ndarray, np.ndarray, float]:
+    """Of an image: which of its codes enter each position ``(n, s^2)``, where those sit ``(n, 2)``, and how far the index of
+    the text moves on.
+    """
+    cells = ORDERS[order](merged_grid(grid, merge.side)).argsort(stable=True)
+    index = windows(torch.arange(grid[0] * grid[1])[None], grid, merge.side)[0, cells]
+    offsets, advance = span_offsets(grid, merge.side, *coordinates)
+    return index.numpy(), offsets[cells].numpy(), advance
+
+
+def find_spans(ids: np.ndarray, grids: Sequence[Grid], vocabulary: Vocabulary) -> list[tuple[int, Grid]]:
     """First index and grid of every image span of a sequence.
 
     Raises:
         ValueError: if the runs of image codes do not match the grids one to one, a span has no ``<boi>`` before it, or an
             id lies beyond the codebook.
     """
-    ids = sequence.input_ids
     total = vocabulary.text_vocab_size + vocabulary.codebook_size
-    if ids.numel() and int(ids.max()) >= total:
-        raise ValueError(f"input_ids: {int(ids.max())} is beyond text vocabulary and codebook ({total} ids).")
-    is_image = F.pad((ids >= vocabulary.text_vocab_size).long(), (1, 1))
-    change = is_image.diff()
-    starts, stops = (change == 1).nonzero().flatten().tolist(), (change == -1).nonzero().flatten().tolist()
-    grids = sequence.image_grids
+    if len(ids) and ids.max() >= total:
+        raise ValueError(f"input_ids: {ids.max()} is beyond text vocabulary and codebook ({total} ids).")
+    is_image = np.zeros(len(ids) + 2, dtype=np.int8)
+    is_image[1:-1] = ids >= vocabulary.text_vocab_size
+    change = np.flatnonzero(np.diff(is_image)).tolist()
+    starts, stops = change[::2], change[1::2]
     if len(starts) != len(grids):
         raise ValueError(f"image_grids: {len(grids)} grids for {len(starts)} image spans; give one (h, w) per span.")
     for start, stop, (height, width) in zip(starts, stops, grids, strict=True):
@@ -126,15 +137,9 @@ def find_spans(sequence: TokenSequence, vocabulary: Vocabulary) -> list[tuple[in
             raise ValueError(
                 f"image_grids: the span at {start} has {stop - start} codes, its grid {height}x{width} needs {height * width}."
             )
-        if start == 0 or int(ids[start - 1]) != vocabulary.boi_token_id:
+        if start == 0 or ids[start - 1] != vocabulary.boi_token_id:
             raise ValueError(f"input_ids: the image span at {start} is not preceded by <boi>.")
     return list(zip(starts, grids, strict=True))
-
-
-def offsets_of(grid: Grid, config: UnifiedConfig, merge: Merge = ONE) -> tuple[Tensor, float]:
-    """Coordinates ``(n, 2)`` of an image's windows after ``<boi>``, and how far the index of the text moves on."""
-    positions = "2d" if config.positions == "llamagen" else config.positions
-    return span_offsets(grid, merge.side, positions, config.coarse_positions, config.normalized_range)
 
 
 def pack(rows: Iterable[Row], max_length: int) -> list[Row]:
@@ -195,20 +200,19 @@ def collate(rows: Sequence[Row], vocabulary: Vocabulary, multiple: int = 1) -> d
     """
     longest = max(map(len, rows))
     length, columns = longest + -longest % multiple, max(row.input_ids.shape[1] for row in rows)
-
-    def stack(parts: Iterable[Tensor], fill: float) -> Tensor:
-        return torch.stack([F.pad(t, (0, 0) * (t.ndim - 1) + (0, length - len(t)), value=fill) for t in parts])
-
-    input_ids = stack((_in_columns(row.input_ids, columns) for row in rows), IGNORE)
-    padding = (input_ids == IGNORE).all(dim=2)
-    input_ids[..., 0] = input_ids[..., 0].masked_fill(padding, vocabulary.pad_token_id)
-    labels = stack((_in_columns(row.labels, columns) for row in rows), IGNORE)
+    input_ids, labels = (torch.full((len(rows), length, columns), IGNORE) for _ in range(2))
+    input_ids[..., 0] = vocabulary.pad_token_id
+    positions, is_image = torch.zeros(len(rows), length, 2), torch.zeros(len(rows), length, dtype=torch.bool)
+    for number, row in enumerate(rows):
+        size, taken = row.input_ids.shape
+        input_ids[number, :size, :taken], labels[number, :size, :taken] = row.input_ids, row.labels
+        positions[number, :size], is_image[number, :size] = row.positions, row.is_image
     of_image = labels[..., 0] >= vocabulary.text_vocab_size
     batch = {
         "input_ids": input_ids if columns > 1 else input_ids[..., 0],
         "labels": labels if columns > 1 else labels[..., 0],
-        "positions": stack((row.positions for row in rows), 0.0),
-        "image_inputs": _indices(stack((row.is_image for row in rows), False), multiple),
+        "positions": positions,
+        "image_inputs": _indices(is_image, multiple),
         "text_targets": _indices((labels[..., 0] != IGNORE) & ~of_image, multiple),
         "image_targets": _indices(of_image, multiple),
     }
@@ -216,7 +220,7 @@ def collate(rows: Sequence[Row], vocabulary: Vocabulary, multiple: int = 1) -> d
     if packed:
         if len(packed) != len(rows):
             raise ValueError(f"rows: {len(packed)} of {len(rows)} are packed; pack all of them or none.")
-        batch["document_ids"] = stack(packed, -1)
+        batch["document_ids"] = torch.stack([F.pad(ids, (0, length - len(ids)), value=-1) for ids in packed])
     return batch
 
 
@@ -227,14 +231,15 @@ def count(rows: Sequence[Row], config: UnifiedConfig) -> Counts:
     weighs ``text_loss_weight``, an image position ``image_loss_weight``, times the number of its codes if
     ``loss_normalization`` is ``token``.
     """
-    labels = [row.labels for row in rows]
-    of_image = [each[:, 0] >= config.vocabulary.text_vocab_size for each in labels]
-    images = sum(int(mask.sum()) for mask in of_image)
-    texts = sum(int((each[:, 0] != IGNORE).sum()) for each in labels) - images
-    codes = images
-    if config.loss_normalization == "token":
-        codes = sum(int((each[mask] != IGNORE).sum()) for each, mask in zip(labels, of_image, strict=True))
-    weight = config.text_loss_weight * texts + config.image_loss_weight * codes
+    texts = images = codes = 0
+    vocab_size = config.text_config.vocab_size
+    for row in rows:
+        supervised, of_image = row.labels.numpy() != IGNORE, row.labels[:, 0].numpy() >= vocab_size
+        texts += int((supervised[:, 0] & ~of_image).sum())
+        images += int(of_image.sum())
+        codes += int(supervised[of_image].sum())
+    weight = config.image_loss_weight * (codes if config.loss_normalization == "token" else images)
+    weight += config.text_loss_weight * texts
     return Counts(sum(row.images for row in rows), sum(map(len, rows)), texts, images, weight)
 
 
