@@ -62,8 +62,8 @@ def test_unloading_restores_every_weight_bitwise(pipeline, tmp_path):
 @pytest.mark.parametrize("train_image_tables", [False, True])
 def test_reloaded_adapter_is_identical(tmp_path, train_image_tables):
     model = tiny_model()
-    layout = model.config.layout
-    batch = collate([build_sequence([TextSegment([5]), ImageSegment(torch.arange(16).reshape(4, 4))], layout)], layout)
+    vocabulary = model.config.vocabulary
+    batch = collate([build_sequence([TextSegment([5]), ImageSegment(torch.arange(16).reshape(4, 4))], vocabulary)], vocabulary)
     adapted = attach_lora(model, rank=4, train_image_tables=train_image_tables)
     trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
     assert any("image_head" in name for name in trained) == train_image_tables

@@ -16,6 +16,7 @@ from unified.data.code_cache import CACHE_FILE, encode_source, is_codes_cache, l
 from unified.data.crops import Views
 from unified.data.sources import SkipReport
 from unified.lora.adapters import attach_lora
+from unified.model.backbone import check_family, check_packing
 from unified.model.modeling import UnifiedForCausalLM
 from unified.model_card import run_card
 from unified.pipeline.pipeline import UnifiedPipeline
@@ -44,6 +45,8 @@ def build_parts(config: TrainConfig) -> Parts:
         image_tokenizer = AutoImageTokenizer.from_pretrained(str(source.image_tokenizer))
         text_tokenizer = load_text_tokenizer(str(source.text_tokenizer or source.backbone), source.boi, source.eoi)
         model = _new_model(config, image_tokenizer, text_tokenizer)
+    if config.data.pack is not None:
+        check_packing(model.backbone)
     if source.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model, image_tokenizer, text_tokenizer
@@ -119,7 +122,9 @@ def _new_model(
         "eos_token_id": text_tokenizer.eos_token_id,
         "pad_token_id": text_tokenizer.pad_token_id,
     }
-    return UnifiedForCausalLM(UnifiedConfig(text_config=architecture, **shared))
+    model = UnifiedForCausalLM(UnifiedConfig(text_config=architecture, **shared))
+    check_family(model.backbone, model.text_logits, model.config.positions)
+    return model
 
 
 def open_codes(
