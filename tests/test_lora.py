@@ -63,7 +63,9 @@ def test_unloading_restores_every_weight_bitwise(pipeline, tmp_path):
 def test_reloaded_adapter_is_identical(tmp_path, train_image_tables):
     model = tiny_model()
     vocabulary = model.config.vocabulary
-    batch = collate([build_sequence([TextSegment([5]), ImageSegment(torch.arange(16).reshape(4, 4))], vocabulary)], vocabulary)
+    batch = collate(
+        [build_sequence([TextSegment([5]), ImageSegment(torch.arange(16).reshape(4, 4))], vocabulary)], vocabulary
+    )
     adapted = attach_lora(model, rank=4, train_image_tables=train_image_tables)
     trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
     assert any("image_head" in name for name in trained) == train_image_tables

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 
 from unified.config import UnifiedConfig
-from unified.model.backbone import check_family, load_language_model
+from unified.model.backbone import load_language_model
+from unified.model.family import check_family
 from unified.model.modeling import LOGIT_SCALES, UnifiedForCausalLM
 
 

@@ -10,7 +10,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Generation
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from unified.config import UnifiedConfig
-from unified.model.backbone import check_family, load_language_model, load_whole
+from unified.model.backbone import load_language_model, load_whole
+from unified.model.family import check_family
 from unified.model.image_head import ImageHead, patch_losses
 from unified.model.init import initialize_image_tables
 from unified.model.prefix import build_condition
@@ -106,7 +107,7 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: if the checkpoint is not whole, or its family does not work here; see
-                :func:`unified.model.backbone.check_family`.
+                :func:`unified.model.family.check_family`.
         """
         backbone = load_language_model(pretrained_model_name_or_path, dtype or torch.float32, attn_implementation)
         attention = backbone.config._attn_implementation  # a config that takes in another one resets it there
@@ -129,8 +130,7 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
             backbone.get_input_embeddings(), backbone.get_output_embeddings().weight,
             text.vocab_size, getattr(text, "initializer_range", 0.02), image_init, head_init, codebook,
         )  # fmt: skip
-        if not attention.startswith("flash"):  # which runs on a GPU alone
-            check_family(backbone, model.text_logits, unified.positions)
+        check_family(backbone, model.text_logits, unified.positions)
         return model
 
     @classmethod

@@ -16,7 +16,7 @@ from unified.data.code_cache import CACHE_FILE, encode_source, is_codes_cache, l
 from unified.data.crops import Views
 from unified.data.sources import SkipReport
 from unified.lora.adapters import attach_lora
-from unified.model.backbone import check_family, check_packing
+from unified.model.family import check_family, check_packing
 from unified.model.modeling import UnifiedForCausalLM
 from unified.model_card import run_card
 from unified.pipeline.pipeline import UnifiedPipeline

@@ -6,7 +6,7 @@ from conftest import generators, tiny_model
 from test_backbones import FAMILIES, SIZES
 from test_decoding import naive_codes
 from test_lora import noisy_adapter
-from test_lora_active import logits
+from test_lora_switching import logits
 
 from unified.decoding import Prompt, Sampling, generate_codes, make_decoder
 from unified.decoding.decoder import BackboneDecoder
