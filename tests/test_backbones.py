@@ -11,6 +11,8 @@ from unified.lora.adapters import attach_lora
 from unified.model.backbone import decoder_layers
 from unified.model.family import check_packing
 from unified.sequence import ImageSegment, TextSegment, build_sequence, collate, pack
+from unified.training.config import load_config
+from unified.training.setup import build_parts
 from unified.training.step import learned_weight
 
 SIZES = {
@@ -330,6 +332,23 @@ def test_packing_is_refused_for_families_that_leak(backbone, tmp_path):
     assert torch.equal(scores[0, 2:6].argmax(-1), codes.flatten())
     with pytest.raises(ValueError, match=r"data\.pack: GptOssForCausalLM does not keep packed documents apart"):
         check_packing(model.backbone)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "overrides", "message"),
+    [
+        ("{model_type: lfm2, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 4,"
+         " num_key_value_heads: 2, layer_types: [conv, full_attention]}", [],
+         "backbone: Lfm2ForCausalLM cannot decode with a cache of keys and values alone"),
+        ("{model_type: gpt_oss, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 4,"
+         " num_key_value_heads: 2, head_dim: 8, num_local_experts: 4, num_experts_per_tok: 2}", ["data.pack=64"],
+         r"data\.pack: GptOssForCausalLM does not keep packed documents apart"),
+    ],
+)  # fmt: skip
+def test_a_run_from_scratch_refuses_them_before_it_starts(architecture, overrides, message, config_file):
+    settings = ["output_dir=unused", f"model.architecture={architecture}", "model.options={positions: 1d}", *overrides]
+    with pytest.raises(ValueError, match=message):
+        build_parts(load_config(config_file, settings))
 
 
 def test_composite_models_without_a_language_model_are_named(tmp_path):

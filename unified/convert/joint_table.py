@@ -4,9 +4,7 @@ from typing import Any
 
 import torch
 
-from unified.config import UnifiedConfig
 from unified.model.backbone import load_language_model
-from unified.model.family import check_family
 from unified.model.modeling import LOGIT_SCALES, UnifiedForCausalLM
 
 
@@ -46,18 +44,13 @@ def split_joint_table(
         vectors = backbone.get_input_embeddings()(torch.arange(first, vocabulary))
         scores = head.weight[first:].clone()
     backbone.resize_token_embeddings(first, mean_resizing=False)
-    model = UnifiedForCausalLM(
-        UnifiedConfig(
-            text_config=backbone.config,
-            codebook_size=codebook_size,
-            boi_token_id=boi_token_id,
-            eoi_token_id=eoi_token_id,
-            **{"positions": "1d", "coarse_positions": "unit", **config},
-        ),
+    model = UnifiedForCausalLM.around(
         backbone,
+        codebook_size=codebook_size,
+        boi_token_id=boi_token_id,
+        eoi_token_id=eoi_token_id,
+        **{"positions": "1d", "coarse_positions": "unit", **config},
     )
-    model.generation_config = backbone.generation_config
-    check_family(backbone, model.text_logits, model.config.positions)
     with torch.no_grad():
         model.image_embed.weight.copy_(vectors)
         model.image_head.weight.copy_(scores)

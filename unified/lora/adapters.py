@@ -86,7 +86,7 @@ def linear_layers(model: UnifiedForCausalLM) -> list[str]:
     """
     config = model.config.text_config
     narrow = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    found = {}
+    found: dict[str, None] = {}  # in order of appearance
     for layer in decoder_layers(model.backbone):
         for name, module in layer.named_modules():
             if isinstance(module, nn.Linear) and module.out_features >= narrow and ".lora_" not in name:

@@ -110,26 +110,35 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
                 :func:`unified.model.family.check_family`.
         """
         backbone = load_language_model(pretrained_model_name_or_path, dtype or torch.float32, attn_implementation)
-        attention = backbone.config._attn_implementation  # a config that takes in another one resets it there
-        unified = UnifiedConfig(
-            text_config=backbone.config,
-            codebook_size=codebook_size,
-            boi_token_id=boi_token_id,
-            eoi_token_id=eoi_token_id,
-            **{"new_image_tables": True, **config},
-        )
-        unified._attn_implementation = attention
-        model = cls(unified, backbone)
-        for part in (model.image_embed, model.image_head, model.condition):
-            if part is not None:  # the backbone has its dtype, and keeps rotary frequencies in float32
-                part.to(dtype=backbone.dtype)
-        model.generation_config = backbone.generation_config
+        tables = {"codebook_size": codebook_size, "boi_token_id": boi_token_id, "eoi_token_id": eoi_token_id}
+        model = cls.around(backbone, **{"new_image_tables": True, **tables, **config})
         text = backbone.config
         initialize_image_tables(
             model.image_embed.weight, model.image_head.weight,
             backbone.get_input_embeddings(), backbone.get_output_embeddings().weight,
             text.vocab_size, getattr(text, "initializer_range", 0.02), image_init, head_init, codebook,
         )  # fmt: skip
+        return model
+
+    @classmethod
+    def around(cls, backbone: Any, **config: Any) -> "UnifiedForCausalLM":
+        """Build a model around a loaded language model, which is used as it is; the image tables are still to be written.
+
+        Args:
+            backbone: a causal language model of transformers.
+            config: all fields of :class:`UnifiedConfig` but ``text_config``.
+
+        Raises:
+            ValueError: if the family does not work here; see :func:`unified.model.family.check_family`.
+        """
+        attention = backbone.config._attn_implementation  # a config that takes in another one resets it there
+        unified = UnifiedConfig(text_config=backbone.config, **config)
+        unified._attn_implementation = attention
+        model = cls(unified, backbone)
+        for part in (model.image_embed, model.image_head, model.condition):
+            if part is not None:  # the backbone has its dtype, and keeps rotary frequencies in float32
+                part.to(dtype=backbone.dtype)
+        model.generation_config = backbone.generation_config
         check_family(backbone, model.text_logits, unified.positions)
         return model
 
