@@ -231,13 +231,11 @@ def _try_out(model: UnifiedForCausalLM | PeftModel, config: LoraConfig, name: st
         for tensor in chain(model.parameters(), model.buffers())
         for empty in [torch.empty_like(tensor, device="meta")]
     }
-    outline, config = copy.deepcopy(model, meta), copy.deepcopy(config)  # type: ignore[arg-type]
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they come again with the model itself
-            return get_peft_model_state_dict(
-                _add(outline, config, name, modality), adapter_name=name, save_embedding_layers=False
-            )
+            outline = _add(copy.deepcopy(model, meta), copy.deepcopy(config), name, modality)  # type: ignore[arg-type]
+            return get_peft_model_state_dict(outline, adapter_name=name, save_embedding_layers=False)
     except ValueError:
         raise
     except Exception as error:  # whatever peft says to a config that no check has foreseen
