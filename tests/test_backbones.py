@@ -1,15 +1,21 @@
-"""Every decoder family through ``from_backbone``: its text stays its own, and image spans can be learned."""
+"""Every decoder family through ``from_backbone``: its text stays what it was, and image spans can be trained."""
 
 import pytest
 import torch
 from conftest import full_forward, inputs_of, tiny_config
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, JanusForConditionalGeneration
 
 from unified import UnifiedConfig, UnifiedForCausalLM
 from unified.data.batches import make_batch
+from unified.decoding import Sampling, generate_codes
 from unified.lora.adapters import attach_lora
+from unified.model.backbone import decoder_layers
+from unified.model.family import check_packing
+from unified.prediction.arrange import arrange, collate, pack
 from unified.prediction.merge import patches
 from unified.sequence import ImageSegment, TextSegment, build_sequence
+from unified.training.config import load_config
+from unified.training.setup import build_parts
 
 SIZES = {
     "vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -46,7 +52,7 @@ def unified(folder, **config):
     return UnifiedForCausalLM.from_backbone(folder, 20, boi_token_id=3, eoi_token_id=4, **config).eval()
 
 
-def drawing(vocabulary, seed=0):
+def sequence_with_an_image(vocabulary, seed=0):
     codes = torch.randint(0, 20, (4, 4), generator=torch.Generator().manual_seed(seed))
     return build_sequence([TextSegment([5, 6, 7]), ImageSegment(codes), TextSegment([8])], vocabulary)
 
@@ -61,8 +67,8 @@ def test_text_is_untouched(backbone, positions):
     assert torch.equal(model.generate(ids, **options), plain.generate(ids, **options))
 
 
-def test_families_with_ways_of_their_own(tmp_path, monkeypatch):
-    """An interleaved rotary embedding has one position per position; logits that are made in another way are refused."""
+def test_custom_rotary_embeddings_and_logits(tmp_path, monkeypatch):
+    """An interleaved rotary embedding goes with 1D positions only; text logits that are computed in another way are refused."""
     torch.manual_seed(0)
     plain = AutoModelForCausalLM.from_config(AutoConfig.for_model("cohere", **SIZES, logit_scale=0.25)).eval()
     plain.save_pretrained(tmp_path)
@@ -71,7 +77,7 @@ def test_families_with_ways_of_their_own(tmp_path, monkeypatch):
     ids = torch.randint(5, 50, (2, 9), generator=torch.Generator().manual_seed(2))
     assert torch.equal(unified(tmp_path, positions="1d")(ids).logits, plain(ids).logits)
     monkeypatch.setattr("unified.model.modeling.LOGIT_SCALES", ("none", "none", "none"))
-    with pytest.raises(ValueError, match="backbone: CohereForCausalLM makes its text logits in a way of its own"):
+    with pytest.raises(ValueError, match="backbone: CohereForCausalLM computes its text logits in a custom way"):
         unified(tmp_path, positions="1d")
 
 
@@ -80,7 +86,7 @@ def test_image_span_equals_the_backbone_fed_by_hand(backbone, p):
     """1D positions: look up, pool and concatenate by hand, and hand that to the plain model."""
     plain, folder = backbone
     model = unified(folder, positions="1d", coarse_positions="unit")
-    sequence = drawing(model.config.vocabulary)
+    sequence = sequence_with_an_image(model.config.vocabulary)
     codes = sequence.input_ids[sequence.input_ids >= 50].reshape(4, 4) - 50
     patches = model.image_embed(codes).unfold(0, p, p).unfold(1, p, p).mean(dim=(-1, -2)).reshape(1, -1, 32)
     lookup = plain.get_input_embeddings()
@@ -106,7 +112,7 @@ def test_gradient_checkpointing_changes_nothing(backbone):
         model = unified(folder).train()
         if checkpointing:
             model.gradient_checkpointing_enable()
-        model(**inputs_of(model.config, drawing(model.config.vocabulary), p=2)).loss.backward()
+        model(**inputs_of(model.config, sequence_with_an_image(model.config.vocabulary), p=2)).loss.backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     assert gradients[0].abs().sum() > 0
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-7)
@@ -115,7 +121,7 @@ def test_gradient_checkpointing_changes_nothing(backbone):
 def test_two_dimensional_positions_reach_the_layers(backbone):
     """1D and 2D agree up to the first code and part where a grid row begins."""
     _, folder = backbone
-    ids = drawing(tiny_config().vocabulary).input_ids
+    ids = sequence_with_an_image(tiny_config().vocabulary).input_ids
     one, two = (full_forward(unified(folder, positions=p), ids, [(4, 4)]) for p in ("1d", "2d"))
     start = 5  # <bos>, three words, <boi>; the first code of an image sits where a word would
     assert torch.equal(one.image_logits[:, : start + 1], two.image_logits[:, : start + 1])
@@ -145,9 +151,9 @@ def test_packed_rows_keep_documents_apart(backbone, p):
             [TextSegment([32, 33])],
         )
     ]
-    packed = inputs_of(model.config, *documents, p=p, pack=50)
-    if p == 1:
-        assert (packed["document_ids"] >= 0).sum(dim=1).tolist() == [50, 41, 16]
+    rows = [arrange(each, vocabulary, model.config.coordinates, merge=patches(p)) for each in documents]
+    packed = collate(pack(rows, 50), vocabulary)
+    assert (packed["document_ids"] >= 0).sum(dim=1).tolist() == {1: [50, 41, 16], 2: [48, 11]}[p]
     total, weights, sums = 0.0, 0.0, {"text_loss": 0.0, "image_loss": 0.0}
     for document in documents:
         part = make_batch([document], model.config, patches(p))
@@ -183,7 +189,7 @@ def test_saved_and_loaded(backbone, tmp_path):
         assert (each.get_input_embeddings().weight is each.get_output_embeddings().weight) == tied
     before, after = model.state_dict(), loaded.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    sequence = drawing(model.config.vocabulary)
+    sequence = sequence_with_an_image(model.config.vocabulary)
     ours, theirs = (full_forward(m, sequence.input_ids, [(4, 4)]) for m in (model, loaded))
     assert torch.equal(ours.logits, theirs.logits) and torch.equal(ours.image_logits, theirs.image_logits)
 
@@ -201,7 +207,7 @@ def test_gradient_checkpointing_reaches_adapters_on_a_frozen_base(backbone, moda
         for name, weight in adapted.named_parameters():
             if "lora_" in name:
                 torch.nn.init.normal_(weight, 0, 0.1)
-        adapted(**inputs_of(model.config, drawing(model.config.vocabulary), p=2)).loss.backward()
+        adapted(**inputs_of(model.config, sequence_with_an_image(model.config.vocabulary), p=2)).loss.backward()
         assert all(p.grad is None for p in adapted.parameters() if not p.requires_grad)
         gradients.append(torch.cat([p.grad.flatten() for p in adapted.parameters() if p.requires_grad]))
     assert gradients[0].abs().sum() > 0
@@ -246,6 +252,101 @@ def test_language_part_of_a_model_that_reads_images(tied, tmp_path):
     assert not any("vision" in name for name, _ in model.named_parameters())
     model.save_pretrained(tmp_path / "unified")
     assert torch.equal(UnifiedForCausalLM.from_pretrained(tmp_path / "unified").eval()(ids).logits, whole(ids).logits)
+
+
+def test_parts_that_are_left_out_are_named(tmp_path):
+    """Janus holds a generation head, embeddings of codes and an image tokenizer as well."""
+    torch.manual_seed(0)
+    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 4,
+              "projection_dim": 32, "num_image_tokens": 16, "mlp_ratio": 1.0}  # fmt: skip
+    vq = {"embed_dim": 4, "num_embeddings": 20, "latent_channels": 8, "base_channels": 32, "channel_multiplier": [1, 1],
+          "num_patches": 4, "projection_dim": 32, "image_token_embed_dim": 32}  # fmt: skip
+    config = AutoConfig.for_model(
+        "janus", text_config={**SIZES, **FAMILIES["llama"]}, vision_config=vision, vq_config=vq
+    )
+    JanusForConditionalGeneration(config).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"is a 'janus' model; only its language part is used, without") as warned:
+        unified(str(tmp_path))
+    parts = "aligner generation_aligner generation_embeddings generation_head vision_model vqmodel"
+    message = str(warned[0].message)
+    assert message.endswith(f"without {[f'model.{part}' for part in parts.split()]}.")
+
+
+HYBRIDS = {
+    "qwen3_next": {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8,
+                   "linear_value_head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+                   "num_hidden_layers": 4, "shared_expert_intermediate_size": 16},
+    "qwen3_5_text": {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8,
+                     "linear_value_head_dim": 8, "num_hidden_layers": 4},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "falcon_h1": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_ssm": 64, "mamba_d_state": 8, "mamba_chunk_size": 4},
+    "bamba": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 4, "attn_layer_indices": [1]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_families_that_carry_another_state_along_are_refused(family, tmp_path):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **{**SIZES, **HYBRIDS[family]})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"backbone: \w+ForCausalLM cannot decode with a cache of keys and values alone"
+    ):
+        unified(str(tmp_path), positions="1d")
+
+
+def test_an_attention_that_differs_with_a_cache_is_refused(backbone, monkeypatch):
+    """The check compares numbers: a layer that forgets the first token once it decodes."""
+    plain, folder = backbone
+    layer = type(decoder_layers(plain)[0].self_attn)
+    forward = layer.forward
+
+    def forgetful(self, *args, **kwargs):
+        cache = kwargs.get("cache")
+        if cache is None or self.layer_idx or not getattr(cache, "kept", None):
+            return forward(self, *args, **kwargs)
+        cache.kept[0] = tuple(torch.zeros_like(states) for states in cache.kept[0])
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(layer, "forward", forgetful)
+    with pytest.raises(
+        ValueError, match=r"cannot decode with a cache of keys and values alone \(a relative error of [01]"
+    ):
+        unified(folder)
+
+
+def test_packing_is_tried_before_it_is_used(backbone, tmp_path, monkeypatch):
+    """Also gpt-oss, whose own mask does not follow position ids that start again; a mask that leaks is noticed."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("gpt_oss", **SIZES, num_local_experts=4, num_experts_per_tok=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = unified(str(tmp_path), positions="1d")
+    codes = generate_codes(model, [[1, 5, 3]], None, (2, 2), Sampling(top_k=1), [torch.Generator()])
+    with torch.no_grad():
+        scores = full_forward(model, [1, 5, 3, *(codes.flatten() + 50).tolist()], [(2, 2)]).image_logits
+    assert torch.equal(scores[0, 2:6].argmax(-1), codes.flatten())
+    models = [model.backbone, unified(backbone[1]).backbone]
+    for each in models:
+        check_packing(each)
+    leaking = lambda ids: torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool).tril()  # noqa: E731
+    monkeypatch.setattr("unified.model.masks.document_mask", leaking)
+    for each in models:
+        with pytest.raises(ValueError, match=r"data\.pack: \w+ForCausalLM does not keep packed documents apart"):
+            check_packing(each)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "overrides", "message"),
+    [
+        ("{model_type: lfm2, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 4,"
+         " num_key_value_heads: 2, layer_types: [conv, full_attention]}", [],
+         "backbone: Lfm2ForCausalLM cannot decode with a cache of keys and values alone"),
+    ],
+)  # fmt: skip
+def test_a_run_from_scratch_refuses_them_before_it_starts(architecture, overrides, message, config_file):
+    settings = ["output_dir=unused", f"model.architecture={architecture}", "model.options={positions: 1d}", *overrides]
+    with pytest.raises(ValueError, match=message):
+        build_parts(load_config(config_file, settings))
 
 
 def test_composite_models_without_a_language_model_are_named(tmp_path):

@@ -1,4 +1,4 @@
-"""Whole models of others: logits equal those of independent code, or of transformers, on the same weights."""
+"""Published models, converted: logits equal those of independent code, or of transformers, on the same weights."""
 
 import subprocess
 import sys
@@ -8,19 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import full_forward, inputs_of
-from transformers import (
-    Emu3Config,
-    Emu3ForConditionalGeneration,
-    GemmaConfig,
-    GemmaForCausalLM,
-    JanusConfig,
-    JanusForConditionalGeneration,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from safetensors.torch import load_file, save_file
+from transformers import CohereConfig, CohereForCausalLM, GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from unified import UnifiedForCausalLM
-from unified.convert import emu3_generation, janus_generation, llamagen_from_weights, split_joint_table
+from unified.convert import llamagen_from_weights, split_joint_table
 from unified.decoding import Sampling, generate_codes, generate_conditioned
 from unified.model.prefix import condition_positions
 from unified.sequence import ImageSegment, TextSegment, build_sequence
@@ -183,8 +175,8 @@ class TestLlamaGen:
         state = llamagen_state(kind)
         model = llamagen_from_weights(state, "x.pt", num_attention_heads=HEADS)
         condition, mask = some_condition(kind)
-        drawn = generate_conditioned(model, condition, (3, 4), Sampling(2.0, top_k=1), generators(0, 1), mask)
-        flat = drawn.flatten(1)
+        sampled = generate_conditioned(model, condition, (3, 4), Sampling(2.0, top_k=1), generators(0, 1), mask)
+        flat = sampled.flatten(1)
         nothing = (
             torch.tensor([CLASSES] * 2) if kind == "c2i" else state["cls_embedding.uncond_embedding"].expand(2, -1, -1)
         )
@@ -260,10 +252,10 @@ class TestJointTable:
         torch.testing.assert_close(ours.logits, theirs[..., :50], rtol=0, atol=1e-5)
         torch.testing.assert_close(ours.image_logits, theirs[..., 50:], rtol=0, atol=1e-5)
         start = [*sequence.input_ids[:5].tolist()]
-        drawn = generate_codes(model, [start], None, (3, 4), Sampling(top_k=1), generators(0)).flatten()
-        before = torch.cat([sequence.input_ids[:5], drawn + 50])[None]
+        sampled = generate_codes(model, [start], None, (3, 4), Sampling(top_k=1), generators(0)).flatten()
+        before = torch.cat([sequence.input_ids[:5], sampled + 50])[None]
         with torch.no_grad():
-            assert torch.equal(joint(before).logits[0, 4:-1, 50:].argmax(-1), drawn)
+            assert torch.equal(joint(before).logits[0, 4:-1, 50:].argmax(-1), sampled)
 
     @pytest.mark.parametrize(("codebook", "change", "message"), [
         (70, {}, "codebook_size: 70 codes leave no text in the 70 rows"),
@@ -274,126 +266,15 @@ class TestJointTable:
         with pytest.raises(ValueError, match=message):
             split_joint_table(str(tmp_path), codebook, 3, 4)
 
+    def test_a_scale_on_the_logits_would_be_lost(self, tmp_path):
+        CohereForCausalLM(CohereConfig(**JOINT, logit_scale=0.25)).save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="has a bias, or a scale or a cap on its logits"):
+            split_joint_table(str(tmp_path), 20, 3, 4)
 
-TEXT = {"model_type": "llama", "vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.2}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def janus():
-    torch.manual_seed(0)
-    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 4,
-              "projection_dim": 32, "num_image_tokens": 16, "mlp_ratio": 1.0}  # fmt: skip
-    vq = {"embed_dim": 4, "num_embeddings": 20, "latent_channels": 8, "base_channels": 32, "channel_multiplier": [1, 1],
-          "num_patches": 4, "projection_dim": 32, "image_token_embed_dim": 32, "initializer_range": 0.5}  # fmt: skip
-    model = JanusForConditionalGeneration(
-        JanusConfig(text_config=TEXT, vision_config=vision, vq_config=vq, image_token_id=9)
-    ).eval()
-    for module in (model.model.generation_embeddings, model.model.generation_aligner, model.model.generation_head):
-        for value in module.parameters():
-            value.data.normal_(std=0.5)
-    model.generation_config.update(pad_token_id=0, bos_token_id=1)
-    model.generation_config.generation_kwargs = {"boi_token_id": 3}
-    return model
-
-
-class TestJanus:
-    prompts = torch.tensor([[0, 1, 5, 3], [1, 6, 7, 3]])
-    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
-
-    def test_logits_agree_with_greedy_generation(self, janus):
-        """transformers samples the codes that are the argmax of our guided logits after the codes before them."""
-        drawn = janus.generate(self.prompts, attention_mask=self.mask, generation_mode="image", do_sample=False,
-                               guidance_scale=2.0, max_length=32)  # fmt: skip
-        assert len(drawn.unique()) > 2
-        empty = torch.where((self.prompts == 1) | (self.prompts == 3), self.prompts, 0)
-        with torch.no_grad():
-            conditional, unconditional = (
-                janus_generation(janus, prompts, drawn.reshape(2, 4, 4), self.mask).image_logits
-                for prompts in (self.prompts, empty)
-            )
-        assert torch.equal((2 * conditional - unconditional).argmax(-1), drawn)
-
-    def test_loss_and_gradients(self, janus):
-        codes = some_codes(height=4)
-        output = janus_generation(janus, self.prompts, codes, self.mask)
-        expected = F.cross_entropy(output.image_logits.flatten(0, 1), codes.flatten())
-        torch.testing.assert_close(output.loss, expected, rtol=0, atol=1e-6)
-        alone = [
-            janus_generation(janus, p[m.bool()][None], c[None]).loss
-            for p, m, c in zip(self.prompts, self.mask, codes, strict=True)
-        ]
-        torch.testing.assert_close(output.loss, torch.stack(alone).mean(), rtol=0, atol=1e-5)
-        output.loss.backward()
-        for module in (
-            janus.model.generation_embeddings,
-            janus.model.generation_head,
-            janus.model.language_model.embed_tokens,
-        ):
-            assert next(module.parameters()).grad.abs().sum() > 0
-
-    def test_patches(self, janus):
-        codes = some_codes(height=4)
-        embeds = janus.prepare_embeddings_for_image_generation(codes)
-        patches = torch.stack([embeds[:, r : r + 2, c : c + 2].mean((1, 2)) for r in (0, 2) for c in (0, 2)], 1)
-        whole = torch.cat([janus.get_input_embeddings()(self.prompts), patches], 1)
-        hidden = janus.model.language_model(inputs_embeds=whole).last_hidden_state
-        scores = janus.model.generation_head(hidden[:, 3:7]).log_softmax(-1)
-        corners = enumerate([(0, 0), (0, 2), (2, 0), (2, 2)])
-        losses = [-scores[:, i].gather(-1, codes[:, r : r + 2, c : c + 2].flatten(1)).mean() for i, (r, c) in corners]
-        output = janus_generation(janus, self.prompts, codes, patch_size=2)
-        torch.testing.assert_close(output.loss, torch.stack(losses).mean(), rtol=0, atol=1e-5)
-
-    def test_bad_use_is_named(self, janus):
-        with pytest.raises(ValueError, match=r"codes: need int64 in \[0, 20\)"):
-            janus_generation(janus, self.prompts, some_codes(height=4) + 20)
-        with pytest.raises(ValueError, match=r"got \(2, 4\) and \(3, 3, 4\)"):
-            janus_generation(janus, self.prompts, some_codes(3))
-        with pytest.raises(ValueError, match="patch_size: 2 does not divide the code grid 3x4"):
-            janus_generation(janus, self.prompts, some_codes(), patch_size=2)
-
-
-@pytest.fixture(scope="module")
-def emu3():
-    torch.manual_seed(0)
-    vq = {"codebook_size": 20, "embed_dim": 4, "latent_channels": 4, "base_channels": 32, "channel_multiplier": [1, 2],
-          "num_res_blocks": 1, "attn_resolutions": [1], "hidden_size": 64, "temporal_downsample_factor": 2}  # fmt: skip
-    visual = {f"<|visual token {i:06d}|>": 30 + (i * 7) % 20 for i in range(20)}  # not in the order of the codes
-    text = {**TEXT, "vocab_size": 50, "num_key_value_heads": 2} | {"model_type": "emu3_text_model"}
-    vocabulary = {"<image>": 9, "<|extra_200|>": 8, **visual}
-    return Emu3ForConditionalGeneration(Emu3Config(vq_config=vq, text_config=text, vocabulary_map=vocabulary)).eval()
-
-
-class TestEmu3:
-    prompts = torch.tensor([[0, 1, 5, 3], [1, 6, 7, 3]])
-    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
-
-    def test_loss_and_logits_equal_transformers_on_explicit_ids(self, emu3):
-        codes = some_codes()
-        rows = [[30 + (int(c) * 7) % 20 for c in row] + [8] for image in codes for row in image]
-        lines = torch.tensor(rows).reshape(2, 15)
-        ids = torch.cat([self.prompts, lines], 1)
-        labels = torch.cat([torch.full_like(self.prompts, -100), lines], 1)
-        with torch.no_grad():
-            theirs = emu3(input_ids=ids, labels=labels)
-            ours = emu3_generation(emu3, self.prompts, codes)
-        torch.testing.assert_close(ours.loss, theirs.loss, rtol=0, atol=1e-5)
-        places = [3 + r * 5 + c for r in range(3) for c in range(4)]
-        order = [30 + (i * 7) % 20 for i in range(20)]
-        torch.testing.assert_close(ours.image_logits, theirs.logits[:, places][..., order], rtol=0, atol=1e-5)
-
-    def test_padding_does_not_change_the_loss(self, emu3):
-        codes = some_codes()
-        together = emu3_generation(emu3, self.prompts, codes, self.mask).loss
-        alone = [
-            emu3_generation(emu3, p[m.bool()][None], c[None]).loss
-            for p, m, c in zip(self.prompts, self.mask, codes, strict=True)
-        ]
-        torch.testing.assert_close(together, torch.stack(alone).mean(), rtol=0, atol=1e-5)
-
-    def test_a_vocabulary_without_codes_is_named(self, emu3):
-        config = Emu3Config(
-            vq_config=emu3.config.vq_config, text_config=emu3.config.text_config, vocabulary_map={"<image>": 9}
-        )
-        with pytest.raises(ValueError, match="vocabulary_map: 0 visual tokens for 20 codes"):
-            emu3_generation(Emu3ForConditionalGeneration(config), self.prompts, some_codes())
+    def test_an_incomplete_checkpoint_is_refused(self, tmp_path):
+        LlamaForCausalLM(LlamaConfig(**JOINT)).save_pretrained(tmp_path)
+        weights = load_file(tmp_path / "model.safetensors")
+        del weights["model.norm.weight"]
+        save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ValueError, match=r"only in the model: model\.norm\.weight"):
+            split_joint_table(str(tmp_path), 20, 3, 4)

@@ -33,7 +33,11 @@ def codebook(seed=0):
 
 
 def initialize(model, embed="text", head="normal", seed=0, vectors=None):
-    initialize_image_tables(model, embed, head, vectors, torch.Generator().manual_seed(seed))
+    text, head_weight = model.get_input_embeddings(), model.get_output_embeddings().weight
+    initialize_image_tables(
+        model.image_embed.weight, model.image_head.weight, text, head_weight, len(text.weight),
+        model.config.text_config.initializer_range, embed, head, vectors, torch.Generator().manual_seed(seed),
+    )  # fmt: skip
     return model.image_embed.weight.detach().clone(), model.image_head.weight.detach().clone()
 
 
@@ -41,17 +45,17 @@ def test_moments_follow_the_text_tables():
     model = uneven_model()
     text, scores = (t.weight.detach() for t in (model.get_input_embeddings(), model.get_output_embeddings()))
     noise, head = initialize(model, "text", "text")
-    for drawn, like in ((noise, text), (head, scores)):
-        torch.testing.assert_close(drawn.std(0), like.std(0), rtol=0.15, atol=0)
-        assert ((drawn.mean(0) - like.mean(0)).abs() < 5 * like.std(0) / CODES**0.5).all()
+    for made, like in ((noise, text), (head, scores)):
+        torch.testing.assert_close(made.std(0), like.std(0), rtol=0.15, atol=0)
+        assert ((made.mean(0) - like.mean(0)).abs() < 5 * like.std(0) / CODES**0.5).all()
     projected, tied = initialize(model, "codebook", "tied-like", vectors=codebook())
     torch.testing.assert_close(projected.mean(0), text.mean(0), rtol=0, atol=1e-4)
     torch.testing.assert_close(projected.std(0), text.std(0), rtol=1e-4, atol=0)
     torch.testing.assert_close(tied.mean(0), torch.zeros(32), rtol=0, atol=1e-4)
     torch.testing.assert_close(tied.std(0), scores.std(0), rtol=1e-4, atol=0)
     plain, plain_head = initialize(model, "normal", "normal")
-    for drawn in (plain, plain_head):
-        assert drawn.std().item() == pytest.approx(0.5, rel=0.03) and abs(drawn.mean().item()) < 0.02
+    for made in (plain, plain_head):
+        assert made.std().item() == pytest.approx(0.5, rel=0.03) and abs(made.mean().item()) < 0.02
 
 
 def test_similar_codes_start_similar():
@@ -95,8 +99,14 @@ def test_seeds_decide(embed, head):
         ({"embed": "mean"}, "image_init: 'mean' is unknown"),
         ({"head": "codebook"}, "head_init: 'codebook' is unknown"),
         ({"embed": "codebook"}, "image_init: 'codebook' needs code vectors, and the image tokenizer has none"),
-        ({"embed": "codebook", "vectors": torch.randn(5, 8)}, r"codebook: shape \(5, 8\) does not give one vector to"),
-        ({"embed": "codebook", "vectors": torch.ones(CODES, 8)}, "codebook: a dimension has no spread"),
+        (
+            {"embed": "codebook", "vectors": torch.randn(5, 8)},
+            r"codebook: shape \(5, 8\) is not one vector for each of",
+        ),
+        (
+            {"embed": "codebook", "vectors": torch.ones(CODES, 8)},
+            "codebook: all codes have the same value in a dimension",
+        ),
     ],
 )
 def test_bad_kinds_and_codebooks_are_named(options, message):

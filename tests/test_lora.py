@@ -14,7 +14,7 @@ from unified_tokenizers import train_sentencepiece
 PROMPTS = ["red apple", "blue car"]
 
 
-def draw(pipe):
+def sample(pipe):
     return pipe(PROMPTS, generator=generators(1, 2), guidance_scale=2.0).codes
 
 
@@ -31,23 +31,23 @@ def noisy_adapter(model, folder, seed, **options):
 
 
 def test_pipeline_load_switch_weight_unload(pipeline, tmp_path):
-    base = draw(pipeline)
+    base = sample(pipeline)
     for name, seed in (("a", 1), ("b", 2)):
         pipeline.model = noisy_adapter(pipeline.model, tmp_path / name, seed)
-    assert torch.equal(draw(pipeline), base)
+    assert torch.equal(sample(pipeline), base)
     results = {}
     for name in ("a", "b"):
         pipeline.load_lora_weights(tmp_path / name, adapter_name=name)
-        results[name] = draw(pipeline)
+        results[name] = sample(pipeline)
     assert not torch.equal(results["a"], base) and not torch.equal(results["a"], results["b"])
     pipeline.set_adapters("a")
-    assert torch.equal(draw(pipeline), results["a"])
+    assert torch.equal(sample(pipeline), results["a"])
     pipeline.set_adapters(["a", "b"], [0.0, 1.0])
-    assert torch.equal(draw(pipeline), results["b"])
+    assert torch.equal(sample(pipeline), results["b"])
     pipeline.set_adapters(["a", "b"], [0.0, 0.0])
-    assert torch.equal(draw(pipeline), base)
+    assert torch.equal(sample(pipeline), base)
     pipeline.unload_lora_weights()
-    assert torch.equal(draw(pipeline), base)
+    assert torch.equal(sample(pipeline), base)
 
 
 def test_unloading_restores_every_weight_bitwise(pipeline, tmp_path):
@@ -105,14 +105,14 @@ def test_adapter_of_another_model_is_refused(tmp_path):
          "text_tokenizer_fingerprint: adapter 'a', model 'b'"),
     ],
 )  # fmt: skip
-def test_layout_names_what_differs(field, other, message, tmp_path):
+def test_every_field_that_differs_is_named(field, other, message, tmp_path):
     noisy_adapter(tiny_model(text_tokenizer_fingerprint="a"), tmp_path, 0)
     changed = tiny_model(**{"text_tokenizer_fingerprint": "a", **other})
     with pytest.raises(ValueError, match=rf"made for another model \({message}\); load"):
         check_base(changed, tmp_path)
-    layout = json.loads((tmp_path / "unified_base.json").read_text())
-    del layout[field]  # as in folders from before the field was recorded
-    (tmp_path / "unified_base.json").write_text(json.dumps(layout))
+    description = json.loads((tmp_path / "unified_base.json").read_text())
+    del description[field]  # as in folders from before the field was recorded
+    (tmp_path / "unified_base.json").write_text(json.dumps(description))
     check_base(changed, tmp_path)
 
 
@@ -149,7 +149,7 @@ def test_adapters_of_other_names_reload_from_their_folders(tmp_path):
 
 
 @pytest.mark.parametrize(("new", "asked", "trained"), [(True, None, True), (False, None, False), (True, False, False)])
-def test_new_tables_are_trained_unless_told_otherwise(new, asked, trained):
+def test_new_tables_are_trained_by_default(new, asked, trained):
     adapted = attach_lora(tiny_model(new_image_tables=new), rank=4, train_image_tables=asked)
     assert any("image_head" in name for name, weight in adapted.named_parameters() if weight.requires_grad) == trained
 

@@ -66,7 +66,7 @@ def test_prior_preservation_is_a_second_source(pipeline, folder, parts, tmp_path
     assert not (tmp_path / "run" / "codes-1").exists()
 
 
-def test_what_cannot_be_is_named(pipeline, folder, parts, tmp_path):
+def test_impossible_sources_are_named(pipeline, folder, parts, tmp_path):
     with pytest.raises(ValueError, match="caption_column: 'caption' is not a column of the source"):
         run(pipeline, tmp_path, f"data.train={folder}")
     with pytest.raises(ValueError, match="holds codes already; crops, flips and caption are for images"):

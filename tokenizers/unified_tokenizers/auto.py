@@ -57,7 +57,7 @@ class AutoImageTokenizer:
         config, _ = PreTrainedConfig.get_config_dict(name)
         kind = config.get("model_type")
         if kind in _TOKENIZERS:
-            return _TOKENIZERS[kind].from_pretrained(name, **kwargs).eval()
+            return _TOKENIZERS[kind].from_pretrained(name, trust_remote_code=False, **kwargs).eval()
         if kind in (*_PUBLISHED, *_WHOLE_MODELS):
             return _from_model_folder(_local(name), kind, config)
         raise ValueError(

@@ -157,7 +157,9 @@ def load_text_tokenizer(path: str | Path, boi: str | None = None, eoi: str | Non
     frame = (
         json.loads((folder / _FRAME_FILE).read_text()) if (folder / _FRAME_FILE).is_file() else {"boi": BOI, "eoi": EOI}
     )
-    return TransformersTokenizer(AutoTokenizer.from_pretrained(str(path)), boi or frame["boi"], eoi or frame["eoi"])
+    return TransformersTokenizer(
+        AutoTokenizer.from_pretrained(str(path), trust_remote_code=False), boi or frame["boi"], eoi or frame["eoi"]
+    )
 
 
 def train_sentencepiece(

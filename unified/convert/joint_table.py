@@ -3,10 +3,9 @@
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
-from unified.config import UnifiedConfig
-from unified.model.modeling import UnifiedForCausalLM, _with_wrapped_rotary
+from unified.model.backbone import load_language_model
+from unified.model.modeling import LOGIT_SCALES, UnifiedForCausalLM
 
 
 def split_joint_table(
@@ -23,9 +22,10 @@ def split_joint_table(
         config: further fields of :class:`unified.UnifiedConfig`; ``positions`` is ``1d`` unless given.
 
     Raises:
-        ValueError: if the codebook does not fit into the table, or the head has a bias or a cap that would be lost.
+        ValueError: if the codebook does not fit into the table, the head has a bias, a scale or a cap that would be lost, or
+            as :func:`unified.model.backbone.load_language_model`.
     """
-    backbone: Any = AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path, dtype=torch.float32)
+    backbone = load_language_model(pretrained_model_name_or_path, torch.float32)
     vocabulary = backbone.config.vocab_size
     first = vocabulary - codebook_size
     if not 0 < codebook_size < vocabulary:
@@ -33,27 +33,24 @@ def split_joint_table(
             f"codebook_size: {codebook_size} codes leave no text in the {vocabulary} rows of {pretrained_model_name_or_path!r}."
         )
     head = backbone.get_output_embeddings()
-    if head.bias is not None or getattr(backbone.config, "final_logit_softcapping", None) is not None:
+    scaled = any(getattr(backbone.config, name, None) not in (None, 1) for name in LOGIT_SCALES)
+    if head.bias is not None or scaled:
         raise ValueError(
-            f"pretrained_model_name_or_path: the head of {pretrained_model_name_or_path!r} has a bias or a cap on its logits, "
-            "which image heads do not have."
+            f"pretrained_model_name_or_path: the head of {pretrained_model_name_or_path!r} has a bias, or a scale or a cap on its "
+            "logits, which image heads do not have; convert another checkpoint."
         )
     with torch.no_grad():
         # Through the module, because some families (Gemma) scale what they look up.
         vectors = backbone.get_input_embeddings()(torch.arange(first, vocabulary))
         scores = head.weight[first:].clone()
     backbone.resize_token_embeddings(first, mean_resizing=False)
-    model = UnifiedForCausalLM(
-        UnifiedConfig(
-            text_config=backbone.config,
-            codebook_size=codebook_size,
-            boi_token_id=boi_token_id,
-            eoi_token_id=eoi_token_id,
-            **{"positions": "1d", "coarse_positions": "unit", **config},
-        )
+    model = UnifiedForCausalLM.around(
+        backbone,
+        codebook_size=codebook_size,
+        boi_token_id=boi_token_id,
+        eoi_token_id=eoi_token_id,
+        **{"positions": "1d", "coarse_positions": "unit", **config},
     )
-    model.backbone.load_state_dict(_with_wrapped_rotary(backbone.state_dict()))
-    model.backbone.generation_config = model.generation_config = backbone.generation_config
     with torch.no_grad():
         model.image_embed.weight.copy_(vectors)
         model.image_head.weight.copy_(scores)

@@ -1,30 +1,40 @@
-"""LoRA adapters on a unified model: attach, save with the layout they belong to, load, switch, unload."""
+"""LoRA adapters of a unified model: attach a new one; save, load and unload it, each a whole or not at all."""
 
+import copy
 import json
-from collections.abc import Sequence
+import math
+import re
+import reprlib
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
-from peft import LoraConfig, PeftModel, get_peft_model
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.other import ModulesToSaveWrapper
-from torch import Tensor
+from torch import Tensor, nn
 
 from unified.lora.modality_gate import check_modality, forget_gates, gate_adapter
 from unified.lora.switching import adapter_state, apply_weights, check_not_fused, switch, unfuse_lora
+from unified.model.backbone import check_names, decoder_layers
 from unified.model.modeling import UnifiedForCausalLM
+from unified_tokenizers import read_weights
 
 BASE_FILE = "unified_base.json"
-ATTENTION_AND_MLP = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-_SHAPES = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 IMAGE_TABLES = ("image_embed", "image_head")
+_CONFIG_FILE, _WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+_SHAPES = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+_INITS = (True, False, "gaussian", "orthogonal")  # the others of peft change the base, or need data
 
 
 def attach_lora(
     model: UnifiedForCausalLM,
     rank: int = 16,
-    alpha: int | None = None,
+    alpha: float | None = None,
     dropout: float = 0.0,
-    target_modules: Sequence[str] = ATTENTION_AND_MLP,
+    target_modules: Sequence[str] | None = None,
     train_image_tables: bool | None = None,
     modality: str = "all",
     **options: Any,
@@ -36,30 +46,52 @@ def attach_lora(
         rank: rank r of the update.
         alpha: scale of the update is ``alpha / rank``; the default is ``rank``.
         dropout: dropout on the adapter's input.
-        target_modules: names of the linear layers that get an update.
+        target_modules: names of the linear layers that get an update; None: those of attention and MLP, see
+            :func:`linear_layers`.
         train_image_tables: train and save full copies of both image tables with the adapter; None: exactly if they are
             new, as after ``from_backbone``, because an adapter alone cannot teach a model codes that it has never seen.
-        modality: ``text`` or ``image`` lets the update act on positions of that modality only (Partial LoRA, arXiv 2401.16420): an
-            ``image`` adapter leaves rows of text as they are, bit for bit.
-        options: further fields of ``peft.LoraConfig`` (``use_rslora``, ``use_dora``, ...).
+        modality: ``text`` or ``image`` lets the update act on positions of that modality only (Partial LoRA, arXiv 2401.16420):
+            an ``image`` adapter leaves rows of text as they are, bit for bit.
+        options: further fields of ``peft.LoraConfig``: ``use_rslora``, ``use_dora``, ``init_lora_weights``, ``exclude_modules``,
+            ``layers_to_transform``, ``rank_pattern``, ``alpha_pattern``.
 
     Raises:
-        ValueError: if ``modality`` is unknown, or not possible with other options.
+        ValueError: if a field is not supported or out of range, a name matches no module, or ``modality`` is not possible.
+            The model is as before then.
     """
     check_modality(modality, bool(options.get("use_dora")))
+    unknown = sorted(options.keys() - _FIELDS.keys())
+    if unknown:
+        raise ValueError(f"lora: {unknown} are not supported; leave them out.")
     if train_image_tables is None:
         train_image_tables = model.config.new_image_tables
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=rank if alpha is None else alpha,
-        lora_dropout=dropout,
-        target_modules=list(target_modules),
-        modules_to_save=list(IMAGE_TABLES) if train_image_tables else None,
+    fields = {
+        "r": rank,
+        "lora_alpha": rank if alpha is None else alpha,
+        "lora_dropout": dropout,
+        "target_modules": linear_layers(model) if target_modules is None else target_modules,
+        "modules_to_save": list(IMAGE_TABLES) if train_image_tables else None,
         **options,
-    )
-    adapted = get_peft_model(model, config)
-    gate_adapter(model, "default", modality)
-    return adapted
+    }
+    config = _lora_config(fields, model)
+    _try_out(model, config, "default", modality)
+    return _add(model, config, "default", modality)
+
+
+def linear_layers(model: UnifiedForCausalLM) -> list[str]:
+    """Names of the linear layers of attention and MLP, by what the decoder's layers hold; seven for Llama, Qwen or Gemma.
+
+    Layers narrower than an attention head are routers and gates of heads, and left out. So are experts that are no linear
+    layers but one tensor for all.
+    """
+    config = model.config.text_config
+    narrow = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    found: dict[str, None] = {}  # in order of appearance
+    for layer in decoder_layers(model.backbone):
+        for name, module in layer.named_modules():
+            if isinstance(module, nn.Linear) and module.out_features >= narrow and ".lora_" not in name:
+                found[name.removesuffix(".base_layer").rpartition(".")[2]] = None
+    return list(found)
 
 
 def base_description(model: UnifiedForCausalLM) -> dict[str, Any]:
@@ -93,7 +125,7 @@ def save_lora(
     state_dict: dict[str, Tensor] | None = None,
     card: str | None = None,
 ) -> None:
-    """Write the adapter (safetensors and JSON) and the layout that it belongs to.
+    """Write the adapters (safetensors and JSON) and a description of the model that they belong to.
 
     Adapters that are not called ``default`` go to subfolders of their names. ``state_dict`` replaces the model's own
     weights, for models whose weights are cut over processes; ``card`` is the text of the ``README.md``, in place of peft's
@@ -117,12 +149,12 @@ def check_base(model: UnifiedForCausalLM | PeftModel, path: str | Path) -> None:
     Raises:
         ValueError: naming every field that differs, or the file that is missing.
     """
-    for name in (BASE_FILE, "adapter_config.json", "adapter_model.safetensors"):
+    for name in (BASE_FILE, _CONFIG_FILE, _WEIGHTS_FILE):
         if not (Path(path) / name).is_file():
             raise ValueError(f"lora: {str(path)!r} holds no {name}; give a folder written by save_lora.")
-    wanted, actual = json.loads((Path(path) / BASE_FILE).read_text()), base_description(base_of(model))
+    wanted, actual = _read_json(Path(path) / BASE_FILE), base_description(base_of(model))
     different = [
-        f"{name}: adapter {wanted[name]!r}, model {value!r}"
+        f"{name}: adapter {reprlib.repr(wanted[name])}, model {value!r}"
         for name, value in actual.items()
         if name in wanted and wanted[name] != value
     ]
@@ -138,24 +170,28 @@ def load_lora(
     """Add an adapter from a folder under a name and make it the active one; disabled adapters are enabled.
 
     Raises:
-        ValueError: if the adapter belongs to another model, the name is taken, or adapters are fused.
+        ValueError: if the adapter belongs to another model, is not whole, asks for what is not supported, the name is not
+            possible or taken, or adapters are fused. The model and its adapters are as before then.
     """
-    check_base(model, path)
-    if isinstance(model, PeftModel):
-        check_not_fused(model, "load_lora")
-        if adapter_name in model.peft_config:
-            raise ValueError(
-                f"adapter_name: {adapter_name!r} is loaded already; choose another name or delete it first."
-            )
-        switch(model, True)
-        apply_weights(model, {next(iter(model.peft_config)): 1.0})  # peft adds an adapter beside a single one only
-        model.load_adapter(str(path), adapter_name, is_trainable=trainable)
-    else:
-        model = PeftModel.from_pretrained(model, str(path), adapter_name=adapter_name, is_trainable=trainable)
-    apply_weights(model, {adapter_name: 1.0}, trainable)
-    modality = json.loads((Path(path) / BASE_FILE).read_text()).get("modality", "all")
-    gate_adapter(model.get_base_model(), adapter_name, modality)
-    return model
+    folder = Path(path)
+    check_base(model, folder)
+    _check_name(model, adapter_name)
+    fields, modality = _read_json(folder / _CONFIG_FILE), _read_json(folder / BASE_FILE).get("modality", "all")
+    config = _lora_config(fields, base_of(model))
+    config.inference_mode = not trainable
+    check_modality(modality, config.use_dora)
+    state = read_weights(folder / _WEIGHTS_FILE)
+    wanted = _try_out(model, config, adapter_name, modality)
+    problem = (
+        f"lora: the tensors of {str(path)!r} are not those that its {_CONFIG_FILE} describes; get or save them again"
+    )
+    shapes = {(n, state[n].shape, wanted[n].shape) for n in wanted.keys() & state if state[n].shape != wanted[n].shape}
+    check_names(problem, state.keys() - wanted.keys(), wanted.keys() - state.keys(), shapes)
+
+    adapted = _add(model, config, adapter_name, modality)  # the first change, and nothing is left to go wrong
+    set_peft_model_state_dict(adapted, state, adapter_name)
+    apply_weights(adapted, {adapter_name: 1.0}, trainable)
+    return adapted if trainable else adapted.eval()
 
 
 def unload_lora(model: PeftModel) -> UnifiedForCausalLM:
@@ -170,3 +206,132 @@ def unload_lora(model: PeftModel) -> UnifiedForCausalLM:
     for name, module in originals.items():
         unloaded.set_submodule(name, module)
     return unloaded
+
+
+def _add(model: UnifiedForCausalLM | PeftModel, config: LoraConfig, name: str, modality: str) -> PeftModel:
+    """The model with the modules of a new adapter."""
+    if isinstance(model, PeftModel):
+        switch(model, True)
+        apply_weights(model, {next(iter(model.peft_config)): 1.0})  # peft adds an adapter beside a single one only
+        model.add_adapter(name, config)
+    else:
+        model = PeftModel(model, config, name)
+    gate_adapter(base_of(model), name, modality)
+    return model
+
+
+def _try_out(model: UnifiedForCausalLM | PeftModel, config: LoraConfig, name: str, modality: str) -> dict[str, Tensor]:
+    """Add the adapter to a copy of the model without memory for weights; returns its tensors by the names of a saved file.
+
+    Raises:
+        ValueError: whatever goes wrong.
+    """
+    meta = {
+        id(tensor): nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+        for tensor in chain(model.parameters(), model.buffers())
+        for empty in [torch.empty_like(tensor, device="meta")]
+    }
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they come again with the model itself
+            outline = _add(copy.deepcopy(model, meta), copy.deepcopy(config), name, modality)  # type: ignore[arg-type]
+            return get_peft_model_state_dict(outline, adapter_name=name, save_embedding_layers=False)
+    except ValueError:
+        raise
+    except Exception as error:  # whatever peft says to a config that no check has foreseen
+        raise ValueError(f"lora: the adapter {name!r} does not fit the model ({error!r}).") from error
+
+
+def _check_name(model: UnifiedForCausalLM | PeftModel, name: str) -> None:
+    """Raises ValueError for a name that is taken or that cannot name modules and folders; or if adapters are fused."""
+    if isinstance(model, PeftModel):
+        check_not_fused(model, "load_lora")
+        if name in model.peft_config:
+            raise ValueError(f"adapter_name: {name!r} is loaded already; choose another name or delete it first.")
+    parts = {part for key in base_of(model).state_dict() for part in key.split(".")}
+    if not re.fullmatch(r"[\w -]+", name) or name in parts or hasattr(nn.ModuleDict, name):
+        raise ValueError(
+            f"adapter_name: {name!r} is not possible; use letters, digits, '_' and '-', and no name of a module of the model."
+        )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"lora: {str(file)!r} is no JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"lora: {str(file)!r} holds a {type(content).__name__}; need names with values.")
+    return content
+
+
+def _is_names(value: Any) -> bool:
+    """Whether a value is a list of plain names; peft takes everything else for regular expressions."""
+    return isinstance(value, list | tuple | set) and all(_is_name(name) for name in value)
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"\w+(\.\w+)*", value) is not None
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= 2**16
+
+
+def _is_scale(value: Any) -> bool:
+    return type(value) in (int, float) and value > 0 and math.isfinite(value)
+
+
+def _is_pattern(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(_is_name(n) and fits(v) for n, v in value.items())
+
+
+# The fields of an adapter's config that have an effect here: what they may be, and how to test that.
+_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "r": ("a whole number from 1 to 65536", _is_size),
+    "lora_alpha": ("a number above 0", _is_scale),
+    "lora_dropout": ("a number in [0, 1)", lambda v: type(v) in (int, float) and 0 <= v < 1),
+    "target_modules": ("a list of names of modules", lambda v: _is_names(v) and len(v) > 0),
+    "exclude_modules": ("a list of names of modules", lambda v: v is None or _is_names(v)),
+    "modules_to_save": (f"null or a list of {IMAGE_TABLES}", lambda v: v is None or (_is_names(v) and {*v} <= {*IMAGE_TABLES})),
+    "use_rslora": ("true or false", lambda v: isinstance(v, bool)),
+    "use_dora": ("true or false", lambda v: isinstance(v, bool)),
+    "init_lora_weights": (f"one of {_INITS}; the others change the base", lambda v: type(v) in (bool, str) and v in _INITS),
+    "layers_to_transform": ("a list of layers", lambda v: v is None or (isinstance(v, list) and all(type(i) is int for i in v))),
+    "rank_pattern": ("a rank for each of some names of modules", _is_pattern(_is_size)),
+    "alpha_pattern": ("a number for each of some names of modules", _is_pattern(_is_scale)),
+    "base_model_name_or_path": ("a name", lambda v: v is None or isinstance(v, str)),
+    "peft_type": ("LORA", lambda v: v == "LORA"),
+}  # fmt: skip
+_NOTES = ("auto_mapping", "inference_mode", "peft_version", "revision", "runtime_config")  # in a file, and not used
+
+
+def _lora_config(fields: Mapping[str, Any], model: UnifiedForCausalLM) -> LoraConfig:
+    """The config of an adapter from its fields, checked before peft sees any of them.
+
+    Raises:
+        ValueError: for a field that is not supported, a value out of range, or names that match no module.
+    """
+    defaults = LoraConfig().to_dict()
+    for name, value in fields.items():
+        if name in _FIELDS:
+            wanted, fits = _FIELDS[name]
+            if not fits(value):
+                raise ValueError(f"lora: {name} {reprlib.repr(value)} is not possible; it must be {wanted}.")
+        elif name not in _NOTES and value and value != defaults.get(name):
+            raise ValueError(f"lora: {name} {reprlib.repr(value)} is not supported; leave it out.")
+    depth, layers = model.config.text_config.num_hidden_layers, fields.get("layers_to_transform") or ()
+    if len(layers) > depth or any(not 0 <= layer < depth for layer in layers):
+        raise ValueError(
+            f"lora: layers_to_transform {reprlib.repr(layers)} is outside the {depth} layers of the model."
+        )
+    modules = [name.split(".") for name, _ in model.named_modules()]
+    known = {".".join(parts[start:]) for parts in modules for start in range(len(parts))}
+    for field in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
+        unknown = sorted(set(fields.get(field) or ()) - known)
+        if unknown:
+            raise ValueError(
+                f"lora: {field} {reprlib.repr(unknown)} are no modules of {type(model.backbone).__name__}; its linear layers are "
+                f"{linear_layers(model)}."
+            )
+    return LoraConfig(**{name: value for name, value in fields.items() if name in _FIELDS and name != "peft_type"})

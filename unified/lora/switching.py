@@ -1,4 +1,4 @@
-"""Which adapters of a model count, and how much: weights, image tables, switching, fusing."""
+"""Which adapters of a model are active, and with what weight: enable, disable, weigh, delete, fuse."""
 
 import copy
 import math
@@ -21,11 +21,11 @@ _COMBINED = "unified_combined"  # temporary entry of a table that is no single a
 
 @dataclass
 class AdapterState:
-    """What is set on a model beyond what peft remembers.
+    """What peft does not keep about the adapters of a model.
 
     Attributes:
-        weights: the active adapters; 1 is as trained.
-        unfused: while fused, the weights from before, and the adapters' weights then.
+        weights: the active adapters with their weights; 1 is as trained.
+        unfused: while fused, the model's weights and the adapters' weights from before.
     """
 
     weights: dict[str, float]
@@ -33,7 +33,7 @@ class AdapterState:
 
 
 def adapter_state(model: PeftModel) -> AdapterState:
-    """The state of a model's adapters; changes are made by the functions below."""
+    """The state of a model's adapters, which the functions below change."""
     state = model.__dict__.get("adapter_state")
     if state is None:
         state = AdapterState(dict.fromkeys(model.active_adapters, 1.0))
@@ -42,7 +42,7 @@ def adapter_state(model: PeftModel) -> AdapterState:
 
 
 def apply_weights(model: PeftModel, weights: dict[str, float], trainable: bool = False) -> None:
-    """Let these adapters count and no others; without ``trainable`` all of them are frozen."""
+    """Make these adapters active and no others; without ``trainable`` all of them are frozen."""
     # An adapter of weight 0 is left out, because a DoRA scaled to 0 is not the base.
     active = [name for name, weight in weights.items() if weight]
     for module in list(model.modules()):
@@ -58,7 +58,7 @@ def apply_weights(model: PeftModel, weights: dict[str, float], trainable: bool =
 
 
 def _set_table(wrapper: ModulesToSaveWrapper, weights: dict[str, float], trainable: bool) -> None:
-    """One adapter of weight 1 puts its copy of a table in place; otherwise its changes are summed like updates."""
+    """One adapter of weight 1 puts its copy of a table in place; else the changes of all are summed like updates."""
     wrapper.set_adapter([])
     if _COMBINED in wrapper.modules_to_save:
         del wrapper.modules_to_save[_COMBINED]
@@ -78,7 +78,7 @@ def _set_table(wrapper: ModulesToSaveWrapper, weights: dict[str, float], trainab
 
 
 def active_table(module: nn.Module) -> nn.Module:
-    """The module that answers for ``module``: an adapter's own copy where it brings one."""
+    """The module that computes in place of ``module``: the active adapter's copy of a table where it has one."""
     if not isinstance(module, ModulesToSaveWrapper):
         return module
     if module.disable_adapters or not module.active_adapters:
@@ -107,7 +107,7 @@ def set_adapters(model: PeftModel, names: Sequence[str], weights: Sequence[float
 
 
 def delete_adapters(model: PeftModel, names: Sequence[str]) -> None:
-    """Forget some of the loaded adapters; the others keep their weights. At least one has to stay.
+    """Remove some of the loaded adapters; the others keep their weights. At least one has to stay.
 
     Raises:
         ValueError: if a name is unknown, or adapters are fused.
@@ -129,7 +129,7 @@ def _check_loaded(model: PeftModel, names: Sequence[str]) -> None:
 
 
 def switch(model: PeftModel, enabled: bool) -> None:
-    """Let the active adapters count, for inference, or the base model alone.
+    """Run with the active adapters, for inference, or with the base model alone.
 
     Raises:
         ValueError: if adapters are fused.
@@ -156,7 +156,7 @@ def check_not_fused(model: PeftModel, what: str) -> None:
 def fuse_lora(model: PeftModel, lora_scale: float = 1.0) -> None:
     """Add the active adapters, their weights times ``lora_scale``, to the base weights, until :func:`unfuse_lora`.
 
-    The old weights are kept, so it takes the memory of the adapted layers once more.
+    The base weights are kept as well, so the adapted layers take twice their memory.
 
     Raises:
         ValueError: if adapters are fused, disabled or act on one modality only, or the scale or the sum is not finite.
@@ -166,7 +166,7 @@ def fuse_lora(model: PeftModel, lora_scale: float = 1.0) -> None:
     for name in adapter_state(model).weights:
         if gate is not None and name in gate.kinds:
             raise ValueError(
-                f"fuse_lora: adapter {name!r} acts on {gate.kinds[name]} positions only, which weights cannot; leave it out "
+                f"fuse_lora: adapter {name!r} acts on {gate.kinds[name]} positions only, which a weight cannot; leave it out "
                 "with set_adapters."
             )
     if _disabled(model):
@@ -187,7 +187,7 @@ def fuse_lora(model: PeftModel, lora_scale: float = 1.0) -> None:
 
 
 def unfuse_lora(model: PeftModel) -> None:
-    """Put the weights from before :func:`fuse_lora` back, bit for bit; the adapters count as they did then.
+    """Put the weights from before :func:`fuse_lora` back, bit for bit; the same adapters are active as then.
 
     Raises:
         ValueError: if nothing is fused.

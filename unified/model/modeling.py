@@ -10,7 +10,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Generation
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from unified.config import UnifiedConfig
-from unified.model.backbone import check_family, load_language_model
+from unified.model.backbone import load_language_model, load_whole
+from unified.model.family import check_family
 from unified.model.image_head import ImageHead, patch_losses
 from unified.model.init import initialize_image_tables
 from unified.model.masks import NoCache, packed_arguments
@@ -56,15 +57,17 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         if config.text_config is None:
             raise ValueError("text_config: missing; give the backbone's configuration or use from_backbone.")
-        self.backbone: Any = AutoModelForCausalLM.from_config(config.text_config) if backbone is None else backbone
-        if backbone is not None:
+        if backbone is None:
+            backbone = AutoModelForCausalLM.from_config(config.text_config, trust_remote_code=False)
+        else:
             for module in backbone.modules():
                 module._is_hf_initialized = True  # or post_init samples its weights again
+        self.backbone: Any = backbone
         width = self.backbone.config.hidden_size
         self.image_embed = nn.Embedding(config.codebook_size, width)
         self.image_head = ImageHead(width, config.codebook_size)
         self.condition = None if config.conditioning is None else build_condition(config.conditioning, width)
-        self.modality_gate: Any = None  # set while an adapter is loaded that acts on one modality only
+        self.modality_gate: Any = None  # of unified.lora, while an adapter is loaded that acts on one modality only
         self._wrap_rotary()
         self.post_init()
 
@@ -98,33 +101,58 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
                 :func:`unified.model.backbone.load_language_model`.
             codebook_size: number of image codes K.
             boi_token_id, eoi_token_id: ids of the backbone's vocabulary (unused or reserved ones) that frame an image.
-            dtype: weights' dtype, as in ``from_pretrained``.
+            dtype: dtype of the weights; float32 by default.
             attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``, as in ``from_pretrained``.
             image_init, head_init, codebook: how the tables start, see :func:`unified.model.init.initialize_image_tables`.
             config: further fields of :class:`UnifiedConfig`.
 
         Raises:
-            ValueError: for a family whose text logits or rotary embedding are made in a way that is not known here.
+            ValueError: if the checkpoint is not whole, or its family does not work here; see
+                :func:`unified.model.family.check_family`.
         """
         backbone = load_language_model(pretrained_model_name_or_path, dtype or torch.float32, attn_implementation)
+        tables = {"codebook_size": codebook_size, "boi_token_id": boi_token_id, "eoi_token_id": eoi_token_id}
+        model = cls.around(backbone, **{"new_image_tables": True, **tables, **config})
+        text = backbone.config
+        initialize_image_tables(
+            model.image_embed.weight, model.image_head.weight,
+            backbone.get_input_embeddings(), backbone.get_output_embeddings().weight,
+            text.vocab_size, getattr(text, "initializer_range", 0.02), image_init, head_init, codebook,
+        )  # fmt: skip
+        return model
+
+    @classmethod
+    def around(cls, backbone: Any, **config: Any) -> "UnifiedForCausalLM":
+        """Build a model around a loaded language model, which is used as it is; the image tables are still to be written.
+
+        Args:
+            backbone: a causal language model of transformers.
+            config: all fields of :class:`UnifiedConfig` but ``text_config``.
+
+        Raises:
+            ValueError: if the family does not work here; see :func:`unified.model.family.check_family`.
+        """
         attention = backbone.config._attn_implementation  # a config that takes in another one resets it there
-        unified = UnifiedConfig(
-            text_config=backbone.config,
-            codebook_size=codebook_size,
-            boi_token_id=boi_token_id,
-            eoi_token_id=eoi_token_id,
-            **{"new_image_tables": True, **config},
-        )
+        unified = UnifiedConfig(text_config=backbone.config, **config)
         unified._attn_implementation = attention
         model = cls(unified, backbone)
         for part in (model.image_embed, model.image_head, model.condition):
             if part is not None:  # the backbone has its dtype, and keeps rotary frequencies in float32
                 part.to(dtype=backbone.dtype)
         model.generation_config = backbone.generation_config
-        initialize_image_tables(model, image_init, head_init, codebook)
-        if not attention.startswith("flash"):  # which runs on a GPU alone
-            check_family(model)
+        check_family(backbone, model.text_logits, unified.positions)
         return model
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a model as transformers does, but never with random numbers in place of absent tensors.
+
+        Raises:
+            ValueError: as :func:`unified.model.backbone.load_whole`.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = load_whole(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
+        return (model, info) if wants_info else model
 
     def get_input_embeddings(self) -> nn.Module:
         """The backbone's text embedding."""
@@ -170,7 +198,7 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
         """
         decoder = self.backbone.base_model
         if self.modality_gate is not None:
-            kwargs["image_slots"] = image_positions
+            kwargs["image_positions"] = image_positions
         decoder.rotary_emb.coordinates = coordinates
         try:
             return decoder(inputs_embeds=embeds, **kwargs)
@@ -300,11 +328,6 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
             text_loss=text / texts if len(text_targets) else None,
             image_loss=image / images if len(image_targets) else None,
         )
-
-
-def _with_wrapped_rotary(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names of rotary buffers that a backbone stores move under the wrapper."""
-    return {name.replace(".rotary_emb.", ".rotary_emb.rotary."): value for name, value in state.items()}
 
 
 AutoConfig.register("unified", UnifiedConfig)

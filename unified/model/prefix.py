@@ -1,7 +1,7 @@
 """Conditions that are no text: a class, or features of another network, as the first positions of a sequence.
 
-A conditioned sequence reads ``<pad> ... <pad> <boi> codes <eoi>``: the first :attr:`length` embeddings, ``<boi>`` the last
-of them, are replaced by what a condition module makes. The last one predicts the first code.
+A conditioned sequence reads ``<pad> ... <pad> <boi> codes <eoi>``. The output of a condition module replaces the first
+``length`` embeddings, of which ``<boi>`` is the last; that position predicts the first code.
 """
 
 from typing import Any
@@ -63,7 +63,7 @@ class FeatureCondition(nn.Module):
 
 
 def build_condition(description: dict[str, Any], width: int) -> ClassCondition | FeatureCondition:
-    """Make the module that ``UnifiedConfig.conditioning`` describes, for embeddings of ``width`` numbers.
+    """Build the module that ``UnifiedConfig.conditioning`` describes, for embeddings of ``width`` numbers.
 
     Raises:
         ValueError: if ``kind`` is unknown or a size is missing.
@@ -80,5 +80,5 @@ def build_condition(description: dict[str, Any], width: int) -> ClassCondition |
 
 
 def condition_positions(length: int, vocabulary: Vocabulary) -> TextSegment:
-    """What stands for a condition of ``length`` positions in front of an image segment (whose ``<boi>`` is the last position)."""
+    """Padding in front of an image segment that a condition of ``length`` positions replaces, ``<boi>`` being its last one."""
     return TextSegment([vocabulary.pad_token_id] * (length - 1), loss=False)

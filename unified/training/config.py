@@ -7,7 +7,6 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from unified.lora.adapters import ATTENTION_AND_MLP
 from unified.model.init import EMBED_KINDS, HEAD_KINDS
 from unified.prediction.schedule import PatchSchedule
 from unified.settings import load_settings
@@ -89,7 +88,7 @@ class LoraSettings:
     rank: int = 16
     alpha: int | None = None
     dropout: float = 0.0
-    target_modules: list[str] = field(default_factory=lambda: list(ATTENTION_AND_MLP))
+    target_modules: list[str] | None = None  # names of linear layers; null: those of attention and MLP
     train_image_tables: bool | None = (
         None  # copies of the image tables in the adapter; null: if the base's are untrained
     )

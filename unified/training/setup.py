@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from unified.config import UnifiedConfig
 from unified.decoding import Sampling
 from unified.lora.adapters import attach_lora, base_of
+from unified.model.family import check_family, check_packing
 from unified.model.modeling import UnifiedForCausalLM
 from unified.model_card import run_card
 from unified.pipeline.arguments import plan_drawing
@@ -195,6 +196,8 @@ def build_parts(config: TrainConfig) -> Parts:
         image_tokenizer = AutoImageTokenizer.from_pretrained(str(source.image_tokenizer))
         text_tokenizer = load_text_tokenizer(str(source.text_tokenizer or source.backbone), source.boi, source.eoi)
         model = _new_model(config, image_tokenizer, text_tokenizer)
+    if config.data.pack is not None:
+        check_packing(model.backbone)
     if source.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model, image_tokenizer, text_tokenizer
@@ -270,4 +273,6 @@ def _new_model(
         "eos_token_id": text_tokenizer.eos_token_id,
         "pad_token_id": text_tokenizer.pad_token_id,
     }
-    return UnifiedForCausalLM(UnifiedConfig(text_config=architecture, **shared))
+    model = UnifiedForCausalLM(UnifiedConfig(text_config=architecture, **shared))
+    check_family(model.backbone, model.text_logits, model.config.positions)
+    return model

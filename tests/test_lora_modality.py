@@ -6,7 +6,7 @@ from conftest import full_forward, generators, inputs_of, tiny_model
 from test_backbones import FAMILIES, SIZES
 from test_decoding import naive_codes
 from test_lora import noisy_adapter
-from test_lora_active import logits
+from test_lora_switching import logits
 
 from unified.decoding import Prompt, Sampling, generate_codes, make_decoder
 from unified.decoding.decoder import BackboneDecoder
@@ -61,7 +61,7 @@ def test_text_adapter_leaves_the_projections_of_codes_alone(tmp_path):
 
 
 @torch.no_grad()
-def test_both_kinds_together_are_the_whole_adapter(tmp_path):
+def test_both_modalities_together_are_the_whole_adapter(tmp_path):
     """The same weights as a text and as an image adapter add up to the adapter that acts everywhere."""
     for modality in ("all", "text", "image"):
         noisy_adapter(tiny_model(), tmp_path / modality, 0, modality=modality)
@@ -110,7 +110,7 @@ def test_decoding_equals_full_forward_passes(modality, tmp_path):
 
 
 @torch.no_grad()
-def test_images_in_a_prompt_are_image_slots(tmp_path):
+def test_images_in_a_prompt_are_image_positions(tmp_path):
     model = base_of(partial_model(tmp_path, "image"))
     ids = rows(model.config.vocabulary)[1].input_ids.tolist()
     state = prefill(make_decoder(model), [Prompt(tuple(ids), ((4, 4),))], 0)
@@ -118,7 +118,7 @@ def test_images_in_a_prompt_are_image_slots(tmp_path):
     torch.testing.assert_close(model.image_head(state.hidden), full.image_logits[:, -1], rtol=1e-4, atol=1e-4)
 
 
-def test_conversations_mix_both_kinds(pipeline, tmp_path):
+def test_conversations_mix_both_modalities(pipeline, tmp_path):
     """The likeliest words after an image, by full forward passes."""
     noisy_adapter(pipeline.model, tmp_path, 0, modality="image")
     pipeline.load_lora_weights(tmp_path)
@@ -145,7 +145,7 @@ def test_conversations_mix_both_kinds(pipeline, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_recomputed_layers_see_the_slots_of_their_own_batch(family):
+def test_recomputed_layers_see_the_positions_of_their_own_batch(family):
     """Two batches forward, then backward, with and without gradient checkpointing; on every family."""
     gradients = []
     for checkpointing in (False, True):
@@ -165,7 +165,7 @@ def test_recomputed_layers_see_the_slots_of_their_own_batch(family):
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
-def test_what_cannot_be_is_refused(tmp_path):
+def test_impossible_combinations_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"modality: 'images' is unknown; use one of \('all', 'text', 'image'\)"):
         attach_lora(tiny_model(), modality="images")
     with pytest.raises(ValueError, match="modality: 'image' is not possible with use_dora"):
@@ -177,5 +177,5 @@ def test_what_cannot_be_is_refused(tmp_path):
     model = partial_model(tmp_path, "image")
     with pytest.raises(ValueError, match="fuse_lora: adapter 'x' acts on image positions only"):
         fuse_lora(model)
-    with pytest.raises(ValueError, match="modality: LlamaAttention is not told which positions are images"):
+    with pytest.raises(ValueError, match="modality: LlamaAttention does not get image_positions"):
         base_of(model).run_backbone(torch.zeros(1, 2, 32), None)

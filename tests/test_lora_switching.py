@@ -1,4 +1,4 @@
-"""Which adapters count: weights, tables, disabling, deleting, fusing; the base comes back bit for bit."""
+"""Which adapters are active: weights, tables, disabling, deleting, fusing; the base comes back bit for bit."""
 
 import pytest
 import torch
