@@ -21,7 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmark_peers import load_peer
 from unified import UnifiedConfig, UnifiedForCausalLM
-from unified.data.batches import Batch, make_batch
+from unified.data.batches import make_batch
+from unified.prediction.arrange import Batch
 from unified.prediction.merge import merged_grid, patches
 from unified.prediction.schedule import training_flops
 from unified.sequence import ImageSegment, TextSegment, TokenSequence, build_sequence

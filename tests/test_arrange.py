@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from unified.data.batches import make_batch
-from unified.prediction.arrange import arrange, collate, count, pack
+from unified.prediction.arrange import arrange, collate, pack
 from unified.prediction.coordinates import span_offsets
 from unified.prediction.merge import ONE, Merge, patches
 from unified.sequence import ImageSegment, TextSegment, TokenSequence, build_sequence
@@ -71,11 +71,11 @@ def test_different_merges_in_one_batch():
     model = tiny_model()
     first, second, _ = sequences()
     rows = [arranged(first, merge=patches(2)), arranged(second)]
-    counts = [count([row], CONFIG) for row in rows]
-    parts = [model(**collate([row], VOCABULARY)) for row in rows]
+    parts = [collate([row], CONFIG) for row in rows]
+    expected = sum(part.counts.weight * model(**part.inputs).loss for part in parts)
     for together in (rows, pack(rows, 1000)):
-        whole = model(**collate(together, VOCABULARY)).loss * sum(c.weight for c in counts)
-        torch.testing.assert_close(whole, sum(c.weight * p.loss for c, p in zip(counts, parts, strict=True)))
+        whole = collate(together, CONFIG)
+        torch.testing.assert_close(model(**whole.inputs).loss * whole.counts.weight, expected)
 
 
 @pytest.mark.parametrize("p", [1, 2])
@@ -90,7 +90,7 @@ def test_counts(p):
 
 def test_collate_pads_on_the_right():
     rows = [arranged(s) for s in (sequence(TextSegment([7])), sequence(TextSegment([7]), image(2, 2)))]
-    batch = collate(rows, VOCABULARY)
+    batch = collate(rows, CONFIG).inputs
     assert batch["input_ids"][0].tolist() == [1, 7, 0, 0, 0, 0, 0, 0]
     assert batch["labels"][0].tolist() == [-100, 7, *[-100] * 6]
     assert batch["image_inputs"].tolist() == batch["image_targets"].tolist() == [11, 12, 13, 14]
@@ -103,7 +103,7 @@ def test_few_shapes_for_a_compiler():
     rows = [arranged(s, merge=patches(2)) for s in sequences()]
     gradients = []
     for multiple in (1, 16):
-        batch = collate(rows, VOCABULARY, multiple)
+        batch = collate(rows, CONFIG, multiple).inputs
         model.zero_grad()
         model(**batch).loss.backward()
         gradients.append({name: q.grad.clone() for name, q in model.named_parameters()})
@@ -137,7 +137,7 @@ def test_pack_fills_rows_at_every_patch_size():
 
 def test_text_after_an_image_and_packed_documents():
     row = arranged(sequence(TextSegment([5]), image(2, 4), TextSegment([6])))
-    packed = collate(pack([row, row], 100), VOCABULARY)
+    packed = collate(pack([row, row], 100), CONFIG).inputs
     one = [(0, 0), (1, 1), (2, 2), *[(3 + r, 3 + c) for r in range(2) for c in range(4)], (7, 7), (8, 8)]
     assert packed["positions"][0].tolist() == [list(map(float, pair)) for pair in one + one]
 
@@ -206,7 +206,7 @@ def test_bad_merges_packing_and_mixed_rows_are_named():
     with pytest.raises(ValueError, match="max_length: 3 is shorter than a sequence of 6"):
         pack([row], max_length=3)
     with pytest.raises(ValueError, match="rows: 1 of 2 are packed"):
-        collate([row, *pack([row], 9)], VOCABULARY)
+        collate([row, *pack([row], 9)], CONFIG)
 
 
 class Reads(TorchDispatchMode):

@@ -152,7 +152,7 @@ def test_packed_rows_keep_documents_apart(backbone, p):
         )
     ]
     rows = [arrange(each, vocabulary, model.config.coordinates, merge=patches(p)) for each in documents]
-    packed = collate(pack(rows, 50), vocabulary)
+    packed = collate(pack(rows, 50), model.config).inputs
     assert (packed["document_ids"] >= 0).sum(dim=1).tolist() == {1: [50, 41, 16], 2: [48, 11]}[p]
     total, weights, sums = 0.0, 0.0, {"text_loss": 0.0, "image_loss": 0.0}
     for document in documents:

@@ -77,7 +77,7 @@ def test_processes_without_images_learn_with_the_others(config_file, parts, tmp_
     """Mostly texts, so that a process often has no image; DDP raises if a weight has no gradient there."""
     datasets.Dataset.from_dict({"text": CAPTIONS}).to_parquet(tmp_path / "texts.parquet")
     sources = f"[{{path: {parts}/codes, weight: 1}},{{path: {tmp_path}/texts.parquet, kind: text, weight: 3, max_length: 99}}]"
-    options = ["data.train=null", f"data.sources={sources}", "validate_every=null", "data.pack=40"]
+    options = ["seed=1", "data.train=null", f"data.sources={sources}", "validate_every=null", "data.pack=40"]
     done = torchrun(2, config_file, f"output_dir={tmp_path}/two", "batch_size=2", *options)
     assert done.returncode == 0, done.stderr[:6000]
     train(load_config(config_file, [f"output_dir={tmp_path}/one", "batch_size=4", *OPTIONS, *options]))

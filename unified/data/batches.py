@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import datasets
 import numpy as np
@@ -10,19 +10,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from unified.config import UnifiedConfig
-from unified.prediction.arrange import Counts, arrange, collate, count, pack
+from unified.prediction.arrange import Batch, arrange, collate, pack
 from unified.prediction.merge import ONE, Merge
 from unified.sequence import TokenSequence
 
 BLOCK = 1000
 _MIX, _SHUFFLE, _CHOICE = 10, 11, 12  # independent random streams of one seed
-
-
-class Batch(NamedTuple):
-    """Keyword arguments of the model, and what the batch holds."""
-
-    inputs: dict[str, torch.Tensor]
-    counts: Counts
 
 
 @dataclass
@@ -129,19 +122,17 @@ class Batches(Dataset):
             self._block = (block, owners, ranks)
         source = int(self._block[1][offset])
         number = block * self.shares[source] + int(self._block[2][offset])
-        epoch, position = divmod(number, len(self.sources[source].rows))
-        return source, int(self._order(source, epoch)[position])
-
-    def _order(self, source: int, epoch: int) -> np.ndarray:
+        rows = len(self.sources[source].rows)
+        epoch, position = divmod(number, rows)
         if source not in self._orders or self._orders[source][0] != epoch:
-            rng, rows = np.random.default_rng((self.seed, _SHUFFLE, source, epoch)), len(self.sources[source].rows)
+            rng = np.random.default_rng((self.seed, _SHUFFLE, source, epoch))
             if self._grids is None:
                 order = rng.permutation(rows)
             else:
                 total = self.batch_size * self.world_size
                 order = bucketed_order(self._grids, total, -epoch * rows % total, rng)
             self._orders[source] = (epoch, order)
-        return self._orders[source][1]
+        return source, int(self._orders[source][1][position])
 
 
 def make_batch(
@@ -162,7 +153,7 @@ def make_batch(
         if longest > pack_length:
             raise ValueError(f"data.pack: {pack_length} is shorter than a sequence of {longest} tokens; raise it.")
         rows = pack(rows, max(longest, pack_length // merge.side**2))
-    return Batch(collate(rows, vocabulary), count(rows, config))
+    return collate(rows, config)
 
 
 def in_order(source: Source, config: UnifiedConfig, batch_size: int) -> Iterator[Batch]:

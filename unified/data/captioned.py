@@ -1,6 +1,5 @@
 """Rows of a codes cache as sequences: caption and image, or image and caption."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -34,7 +33,8 @@ def captioned_sequence(
     """
     dropped, captioned = (bool(rng.random() < share) for share in (caption_dropout, captioning))
     caption = text_tokenizer.encode(str(row["caption"]))
-    image = to_grid(row["codes"], row["height"], row["width"])
+    codes = np.asarray(row["codes"], dtype=np.int64).reshape(int(row["height"]), int(row["width"]))
+    image = torch.tensor(codes)
     segments: list[Segment]
     if captioned:
         segments = [ImageSegment(image, loss=False), TextSegment(caption)]
@@ -44,11 +44,6 @@ def captioned_sequence(
     if code_noise:
         add_code_noise(sequence, vocabulary, code_noise, rng)
     return sequence
-
-
-def to_grid(codes: Sequence[int] | np.ndarray, height: int, width: int) -> torch.Tensor:
-    """Flat codes as ``(height, width)``."""
-    return torch.tensor(np.asarray(codes), dtype=torch.int64).reshape(int(height), int(width))
 
 
 def add_code_noise(sequence: TokenSequence, vocabulary: Vocabulary, limit: float, rng: np.random.Generator) -> None:

@@ -163,7 +163,7 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
         return self.backbone.get_output_embeddings()
 
     def embed(self, input_ids: Tensor, image_inputs: Tensor | None = None) -> Tensor:
-        """Embeddings ``(B, S, D)`` of positions ``(B, S)`` or ``(B, S, P)``: text ids, and codes merged by their mean.
+        """Embeddings ``(B, S, D)`` of ids ``(B, S)`` or ``(B, S, P)``: text ids, and codes merged by their mean.
 
         ``image_inputs`` are flat indices of the positions that codes enter; B * S stands for none.
         """
@@ -242,7 +242,14 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: if nothing is supervised, or a condition is missing or not expected.
         """
-        embeds = self._with_condition(self.embed(input_ids, image_inputs), condition, document_ids)
+        if (condition is None) != (self.condition is None):
+            needed = "missing; the model samples after one" if condition is None else "given, but the model takes none"
+            raise ValueError(f"condition: {needed} (conditioning {self.config.conditioning}).")
+        if condition is not None and document_ids is not None:
+            raise ValueError("condition: not possible in packed rows; leave data.pack out.")
+        embeds = self.embed(input_ids, image_inputs)
+        if self.condition is not None:
+            embeds = torch.cat([self.condition(condition).to(embeds.dtype), embeds[:, self.condition.length :]], dim=1)
         image_positions = None if self.modality_gate is None else self._image_positions(embeds, image_inputs)
         if labels is not None and embeds.shape[1] > 1:  # the last position predicts nothing
             embeds = embeds[:, :-1].contiguous()
@@ -265,16 +272,6 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
         kept = outputs.last_hidden_state[:, keep]
         image_logits = None if image_inputs is None else self.image_head(kept)
         return UnifiedOutput(logits=self.text_logits(kept), image_logits=image_logits, cache=outputs.cache)
-
-    def _with_condition(self, embeds: Tensor, condition: Tensor | None, document_ids: Tensor | None) -> Tensor:
-        if (condition is None) != (self.condition is None):
-            needed = "missing; the model samples after one" if condition is None else "given, but the model takes none"
-            raise ValueError(f"condition: {needed} (conditioning {self.config.conditioning}).")
-        if self.condition is None or condition is None:
-            return embeds
-        if document_ids is not None:
-            raise ValueError("condition: not possible in packed rows; leave data.pack out.")
-        return torch.cat([self.condition(condition).to(embeds.dtype), embeds[:, self.condition.length :]], dim=1)
 
     def _image_positions(self, embeds: Tensor, image_inputs: Tensor | None) -> Tensor:
         """``(B, S)``, True on positions that codes enter."""
@@ -307,16 +304,15 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
         ids = F.pad(ids, (0, 0, 0, 1), value=IGNORE)  # one row more, for the indices that stand for none
         text_ids, codes = ids[text_targets, 0], ids[image_targets]
         codes = torch.where(codes == IGNORE, IGNORE, codes - config.text_config.vocab_size)
-
-        def sources(targets: Tensor) -> Tensor:
-            return states[targets - 1 - targets // length]
-
-        text = text_cross_entropy(self.text_logits, sources(text_targets), text_ids, config.text_config.vocab_size)
+        text_states, image_states = (
+            states[targets - 1 - targets // length] for targets in (text_targets, image_targets)
+        )
+        text = text_cross_entropy(self.text_logits, text_states, text_ids, config.text_config.vocab_size)
         image, weights = text.new_zeros(()), (codes != IGNORE).sum(dim=1)
         if config.loss_normalization == "position":
             weights = weights.clamp_max(1)
         if len(image_targets):
-            image = patch_losses(self.image_head, sources(image_targets), codes, weights)
+            image = patch_losses(self.image_head, image_states, codes, weights)
         elif self.training:  # zeros for both image tables: DDP waits for a gradient of every weight
             none = text_ids[:0]
             image = patch_losses(self.image_head, states[:0], none[:, None], none) + self.image_embed(none).sum()

@@ -47,13 +47,20 @@ class Row:
 
 
 class Counts(NamedTuple):
-    """What a batch holds, counted once; ``weight`` is the normaliser of its loss (see :func:`count`)."""
+    """What a batch holds. ``weight`` is what its loss is divided by: ``loss * weight`` is a plain sum over positions."""
 
     images: int
     positions: int
     text_targets: int
     image_targets: int
     weight: float
+
+
+class Batch(NamedTuple):
+    """Keyword arguments of the model, and what the batch holds."""
+
+    inputs: dict[str, Tensor]
+    counts: Counts
 
 
 def arrange(
@@ -172,8 +179,8 @@ def pack(rows: Iterable[Row], max_length: int) -> list[Row]:
 def _concatenate(documents: list[Row]) -> Row:
     columns = max(document.input_ids.shape[1] for document in documents)
     return Row(
-        torch.cat([_in_columns(document.input_ids, columns) for document in documents]),
-        torch.cat([_in_columns(document.labels, columns) for document in documents]),
+        torch.cat([F.pad(d.input_ids, (0, columns - d.input_ids.shape[1]), value=IGNORE) for d in documents]),
+        torch.cat([F.pad(d.labels, (0, columns - d.labels.shape[1]), value=IGNORE) for d in documents]),
         torch.cat([document.positions for document in documents]),
         torch.cat([document.is_image for document in documents]),
         sum(document.images for document in documents),
@@ -181,12 +188,15 @@ def _concatenate(documents: list[Row]) -> Row:
     )
 
 
-def collate(rows: Sequence[Row], vocabulary: Vocabulary, multiple: int = 1) -> dict[str, Tensor]:
-    """Pad rows on the right into a batch: the keyword arguments of :class:`unified.UnifiedForCausalLM`.
+def collate(rows: Sequence[Row], config: UnifiedConfig, multiple: int = 1) -> Batch:
+    """Pad rows on the right into a batch, and count it.
+
+    A text position weighs ``text_loss_weight``, an image position ``image_loss_weight``, times the number of its codes if
+    ``loss_normalization`` is ``token``.
 
     Args:
         rows: of :func:`arrange` or :func:`pack`; different merges may stand side by side.
-        vocabulary: gives the id of padding.
+        config: of the model.
         multiple: the length of a row and of every list of indices is padded to a multiple of it, so that a compiler meets
             few shapes.
 
@@ -198,7 +208,7 @@ def collate(rows: Sequence[Row], vocabulary: Vocabulary, multiple: int = 1) -> d
     Raises:
         ValueError: if some rows are packed and others are not.
     """
-    longest = max(map(len, rows))
+    longest, vocabulary = max(map(len, rows)), config.vocabulary
     length, columns = longest + -longest % multiple, max(row.input_ids.shape[1] for row in rows)
     input_ids, labels = (torch.full((len(rows), length, columns), IGNORE) for _ in range(2))
     input_ids[..., 0] = vocabulary.pad_token_id
@@ -207,49 +217,26 @@ def collate(rows: Sequence[Row], vocabulary: Vocabulary, multiple: int = 1) -> d
         size, taken = row.input_ids.shape
         input_ids[number, :size, :taken], labels[number, :size, :taken] = row.input_ids, row.labels
         positions[number, :size], is_image[number, :size] = row.positions, row.is_image
-    of_image = labels[..., 0] >= vocabulary.text_vocab_size
-    batch = {
+    supervised, of_image = labels != IGNORE, labels[..., 0] >= vocabulary.text_vocab_size
+    marks = {
+        "image_inputs": is_image,
+        "text_targets": supervised[..., 0] & ~of_image,
+        "image_targets": of_image,
+    }
+    found = {name: mark.flatten().nonzero().flatten() for name, mark in marks.items()}
+    texts, images = len(found["text_targets"]), len(found["image_targets"])
+    codes = int(supervised[of_image].sum()) if config.loss_normalization == "token" else images
+    weight = config.text_loss_weight * texts + config.image_loss_weight * codes
+    counts = Counts(sum(row.images for row in rows), sum(map(len, rows)), texts, images, weight)
+    inputs = {
         "input_ids": input_ids if columns > 1 else input_ids[..., 0],
         "labels": labels if columns > 1 else labels[..., 0],
         "positions": positions,
-        "image_inputs": _indices(is_image, multiple),
-        "text_targets": _indices((labels[..., 0] != IGNORE) & ~of_image, multiple),
-        "image_targets": _indices(of_image, multiple),
+        **{name: F.pad(index, (0, -len(index) % multiple), value=is_image.numel()) for name, index in found.items()},
     }
     packed = [row.document_ids for row in rows if row.document_ids is not None]
     if packed:
         if len(packed) != len(rows):
             raise ValueError(f"rows: {len(packed)} of {len(rows)} are packed; pack all of them or none.")
-        batch["document_ids"] = torch.stack([F.pad(ids, (0, length - len(ids)), value=-1) for ids in packed])
-    return batch
-
-
-def count(rows: Sequence[Row], config: UnifiedConfig) -> Counts:
-    """Count a batch: images, positions, targets, and the weight of its supervised positions.
-
-    ``loss * weight`` is a plain sum over positions, so that means of parts can be put together exactly: a text position
-    weighs ``text_loss_weight``, an image position ``image_loss_weight``, times the number of its codes if
-    ``loss_normalization`` is ``token``.
-    """
-    texts = images = codes = 0
-    vocab_size = config.text_config.vocab_size
-    for row in rows:
-        supervised, of_image = row.labels.numpy() != IGNORE, row.labels[:, 0].numpy() >= vocab_size
-        texts += int((supervised[:, 0] & ~of_image).sum())
-        images += int(of_image.sum())
-        codes += int(supervised[of_image].sum())
-    weight = config.image_loss_weight * (codes if config.loss_normalization == "token" else images)
-    weight += config.text_loss_weight * texts
-    return Counts(sum(row.images for row in rows), sum(map(len, rows)), texts, images, weight)
-
-
-def _in_columns(values: Tensor, columns: int) -> Tensor:
-    """``(S, P)`` with unused columns up to ``columns``."""
-    missing = columns - values.shape[1]
-    return F.pad(values, (0, missing), value=IGNORE) if missing else values
-
-
-def _indices(where: Tensor, multiple: int) -> Tensor:
-    """Flat indices of True, padded to a multiple with the index behind the last position."""
-    found = where.flatten().nonzero().flatten()
-    return F.pad(found, (0, -len(found) % multiple), value=where.numel())
+        inputs["document_ids"] = torch.stack([F.pad(ids, (0, length - len(ids)), value=-1) for ids in packed])
+    return Batch(inputs, counts)

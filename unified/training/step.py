@@ -11,7 +11,7 @@ from accelerate.utils import DistributedType, send_to_device
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from unified.data.batches import Batch
+from unified.prediction.arrange import Batch
 from unified.training.config import TrainConfig
 from unified.training.tracking import LossMeter, sum_over_processes
 

@@ -9,8 +9,9 @@ from accelerate.utils import send_to_device
 from torch import nn
 
 from unified.config import UnifiedConfig
-from unified.data.batches import Batch, Source, in_order
+from unified.data.batches import Source, in_order
 from unified.data.captioned import captioned_sequence
+from unified.prediction.arrange import Batch
 from unified_tokenizers import TextTokenizer
 
 
