@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from unified.errors import explain_errors
 from unified.settings import dump_settings
 from unified.training.config import TrainConfig, load_config
 from unified.training.loop import train
@@ -104,4 +105,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    explain_errors(main)

@@ -29,6 +29,7 @@ from unified import UnifiedPipeline
 from unified.data.batches import CaptionedBatches
 from unified.data.code_cache import load_codes
 from unified.data.sources import fit_square
+from unified.errors import explain_errors
 from unified.lora.adapters import base_of
 from unified.prediction.flops import schedule_flops
 from unified.settings import dump_settings, refuse_other
@@ -250,4 +251,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    explain_errors(main)

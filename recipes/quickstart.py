@@ -128,4 +128,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from unified.errors import explain_errors  # takes seconds; nothing else here needs torch
+
+    explain_errors(main)

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from unified import UnifiedPipeline
 from unified.data.batches import CaptionedBatches
+from unified.errors import explain_errors
 from unified.lora.adapters import base_of
 from unified.training.config import TrainConfig, load_config
 from unified.training.setup import open_codes
@@ -170,4 +171,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    explain_errors(main)

@@ -14,7 +14,8 @@ import prepare_openmoji
 from unified import model_card
 from unified.data.code_cache import encode_source
 from unified.data.sources import terms_of
-from unified.model_card import code_version, run_card
+from unified.model_card import code_version
+from unified.training.card import run_card
 from unified.training.config import load_config
 from unified.training.loop import train
 

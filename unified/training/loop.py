@@ -18,14 +18,13 @@ from unified.data.batches import loader
 from unified.decoding import Sampling
 from unified.lora.adapters import base_of, save_lora
 from unified.model.modeling import UnifiedForCausalLM
-from unified.model_card import run_card
 from unified.pipeline.arguments import plan_drawing
 from unified.pipeline.pipeline import UnifiedPipeline
 from unified.settings import dump_settings
+from unified.training.card import run_card
 from unified.training.checkpoint import (
     check_inputs,
     check_settings,
-    leave_out_frozen,
     load_checkpoint,
     remove_stale,
     save_checkpoint,
@@ -93,8 +92,6 @@ def train(config: TrainConfig, measure: Measure | None = None) -> Path:
     inputs = describe_inputs(data.rows, model, accelerator, text_tokenizer)
     if checkpoint:
         check_inputs(checkpoint, inputs, config.allow_changes)
-    if config.lora is not None:
-        leave_out_frozen(accelerator)
     configure_deepspeed(accelerator, config)
     model, *optimizers = accelerator.prepare(model, *build_optimizers(model, config.optimizer))
     ema = _average_of(accelerator.unwrap_model(model), config.optimizer.ema_decay)
@@ -163,7 +160,7 @@ def train(config: TrainConfig, measure: Measure | None = None) -> Path:
         if config.validate_every and (step % config.validate_every == 0 or last):
             validate()
         if config.sample.every and (step % config.sample.every == 0 or last) and stage.patch_size == 1:
-            log.pictures(step, _pipeline(current(), image_tokenizer, text_tokenizer), config.sample)
+            log.samples(step, _pipeline(current(), image_tokenizer, text_tokenizer), config.sample)
             model.train()
         due = config.evaluation is not None and (step % config.evaluation.every == 0 or last) and stage.patch_size == 1
         if measure is not None and due:

@@ -17,9 +17,9 @@ from unified.data.crops import Views
 from unified.data.sources import SkipReport
 from unified.lora.adapters import attach_lora
 from unified.model.modeling import UnifiedForCausalLM
-from unified.model_card import run_card
 from unified.pipeline.pipeline import UnifiedPipeline
 from unified.settings import refuse_other
+from unified.training.card import run_card
 from unified.training.config import DataConfig, TrainConfig
 from unified_tokenizers import AutoImageTokenizer, ImageTokenizer, TextTokenizer, load_text_tokenizer
 
