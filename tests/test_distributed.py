@@ -221,12 +221,15 @@ def test_deepspeed_learns_what_it_cannot_see(config_file):
 )
 def test_options_that_need_whole_weights_are_refused_when_sharded(kind, option, named, config_file):
     plain = load_config(config_file, ["output_dir=x", "optimizer.ema_decay=null"])
-    check_sharding(SimpleNamespace(distributed_type=kind, mixed_precision="fp16"), plain)
+    check_sharding(SimpleNamespace(distributed_type=kind, mixed_precision="fp16", is_fsdp2=True), plain)
     config = load_config(config_file, ["output_dir=x", "optimizer.ema_decay=null", option])
     whole = SimpleNamespace(distributed_type=DistributedType.MULTI_GPU, mixed_precision="bf16")
     check_sharding(whole, config)
     with pytest.raises(ValueError, match=f"{named}: not available with {kind.value}"):
-        check_sharding(SimpleNamespace(distributed_type=kind), config)
+        check_sharding(SimpleNamespace(distributed_type=kind, is_fsdp2=True), config)
+    if kind == DistributedType.FSDP:
+        with pytest.raises(ValueError, match="fsdp_version: 1 is not supported; set it to 2"):
+            check_sharding(SimpleNamespace(distributed_type=kind, is_fsdp2=False), plain)
     if named == "optimizer.name=muon":
         whole.mixed_precision = "fp16"
         with pytest.raises(ValueError, match=r"optimizer.name=muon: not available with fp16.*use bf16"):

@@ -88,7 +88,7 @@ def test_card_of_a_pipeline(sources, card_of, tmp_path):
     assert (data.license, data.attribution) == ("cc-by-sa-4.0", "Drawn by A: B")
     assert data.tags == ["next-patch-prediction"] and data.pipeline_tag == "text-to-image"
     made_from = sections["What it was made from"]
-    assert f"`{sources}/readme`, 7 for training. Licence: cc-by-sa-4.0. Attribution: Sampled by A: B" in made_from
+    assert f"`{sources}/readme`, 7 for training. Licence: cc-by-sa-4.0. Attribution: Drawn by A: B" in made_from
     assert sections["Last metrics of the log"].splitlines()[2:5] == [
         "| image_loss | 1.2346 | 2 |", "| positions | 1234567 | 1 |", "| validation_loss | 2.5 | 2 |"
     ]  # fmt: skip
