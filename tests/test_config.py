@@ -126,7 +126,7 @@ def test_numbers_out_of_range_are_refused(config_file, name, value, rule):
 
 def test_limits_of_the_ranges_are_in_range(config_file):
     options = ["optimizer.betas=[0,0]", "optimizer.weight_decay=0", "optimizer.gradient_clip=.inf", "data.caption_dropout=1",
-               "schedule.final=0", "steps=2", "log_every=1", "checkpoint_every=1", "mixed_precision='no'", "lora.dropout=0"]  # fmt: skip
+               "schedule.final=0", "steps=2", "log_every=1", "checkpoint_every=1", "mixed_precision='no'"]  # fmt: skip
     config = load_config(config_file, options)
     assert config.optimizer.betas == [0, 0] and config.mixed_precision == "no"
     assert load_config(config_file, ["schedule.final=1"]).patch_schedule().final == 1
