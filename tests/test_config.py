@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from conftest import tiny_config
 
 from unified.training.config import ModelConfig, load_config
 
@@ -204,3 +205,17 @@ def test_the_papers_stages_by_levels(config_file):
     schedule = config.patch_schedule()
     assert [(s.patch_size, s.end) for s in schedule.stages(100)] == [(4, 25), (2, 50), (1, 100)]
     assert schedule.mixed == 0.1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eoi_token_id": 3}, "boi_token_id, eoi_token_id: both are 3; use two different ids"),
+        ({"codebook_size": 0}, "codebook_size: 0 must be at least 1"),
+        ({"text_loss_weight": -0.5}, "text_loss_weight: -0.5 must be a finite number of at least 0"),
+        ({"image_loss_weight": float("inf")}, "image_loss_weight: inf must be a finite number of at least 0"),
+    ],
+)
+def test_bad_numbers_of_a_model_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config(**changes)

@@ -85,8 +85,6 @@ class UnifiedConfig(PreTrainedConfig):
                 raise ValueError(f"{name}: {getattr(self, name)} must be a finite number of at least 0.")
         if not 0 < self.normalized_range < math.inf:
             raise ValueError(f"normalized_range: {self.normalized_range} must be a finite number above 0.")
-        if given and self.boi_token_id == self.eoi_token_id:
-            raise ValueError(f"boi_token_id, eoi_token_id: both are {self.boi_token_id}; use two different ids.")
         _choice("positions", self.positions, ("1d", "2d", "llamagen"))
         _choice("coarse_positions", self.coarse_positions, ("center", "unit", "normalized"))
         _choice("loss_normalization", self.loss_normalization, ("position", "token"))
@@ -104,6 +102,8 @@ class UnifiedConfig(PreTrainedConfig):
                         f"{name}: {getattr(self, name)} is outside the backbone's vocabulary of "
                         f"{self.text_config.vocab_size}; use one of its unused or reserved ids."
                     )
+            if given and self.boi_token_id == self.eoi_token_id:
+                raise ValueError(f"boi_token_id, eoi_token_id: both are {self.boi_token_id}; use two different ids.")
 
     @property
     def vocabulary(self) -> Vocabulary:
