@@ -54,6 +54,7 @@ def test_overrides_win(config_file):
         (["optimizer.name=sgd"], "optimizer.name: 'sgd' is unknown; use one of adamw, muon"),
         (["mixed_precision=no"], "mixed_precision: 'False' is unknown; use bf16, fp16 or 'no' .in quotes"),
         (["output_dir=' '"], "output_dir: empty"),
+        (["schedule.final=.nan"], r"schedule.final: nan must lie in \[0, 1\]"),
         (["schedule.decay=.nan"], "schedule.warmup, decay: 0.05 and nan must be shares"),
         (["schedule.shares=[1.0]"], r"schedule.shares: \(1.0,\) must be 2 positive numbers"),
         (["steps=1"], "total_steps: 1 is too few for 2 stages"),

@@ -1,4 +1,4 @@
-"""Model cards: terms travel from the data to the weights, and what is unknown is said."""
+"""Model cards: the terms of the data hold for the weights, and unknown ones are called unknown."""
 
 import json
 import shutil
@@ -98,7 +98,7 @@ def test_card_of_a_pipeline(sources, card_of, tmp_path):
     assert f'from_pretrained("{tmp_path}/run/pipeline")' in sections["How to load it"]
 
 
-def test_unknown_terms_are_said(sources, card_of):
+def test_unknown_terms_are_called_unknown(sources, card_of):
     data, sections = card_of(sources / "silent")
     assert data.license == "unknown" and "attribution" not in data.to_dict()
     assert "12 for training. Licence: unknown. Attribution: none stated" in sections["What it was made from"]
@@ -116,7 +116,7 @@ def test_unknown_terms_are_said(sources, card_of):
         ("license: unknown", "unknown", "Drawn by A: B"),
     ],
 )
-def test_terms_of_what_an_adapter_is_for_count_too(sources, card_of, tmp_path, parent, licence, attribution):
+def test_terms_of_the_base_hold_for_its_adapter(sources, card_of, tmp_path, parent, licence, attribution):
     (tmp_path / "parent").mkdir()
     (tmp_path / "parent" / "README.md").write_text(f"---\n{parent}\n---\n")
     options = [f"model.pipeline={tmp_path}/parent", "model.architecture=null"]

@@ -64,7 +64,7 @@ LORA = ["model.architecture=null", "optimizer.ema_decay=null", "lora.rank=4", "l
     ids=["dropout", "muon", "lora"],
 )
 def test_resumed_run_of_every_kind_equals_uninterrupted(options, finished, config_file, tmp_path):
-    """Dropout samples from the global random stream, so that one has to continue too."""
+    """Dropout uses the global random stream, so that one has to continue too."""
     if options is LORA:
         options = [*options, f"model.pipeline={finished}/pipeline"]
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
@@ -344,7 +344,7 @@ def test_bad_gradients_stop_the_run_and_keep_the_batch(config_file, tmp_path, mo
         names = {f"{i}.{name}" for i in (0, 1) for name in ("input_ids", "labels", "attention_mask", "image_grids")}
         assert set(kept.keys()) == names and not torch.equal(kept.get_tensor("0.labels"), kept.get_tensor("1.labels"))
         assert kept.metadata() == {"step": "2", "patch_size": "4", "learning_rate": str(rates[-1])}
-    assert [r["step"] for r in read_log(tmp_path)] == [1, 2]  # nothing of the bad step was learned or logged
+    assert [r["step"] for r in read_log(tmp_path)] == [1, 2]  # the bad step changed and logged nothing
 
 
 def test_fp16_that_finds_no_scale_stops(config_file, tmp_path, monkeypatch):
