@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from unified import locks
 from unified.locks import LOCK_FILE, locked
 
 # The module alone: what it needs of the package is nothing.
@@ -78,3 +79,19 @@ def test_without_locks_of_the_file_system_a_warning_is_given(tmp_path, monkeypat
     monkeypatch.setattr("unified.locks.fcntl.lockf", unsupported)
     with pytest.warns(UserWarning, match="cannot be locked .*; use it in one run only"), locked(tmp_path):
         pass
+
+
+def test_a_file_that_its_holder_removed_meanwhile_is_no_lock(tmp_path, monkeypatch):
+    """Opened before the holder let go of it: nobody else would see that lock."""
+    lock, calls = locks._lock, []
+
+    def removed_once(path, field):
+        file = lock(path, field)
+        if not calls:
+            path.unlink()
+        calls.append(1)
+        return file
+
+    monkeypatch.setattr(locks, "_lock", removed_once)
+    with locked(tmp_path):
+        assert len(calls) == 2 and (tmp_path / LOCK_FILE).is_file()
