@@ -15,6 +15,7 @@ from pathlib import Path
 
 from unified import UnifiedForCausalLM
 from unified.convert import llamagen_from_weights, split_joint_table
+from unified.errors import explain_errors
 from unified_tokenizers import AutoImageTokenizer, read_weights
 
 
@@ -75,4 +76,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    explain_errors(main)

@@ -19,6 +19,7 @@ from torch import nn
 from unified.data.code_cache import encode_source
 from unified.data.crops import CROPS, Views
 from unified.data.interleaved import encode_interleaved
+from unified.errors import explain_errors
 from unified_tokenizers import AutoImageTokenizer
 
 
@@ -111,4 +112,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    explain_errors(main)

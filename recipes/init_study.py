@@ -1,11 +1,11 @@
-"""How new image tables on a language model should start: one short training for every kind and seed.
+"""Compare initialisations of image tables on a language model: one short training for every kind and seed.
 
     python recipes/init_study.py --config recipes/configs/smollm2_lora.yaml --out runs/init_study \\
         steps=200 validate_every=50
 
-A kind is `image_init/head_init`, as the settings of recipes/train.py spell them. The runs follow one another, a finished one is
-not run again, and of each only its log, its settings and its losses are kept. Writes `study.json` (every run) and `table.md`:
-validation loss in nats a code, next-token mode, after every validation; mean and spread over the seeds.
+A kind is `image_init/head_init`, two settings of recipes/train.py. Runs follow one another; a finished one is not run again,
+and its weights are removed. Writes `study.json` (every run) and `table.md`: validation loss in nats a code, next-token mode,
+after every validation, mean and spread over the seeds.
 """
 
 import argparse
@@ -16,13 +16,14 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from unified.errors import explain_errors
 from unified.settings import dump_settings
 from unified.training.config import TrainConfig, load_config
 from unified.training.loop import train
 from unified.training.tracking import read_log
 
 KINDS = ["text/normal", "text/zero", "text/text", "codebook/normal", "codebook/zero", "codebook/tied-like"]
-WEIGHTS = ("base", "lora", "pipeline", "checkpoints")  # large, and nothing that the study reports
+WEIGHTS = ("base", "lora", "pipeline", "checkpoints")  # large, and not reported
 
 
 def settings_of(config: str, overrides: Sequence[str], kind: str, seed: int, out: Path) -> TrainConfig:
@@ -34,7 +35,7 @@ def settings_of(config: str, overrides: Sequence[str], kind: str, seed: int, out
     chosen = [f"model.image_init={image_init}", f"model.head_init={head_init}", f"output_dir={folder}", f"seed={seed}"]
     settings = load_config(config, ["checkpoint_every=null", *overrides, *chosen])
     if settings.validate_every is None:
-        raise ValueError("validate_every: null leaves nothing to compare; set it to a number of steps.")
+        raise ValueError("validate_every: null, so there is no loss to compare; set it to a number of steps.")
     return settings
 
 
@@ -80,7 +81,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 
 def study(config: str, overrides: Sequence[str], kinds: Sequence[str], seeds: Sequence[int], out: Path) -> str:
-    """Run what is missing, seed by seed; writes ``study.json`` and ``table.md`` and returns the table."""
+    """Run what is not finished, seed by seed; writes ``study.json`` and ``table.md`` and returns the table."""
     runs = [(kind, settings_of(config, overrides, kind, seed, out)) for seed in seeds for kind in kinds]
     results = [train_and_measure(settings, kind) for kind, settings in runs]
     text = table(results)
@@ -104,4 +105,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    explain_errors(main)

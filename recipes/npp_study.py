@@ -1,11 +1,11 @@
-"""Next-patch prediction against next-token prediction: the same data, images and seeds, quality beside cost.
+"""Next-patch prediction against next-token prediction: the same data, captions and seeds, quality beside cost.
 
     python recipes/npp_study.py --config recipes/configs/npp_study_shapes.yaml --data data/shapes --split validation \\
         --clip runs/npp_study/shapes_clip --out runs/npp_study/shapes
 
-Every variant is trained with every seed, samples the same captions, and is measured. A finished run is not run again.
-Writes `study.json` (every run), `table.md` (mean and spread) and `study.png` (quality against cost). What has to be
-prepared first (tokenizers, codes, a small CLIP) stands at the top of each config.
+Trains every variant with every seed, generates images for the same captions and measures them. A finished run is not run
+again. Writes `study.json` (every run), `table.md` (mean and spread) and `study.png` (quality against cost). The top of each
+config lists the commands to run before: tokenizers, codes, a small CLIP.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from npp_study_report import write_study
 from unified import UnifiedPipeline
 from unified.data.code_cache import load_codes
 from unified.data.sources import fit_square
+from unified.errors import explain_errors
 from unified.lora.adapters import base_of
 from unified.prediction.schedule import schedule_flops
 from unified.settings import dump_settings, refuse_other
@@ -44,7 +45,7 @@ from unified_eval.sheets import captioned_grid, in_rows
 HALVES = ["schedule.patch_sizes=[2,1]", "schedule.shares=[0.5,0.5]"]
 BASELINE = "next-token"
 
-# Overrides of the config. A variant may be stopped at the cost (image positions) of another one: (overrides, that one).
+# Overrides of the config, and None or the variant whose cost (image positions) the training stops at.
 VARIANTS: dict[str, tuple[list[str], str | None]] = {
     BASELINE: (["schedule.patch_sizes=[1]", "schedule.shares=[1.0]"], None),
     "next-token, cost of (2,1)": (["schedule.patch_sizes=[1]", "schedule.shares=[1.0]"], "(2,1)"),
@@ -82,10 +83,10 @@ class Run:
 
 
 def train_and_measure(run: Run) -> dict[str, Any]:
-    """Train one variant and measure it; what is there already is kept, so ``result.json`` may be deleted to measure again.
+    """Train one variant and measure it. A finished training is kept: delete ``result.json`` to measure again.
 
     Raises:
-        ValueError: if what is there was trained or measured with other settings.
+        ValueError: if the run in the folder was trained or measured with other settings.
     """
     out = Path(run.out)
     cost_file, result_file = out / "cost.json", out / "result.json"
@@ -99,7 +100,7 @@ def train_and_measure(run: Run) -> dict[str, Any]:
         return result
     torch.set_num_threads(1)
     if not cost_file.is_file():
-        shutil.rmtree(out, ignore_errors=True)  # an interrupted run starts again: its cost is measured whole
+        shutil.rmtree(out, ignore_errors=True)  # an interrupted run starts again, so that all of its cost is measured
         started = time.process_time()
         train(config)
         cost_file.write_text(json.dumps({"cpu_seconds": time.process_time() - started}))
@@ -108,7 +109,7 @@ def train_and_measure(run: Run) -> dict[str, Any]:
         "variant": run.variant,
         "seed": run.seed,
         "steps": config.steps,
-        "pictures": config.steps * config.batch_size,
+        "images": config.steps * config.batch_size,
         "measured_with": settings,
         **json.loads(cost_file.read_text()),
         "flops": training_flops(config, pipeline),
@@ -126,8 +127,8 @@ def training_flops(config: TrainConfig, pipeline: UnifiedPipeline) -> float:
     text_positions = sum(lengths) / len(lengths) + 2  # <bos>, <boi>
     model_config = base_of(pipeline.model).config
     ((height, width),) = model_config.image_grids or []
-    per_picture = schedule_flops(config.patch_schedule(), model_config, (height, width), text_positions)
-    return per_picture * config.steps * config.batch_size
+    per_image = schedule_flops(config.patch_schedule(), model_config, (height, width), text_positions)
+    return per_image * config.steps * config.batch_size
 
 
 def losses(config: TrainConfig, pipeline: UnifiedPipeline) -> dict[str, float]:
@@ -143,49 +144,49 @@ def losses(config: TrainConfig, pipeline: UnifiedPipeline) -> dict[str, float]:
 
 
 def image_quality(run: Run, pipeline: UnifiedPipeline) -> dict[str, float]:
-    """Draw the chosen captions; FD-EffLite0 to their real images, R@1 among 64 captions, and agreement on shapes."""
+    """Generate an image for each chosen caption: FD-EffLite0 to the real ones, R@1 among 64 captions, agreement on shapes."""
     rows, _ = first_usable_rows(run.data, run.split, None)
     chosen = choose_evenly(unique_captions(rows), run.num_images, 0)
     captions = [row.caption for row in chosen]
     size, _ = pipeline.default_size
     pipeline.set_progress_bar_config(disable=True)
-    drawn: list[Image.Image] = []
+    images: list[Image.Image] = []
     for start in range(0, len(captions), 64):
         prompts = captions[start : start + 64]
         generators = [torch.Generator().manual_seed(start + i) for i in range(len(prompts))]
-        drawn += pipeline(
+        images += pipeline(
             prompts, guidance_scale=run.guidance_scale, temperature=run.temperature, generator=generators
         ).images
-    captioned_grid(in_rows(drawn[:32], 8), in_rows(captions[:32], 8)).save(Path(run.out) / "samples.png")
+    captioned_grid(in_rows(images[:32], 8), in_rows(captions[:32], 8)).save(Path(run.out) / "samples.png")
 
     extractor = load_extractor("efficientnet-lite0")
     real = [fit_square(row.image, size) for row in chosen]
     clip = load_clip(run.clip)
     blocks = [slice(start, start + 64) for start in range(0, len(captions), 64)]
-    hits = [retrieval_at_1(*clip_features(clip, drawn[b], captions[b]), captions[b]) for b in blocks]
+    hits = [retrieval_at_1(*clip_features(clip, images[b], captions[b]), captions[b]) for b in blocks]
     quality = {
-        extractor.key: frechet_distance(extractor(drawn), extractor(real)),
+        extractor.key: frechet_distance(extractor(images), extractor(real)),
         "r1": sum(hits) / len(hits),
     }
-    return quality | agreement(run, [row.row for row in chosen], drawn)
+    return quality | agreement(run, [row.row for row in chosen], images)
 
 
-def agreement(run: Run, rows: Sequence[int], drawn: Sequence[Image.Image]) -> dict[str, float]:
-    """How far scenes show what their captions say; empty for data without ground truth.
+def agreement(run: Run, rows: Sequence[int], images: Sequence[Image.Image]) -> dict[str, float]:
+    """Agreement of scenes with their captions; empty for data without ground truth.
 
-    ``agreement`` is the share of scenes in which everything holds, ``colours`` the share of all colours that captions
-    name which some shape or the background has.
+    ``agreement`` is the share of scenes in which every claim of the caption holds; ``colours`` is the share of the colours in
+    the captions that a shape or the background has.
     """
     data = datasets.load_from_disk(run.data)[run.split]
     if "include" not in data.column_names:
         return {}
     claims = [json.loads(text) for text in data.select(rows)["include"]]
     hits = []
-    for image, claimed in zip(drawn, claims, strict=True):
+    for image, claimed in zip(images, claims, strict=True):
         found = find_shapes(image)
         seen = {found.background, *(shape.colour for shape in found.shapes)}
         hits += [claim["color"] in seen for claim in claimed if "color" in claim]
-    return {"agreement": shapes_accuracy(drawn, claims)["figures"]["shapes_correct"], "colours": sum(hits) / len(hits)}
+    return {"agreement": shapes_accuracy(images, claims)["figures"]["shapes_correct"], "colours": sum(hits) / len(hits)}
 
 
 def plan(args: argparse.Namespace) -> list[Run]:
@@ -195,7 +196,7 @@ def plan(args: argparse.Namespace) -> list[Run]:
         for variant in args.variants:
             overrides, like = VARIANTS[variant]
             overrides = [*overrides, *args.overrides]
-            if like is not None:  # as many steps as the other variant's image positions pay for
+            if like is not None:  # as many steps as give the other variant's number of image positions
                 config = load_config(args.config, [*overrides, "output_dir=unused"])
                 other = load_config(args.config, [*VARIANTS[like][0], *args.overrides, "output_dir=unused"])
                 overrides.append(f"steps={round(config.steps * other.patch_schedule().relative_cost())}")
@@ -212,7 +213,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="config of recipes/train.py that all runs share")
-    parser.add_argument("--data", required=True, help="pictures and captions that generated images are compared with")
+    parser.add_argument("--data", required=True, help="images and captions that generated images are compared with")
     parser.add_argument(
         "--split", default="train", help="split of --data whose captions are generated (default: %(default)s)"
     )
@@ -221,10 +222,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--num-images",
         type=int,
         default=128,
-        help="pictures sampled per run, 0 for losses alone (default: %(default)s)",
+        help="images generated per run, 0 for losses alone (default: %(default)s)",
     )
-    parser.add_argument("--guidance-scale", type=float, default=1.5, help="when sampling (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="when sampling (default: %(default)s)")
+    parser.add_argument("--guidance-scale", type=float, default=1.5, help="of all images (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of all images (default: %(default)s)")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=MAIN, metavar="NAME",
                         help=f"which to train, among: {'; '.join(VARIANTS)}")  # fmt: skip
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: %(default)s)")
@@ -235,7 +236,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def main() -> None:
-    """Train and measure what is missing, then write table and plot."""
+    """Run what is not finished, then write table and plot."""
     args = parse_arguments()
     runs = plan(args)
     spawn = multiprocessing.get_context("spawn")
@@ -245,4 +246,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    explain_errors(main)

@@ -6,8 +6,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-# Figure, heading, digits, and whether more is better.
-FIGURES = {
+# Metric: heading, digits, and whether more is better.
+METRICS = {
     "flops": ("FLOPs", 3, False),
     "cpu_seconds": ("CPU time", 3, False),
     "training_loss": ("training loss", 3, False),
@@ -21,7 +21,7 @@ COSTS = ("flops", "cpu_seconds")
 
 
 def relative_to_baseline(results: Sequence[dict[str, Any]], baseline: str) -> list[dict[str, Any]]:
-    """Copies of ``results`` whose costs are divided by those of the baseline with the same seed.
+    """Copies of ``results`` with costs divided by those of the baseline with the same seed.
 
     Raises:
         ValueError: if a seed has no baseline.
@@ -29,7 +29,9 @@ def relative_to_baseline(results: Sequence[dict[str, Any]], baseline: str) -> li
     base = {result["seed"]: result for result in results if result["variant"] == baseline}
     missing = sorted({result["seed"] for result in results} - base.keys())
     if missing:
-        raise ValueError(f"variants: seeds {missing} lack {baseline!r}, which every cost is divided by; add it.")
+        raise ValueError(
+            f"variants: seeds {missing} lack {baseline!r}, the variant that costs are relative to; add it."
+        )
     return [{**result, **{cost: result[cost] / base[result["seed"]][cost] for cost in COSTS}} for result in results]
 
 
@@ -38,16 +40,16 @@ def summarise(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, tuple[fl
     summary: dict[str, dict[str, tuple[float, float]]] = {}
     for variant in dict.fromkeys(result["variant"] for result in results):
         mine = [result for result in results if result["variant"] == variant]
-        values = {name: [result[name] for result in mine] for name in FIGURES if name in mine[0]}
+        values = {name: [result[name] for result in mine] for name in METRICS if name in mine[0]}
         summary[variant] = {k: (fmean(v), stdev(v) if len(v) > 1 else 0.0) for k, v in values.items()}
     return summary
 
 
 def table(summary: dict[str, dict[str, tuple[float, float]]], seeds: int) -> str:
     """The summary as a Markdown table; the best mean of every column but the costs is bold."""
-    names = [name for name in FIGURES if all(name in row for row in summary.values())]
+    names = [name for name in METRICS if all(name in row for row in summary.values())]
     best = {
-        name: (max if FIGURES[name][2] else min)(row[name][0] for row in summary.values())
+        name: (max if METRICS[name][2] else min)(row[name][0] for row in summary.values())
         for name in names
         if name not in COSTS
     }
@@ -55,14 +57,14 @@ def table(summary: dict[str, dict[str, tuple[float, float]]], seeds: int) -> str
         f"Mean ± standard deviation over {seeds} seed{'s' * (seeds > 1)}; costs relative to next-token training; losses "
         "in nats a code, next-token mode.",
         "",
-        "| variant | " + " | ".join(FIGURES[name][0] for name in names) + " |",
+        "| variant | " + " | ".join(METRICS[name][0] for name in names) + " |",
         "|---" * (len(names) + 1) + "|",
     ]
     for variant, row in summary.items():
         cells = []
         for name in names:
             mean, spread = row[name]
-            digits = FIGURES[name][1]
+            digits = METRICS[name][1]
             text = f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if seeds > 1 and name != "flops" else "")
             cells.append(f"**{text}**" if best.get(name) == mean else text)
         lines.append(f"| {variant} | " + " | ".join(cells) + " |")
@@ -70,15 +72,15 @@ def table(summary: dict[str, dict[str, tuple[float, float]]], seeds: int) -> str
 
 
 def plot(summary: dict[str, dict[str, tuple[float, float]]], baseline: str, out: Path) -> None:
-    """Every quality metric against FLOPs, one panel each, bars for the spread over seeds; a line joins the runs of the
-    baseline, whole and stopped early: what lies on its better side is gained.
+    """Every quality metric against FLOPs, one panel each, with bars for the spread over seeds. A line joins the runs of the
+    baseline, whole and stopped early: variants on its better side gain something.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = [name for name in FIGURES if name not in COSTS and all(name in row for row in summary.values())]
+    names = [name for name in METRICS if name not in COSTS and all(name in row for row in summary.values())]
     columns = 2 if len(names) == 4 else min(3, len(names))
     rows = -(-len(names) // columns)
     figure, grid = plt.subplots(rows, columns, figsize=(4.4 * columns, 3.6 * rows), dpi=120, squeeze=False)
@@ -90,8 +92,8 @@ def plot(summary: dict[str, dict[str, tuple[float, float]]], baseline: str, out:
         plain = sorted((row["flops"][0], row[name][0]) for variant, row in summary.items()
                        if variant.split(",")[0] == baseline)  # fmt: skip
         axes.plot(*zip(*plain, strict=True), color="gray", lw=1, ls="--", zorder=0)
-        better = "higher" if FIGURES[name][2] else "lower"
-        axes.set(title=f"{FIGURES[name][0]} ({better} is better)", xlabel="FLOPs, next-token = 1")
+        better = "higher" if METRICS[name][2] else "lower"
+        axes.set(title=f"{METRICS[name][0]} ({better} is better)", xlabel="FLOPs, next-token = 1")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
     for axes in list(grid.flat)[len(names) :]:

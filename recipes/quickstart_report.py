@@ -16,6 +16,7 @@ from PIL import Image
 
 from unified import PatchSchedule, UnifiedPipeline
 from unified.data.sources import SkipReport, captioned_images, load_source
+from unified.errors import explain_errors
 from unified.settings import load_settings
 from unified.training.config import TrainConfig
 from unified.training.tracking import read_log
@@ -199,4 +200,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    explain_errors(main)

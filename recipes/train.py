@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from unified import UnifiedPipeline
+from unified.errors import explain_errors
 from unified.settings import parse_command_line
 from unified.training.config import EvaluationConfig, TrainConfig, load_config
 from unified.training.loop import train
@@ -42,4 +43,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    explain_errors(main)

@@ -6,6 +6,7 @@ python recipes/train_text_tokenizer.py --source data/openmoji --out runs/text_to
 import argparse
 
 from unified.data.sources import load_source
+from unified.errors import explain_errors
 from unified_tokenizers import train_sentencepiece
 
 
@@ -25,4 +26,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    explain_errors(main)

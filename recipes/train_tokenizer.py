@@ -22,6 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from unified.data.sources import SkipReport, captioned_images, fit_square, load_source
+from unified.errors import explain_errors
 from unified.settings import dump_settings, load_settings, parse_command_line
 from unified.training.checkpoint import (
     check_inputs,
@@ -280,4 +281,4 @@ def read_log(output: Path) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    main()
+    explain_errors(main)

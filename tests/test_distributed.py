@@ -161,7 +161,7 @@ FSDP = {"ACCELERATE_USE_FSDP": "true", **{name.upper(): str(value) for name, val
 
 
 def test_fully_sharded_training_equals_whole(one_process, config_file, tmp_path):
-    """FSDP2 over two processes; its checkpoints are cut over them too, and resume bit for bit."""
+    """FSDP2 over two processes; its checkpoints are in pieces, resume bit for bit, and open in one process too."""
     script, output = tmp_path / "sharded.py", tmp_path / "run"
     script.write_text(SHARDED)
     options = [f"output_dir={output}", "batch_size=2", "checkpoint_every=3"]
@@ -175,15 +175,33 @@ def test_fully_sharded_training_equals_whole(one_process, config_file, tmp_path)
     assert done.returncode == 0, done.stderr
     a, b = (load_file(folder / "model/model.safetensors") for folder in (output / "pipeline", tmp_path / "whole"))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    files = {file.suffix for file in (output / "checkpoints").rglob("*") if file.is_file()}
+    assert files == {".safetensors", ".json", ".yaml"}
+
+    for folder in ("pipeline", "checkpoints/step-00000006"):
+        shutil.rmtree(output / folder)
+    options = [f"output_dir={output}", "batch_size=4", "checkpoint_every=3", "resume=latest", "allow_changes=true"]
+    done = torchrun(1, config_file, *options, script=script, **FSDP)
+    assert done.returncode == 0, done.stderr
+    assert_same_training(output, one_process)
 
 
 def test_fully_sharded_adapter_equals_whole(config_file, on_a_backbone, tmp_path):
-    """LoRA on a language model, its frozen weights cut over two processes as well."""
+    """LoRA on a language model, its frozen weights cut over two processes as well; it resumes bit for bit."""
     script = tmp_path / "sharded.py"
     script.write_text(SHARDED)
     options = [*on_a_backbone, "lora.rank=4", "lora.train_image_tables=true"]
-    done = torchrun(2, config_file, *options, f"output_dir={tmp_path}/two", "batch_size=2", script=script, **FSDP)
+    sharded = [*options, f"output_dir={tmp_path}/two", "batch_size=2", "checkpoint_every=3"]
+    done = torchrun(2, config_file, *sharded, script=script, **FSDP)
     assert done.returncode == 0, done.stderr
+    shutil.copytree(tmp_path / "two" / "lora", tmp_path / "whole")
+    shutil.rmtree(tmp_path / "two" / "checkpoints" / "step-00000006")
+    done = torchrun(2, config_file, *sharded, "resume=latest", script=script, **FSDP)
+    assert done.returncode == 0, done.stderr
+    a, b = (
+        load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "two" / "lora", tmp_path / "whole")
+    )
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
     train(load_config(config_file, [*OPTIONS, *options, f"output_dir={tmp_path}/one", "batch_size=4"]))
     ours, theirs = (load_file(tmp_path / name / "lora" / "adapter_model.safetensors") for name in ("two", "one"))
     assert ours.keys() == theirs.keys() and any("image_head" in name for name in ours)
@@ -223,12 +241,15 @@ def test_deepspeed_learns_what_it_cannot_see(config_file):
 )
 def test_options_that_need_whole_weights_are_refused_when_sharded(kind, option, named, config_file):
     plain = load_config(config_file, ["output_dir=x", "optimizer.ema_decay=null"])
-    check_sharding(SimpleNamespace(distributed_type=kind, mixed_precision="fp16"), plain)
+    check_sharding(SimpleNamespace(distributed_type=kind, mixed_precision="fp16", is_fsdp2=True), plain)
     config = load_config(config_file, ["output_dir=x", "optimizer.ema_decay=null", option])
     whole = SimpleNamespace(distributed_type=DistributedType.MULTI_GPU, mixed_precision="bf16")
     check_sharding(whole, config)
     with pytest.raises(ValueError, match=f"{named}: not available with {kind.value}"):
-        check_sharding(SimpleNamespace(distributed_type=kind), config)
+        check_sharding(SimpleNamespace(distributed_type=kind, is_fsdp2=True), config)
+    if kind == DistributedType.FSDP:
+        with pytest.raises(ValueError, match="fsdp_version: 1 is not supported; set it to 2"):
+            check_sharding(SimpleNamespace(distributed_type=kind, is_fsdp2=False), plain)
     if named == "optimizer.name=muon":
         whole.mixed_precision = "fp16"
         with pytest.raises(ValueError, match=r"optimizer.name=muon: not available with fp16.*use bf16"):

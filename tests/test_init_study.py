@@ -61,7 +61,7 @@ def test_runs_once_and_keeps_losses_alone(config_file, on_a_backbone, tmp_path, 
     [
         ("text", [], "kinds: 'text' is not of the form image_init/head_init"),
         ("text/one", [], "model.head_init: 'one' is unknown"),
-        ("text/zero", ["validate_every=null"], "validate_every: null leaves nothing to compare"),
+        ("text/zero", ["validate_every=null"], "validate_every: null, so there is no loss to compare"),
     ],
 )
 def test_bad_kinds_are_named(config_file, on_a_backbone, tmp_path, kind, overrides, message):

@@ -1,4 +1,4 @@
-"""What a run learns from fits the model and the schedule, or is refused before the first step."""
+"""Data that does not fit the model or the schedule is refused before the first step."""
 
 import datasets
 import pytest
@@ -64,7 +64,7 @@ def test_unfit_data_is_refused_before_the_first_step(config_file, tmp_path):
 
 
 def test_adapter_on_a_new_model_loads_into_the_kept_base(config_file, parts, tmp_path):
-    """The base samples what the codes are, whatever data.image_size says, and is never taken for another model's."""
+    """The base samples the size of the codes, whatever data.image_size says, and is refused for another model."""
     options = [f"output_dir={tmp_path}", "data.image_size=64", "lora.rank=4", "lora.train_image_tables=true",
                "optimizer.ema_decay=null", "checkpoint_every=null"]  # fmt: skip
     folder = train(load_config(config_file, options))

@@ -1,4 +1,4 @@
-"""Model cards: terms travel from the data to the weights, and what is unknown is said."""
+"""Model cards: the terms of the data hold for the weights, and unknown ones are called unknown."""
 
 import json
 import shutil
@@ -14,7 +14,8 @@ import prepare_openmoji
 from unified import model_card
 from unified.data.code_cache import encode_source
 from unified.data.sources import terms_of
-from unified.model_card import code_version, run_card
+from unified.model_card import code_version
+from unified.training.card import run_card
 from unified.training.config import load_config
 from unified.training.loop import train
 
@@ -87,7 +88,7 @@ def test_card_of_a_pipeline(sources, card_of, tmp_path):
     assert (data.license, data.attribution) == ("cc-by-sa-4.0", "Drawn by A: B")
     assert data.tags == ["next-patch-prediction"] and data.pipeline_tag == "text-to-image"
     made_from = sections["What it was made from"]
-    assert f"`{sources}/readme`, 7 for training. Licence: cc-by-sa-4.0. Attribution: Sampled by A: B" in made_from
+    assert f"`{sources}/readme`, 7 for training. Licence: cc-by-sa-4.0. Attribution: Drawn by A: B" in made_from
     assert sections["Last metrics of the log"].splitlines()[2:5] == [
         "| image_loss | 1.2346 | 2 |", "| positions | 1234567 | 1 |", "| validation_loss | 2.5 | 2 |"
     ]  # fmt: skip
@@ -97,7 +98,7 @@ def test_card_of_a_pipeline(sources, card_of, tmp_path):
     assert f'from_pretrained("{tmp_path}/run/pipeline")' in sections["How to load it"]
 
 
-def test_unknown_terms_are_said(sources, card_of):
+def test_unknown_terms_are_called_unknown(sources, card_of):
     data, sections = card_of(sources / "silent")
     assert data.license == "unknown" and "attribution" not in data.to_dict()
     assert "12 for training. Licence: unknown. Attribution: none stated" in sections["What it was made from"]
@@ -115,7 +116,7 @@ def test_unknown_terms_are_said(sources, card_of):
         ("license: unknown", "unknown", "Drawn by A: B"),
     ],
 )
-def test_terms_of_what_an_adapter_is_for_count_too(sources, card_of, tmp_path, parent, licence, attribution):
+def test_terms_of_the_base_hold_for_its_adapter(sources, card_of, tmp_path, parent, licence, attribution):
     (tmp_path / "parent").mkdir()
     (tmp_path / "parent" / "README.md").write_text(f"---\n{parent}\n---\n")
     options = [f"model.pipeline={tmp_path}/parent", "model.architecture=null"]

@@ -59,7 +59,7 @@ def test_a_run_from_training_to_figures(config_file, parts, picture_source, text
                  "validate_every=null", "checkpoint_every=null"]  # fmt: skip
     (run,) = plan(parse_arguments(arguments))
     result = train_and_measure(run)
-    assert (result["variant"], result["seed"], result["steps"], result["pictures"]) == ("(2,1)", 5, 4, 16)
+    assert (result["variant"], result["seed"], result["steps"], result["images"]) == ("(2,1)", 5, 4, 16)
     pipe = UnifiedPipeline.from_pretrained(f"{run.out}/pipeline")
     pipe.set_progress_bar_config(disable=True)
     held_out = load_codes(str(parts / "codes"), "validation", None)

@@ -77,7 +77,7 @@ def test_every_trained_grid_is_drawn(pipeline, image_tokenizer):
 
 def test_sample_sheets_show_the_images(pipeline, tmp_path):
     log = RunLog(SimpleNamespace(is_main_process=True, trackers=[]), tmp_path, 0)
-    log.pictures(7, pipeline, SampleConfig(prompts=["red apple", "blue car"], guidance_scale=2.0, seed=5))
+    log.samples(7, pipeline, SampleConfig(prompts=["red apple", "blue car"], guidance_scale=2.0, seed=5))
     sheet = Image.open(tmp_path / "samples" / "step-00000007.png")
     expected = pipeline("blue car", guidance_scale=2.0, generator=generators(6)).images[0]
     assert sheet.crop((20, 2, 36, 18)).tobytes() == expected.tobytes()

@@ -72,13 +72,26 @@ def test_encode_recipe(made):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["recipes/train.py", "--config", "recipes/configs/quickstart.yaml", "optimizer.lr=1"], "lr"),
-        (["recipes/train_text_tokenizer.py", "--source", "./nowhere", "--out", "y"], "source: './nowhere'"),
+        (
+            ["train.py", "--config", "recipes/configs/quickstart.yaml", "optimizer.learning_rat=1"],
+            "config: 'optimizer.lear",
+        ),
+        (
+            ["train_tokenizer.py", "--config", "recipes/configs/quickstart_tokenizer.yaml", "sources=null"],
+            "config: a value of",
+        ),
+        (["train_text_tokenizer.py", "--source", "./nowhere", "--out", "y"], "source: './nowhere'"),
+        (["prepare_smollm2.py", "--gguf", "./nowhere", "--out", "y"], "gguf: 'nowhere' does not exist"),
+        (
+            ["init_study.py", "--config", "recipes/configs/quickstart.yaml", "--kinds", "text", "--out", "y"],
+            "kinds: 'text'",
+        ),
     ],
 )
 def test_bad_commands_say_why(command, message):
-    done = run(*command, expect=1)
-    assert "ValueError" in done.stderr and message in done.stderr.splitlines()[-1]
+    """One line, which begins with the script's name and the field, and exit code 2."""
+    done = run(f"recipes/{command[0]}", *command[1:], expect=2)
+    assert "Traceback" not in done.stderr and done.stderr.splitlines()[-1].startswith(f"{command[0]}: {message}")
 
 
 def test_help_explains_every_key():

@@ -1,4 +1,4 @@
-"""Trackers get the settings, the metrics and the images of a run, or are refused by name."""
+"""Trackers get the settings, the metrics and the samples of a run; unknown and missing ones are named."""
 
 import sys
 from types import SimpleNamespace
@@ -38,7 +38,7 @@ def test_missing_and_unknown_trackers_are_named(config_file, tmp_path, monkeypat
     assert not (tmp_path / "run").exists()
 
 
-def test_sample_grids_reach_the_trackers_that_take_images(tmp_path, monkeypatch):
+def test_sample_sheets_reach_the_trackers_that_take_images(tmp_path, monkeypatch):
     calls = []
 
     class Tracker(SimpleNamespace):

@@ -1,5 +1,6 @@
 """Configuration of a unified text-and-image language model."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -78,12 +79,20 @@ class UnifiedConfig(PreTrainedConfig):
     conditioning: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: object) -> None:
-        """Build the backbone's config and refuse values outside the lists above."""
+        """Build the backbone's config and refuse values that are out of range."""
         if isinstance(self.text_config, dict):
             if "model_type" not in self.text_config:
                 raise ValueError("text_config: needs a 'model_type' such as 'llama' to choose the backbone.")
             self.text_config = AutoConfig.for_model(**self.text_config)
+        given = self.text_config is not None  # transformers makes defaults too, to compare with
         super().__post_init__(**kwargs)
+        if self.codebook_size < 1:
+            raise ValueError(f"codebook_size: {self.codebook_size} must be at least 1.")
+        for name in ("text_loss_weight", "image_loss_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: {getattr(self, name)} must be a finite number of at least 0.")
+        if not 0 < self.normalized_range < math.inf:
+            raise ValueError(f"normalized_range: {self.normalized_range} must be a finite number above 0.")
         _choice("positions", self.positions, ("1d", "2d", "llamagen"))
         _choice("coarse_positions", self.coarse_positions, ("center", "unit", "normalized"))
         _choice("loss_normalization", self.loss_normalization, ("position", "token"))
@@ -101,6 +110,8 @@ class UnifiedConfig(PreTrainedConfig):
                         f"{name}: {getattr(self, name)} is outside the backbone's vocabulary of "
                         f"{self.text_config.vocab_size}; use one of its unused or reserved ids."
                     )
+            if given and self.boi_token_id == self.eoi_token_id:
+                raise ValueError(f"boi_token_id, eoi_token_id: both are {self.boi_token_id}; use two different ids.")
 
     @property
     def vocabulary(self) -> Vocabulary:

@@ -1,25 +1,18 @@
-"""The model card of a run: where its weights come from, what they were trained on, under which terms."""
+"""Model cards: where weights come from, what they were trained on, under which terms."""
 
-import json
 import shutil
 import subprocess
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from unified.cards import one_or_all
-from unified.data.code_cache import CACHE_FILE, is_codes_cache
-from unified.data.sources import terms_of
-from unified.settings import dump_settings
-from unified.training.config import TrainConfig
-from unified.training.tracking import read_log
-
-_WHAT = {
+_ABOUT = {
     "pipeline": "A language model that generates images, with its image and text tokenizer.",
     "lora": "A LoRA adapter for a language model that generates images.",
-    "base": "A language model with image tables that are not trained yet: what the adapter beside it is loaded into.",
+    "base": "A language model with image tables that are not trained yet; the adapter beside it is loaded into it.",
 }
 _LOAD = """```python
 from unified import UnifiedPipeline
@@ -27,47 +20,71 @@ from unified import UnifiedPipeline
 pipe = UnifiedPipeline.from_pretrained("{pipeline}")
 {adapter}image = pipe("a caption").images[0]
 ```"""
+# A part that weights were made from: what it is, and its `license` and `attribution`, None where nothing states them.
+Origin = tuple[str, Mapping[str, Any]]
 
 
-def run_card(config: TrainConfig, part: str, image_tokenizer_fingerprint: str) -> str:
+def model_card(
+    part: str,
+    folder: Path,
+    base: str,
+    origins: Sequence[Origin],
+    log: Sequence[Mapping[str, Any]],
+    image_tokenizer_fingerprint: str,
+    settings: str,
+) -> str:
     """Text of a ``README.md`` with front matter; terms that nothing states are said to be unknown.
 
     Args:
-        config: settings of the run, whose ``output_dir`` holds its log and, of images encoded on the way, the codes.
-        part: ``pipeline``, ``lora``, or ``base``, which knows neither data nor figures.
+        part: ``pipeline``, ``lora`` or ``base``.
+        folder: where the part is saved, in the folder of its run.
+        base: pipeline that an adapter is loaded into.
+        origins: what the weights were made from.
+        log: records of the run's log, whose last values are shown; empty for none.
         image_tokenizer_fingerprint: of the tokenizer whose codes the model was trained on.
+        settings: settings of the run as YAML.
     """
-    output = Path(config.output_dir)
-    made_from: list[tuple[str, dict[str, Any]]] = []
-    if origin := config.model.pipeline or config.model.backbone:
-        made_from.append((f"Weights: `{origin}`", terms_of(origin)))
-    if part != "base":
-        made_from += _data(config)
-    licences, attributions = ([terms[name] for _, terms in made_from] for name in ("license", "attribution"))
-    data = ModelCardData(
-        license=one_or_all(licences),
-        attribution=one_or_all([text for text in attributions if text]) if any(attributions) else None,
-        library_name="unified",
-        pipeline_tag="text-to-image",
-        tags=["next-patch-prediction", *(["lora"] if part == "lora" else [])],
-    )
-    base = config.model.pipeline or str(output / "base")
-    parts = {
-        "How to load it": _LOAD.format(
-            pipeline=base if part == "lora" else output / part,
-            adapter=f'pipe.load_lora_weights("{output / part}")\n' if part == "lora" else "",
-        ),
+    adapter = f'pipe.load_lora_weights("{folder}")\n' if part == "lora" else ""
+    sections = {
+        "How to load it": _LOAD.format(pipeline=base if adapter else folder, adapter=adapter),
         "What it was made from": "\n".join(
-            f"- {what}. Licence: {_said(terms['license'], 'unknown')}. Attribution: {_said(terms['attribution'], 'none stated')}"
-            for what, terms in made_from
+            f"- {what}. Licence: {_stated(terms['license'], 'unknown')}. "
+            f"Attribution: {_stated(terms['attribution'], 'none stated')}"
+            for what, terms in origins
         ),
-        "Last metrics of the log": "" if part == "base" else _figures(read_log(output)),
+        "Last metrics of the log": _last_metrics(log) if log else "",
         "Image tokenizer": f"Fingerprint `{image_tokenizer_fingerprint}`. Codes of another one mean other images.",
         "Code": f"Written by unified, {code_version()}.",
-        "Settings": f"```yaml\n{dump_settings(config)}```",
+        "Settings": f"```yaml\n{settings}```",
     }
-    body = "\n\n".join(f"## {heading}\n\n{text}" for heading, text in parts.items() if text)
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {output.name}\n\n{_WHAT[part]}\n\n{body}\n"))
+    body = "\n\n".join(f"## {heading}\n\n{text}" for heading, text in sections.items() if text)
+    licences, attributions = ([terms[name] for _, terms in origins] for name in ("license", "attribution"))
+    front = _front_matter(licences, attributions, ["lora"] if part == "lora" else [])
+    return str(ModelCard(f"{front}# {folder.parent.name}\n\n{_ABOUT[part]}\n\n{body}\n"))
+
+
+def combined_card(base: str | None, adapters: Mapping[str, str | None]) -> str | None:
+    """Text of a ``README.md`` for a model with fused adapters, given the texts of its own and of theirs.
+
+    Without adapters it is the model's own. A part without a card or a known licence makes the licence ``unknown``.
+    """
+    if not adapters:
+        return base
+    parts = {"The model": base, **{f"The adapter {name!r}": text for name, text in adapters.items()}}
+    cards = {
+        title: ModelCard(text or "---\n{}\n---\nNo card.", ignore_metadata_errors=True) for title, text in parts.items()
+    }
+    terms = [card.data.to_dict() for card in cards.values()]
+    licences = [None if term.get("license") == "unknown" else term.get("license") for term in terms]
+    body = "\n\n".join(f"## {title}\n\n{card.text.strip()}" for title, card in cards.items())
+    front = _front_matter(licences, [term.get("attribution") for term in terms])
+    return f"{front}# A model with fused adapters\n\n{body}\n"
+
+
+def read_card(folder: Path) -> str | None:
+    """Text of a folder's ``README.md``, None without one."""
+    file = folder / "README.md"
+    return file.read_text(encoding="utf-8") if file.is_file() else None
 
 
 def code_version() -> str:
@@ -84,36 +101,30 @@ def code_version() -> str:
         return "version unknown"
 
 
-def _data(config: TrainConfig) -> list[tuple[str, dict[str, Any]]]:
-    """What the run was trained on and its terms, source by source."""
-    data, output = config.data, Path(config.output_dir)
-    if data.train:
-        return [_codes("Pictures", data.train, output / "codes", data.train_split, data.max_samples)]
-    kinds = {"image": "Pictures", "interleaved": "Texts with images"}
-    return [
-        (f"Texts: `{source.path}`", terms_of(source.path))
-        if source.kind == "text"
-        else _codes(kinds[source.kind], source.path, output / f"codes-{number}", source.split)
-        for number, source in enumerate(data.sources)
-    ]
+def _front_matter(licences: Sequence[Any], attributions: Sequence[Any], tags: Sequence[str] = ()) -> str:
+    """The terms of all parts together, None where a part states none, as the YAML block in front of a card."""
+    stated = [attribution for attribution in attributions if attribution]
+    data = ModelCardData(
+        license="unknown" if not licences or None in licences else _one_or_all(licences),
+        attribution=_one_or_all(stated) if stated else None,
+        library_name="unified",
+        pipeline_tag="text-to-image",
+        tags=["next-patch-prediction", *tags],
+    )
+    return f"---\n{data.to_yaml()}\n---\n\n"
 
 
-def _codes(
-    what: str, source: str, encoded: Path, split: str, max_samples: int | None = None
-) -> tuple[str, dict[str, Any]]:
-    """``source`` is a codes cache, or was encoded into ``encoded``."""
-    folder = Path(source) if is_codes_cache(source) else encoded
-    codes = json.loads((folder / CACHE_FILE).read_text())
-    used = min(codes["rows"][split]["used"], max_samples or float("inf"))
-    terms = codes if "license" in codes else terms_of(codes["source"])  # a cache of an earlier version says nothing
-    return f"{what}: `{codes['source']}`, {used} for training", terms
+def _one_or_all(terms: Sequence[Any]) -> Any:
+    """One term if all agree, else a list of the different ones."""
+    different = list(dict.fromkeys(text for term in terms for text in ([term] if isinstance(term, str) else term)))
+    return different[0] if len(different) == 1 else different
 
 
-def _said(term: Any, otherwise: str) -> str:
+def _stated(term: Any, otherwise: str) -> str:
     return otherwise if term is None else term if isinstance(term, str) else ", ".join(term)
 
 
-def _figures(log: list[dict[str, Any]]) -> str:
+def _last_metrics(log: Sequence[Mapping[str, Any]]) -> str:
     last = {name: (value, record["step"]) for record in log for name, value in record.items() if name != "step"}
     shown = {name: f"{value:.5g}" if isinstance(value, float) else value for name, (value, _) in last.items()}
     lines = [f"| {name} | {shown[name]} | {step} |" for name, (_, step) in last.items()]

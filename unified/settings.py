@@ -1,13 +1,16 @@
 """Settings of a recipe: a dataclass filled from a YAML file and ``key=value`` overrides."""
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import is_dataclass
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from math import inf
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from yaml import YAMLError
 
 T = TypeVar("T")
 
@@ -21,7 +24,8 @@ def load_settings(kind: type[T], path: str | Path, overrides: Sequence[str] = ()
         overrides: ``key=value`` with dotted keys, such as ``optimizer.learning_rate=1e-3``; they win over the file.
 
     Raises:
-        ValueError: for a missing file, an unknown key, a value of the wrong type or a field that is not set.
+        ValueError: for a file that is missing or not YAML, an unknown key, a value of the wrong type, a key that is not set,
+            or a value from an environment variable, which would be written beside the weights.
     """
     if not Path(path).is_file():
         raise ValueError(f"config: {str(path)!r} does not exist.")
@@ -29,57 +33,118 @@ def load_settings(kind: type[T], path: str | Path, overrides: Sequence[str] = ()
     if wrong:
         raise ValueError(f"overrides: {wrong} are not of the form key=value.")
     try:
-        layers = OmegaConf.structured(kind), OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides))
-        merged = OmegaConf.merge(*layers)
+        file = OmegaConf.load(path)
+        changes = OmegaConf.from_dotlist(list(overrides))
+    except (YAMLError, OSError) as error:
+        raise ValueError(f"config: {str(path)!r} or an override is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(file, DictConfig):
+        raise ValueError(f"config: {str(path)!r} holds a list; write it as lines of 'key: value'.")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(kind), file, changes)
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
             raise ValueError(f"config: {missing} must be set in {str(path)!r} or as key=value.")
+        secret = [name for name, value in flat(OmegaConf.to_container(merged)) if "oc.env" in str(value)]
+        if secret:
+            raise ValueError(
+                f"config: {secret} read environment variables, whose values would be written into config.yaml and the model "
+                "card; write the value itself, or let the shell fill it in: key=$VARIABLE."
+            )
         settings = OmegaConf.to_object(merged)
+    except ConfigKeyError as error:
+        known = [f.name for f in fields(error.object_type)] if is_dataclass(error.object_type) else []
+        raise ValueError(f"config: {error.full_key!r} is unknown{did_you_mean(str(error.key), known)}") from error
     except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"config: {reason} (key {error.full_key!r} in {str(path)!r} or the overrides).") from error
+        where = f" of {error.full_key!r}" if error.full_key else ""
+        raise ValueError(
+            f"config: a value{where} in {str(path)!r} or the overrides does not fit: {str(error).splitlines()[0]}"
+        ) from error
     assert isinstance(settings, kind)  # to_object returns the structured type
     return settings
 
 
 def dump_settings(settings: object) -> str:
-    """Settings as YAML, every field spelled out."""
+    """Settings as YAML, with every field."""
     return OmegaConf.to_yaml(OmegaConf.structured(settings))
 
 
+def flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested settings as pairs of a dotted name and a value, such as ``("optimizer.name", "adamw")``; lists stay whole."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What differs between two sets of settings, in one line; empty if nothing does."""
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    return "; ".join(f"{name}: {before.get(name)!r} then, {now.get(name)!r} now" for name in names)
+
+
 def refuse_other(field: str, folder: Path, made_with: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raises ValueError if what an earlier run left in ``folder`` was made with other settings, naming the differences."""
-    different = [
-        f"{name}: {made_with.get(name)!r} then, {value!r} now"
-        for name, value in wanted.items()
-        if made_with.get(name) != value
-    ]
+    """Raises ValueError if an earlier run made what is in ``folder`` with other settings, naming the differences."""
+    different = differences({name: made_with.get(name) for name in wanted}, wanted)
     if different:
         raise ValueError(
-            f"{field}: {str(folder)!r} was made with other settings ({'; '.join(different)}); set them back, remove the folder, or "
+            f"{field}: {str(folder)!r} was made with other settings ({different}); set them back, remove the folder, or "
             "choose another one."
         )
 
 
-def _spelled_out(kind: Any) -> Any:
-    """All keys with their defaults; a part that is off by default is shown with what it can be told, a list with one entry."""
-    shown = OmegaConf.structured(kind)
-    for name, hint in get_type_hints(kind).items():
-        parts = [part for part in (hint, *get_args(hint)) if is_dataclass(part)]
-        if parts:
-            shown[name] = [_spelled_out(parts[0])] if get_origin(hint) is list else _spelled_out(parts[0])
-    return shown
+def check_range(prefix: str, settings: object, interval: str, *names: str) -> None:
+    """Raises ValueError unless the named fields lie in an interval. None is left alone; a list is checked item by item.
+
+    Args:
+        prefix: what stands before the names in the message, such as ``optimizer.``.
+        settings: dataclass with the fields.
+        interval: such as ``[0, 1)``, without the 1, or ``(0, inf)``; NaN lies in none.
+        names: fields to check.
+    """
+    low, high = (float(bound) for bound in interval[1:-1].split(","))
+    for name in names:
+        value = getattr(settings, name)
+        for number in value if isinstance(value, list) else [] if value is None else [value]:
+            above = number > low if interval[0] == "(" else number >= low
+            below = number < high if interval[-1] == ")" else number <= high
+            if not (above and below):
+                least = f"be {'above' if interval[0] == '(' else 'at least'} {low:g}"
+                bounds = least if high == inf and number <= low else f"lie in {interval}"
+                raise ValueError(f"{prefix}{name}: {value} must {bounds}.")
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raises ValueError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name}: {value!r} is unknown; use one of {', '.join(choices)}.")
+
+
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """How an error about an unknown name ends: with a close one, or with all of them."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; use one of {', '.join(known)}."
 
 
 def parse_command_line(description: str | None, kind: type[T]) -> tuple[str, list[str]]:
     """Read ``--config FILE [key=value ...]``; ``--help`` lists every key with its default."""
-    keys = OmegaConf.to_yaml(_spelled_out(kind))
+    keys = OmegaConf.to_yaml(_all_keys(kind))
     parser = argparse.ArgumentParser(
         description=description,
         epilog="keys and defaults ('???' must be set):\n\n" + keys,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", required=True, help="YAML file with the settings below")
+    parser.add_argument("--config", required=True, help="YAML file with the keys below")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file")
     args = parser.parse_args()
     return args.config, args.overrides
+
+
+def _all_keys(kind: Any) -> Any:
+    """All keys with their defaults, also those of a part that is off by default; a list is shown with one entry."""
+    shown = OmegaConf.structured(kind)
+    for name, hint in get_type_hints(kind).items():
+        parts = [part for part in (hint, *get_args(hint)) if is_dataclass(part)]
+        if parts:
+            shown[name] = [_all_keys(parts[0])] if get_origin(hint) is list else _all_keys(parts[0])
+    return shown

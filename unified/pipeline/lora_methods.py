@@ -7,12 +7,12 @@ from typing import Any
 
 from peft import PeftModel
 
-from unified.cards import read_card
 from unified.decoding.decoder import Decoder
 from unified.hub import local_folder
 from unified.lora.adapters import load_lora, unload_lora
 from unified.lora.switching import adapter_state, delete_adapters, fuse_lora, set_adapters, switch, unfuse_lora
 from unified.model.modeling import UnifiedForCausalLM
+from unified.model_card import read_card
 
 
 class LoraMethods:

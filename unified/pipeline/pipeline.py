@@ -14,7 +14,6 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from unified.cards import combined_card, read_card
 from unified.decoding import Sampling, make_decoder
 from unified.decoding.decoder import Decoder
 from unified.decoding.weights_state import weights_state
@@ -22,6 +21,7 @@ from unified.hub import local_folder
 from unified.lora.adapters import base_of
 from unified.lora.switching import save_fused
 from unified.model.modeling import UnifiedForCausalLM
+from unified.model_card import combined_card, read_card
 from unified.pipeline.arguments import (
     GUIDANCE_SCALE,
     Drawing,

@@ -51,6 +51,8 @@ class PatchSchedule:
             raise ValueError(f"shares: {self.shares} must be {len(sizes)} positive numbers that sum to 1.")
         if not (self.warmup >= 0 and self.decay >= 0 and self.warmup + self.decay <= 1):
             raise ValueError(f"warmup, decay: {self.warmup} and {self.decay} must be shares that sum to at most 1.")
+        if not 0 <= self.final <= 1:
+            raise ValueError(f"final: {self.final} must lie in [0, 1].")
         if not 0 <= self.mixed < 1:
             raise ValueError(f"mixed: {self.mixed} must lie in [0, 1).")
 

@@ -1,17 +1,30 @@
-"""Everything that a training run can be told, as dataclasses filled from YAML and ``key=value`` overrides."""
+"""The settings of a training run, as dataclasses filled from YAML and ``key=value`` overrides.
+
+The rules of a class stand below its fields, in ``check``.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from omegaconf import MISSING
+from transformers import AutoConfig
 
+from unified.config import UnifiedConfig
+from unified.decoding import Sampling
+from unified.lora.modality_gate import check_modality
 from unified.model.init import EMBED_KINDS, HEAD_KINDS
 from unified.prediction.schedule import PatchSchedule
-from unified.settings import load_settings
+from unified.settings import check_choice, check_range, did_you_mean, load_settings
 
 KINDS = ("image", "text", "interleaved")
+# Fields of UnifiedConfig that come from the tokenizers and the backbone, so that `model.options` cannot set them.
+_DERIVED = {
+    "text_config", "codebook_size", "boi_token_id", "eoi_token_id", "image_tokenizer_fingerprint",
+    "text_tokenizer_fingerprint", "new_image_tables",
+}  # fmt: skip
 
 
 @dataclass
@@ -20,48 +33,74 @@ class SourceConfig:
 
     path: str = MISSING  # a codes cache, or any source of `unified.data.sources.load_source`; images are encoded once
     kind: str = "image"  # image: captioned images; text: plain texts; interleaved: lists of texts and images
-    weight: float = 1.0  # its share of the rows that are learned, relative to the weights of the other sources
-    split: str = "train"
+    weight: float = 1.0  # share of the training rows, relative to the weights of the other sources
+    split: str = "train"  # split to train on
     validation_split: str | None = None  # measured every validate_every steps, as `<kind>_validation_loss`
-    image_column: str = "image"
-    caption_column: str = "caption"
+    image_column: str = "image"  # column with the images
+    caption_column: str = "caption"  # column with their captions
     caption: str | None = None  # one caption for all images, in place of the column
-    text_column: str = "text"
-    segments_column: str = "segments"  # every row a list of {text, image}, one of them null
+    text_column: str = "text"  # column with the plain texts
+    segments_column: str = "segments"  # column with the interleaved rows: lists of {text, image}, one of them null
     max_length: int = 512  # tokens that a text or an interleaved row is cut to
     captioning: float | None = None  # for images; default: that of `data`
     caption_dropout: float | None = None  # for images; default: that of `data`
 
+    def check(self) -> None:
+        """Raises ValueError for a field that is out of range or does not go with the kind."""
+        name = f"data.sources[{self.path}]."
+        check_choice(f"{name}kind", self.kind, KINDS)
+        check_range(name, self, "(0, inf)", "weight")
+        check_range(name, self, "[2, inf)", "max_length")
+        check_range(name, self, "[0, 1]", "captioning", "caption_dropout")
+        for option in ("captioning", "caption_dropout"):
+            if getattr(self, option) is not None and self.kind != "image":
+                raise ValueError(f"{name}{option}: for images only, not for {self.kind}; leave it out.")
+
 
 @dataclass
 class DataConfig:
-    """What to train on.
+    """What to train on: either ``train``, or several ``sources`` that are mixed by weight."""
 
-    ``train`` is a codes cache, or any captioned source, which is then encoded once into ``<output_dir>/codes``. In its
-    place ``sources`` lists several sources (fields of ``SourceConfig``) that are mixed by weight.
-    """
-
-    train: str | None = None
-    sources: list[SourceConfig] = field(default_factory=list)
+    train: str | None = None  # a codes cache, or captioned images, which are encoded once into `<output_dir>/codes`
+    sources: list[SourceConfig] = field(default_factory=list)  # several sources in place of `train`
     validation: str | None = None  # default: the validation split of `train`
-    train_split: str = "train"
-    validation_split: str = "validation"
-    image_column: str = "image"
-    caption_column: str = "caption"
+    train_split: str = "train"  # split of `train` to train on
+    validation_split: str = "validation"  # split that validation losses are measured on
+    image_column: str = "image"  # column with the images
+    caption_column: str = "caption"  # column with their captions
     caption: str | None = None  # one caption for all images of `train`, in place of the column
-    image_size: int = 64
-    crops: int | None = None  # so many random crops of every image that the run encodes, instead of the centre
+    image_size: int = 64  # side in pixels of images that the run encodes
+    crops: int | None = None  # number of random crops of every image that the run encodes; default: the centre
     flips: bool = False  # also encode every image mirrored
-    streaming: bool = False
-    storage_options: dict[str, Any] = field(default_factory=dict)  # of fsspec, for files elsewhere; keep secrets out
+    streaming: bool = False  # read rows as they come instead of downloading the source first
+    storage_options: dict[str, Any] = field(
+        default_factory=dict
+    )  # of fsspec, for remote files; no secrets, they are saved
     max_samples: int | None = None  # use only the first rows of the training split
     caption_dropout: float = 0.1  # share of empty captions, for classifier-free guidance
     code_noise: float = 0.0  # input codes are replaced at random, at a rate sampled from [0, code_noise] for each image
-    train_on_captions: bool = False  # also learn the captions as text
-    captioning: float = 0.0  # share of rows laid out image first, whose caption is learned and not the image
-    pack: int | None = None  # put the sequences of a batch together into rows of at most so many tokens
+    train_on_captions: bool = False  # captions in front of images are in the loss too
+    captioning: float = 0.0  # share of rows with the image first, whose caption alone is in the loss
+    pack: int | None = None  # pack the sequences of a batch into rows of at most this many tokens
     bucket: bool = False  # batches of one code grid each, for codes of several aspect ratios; leftovers share batches
-    num_workers: int = 0
+    num_workers: int = 0  # processes that prepare batches; 0: the training process itself
+
+    def check(self) -> None:
+        """Raises ValueError for a field that is out of range or contradicts another."""
+        if bool(self.train) == bool(self.sources):
+            raise ValueError(f"data: set exactly one of train and sources, got {'both' if self.train else 'none'}.")
+        check_range("data.", self, "[0, 1]", "caption_dropout", "code_noise", "captioning")
+        check_range("data.", self, "[1, inf)", "image_size", "crops", "max_samples")
+        check_range("data.", self, "[2, inf)", "pack")
+        check_range("data.", self, "[0, inf)", "num_workers")
+        for source in self.sources:
+            source.check()
+        if self.sources and self.bucket:
+            raise ValueError(
+                "data.bucket: batches of several sources hold several lengths anyway; use data.pack instead."
+            )
+        if self.sources and (self.validation or self.max_samples is not None or self.caption):
+            raise ValueError("data: validation, max_samples and caption are for train; sources have keys of their own.")
 
 
 @dataclass
@@ -70,102 +109,198 @@ class ModelConfig:
 
     pipeline: str | None = None  # continue from a pipeline folder
     backbone: str | None = None  # attach image tables to a pretrained language model
-    architecture: dict[str, Any] | None = None  # a backbone from scratch: fields of its transformers config
-    image_tokenizer: str | None = None
-    text_tokenizer: str | None = None
-    boi: str | None = None  # tokens that frame an image, for a pretrained text tokenizer
-    eoi: str | None = None
+    architecture: dict[str, Any] | None = None  # a new backbone: `model_type` and fields of its transformers config
+    image_tokenizer: str | None = None  # folder, published weights or Hub name; a pipeline brings its own
+    text_tokenizer: str | None = None  # default: that of the backbone or the pipeline
+    boi: str | None = None  # token that opens an image, for a pretrained text tokenizer
+    eoi: str | None = None  # token that closes an image
     image_init: str = "text"  # image tables on a backbone: like its text, normal, or codebook (similar codes alike)
     head_init: str = "normal"  # likewise normal, text, zero (a loss of ln K) or tied-like (rows of the image embedding)
     options: dict[str, Any] = field(default_factory=dict)  # fields of UnifiedConfig: positions, loss weights, ...
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = False  # less memory for activations, about a third more time
+
+    def check(self) -> None:
+        """Raises ValueError for a field that is unknown, missing, or contradicts another."""
+        given = [name for name in ("pipeline", "backbone", "architecture") if getattr(self, name)]
+        if len(given) != 1:
+            raise ValueError(f"model: set exactly one of pipeline, backbone and architecture, got {given or 'none'}.")
+        if not self.pipeline and not self.image_tokenizer:
+            raise ValueError("model.image_tokenizer: missing; a new model needs the folder of its tokenizer.")
+        if self.architecture and not self.text_tokenizer:
+            raise ValueError("model.text_tokenizer: missing; a new model needs the folder of its tokenizer.")
+        if self.boi is not None and self.boi == self.eoi:
+            raise ValueError(f"model.boi, model.eoi: both are {self.boi!r}; use two different tokens.")
+        for name, kinds, default in (("image_init", EMBED_KINDS, "text"), ("head_init", HEAD_KINDS, "normal")):
+            kind = getattr(self, name)
+            check_choice(f"model.{name}", kind, kinds)
+            if kind != default and not self.backbone:
+                raise ValueError(f"model.{name}: {kind!r} is for image tables on a model.backbone; leave it out.")
+        self._check_options()
+        if self.architecture:
+            self._check_architecture(self.architecture)
+
+    def _check_options(self) -> None:
+        known = [name for name in UnifiedConfig.__annotations__ if name not in _DERIVED]
+        for name in self.options:
+            if name not in known:
+                raise ValueError(f"model.options: {name!r} is unknown or not free{did_you_mean(name, known)}")
+        try:
+            UnifiedConfig(**self.options)
+        except (ValueError, StrictDataclassError) as error:
+            raise ValueError(f"model.options: {' '.join(str(error).split())}") from error
+
+    @staticmethod
+    def _check_architecture(architecture: dict[str, Any]) -> None:
+        if "model_type" not in architecture:
+            raise ValueError("model.architecture: needs a model_type such as 'llama' to choose the backbone.")
+        try:
+            config = AutoConfig.for_model(**architecture)
+        except (ValueError, StrictDataclassError) as error:
+            raise ValueError(f"model.architecture: {' '.join(str(error).split())}") from error
+        known = vars(type(config)())
+        for name in architecture:  # the class keeps what it does not know, and translates older names
+            if name in vars(config) and name not in known:
+                raise ValueError(
+                    f"model.architecture: {type(config).__name__} has no field {name!r}{did_you_mean(name, list(known))}"
+                )
 
 
 @dataclass
 class LoraSettings:
     """Train an adapter instead of the model; see ``unified.lora.adapters.attach_lora``."""
 
-    rank: int = 16
-    alpha: int | None = None
-    dropout: float = 0.0
+    rank: int = 16  # rank of the update
+    alpha: int | None = None  # the update is scaled by alpha / rank; default: the rank
+    dropout: float = 0.0  # on the input of the adapter
     target_modules: list[str] | None = None  # names of linear layers; null: those of attention and MLP
     train_image_tables: bool | None = (
         None  # copies of the image tables in the adapter; null: if the base's are untrained
     )
     modality: str = "all"  # text or image: act on positions of that modality only
-    use_rslora: bool = False
-    use_dora: bool = False
+    use_rslora: bool = False  # scale by alpha / sqrt(rank), arXiv 2312.03732
+    use_dora: bool = False  # magnitude and direction apart, arXiv 2402.09353
+
+    def check(self) -> None:
+        """Raises ValueError for a field that is out of range or contradicts another."""
+        check_range("lora.", self, "[1, inf)", "rank", "alpha")
+        check_range("lora.", self, "[0, 1)", "dropout")
+        if not self.target_modules:
+            raise ValueError("lora.target_modules: empty; name the linear layers that get an update.")
+        check_modality(self.modality, self.use_dora)
 
 
 @dataclass
 class ScheduleConfig:
-    """Fields of ``PatchSchedule``; ``levels`` and ``ratio`` give the paper's stages instead of explicit ones."""
+    """Stages of next-patch prediction: the fields of ``PatchSchedule``, or ``levels`` for the paper's stages."""
 
     levels: int | None = None  # 2: patch sizes 2 and 1; 3: 4, 2 and 1; ...
     ratio: float = 0.5  # with levels: every boundary lies at this share of the next one
-    patch_sizes: list[int] = field(default_factory=lambda: [2, 1])
-    shares: list[float] = field(default_factory=lambda: [0.5, 0.5])
-    restart: bool = True
-    warmup: float = 0.05
-    decay: float = 0.2
-    final: float = 0.1
-    mixed: float = 0.0
+    patch_sizes: list[int] = field(default_factory=lambda: [2, 1])  # strictly decreasing to 1
+    shares: list[float] = field(default_factory=lambda: [0.5, 0.5])  # share of the steps for each patch size
+    restart: bool = True  # restart the learning rate in every stage, or run one schedule over all of them
+    warmup: float = 0.05  # share of a schedule spent on linear warm-up
+    decay: float = 0.2  # share of a schedule spent on linear decay
+    final: float = 0.1  # share of the learning rate that is left at the end of the decay
+    mixed: float = 0.0  # share of every stage's steps that use the coarser patch sizes again
+
+    def build(self) -> PatchSchedule:
+        """The schedule. Raises ValueError for a field that is out of range or contradicts another."""
+        try:
+            if self.levels is not None:
+                options = {name: getattr(self, name) for name in ("restart", "warmup", "decay", "final", "mixed")}
+                return PatchSchedule.from_levels(self.levels, self.ratio, **options)
+            return PatchSchedule(
+                tuple(self.patch_sizes),
+                tuple(self.shares),
+                self.restart,
+                self.warmup,
+                self.decay,
+                self.final,
+                self.mixed,
+            )
+        except ValueError as error:
+            raise ValueError(f"schedule.{error}") from error
 
 
 @dataclass
 class OptimizerConfig:
-    """Optimizer and clipping."""
+    """Optimizer, clipping and average of the weights."""
 
-    name: str = "adamw"  # or muon, for the matrices of the decoder's layers: fewer steps, each a little dearer
-    learning_rate: float = 3e-4
-    weight_decay: float = 0.05
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    name: str = "adamw"  # or muon, for the matrices of the decoder's layers: fewer steps, each slightly slower
+    learning_rate: float = 3e-4  # peak of the schedule
+    weight_decay: float = 0.05  # of matrices; vectors have none
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # decay rates of AdamW's two moments
     gradient_clip: float = 1.0  # norm that gradients are scaled down to; .inf for none
     gradient_limit: float | None = None  # stop if the norm before clipping exceeds this; NaN and infinity always stop
     ema_decay: float | None = None  # average of the weights; starts again at every change of patch size
 
+    def check(self) -> None:
+        """Raises ValueError for a field that is out of range."""
+        check_choice("optimizer.name", self.name, ("adamw", "muon"))
+        check_range("optimizer.", self, "(0, inf)", "learning_rate", "gradient_limit")
+        check_range("optimizer.", self, "(0, inf]", "gradient_clip")
+        check_range("optimizer.", self, "[0, inf)", "weight_decay")
+        check_range("optimizer.", self, "[0, 1)", "betas")
+        if len(self.betas) != 2:
+            raise ValueError(f"optimizer.betas: {self.betas} must be two numbers, such as [0.9, 0.95].")
+        check_range("optimizer.", self, "(0, 1)", "ema_decay")
+
 
 @dataclass
 class SampleConfig:
-    """Pictures sampled while training, from stage p = 1 on."""
+    """Images sampled while training, from stage p = 1 on."""
 
-    every: int | None = None
-    prompts: list[str] = field(default_factory=list)
-    guidance_scale: float = 3.0
-    seed: int = 0
+    every: int | None = None  # steps between two sheets of samples
+    prompts: list[str] = field(default_factory=list)  # one image each
+    guidance_scale: float = 3.0  # 1 switches guidance off
+    seed: int = 0  # image i uses seed + i
+
+    def check(self) -> None:
+        """Raises ValueError for a field that is missing or out of range."""
+        check_range("sample.", self, "[1, inf)", "every")
+        check_range("sample.", self, "[0, inf)", "seed")
+        Sampling(self.guidance_scale)
+        if self.every and not self.prompts:
+            raise ValueError("sample.prompts: empty; name what to generate, or leave out sample.every.")
 
 
 @dataclass
 class EvaluationConfig:
     """Metrics of generated images while training, from stage p = 1 on; needs the `eval` extra."""
 
-    every: int = MISSING
+    every: int = MISSING  # steps between two measurements
     data: str = MISSING  # captioned images to compare with
-    split: str = "train"
+    split: str = "train"  # split of `data`
     clip: str = MISSING  # CLIP folder, or its name on the Hub
-    extractor: str = "efficientnet-lite0"
-    metrics: list[str] = field(default_factory=lambda: ["fd", "kd", "clip"])
-    num_images: int = 64
-    guidance_scale: float = 3.0
-    temperature: float = 1.0
-    seed: int = 0
+    extractor: str = "efficientnet-lite0"  # network whose features are compared
+    metrics: list[str] = field(default_factory=lambda: ["fd", "kd", "clip"])  # as in eval/evaluate.py
+    num_images: int = 64  # images to generate
+    guidance_scale: float = 3.0  # 1 switches guidance off
+    temperature: float = 1.0  # below 1 sharpens
+    seed: int = 0  # of the choice of captions and of the images
+
+    def check(self) -> None:
+        """Raises ValueError for a field that is out of range."""
+        check_range("evaluation.", self, "[1, inf)", "every", "num_images")
+        check_range("evaluation.", self, "[0, inf)", "seed")
+        Sampling(self.guidance_scale, self.temperature)
 
 
 @dataclass
 class TrainConfig:
     """A whole training run."""
 
-    output_dir: str = MISSING
-    steps: int = MISSING
-    batch_size: int = 32  # per process
-    gradient_accumulation_steps: int = 1
-    processes: int | None = None  # refuse to run in another number of processes than this
-    mixed_precision: str | None = None  # no, bf16, fp16; default: what accelerate launch says
-    seed: int = 0
-    log_every: int = 10
-    validate_every: int | None = None
-    checkpoint_every: int | None = None
-    keep_checkpoints: int = 2
+    output_dir: str = MISSING  # folder for logs, checkpoints and the trained model
+    steps: int = MISSING  # optimizer steps over all stages
+    batch_size: int = 32  # rows per process and micro-batch
+    gradient_accumulation_steps: int = 1  # micro-batches per optimizer step
+    processes: int | None = None  # refuse to run in another number of processes
+    mixed_precision: str | None = None  # "no", bf16, fp16; default: that of accelerate launch
+    seed: int = 0  # of the initial weights, the order of the data and dropout
+    log_every: int = 10  # steps between two records of the training losses
+    validate_every: int | None = None  # steps between two measurements of the validation losses
+    checkpoint_every: int | None = None  # steps between two checkpoints; a multiple of log_every
+    keep_checkpoints: int = 2  # older ones are removed
     resume: str | None = None  # a checkpoint folder, or `latest`
     allow_changes: bool = False  # resume although the settings are not those of the checkpoint
     track_with: list[str] = field(
@@ -180,88 +315,40 @@ class TrainConfig:
     sample: SampleConfig = field(default_factory=SampleConfig)
     evaluation: EvaluationConfig | None = None
 
+    def check(self) -> None:
+        """Raises ValueError for a field, here or in a part, that is out of range or contradicts another."""
+        if not self.output_dir.strip():
+            raise ValueError("output_dir: empty; name the folder to write.")
+        check_range("", self, "[1, inf)", "steps", "batch_size", "gradient_accumulation_steps", "processes")
+        check_range("", self, "[1, inf)", "log_every", "validate_every", "checkpoint_every", "keep_checkpoints")
+        check_range("", self, "[0, 4294967295]", "seed")  # what numpy takes
+        if self.mixed_precision not in (None, "no", "bf16", "fp16"):
+            raise ValueError(
+                f"mixed_precision: {self.mixed_precision!r} is unknown; use bf16, fp16 or 'no' (in quotes: a bare no is false)."
+            )
+        for part in (self.model, self.data, self.lora, self.optimizer, self.sample, self.evaluation):
+            if part is not None:
+                part.check()
+        self.patch_schedule().stages(self.steps)
+        if self.checkpoint_every and self.checkpoint_every % self.log_every:
+            # A logged loss is a mean over log_every steps; a resumed run starts its mean at the checkpoint.
+            raise ValueError(
+                f"checkpoint_every: {self.checkpoint_every} is not a multiple of log_every {self.log_every}."
+            )
+        if self.data.sources and self.validate_every and not any(s.validation_split for s in self.data.sources):
+            raise ValueError("validate_every: none of data.sources has a validation_split; name one.")
+
     def patch_schedule(self) -> PatchSchedule:
-        """The schedule object; raises ValueError on inconsistent fields."""
-        s = self.schedule
-        if s.levels is not None:
-            options = {name: getattr(s, name) for name in ("restart", "warmup", "decay", "final", "mixed")}
-            return PatchSchedule.from_levels(s.levels, s.ratio, **options)
-        return PatchSchedule(tuple(s.patch_sizes), tuple(s.shares), s.restart, s.warmup, s.decay, s.final, s.mixed)
+        """The schedule of patch sizes. Raises ValueError for fields that contradict each other."""
+        return self.schedule.build()
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """Read a run's YAML file and ``key=value`` overrides.
 
     Raises:
-        ValueError: as :func:`unified.settings.load_settings`, or for fields that contradict each other.
+        ValueError: as :func:`unified.settings.load_settings`, or for fields that are out of range or contradict each other.
     """
     config = load_settings(TrainConfig, path, overrides)
-    _check(config)
+    config.check()
     return config
-
-
-def _check(config: TrainConfig) -> None:
-    sources = [name for name in ("pipeline", "backbone", "architecture") if getattr(config.model, name)]
-    if len(sources) != 1:
-        raise ValueError(f"model: set exactly one of pipeline, backbone and architecture, got {sources or 'none'}.")
-    if not config.model.pipeline:
-        for name in ("image_tokenizer", "text_tokenizer"):
-            if not getattr(config.model, name) and not (name == "text_tokenizer" and config.model.backbone):
-                raise ValueError(f"model.{name}: missing; a new model needs the folder of its tokenizer.")
-    for name, kinds in (("image_init", EMBED_KINDS), ("head_init", HEAD_KINDS)):
-        kind, default = getattr(config.model, name), getattr(ModelConfig, name)
-        if kind not in kinds:
-            raise ValueError(f"model.{name}: {kind!r} is unknown; use one of {kinds}.")
-        if kind != default and not config.model.backbone:
-            raise ValueError(f"model.{name}: {kind!r} is for image tables on a model.backbone; leave it out.")
-    _check_data(config.data, config.validate_every)
-    if config.optimizer.name not in ("adamw", "muon"):
-        raise ValueError(f"optimizer.name: {config.optimizer.name!r} is unknown; use adamw or muon.")
-    if config.sample.every and not config.sample.prompts:
-        raise ValueError("sample.prompts: empty; name what to generate, or leave out sample.every.")
-    if not config.optimizer.gradient_clip > 0:
-        raise ValueError(
-            f"optimizer.gradient_clip: {config.optimizer.gradient_clip} must be above 0; .inf switches clipping off."
-        )
-    for name in ("steps", "batch_size", "gradient_accumulation_steps", "log_every", "keep_checkpoints"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name}: {getattr(config, name)} must be at least 1.")
-    if config.checkpoint_every and config.checkpoint_every % config.log_every:
-        # A logged loss is a mean over log_every steps; a resumed run starts its mean at the checkpoint.
-        raise ValueError(
-            f"checkpoint_every: {config.checkpoint_every} is not a multiple of log_every {config.log_every}."
-        )
-    config.patch_schedule().stages(config.steps)
-
-
-def _check_data(data: DataConfig, validate_every: int | None) -> None:
-    if bool(data.train) == bool(data.sources):
-        raise ValueError(f"data: set exactly one of train and sources, got {'both' if data.train else 'none'}.")
-    for name in ("caption_dropout", "code_noise", "captioning"):
-        if not 0 <= getattr(data, name) <= 1:
-            raise ValueError(f"data.{name}: {getattr(data, name)} must lie in [0, 1].")
-    if data.crops is not None and data.crops < 1:
-        raise ValueError(f"data.crops: {data.crops} must be at least 1; leave it out for the centre.")
-    if data.pack is not None and data.pack < 2:
-        raise ValueError(f"data.pack: {data.pack} must be at least 2 tokens.")
-    for source in data.sources:
-        if source.kind not in KINDS:
-            raise ValueError(f"data.sources: kind {source.kind!r} of {source.path!r} is unknown; use one of {KINDS}.")
-        if not source.weight > 0:
-            raise ValueError(
-                f"data.sources: weight {source.weight} of {source.path!r} must be above 0; leave out what is not to be learned."
-            )
-        if source.max_length < 2:
-            raise ValueError(f"data.sources: max_length {source.max_length} of {source.path!r} must be at least 2.")
-        for name in ("caption_dropout", "captioning"):
-            value = getattr(source, name)
-            if value is not None and (source.kind != "image" or not 0 <= value <= 1):
-                raise ValueError(
-                    f"data.sources: {name} {value} of {source.path!r} is for images, and must lie in [0, 1]."
-                )
-    if data.sources and data.bucket:
-        raise ValueError("data.bucket: batches of several sources hold several lengths anyway; use data.pack instead.")
-    if data.sources and (data.validation or data.max_samples is not None or data.caption):
-        raise ValueError("data: validation, max_samples and caption belong to train; sources have keys of their own.")
-    if data.sources and validate_every and not any(source.validation_split for source in data.sources):
-        raise ValueError("validate_every: none of data.sources has a validation_split; name one.")

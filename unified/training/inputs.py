@@ -1,4 +1,4 @@
-"""What a run learns from, checked before it starts and compared when it resumes."""
+"""The data of a run, checked before the first step and compared when the run resumes."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -15,7 +15,7 @@ from unified_tokenizers import TextTokenizer
 
 
 def code_grids(rows: datasets.Dataset) -> list[Grid]:
-    """Sizes of the code grids in rows of a codes cache, each once and in order."""
+    """Sizes of the code grids in rows of a codes cache, each once, sorted."""
     sizes = rows.select_columns(["height", "width"])[:]
     unique = np.unique(np.stack([sizes["height"], sizes["width"]], axis=1), axis=0)
     return [(int(height), int(width)) for height, width in unique]
@@ -41,7 +41,7 @@ def check_lengths(rows: datasets.Dataset, tokenizer: TextTokenizer, config: Unif
     longest = 0
     for height, width, caption in zip(columns["height"], columns["width"], columns["caption"], strict=True):
         image = int(height) * int(width) + 4  # between <bos>, <boi>, <eoi>, <eos>
-        if image + len(str(caption).encode()) >= limit:  # a token takes a byte or more: the others fit unseen
+        if image + len(str(caption).encode()) >= limit:  # shorter ones fit, as every token has at least one byte
             longest = max(longest, image + len(tokenizer.encode(str(caption))))
     if longest > limit:
         raise ValueError(
@@ -51,17 +51,17 @@ def check_lengths(rows: datasets.Dataset, tokenizer: TextTokenizer, config: Unif
 
 
 def add_grids(config: UnifiedConfig, grids: Iterable[Grid], fixed: bool) -> None:
-    """Add the data's grids to those that the model knows.
+    """Add the data's grids to those that the model samples.
 
     Raises:
-        ValueError: if the model is ``fixed``, as the base of an adapter is: it would refuse to sample them.
+        ValueError: if there are new ones and the model is ``fixed``, as the base of an adapter is.
     """
     known = [list(grid) for grid in config.image_grids or []]
     new = [list(grid) for grid in grids if list(grid) not in known]
     if fixed and known and new:
         raise ValueError(
-            f"model.pipeline: it samples the code grids {known}, the data also has {new}; encode the images at a size that it "
-            "knows, or train without lora."
+            f"model.pipeline: it samples the code grids {known}, the data also has {new}; encode the images at one of its "
+            "sizes, or train without lora."
         )
     config.image_grids = known + new
 
@@ -69,7 +69,7 @@ def add_grids(config: UnifiedConfig, grids: Iterable[Grid], fixed: bool) -> None
 def describe_inputs(
     rows: Mapping[str, datasets.Dataset | None], model: nn.Module, accelerator: Accelerator, tokenizer: TextTokenizer
 ) -> dict[str, Any]:
-    """What the position in the data and the meaning of a checkpoint depend on, besides the settings."""
+    """What a resumed run has to share with its checkpoint besides the settings: data, processes, frozen weights."""
     described: dict[str, Any] = {
         "num_processes": accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,  # accelerate launch may set it
@@ -79,7 +79,7 @@ def describe_inputs(
     frozen = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
     if frozen:
         digest = hashlib.sha256()
-        for name, parameter in frozen:  # a sample of every tensor: weights that were trained differ all over
+        for name, parameter in frozen:  # a sample of every tensor is enough: training changes all of it
             values = parameter.detach().flatten()
             digest.update(f"{name} {tuple(parameter.shape)}".encode())
             digest.update(values[:: max(1, len(values) // 1024)].float().cpu().numpy().tobytes())

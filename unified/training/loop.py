@@ -2,18 +2,22 @@
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 
+from accelerate import PartialState
 from peft import PeftModel
 from tqdm import tqdm
 
 from unified.data.batches import loader
+from unified.locks import locked
 from unified.lora.adapters import save_lora
-from unified.model_card import run_card
 from unified.pipeline.pipeline import UnifiedPipeline
+from unified.training.card import run_card
 from unified.training.checkpoint import save_checkpoint
 from unified.training.config import TrainConfig
+from unified.training.interrupt import catch_signals
 from unified.training.setup import Run, set_up
 from unified.training.step import check_skipped, kept_on_failure, train_step
 from unified.training.tracking import LossMeter
@@ -28,10 +32,23 @@ def train(config: TrainConfig, measure: Measure | None = None) -> Path:
     end; it is called on every process.
 
     Writes ``log.jsonl``, ``checkpoints/`` and ``samples/`` on the way, and at the end ``pipeline/``, or ``lora/`` if an
-    adapter was trained. Returns that last folder.
+    adapter was trained. Returns that last folder. SIGTERM and Ctrl-C end it after a step, with a checkpoint.
+
+    Raises:
+        ValueError: naming the setting that is wrong, before the first step.
+        FloatingPointError: if a loss or a gradient is not finite; the batches are kept.
+        SystemExit: after a signal.
     """
-    run = set_up(config)
-    accelerator, accumulation, skipped = run.accelerator, config.gradient_accumulation_steps, 0
+    with locked(config.output_dir) if PartialState().is_main_process else nullcontext():
+        run = set_up(config)
+        with catch_signals(run.accelerator) as stopped:
+            train_steps(run, measure, stopped)
+        return save(run)
+
+
+def train_steps(run: Run, measure: Measure | None, stopped: Callable[[], bool]) -> None:
+    """Go on to the last step, or until ``stopped``: then a checkpoint is saved, and the program ends."""
+    config, accelerator, accumulation, skipped = run.config, run.accelerator, run.config.gradient_accumulation_steps, 0
     meter, losses = Meter(run), dict[str, float]()
     stream = iter(loader(run.data.batches, run.step * accumulation, config.data.num_workers))
     run.model.train()
@@ -53,16 +70,19 @@ def train(config: TrainConfig, measure: Measure | None = None) -> Path:
             run.log.write(run.step, positions=run.positions, **losses)
         fine = run.schedule.stage(step, config.steps).patch_size == 1
         if fine and _due(run, config.sample.every):
-            run.log.images(run.step, run.pipeline(), config.sample)
+            run.log.samples(run.step, run.pipeline(), config.sample)
             run.model.train()
         if fine and measure is not None and config.evaluation is not None and _due(run, config.evaluation.every):
             run.log.write(run.step, **measure(run.pipeline()))
             run.model.train()
-        if _due(run, config.checkpoint_every):
+        interrupted = stopped() and run.step < config.steps
+        if interrupted or _due(run, config.checkpoint_every):
             folder, keep = run.output / "checkpoints", config.keep_checkpoints
             save_checkpoint(accelerator, folder, run.step, run.positions, keep, config, run.inputs)
+        if interrupted:
+            accelerator.print(f"stopped after step {run.step} with a checkpoint; resume=latest goes on from there")
+            raise SystemExit(130)
     meter.close()
-    return save(run)
 
 
 def _due(run: Run, every: int | None) -> bool:

@@ -9,7 +9,7 @@ from unified.training.config import OptimizerConfig
 def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
     """One AdamW, or for ``muon`` a Muon over the matrices inside the decoder's layers and an AdamW over the rest.
 
-    Muon (Jordan et al. 2024) steps are scaled to the size of AdamW's (arXiv 2502.16982), so both share the learning
+    The steps of Muon (Jordan et al. 2024) are scaled to the size of AdamW's (arXiv 2502.16982), so both share the learning
     rate. Weight decay acts on matrices only.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]

@@ -18,15 +18,14 @@ from unified.decoding import Sampling
 from unified.lora.adapters import attach_lora, base_of
 from unified.model.family import check_family, check_packing
 from unified.model.modeling import UnifiedForCausalLM
-from unified.model_card import run_card
 from unified.pipeline.arguments import plan_drawing
 from unified.pipeline.pipeline import UnifiedPipeline
 from unified.prediction.schedule import PatchSchedule
 from unified.settings import dump_settings, refuse_other
+from unified.training.card import run_card
 from unified.training.checkpoint import (
     check_inputs,
     check_settings,
-    leave_out_frozen,
     load_checkpoint,
     remove_stale,
     start_checkpoint,
@@ -121,8 +120,6 @@ def set_up(config: TrainConfig) -> Run:
         check_inputs(checkpoint, inputs, config.allow_changes)
 
     # 3. Optimizers, average, and what the checkpoint holds of them
-    if config.lora is not None:
-        leave_out_frozen(accelerator)
     configure_deepspeed(accelerator, config)
     model, *optimizers = accelerator.prepare(model, *build_optimizers(model, config.optimizer))
     average = average_of(accelerator.unwrap_model(model), config.optimizer.ema_decay)

@@ -1,4 +1,4 @@
-"""What DeepSpeed has to be told, and which options go together with neither sharded weights nor a loss scale."""
+"""Weights cut over processes: the settings that DeepSpeed needs, and the options that need whole weights."""
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
@@ -7,7 +7,7 @@ from unified.training.config import TrainConfig
 
 
 def configure_deepspeed(accelerator: Accelerator, config: TrainConfig) -> None:
-    """Fill in what DeepSpeed cannot see: it is prepared without a dataloader, and clips by itself."""
+    """Hand DeepSpeed the batch size, which it would read from a data loader, and the norm that it clips at."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         settings = accelerator.state.deepspeed_plugin.deepspeed_config
         settings["train_micro_batch_size_per_gpu"] = config.batch_size
@@ -16,12 +16,15 @@ def configure_deepspeed(accelerator: Accelerator, config: TrainConfig) -> None:
 
 
 def check_sharding(accelerator: Accelerator, config: TrainConfig) -> None:
-    """Refuse options that need whole weights where they are cut over processes, and two optimizers under one loss scale.
+    """Refuse options that need whole weights where they are cut over processes, two optimizers under one loss scale, and
+    FSDP1, whose flat parameters the checkpoints do not hold.
 
     Raises:
         ValueError: naming the option.
     """
     kind = accelerator.distributed_type
+    if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ValueError("fsdp_version: 1 is not supported; set it to 2, as in recipes/accelerate/fsdp2.yaml.")
     if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         used = {
             "optimizer.ema_decay": config.optimizer.ema_decay,
@@ -32,5 +35,5 @@ def check_sharding(accelerator: Accelerator, config: TrainConfig) -> None:
         for name in (name for name, value in used.items() if value):
             raise ValueError(f"{name}: not available with {kind.value}; leave it out or train with DDP.")
     if config.optimizer.name == "muon" and accelerator.mixed_precision == "fp16":
-        # Accelerate updates the loss scale after the first optimizer, so that of the second is divided by it twice.
+        # Accelerate updates the loss scale after the first optimizer, so the second one's gradients would be divided by another.
         raise ValueError("optimizer.name=muon: not available with fp16, which handles one optimizer; use bf16.")

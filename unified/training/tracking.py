@@ -1,8 +1,8 @@
-"""What a run leaves behind to look at: a JSONL log, trackers, sample grids."""
+"""The metrics of a run: a JSONL log, trackers, sheets of samples."""
 
 import importlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid, save_image
 
 from unified.pipeline.pipeline import UnifiedPipeline
+from unified.settings import flat
 from unified.training.checkpoint import write_whole
 from unified.training.config import SampleConfig, TrainConfig
 
@@ -35,39 +36,31 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def start_trackers(accelerator: Accelerator, config: TrainConfig, step: int) -> None:
-    """Open the trackers for a run that goes on after ``step``; TensorBoard forgets what an earlier part wrote beyond it."""
+    """Open the trackers for a run that goes on after ``step``; TensorBoard drops what an earlier part wrote beyond it."""
     purge = {"tensorboard": {"purge_step": step + 1}} if step else {}
-    accelerator.init_trackers(config.project, dict(_flat(asdict(config))), purge)
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, int | float | str]]:
-    """Nested settings as ``data.train``, ...; trackers take numbers and strings."""
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value if isinstance(value, int | float | str) else str(value)
+    settings = {name: v if isinstance(v, int | float | str) else str(v) for name, v in flat(asdict(config))}
+    accelerator.init_trackers(config.project, settings, purge)
 
 
 class RunLog:
-    """One line of JSON per record, and the same metrics to Accelerate's trackers."""
+    """A line of JSON per record in ``<output_dir>/log.jsonl``, and the same metrics to Accelerate's trackers."""
 
     def __init__(self, accelerator: Accelerator, output_dir: Path, resumed_at: int):
         self.accelerator, self.path = accelerator, output_dir / LOG_FILE
         if accelerator.is_main_process:
-            # A resumed run continues its log; lines past the checkpoint will be written again.
+            # A resumed run continues its log; it writes lines past the checkpoint again.
             kept = [line for line in read_log(output_dir) if line["step"] <= resumed_at] if resumed_at else []
             write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
-    def write(self, step: int, **figures: Any) -> None:
+    def write(self, step: int, **values: Any) -> None:
         """Record metrics after ``step`` steps."""
         if self.accelerator.is_main_process:
             with self.path.open("a") as file:
-                file.write(json.dumps({"step": step, **figures}) + "\n")
-        self.accelerator.log({name: value for name, value in figures.items() if value is not None}, step=step)
+                file.write(json.dumps({"step": step, **values}) + "\n")
+        self.accelerator.log({name: value for name, value in values.items() if value is not None}, step=step)
 
-    def images(self, step: int, pipeline: UnifiedPipeline, config: SampleConfig) -> None:
-        """Draw the sample prompts with fixed seeds into ``samples/step-N.png``."""
+    def samples(self, step: int, pipeline: UnifiedPipeline, config: SampleConfig) -> None:
+        """Generate the sample prompts with fixed seeds into ``samples/step-N.png``, and hand the sheet to the trackers."""
         if not self.accelerator.is_main_process:
             return
         pipeline.set_progress_bar_config(disable=True)
@@ -82,7 +75,7 @@ class RunLog:
         self._track(to_pil_image(grid), step)
 
     def _track(self, image: Image, step: int) -> None:
-        """Hand an image to those trackers that take images."""
+        """Give an image to those trackers that take images."""
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard":
                 tracker.writer.add_image("samples", np.asarray(image), step, dataformats="HWC")
@@ -100,14 +93,14 @@ def sum_over_processes(accelerator: Accelerator, values: Sequence[float]) -> lis
 
 
 class LossMeter:
-    """Means of named losses since the last reading, over all batches and processes. A loss may be absent (None)."""
+    """Means of named losses since the last reading, over all batches and processes. A loss may be None."""
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
         self._losses: dict[str, list[tuple[torch.Tensor, float]]] = {}
 
     def add(self, **losses: tuple[torch.Tensor | None, float]) -> None:
-        """Add a batch's mean losses, each with its weight: the number of positions that it is the mean of."""
+        """Add a batch's mean losses, each with the number of positions that it is the mean of."""
         for name, (loss, weight) in losses.items():
             seen = self._losses.setdefault(name, [])
             if loss is not None:
@@ -123,8 +116,8 @@ class LossMeter:
 
 
 def read_log(output_dir: Path) -> list[dict[str, Any]]:
-    """All records of a run's log, oldest first; empty without a log. A last line without its end (the run was killed
-    while it wrote, or is writing) is left out.
+    """All records of a run's log, oldest first; empty without a log. A last line without its end, as a kill leaves it, is
+    left out.
     """
     path = output_dir / LOG_FILE
     lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
