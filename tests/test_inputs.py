@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from unified import UnifiedPipeline
 from unified.data.code_cache import load_codes
 from unified.training.config import load_config
-from unified.training.inputs import check_grids, check_lengths, code_grids, learn_grids
+from unified.training.inputs import add_grids, check_grids, check_lengths, code_grids
 from unified.training.loop import train
 from unified.training.tracking import read_log
 from unified.training.validation import image_loss
@@ -30,13 +30,13 @@ def test_grids_come_from_the_codes():
 
 def test_a_model_learns_new_grids_and_an_adapters_base_does_not():
     config = tiny_config(image_grids=[[6, 6]])
-    learn_grids(config, [(4, 4), (6, 6)], fixed=False)
+    add_grids(config, [(4, 4), (6, 6)], fixed=False)
     assert config.image_grids == [[6, 6], [4, 4]]  # the first one stays the default
-    learn_grids(config, [(4, 4)], fixed=True)
+    add_grids(config, [(4, 4)], fixed=True)
     with pytest.raises(
         ValueError, match=r"model.pipeline: it samples the code grids .* the data also has \[\[8, 8\]\]"
     ):
-        learn_grids(config, [(8, 8)], fixed=True)
+        add_grids(config, [(8, 8)], fixed=True)
 
 
 def test_longest_row_has_to_fit(text_tokenizer):

@@ -342,7 +342,11 @@ def test_bad_gradients_stop_the_run_and_keep_the_batch(config_file, tmp_path, mo
     ):
         train(load_config(config_file, [f"output_dir={tmp_path}", *small, *limits]))
     with safe_open(tmp_path / "failed-step-00000002-process-0.safetensors", "pt") as kept:
-        names = {f"{i}.{name}" for i in (0, 1) for name in ("input_ids", "labels", "attention_mask", "image_grids")}
+        names = {
+            f"{i}.{name}"
+            for i in (0, 1)
+            for name in ("input_ids", "labels", "positions", "image_inputs", "text_targets", "image_targets")
+        }
         assert set(kept.keys()) == names and not torch.equal(kept.get_tensor("0.labels"), kept.get_tensor("1.labels"))
         assert kept.metadata() == {"step": "2", "patch_size": "4", "learning_rate": str(rates[-1])}
     assert [r["step"] for r in read_log(tmp_path)] == [1, 2]  # the bad step changed and logged nothing

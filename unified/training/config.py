@@ -184,7 +184,7 @@ class LoraSettings:
         """Raises ValueError for a field that is out of range or contradicts another."""
         check_range("lora.", self, "[1, inf)", "rank", "alpha")
         check_range("lora.", self, "[0, 1)", "dropout")
-        if not self.target_modules:
+        if self.target_modules is not None and not self.target_modules:
             raise ValueError("lora.target_modules: empty; name the linear layers that get an update.")
         check_modality(self.modality, self.use_dora)
 

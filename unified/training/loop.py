@@ -20,7 +20,7 @@ from unified.training.config import TrainConfig
 from unified.training.interrupt import catch_signals
 from unified.training.setup import Run, set_up
 from unified.training.step import check_skipped, kept_on_failure, train_step
-from unified.training.tracking import LossMeter
+from unified.training.tracking import LossMeter, check_trackers
 
 Measure = Callable[[UnifiedPipeline], dict[str, float]]
 
@@ -39,6 +39,7 @@ def train(config: TrainConfig, measure: Measure | None = None) -> Path:
         FloatingPointError: if a loss or a gradient is not finite; the batches are kept.
         SystemExit: after a signal.
     """
+    check_trackers(config.track_with)
     with locked(config.output_dir) if PartialState().is_main_process else nullcontext():
         run = set_up(config)
         with catch_signals(run.accelerator) as stopped:

@@ -35,7 +35,7 @@ from unified.training.data import Context, TrainingData, open_data
 from unified.training.inputs import add_grids, check_grids, describe_inputs
 from unified.training.optimizer import build_optimizers
 from unified.training.sharding import check_sharding, configure_deepspeed
-from unified.training.tracking import RunLog, check_trackers, start_trackers
+from unified.training.tracking import RunLog, start_trackers
 from unified_tokenizers import AutoImageTokenizer, ImageTokenizer, TextTokenizer, load_text_tokenizer
 
 BASE_FILE = "made_from.json"
@@ -94,7 +94,6 @@ def set_up(config: TrainConfig) -> Run:
         ValueError: naming the setting.
     """
     # 1. Processes, and the checkpoint to resume
-    check_trackers(config.track_with)
     output = Path(config.output_dir)
     accelerator = make_accelerator(config)
     check_sharding(accelerator, config)
