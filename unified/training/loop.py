@@ -15,11 +15,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from unified.data.batches import loader
-from unified.decoding import Sampling
 from unified.lora.adapters import base_of, save_lora
 from unified.model.modeling import UnifiedForCausalLM
 from unified.model_card import run_card
-from unified.pipeline.arguments import plan_drawing
+from unified.pipeline.arguments import as_prompts, check_room, code_grid
+from unified.pipeline.options import GenerationOptions
 from unified.pipeline.pipeline import UnifiedPipeline
 from unified.settings import dump_settings
 from unified.training.checkpoint import (
@@ -87,9 +87,9 @@ def train(config: TrainConfig, measure: Measure | None = None) -> Path:
     learn_grids(model_config, data.grids, fixed=config.lora is not None and config.model.pipeline is not None)
     model: UnifiedForCausalLM | PeftModel = adapt(config, base, image_tokenizer, text_tokenizer)
     if config.sample.every and model_config.image_grids:  # fails here rather than after the coarse stages
-        (height, width), sampling = model_config.image_grids[0], Sampling(config.sample.guidance_scale)
-        prompts = config.sample.prompts
-        plan_drawing(model_config, text_tokenizer, (height, width), prompts, None, 1, sampling, None, None, "plain")
+        options = GenerationOptions(guidance_scale=config.sample.guidance_scale)
+        grid = code_grid(model_config, image_tokenizer.downsample, options.height, options.width)
+        check_room(as_prompts(config.sample.prompts), text_tokenizer, model_config, grid, "sample.prompts")
     inputs = describe_inputs(data.rows, model, accelerator, text_tokenizer)
     if checkpoint:
         check_inputs(checkpoint, inputs, config.allow_changes)
