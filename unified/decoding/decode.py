@@ -168,9 +168,7 @@ def continue_span(
         hidden = decoder(embeds, positions[:, first:step], cache, bias, everywhere)[:, -1]
 
 
-def sample_next(
-    decoder: Decoder, hidden: Tensor, sampling: Sampling, scale: float | Tensor, noise: Tensor
-) -> Tensor:
+def sample_next(decoder: Decoder, hidden: Tensor, sampling: Sampling, scale: float | Tensor, noise: Tensor) -> Tensor:
     """Codes ``(B,)`` that follow final hidden states: guide, image logits, filter, sample with ``noise (B, K)``.
 
     ``hidden`` and ``scale`` are those of :func:`guided_logits`.

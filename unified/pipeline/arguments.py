@@ -52,10 +52,15 @@ def as_prompts(prompt: Any) -> list[str]:
     if not isinstance(texts, Sequence) or not texts:
         raise ValueError(f"prompt: {prompt!r} is not a caption; give a non-empty string, or a list of them.")
     for text in texts:
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"prompt: {text!r} is not a caption; give a non-empty string.")
-        check_unicode(text, "prompt")
+        check_prompt(text)
     return list(texts)
+
+
+def check_prompt(text: Any) -> None:
+    """Refuse anything but a caption with something in it. Raises ValueError."""
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"prompt: {text!r} is not a caption; give a non-empty string.")
+    check_unicode(text, "prompt")
 
 
 def as_negatives(negative_prompt: Any, count: int) -> list[str]:
@@ -76,7 +81,7 @@ def as_negatives(negative_prompt: Any, count: int) -> list[str]:
 def check_unicode(text: str, name: str) -> None:
     """Refuse lone surrogates, which stand for bytes that were not UTF-8. Raises ValueError, which calls the text ``name``."""
     if any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError(f"{name}: {ascii(text)} is not valid Unicode; give it in UTF-8.")
+        raise ValueError(f"{name}: {text!a} is not valid Unicode; give it in UTF-8.")
 
 
 def check_room(prompts: Sequence[str], tokenizer: TextTokenizer, config: UnifiedConfig, grid: Grid, name: str) -> None:

@@ -38,6 +38,7 @@ from unified.pipeline.arguments import (
     as_prompts,
     check_callback,
     check_parts,
+    check_prompt,
     check_sampling,
     code_grid,
     one_per_image,
@@ -53,7 +54,8 @@ PIPELINE_FILE = "pipeline.json"
 OUTPUT_TYPES = ("pil", "np", "pt", "codes")
 StepCallback = Callable[["UnifiedPipeline", int, int, dict[str, Tensor]], Any]
 Generators = torch.Generator | Sequence[torch.Generator] | None
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass
@@ -363,9 +365,7 @@ class UnifiedPipeline:
         self, prompt: Any, negative_prompt: Any, options: GenerationOptions, generator: Any, known: Any
     ) -> ImageBatch:
         config, stride = base_of(self.model).config, self.image_tokenizer.downsample
-        return arrange_batch(
-            config, self.text_tokenizer, stride, prompt, negative_prompt, options, generator, known
-        )
+        return arrange_batch(config, self.text_tokenizer, stride, prompt, negative_prompt, options, generator, known)
 
     @one_at_a_time
     def _known_codes(
@@ -460,7 +460,9 @@ class UnifiedPipeline:
         Raises:
             ValueError: for images of a size the model does not know, an empty prompt, or a context that is too long.
         """
-        begin = [] if prompt is None else as_prompts([prompt])
+        if prompt is not None:
+            check_prompt(prompt)
+        begin = [] if prompt is None else [prompt]
         conversations = [[image, *begin] for image in as_images(images, "images")]
         sampling = Sampling(1.0, temperature, top_k, top_p)
         replies = self.chat(conversations, max_new_tokens, 0, sampling, generator=generator)
