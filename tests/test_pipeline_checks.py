@@ -6,7 +6,6 @@ from conftest import generators, tiny_model
 from test_lora import noisy_adapter
 
 from unified.decoding import Sampling
-from unified.pipeline.options import GenerationOptions
 
 PROMPTS = ["red apple", "a cat and a dog"]
 

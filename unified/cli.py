@@ -241,8 +241,8 @@ def _caption(args: argparse.Namespace) -> None:
         with Image.open(path) as image:
             images.append(as_rgb(image))
     texts = _load(args).caption(
-        images, args.prompt, args.max_new_tokens, sampling.temperature, sampling.top_k, sampling.top_p,
-        _generators(args.seed, len(images)),
+        images, prompt=args.prompt, max_new_tokens=args.max_new_tokens, temperature=sampling.temperature,
+        top_k=sampling.top_k, top_p=sampling.top_p, generator=_generators(args.seed, len(images)),
     )  # fmt: skip
     for text in texts:
         print(" ".join(text.split()))

@@ -2,7 +2,6 @@
 
 import hmac
 import importlib.util
-import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
@@ -126,7 +125,7 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER) -> Any:
     def describe(file: str | None, seed: float, temperature: float, lora: str) -> Iterator[Any]:
         try:
             check_request("", "", seed, 1)
-            image = fit_enlarged(opened(file), (height, width))
+            image = fit_upload(opened(file), (height, width))
             generators = seeded(seed, 1)
             job = engine.alone(
                 lambda: pipe.caption(image, temperature=temperature, generator=generators), adapter_of(lora)
@@ -396,20 +395,18 @@ def image_and_mask(layers: dict[str, Any] | None, size: tuple[int, int]) -> tupl
         mask.paste(255, (0, 0), layer.convert("RGBA").getchannel("A").point(lambda a: 255 if a > 0 else 0))
     if mask.getbbox() is None:
         raise ValueError("mask: nothing is painted; paint over the part that shall change.")
-    fitted = fit_enlarged(mask, size).point(lambda a: 255 if a > 64 else 0)
-    return fit_enlarged(as_rgb(background), size), fitted
+    fitted = fit_upload(mask, size).point(lambda a: 255 if a > 64 else 0)
+    return fit_upload(as_rgb(background), size), fitted
 
 
-def fit_enlarged(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Scale and crop the centre to ``size`` (height, width); what will be cropped is never enlarged.
+def fit_upload(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Scale and crop the centre to ``size`` (height, width).
 
-    A line of 1 x 16,000 pixels would else grow to the full height at its whole length.
+    An image that has to be enlarged is cropped first: a line of 1 x 16,000 pixels would else grow at its whole length.
     """
-    scale = max(size[0] / image.height, size[1] / image.width)
-    if scale > 1:
-        wanted = [math.ceil(side / scale) + 2 for side in (size[1], size[0])]  # the filter looks a little further
-        x, y = (max(0, have - want) // 2 for have, want in zip(image.size, wanted, strict=True))
-        image = image.crop((x, y, image.width - x, image.height - y))
+    height, width = size
+    if image.height < height or image.width < width:
+        return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
     return fit(image, size)
 
 
