@@ -116,6 +116,7 @@ def test_mistakes_are_one_line(folder, tmp_path, capsys, arguments, message):
         (["caption", "image.png", "--max-new-tokens", "0"], "max_new_tokens: 0 must be a whole number of at least 1"),
         (["serve", "--port", "99999"], "port: 99999 must be a whole number from 0 to 65535"),
         (["serve", "--max-rows", "1"], "max_rows: 1 must be a whole number of at least 2"),
+        (["serve", "--password", ""], "password: it is empty; give one"),
         (["serve", "--queue", "0"], "queue: 0 must be a whole number of at least 1"),
     ],
 )

@@ -253,6 +253,8 @@ def _serve(args: argparse.Namespace) -> None:
     check_whole("port", args.port, least=0, most=65535)
     check_whole("max_rows", args.max_rows, least=2)
     check_whole("queue", args.queue)
+    if args.password == "":
+        raise ValueError("password: it is empty; give one, or leave it out to let everybody in.")
     from unified.serving.web import check_installed, serve
 
     check_installed()
