@@ -28,7 +28,7 @@ from unified.decoding import Prompt, Sampling, generate_codes, generate_conditio
 from unified.decoding.continuous_batching import Batcher, Request
 from unified.decoding.decode import span_coordinates
 from unified.decoding.prefill import causal_bias, prefill
-from unified.decoding.sampling import PositionNoise, draw, filter_logits, guide
+from unified.decoding.sampling import PositionNoise, filter_logits, guide, sample_gumbel
 from unified.decoding.speculative import MODES, speculate_codes
 from unified.lora.adapters import base_of
 from unified.sequence import ImageSegment, TokenSequence
@@ -82,8 +82,8 @@ def check_against_full_forward(model: Any, codes: Tensor, sampling: Sampling) ->
             sides.append(model(**inputs).image_logits[0, len(ids) - 1 : -1])
     scales = torch.tensor(sampling.scales(codes.numel()))[:, None]
     noise = PositionNoise(seeds(1), vocabulary.codebook_size, codes.device).at(0, codes.numel())[0]
-    drawn = draw(filter_logits(guide(sides[0], sides[1], scales), sampling), noise)
-    check_equal("a loop without cache", drawn, codes.flatten())
+    expected = sample_gumbel(filter_logits(guide(sides[0], sides[1], scales), sampling), noise)
+    check_equal("a loop without cache", expected, codes.flatten())
 
 
 @torch.inference_mode()

@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 
 from unified import UnifiedConfig, UnifiedForCausalLM, UnifiedPipeline
-from unified.decoding import Sampling
+from unified.pipeline.options import GenerationOptions
 from unified.serving.engine import Engine
 from unified_tokenizers import VQConfig, VQModel, train_sentencepiece
 
 CAPTIONS = ["red apple", "a green tree", "the small dog", "blue car", "a cat and a dog", "yellow sun over the sea"]
-SAMPLING = Sampling(guidance_scale=3.0)
+OPTIONS = GenerationOptions(guidance_scale=3.0)
 Draw = Callable[[int], Tensor]  # number of a request to its codes
 
 
@@ -105,10 +105,10 @@ def measure(
     with closing(Engine(pipe, max_rows, waiting=max(requests, len(CAPTIONS)))) as engine:
 
         def together(number: int) -> Tensor:
-            return engine.submit(sampling=SAMPLING, **asked(number)).result().codes
+            return engine.submit(options=OPTIONS, **asked(number)).result().codes
 
         def alone(number: int) -> Tensor:
-            return pipe(guidance_scale=SAMPLING.guidance_scale, **asked(number)).codes
+            return pipe(guidance_scale=OPTIONS.guidance_scale, **asked(number)).codes
 
         with ThreadPoolExecutor(len(CAPTIONS)) as pool:
             drawn = list(pool.map(together, range(len(CAPTIONS))))
@@ -157,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     conditions = {
         "torch": torch.__version__, "threads": args.threads, "requests": args.requests, "max_rows": args.max_rows,
-        "rounds": args.rounds, "guidance": SAMPLING.guidance_scale, "dtype": "float32",
+        "rounds": args.rounds, "guidance": OPTIONS.guidance_scale, "dtype": "float32",
         "model": args.pipeline or f"Llama, width {args.width}, {args.layers} layers, random weights",
         "codes": "x".join(str(side // pipe.image_tokenizer.downsample) for side in pipe.default_size), "vq_decoding": "included",
         "ratios": "engine against one request at a time, same arrivals; above 1 where the engine is better",

@@ -24,7 +24,7 @@ from PIL import Image
 
 from unified import UnifiedPipeline
 from unified.data.sources import CaptionedImage, fit_square
-from unified.pipeline.arguments import DECODING as MODES
+from unified.decoding import DECODING_MODES
 from unified_eval.clip import load_clip
 from unified_eval.diversity import nearest_neighbours
 from unified_eval.drawing import content_hash, draw_images
@@ -47,7 +47,7 @@ from unified_eval.report import format_value
 from unified_eval.selection import choose_evenly, first_usable_rows, unique_captions
 
 INT8 = "+int8"
-DECODING = [mode + weights for mode in MODES for weights in ("", INT8)]
+DECODING = [mode + weights for mode in DECODING_MODES for weights in ("", INT8)]
 
 
 class Task(NamedTuple):

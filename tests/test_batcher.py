@@ -6,16 +6,16 @@ from conftest import full_forward, generators, tiny_model
 
 from unified.decoding import Prompt, Sampling, generate_codes, make_decoder
 from unified.decoding.continuous_batching import Batcher, Request
-from unified.decoding.sampling import PositionNoise, draw, filter_logits
+from unified.decoding.sampling import PositionNoise, filter_logits, sample_gumbel
 from unified.sequence import ImageSegment, TextSegment, build_sequence
 
-PICTURES = [[1, 5, 6, 7, 3], [1, 8, 3], [1, 9, 10, 3], [1, 11, 12, 13, 14, 3], [1, 3]]
+PROMPTS = [[1, 5, 6, 7, 3], [1, 8, 3], [1, 9, 10, 3], [1, 11, 12, 13, 14, 3], [1, 3]]
 
 
 def image_requests(sampling, grid=(4, 4)):
     return [
         Request(Prompt(tuple(ids)), grid, *generators(i), image_sampling=sampling, negative=Prompt((1, 3)))
-        for i, ids in enumerate(PICTURES)
+        for i, ids in enumerate(PROMPTS)
     ]
 
 
@@ -38,7 +38,7 @@ def test_images_are_those_of_the_plain_loop_whenever_they_arrive(threads, positi
     assert len(results) == 5 and sorted(batcher.free) == list(range(batcher.max_rows))
     for i, request in enumerate(requests):
         (segment,) = results[request]
-        alone = generate_codes(decoder, [PICTURES[i]], [[1, 3]], (4, 4), sampling, generators(i))
+        alone = generate_codes(decoder, [PROMPTS[i]], [[1, 3]], (4, 4), sampling, generators(i))
         assert torch.equal(segment.codes, alone[0])
 
 
@@ -81,7 +81,7 @@ def naive_interleaved(model, segments, request, seed):
         images = sum(isinstance(p, ImageSegment) for p in produced)
         banned = [vocabulary.eoi_token_id, vocabulary.bos_token_id, vocabulary.pad_token_id]
         logits[:, banned + ([vocabulary.boi_token_id] if images >= request.max_images else [])] = float("-inf")
-        token = int(draw(filter_logits(logits, request.text_sampling), text_noise.at(written)[:, 0]))
+        token = int(sample_gumbel(filter_logits(logits, request.text_sampling), text_noise.at(written)[:, 0]))
         written += 1
         if token == vocabulary.eos_token_id:
             break
@@ -97,7 +97,7 @@ def naive_interleaved(model, segments, request, seed):
             logits = output.image_logits[:, len(ids) - 1]
             ids.append(
                 vocabulary.text_vocab_size
-                + int(draw(filter_logits(logits, request.image_sampling), noise.at(step)[:, 0]))
+                + int(sample_gumbel(filter_logits(logits, request.image_sampling), noise.at(step)[:, 0]))
             )
         produced.append(ImageSegment(torch.tensor(ids[-size:]).reshape(request.grid) - vocabulary.text_vocab_size))
         grids.append(request.grid)
@@ -127,12 +127,12 @@ def test_interleaved_rows_equal_full_forward_passes(threads, positions, text):
         requests.append(Request(prompt, (2, 4), *generators(i), text_sampling=Sampling(temperature=30.0),
                                 max_new_tokens=30, max_images=2))  # fmt: skip
     results = Batcher(make_decoder(model), max_rows=3, length=80).run(requests)
-    drawn = 0
+    count = 0
     for i, (start, request) in enumerate(zip(starts, requests, strict=True)):
         expected = [p if isinstance(p, int) else p.codes.tolist() for p in naive_interleaved(model, start, request, i)]
         assert flat(results[i]) == expected
-        drawn += sum(isinstance(segment, ImageSegment) for segment in results[i])
-    assert drawn > 0  # otherwise the test would not have tested images
+        count += sum(isinstance(segment, ImageSegment) for segment in results[i])
+    assert count > 0  # otherwise the test would not have tested images
 
 
 def test_guided_images_inside_text():

@@ -1,8 +1,10 @@
 """The command line: what it writes is what the pipeline generates; mistakes are one line and exit code 2."""
 
+import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +13,10 @@ from PIL import Image
 from test_lora import noisy_adapter
 from torch._inductor.exc import InductorError
 
-from unified import UnifiedPipeline
+import unified
+from unified import UnifiedPipeline, decoding
 from unified.cli import main
+from unified.decoding import DECODING_MODES
 from unified.pipeline.pipeline import UnifiedPipelineOutput
 
 
@@ -31,22 +35,40 @@ def test_generate(pipeline, folder, tmp_path, capsys):
     assert Image.open(tmp_path / "out" / names[2]).tobytes() == expected.tobytes()
 
 
+def test_a_folder_keeps_the_images_of_earlier_calls(folder, tmp_path, capsys, monkeypatch):
+    """Numbers go on behind those that are there, also behind one that another call writes at the same time."""
+    arguments = ["generate", "--pipeline", folder, "--prompt", "red apple", "--out", str(tmp_path / "out")]
+    for seed in ("1", "2"):
+        assert main([*arguments, "--seed", seed]) == 0
+    files = [tmp_path / "out" / f"00{i}-red-apple.png" for i in (0, 1)]
+    assert capsys.readouterr().out.split() == list(map(str, files))
+    contents = [file.read_bytes() for file in files]
+    assert contents[0] != contents[1]
+    (tmp_path / "out" / "0041-blue-car.png").touch()
+    listed = list((tmp_path / "out").iterdir())
+    (tmp_path / "out" / "042-red-apple.png").write_text("from elsewhere")
+    monkeypatch.setattr(Path, "iterdir", lambda folder: iter(listed))  # it was not there yet when the folder was read
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.split() == [str(tmp_path / "out" / "043-red-apple.png")]
+    assert (tmp_path / "out" / "042-red-apple.png").read_text() == "from elsewhere"
+    assert [file.read_bytes() for file in files] == contents
+
+
 def test_inpaint_and_caption(pipeline, folder, tmp_path, capsys):
     image = pipeline("red apple", generator=generators(0)).images[0]
-    image.save(tmp_path / "picture.png")
+    image.save(tmp_path / "image.png")
     mask = Image.new("L", (16, 16))
     mask.paste(255, (0, 8, 16, 16))
     mask.save(tmp_path / "mask.png")
     arguments = ["--pipeline", folder, "--prompt", "blue car", "--out", str(tmp_path / "out")]
     assert (
-        main(["inpaint", *arguments, "--image", str(tmp_path / "picture.png"), "--mask", str(tmp_path / "mask.png")])
-        == 0
+        main(["inpaint", *arguments, "--image", str(tmp_path / "image.png"), "--mask", str(tmp_path / "mask.png")]) == 0
     )
     expected = pipeline.inpaint("blue car", image, mask, generator=generators(0)).images[0]
     assert Image.open(tmp_path / "out" / "000-blue-car.png").tobytes() == expected.tobytes()
     capsys.readouterr()
     assert (
-        main(["caption", "--pipeline", folder, str(tmp_path / "picture.png"), "--top-k", "1", "--max-new-tokens", "5"])
+        main(["caption", "--pipeline", folder, str(tmp_path / "image.png"), "--top-k", "1", "--max-new-tokens", "5"])
         == 0
     )
     text = pipeline.caption(image, top_k=1, max_new_tokens=5)[0]
@@ -62,6 +84,7 @@ def test_inpaint_and_caption(pipeline, folder, tmp_path, capsys):
         (["--prompt", "red apple", "--temperature", "1e-30"], "temperature: 1e-30 must be at least 0.0001"),
         (["--prompt", "red apple", "--guidance-scale", "1e39"], "guidance_scale: 1e+39 must be at most 10000"),
         (["--prompt", "red apple", "--num-images-per-prompt", "0"], "num_images_per_prompt: 0"),
+        (["--prompt", "red apple", "--width", "-16"], "width: -16 must be a whole number of at least 1"),
         (["--prompt", "red apple", "--lora", "./nowhere"], "holds no unified_base.json"),
         (["--prompt", "red apple", "--pipeline", "./nowhere"], "has no pipeline.json"),
     ],
@@ -72,10 +95,52 @@ def test_mistakes_are_one_line(folder, tmp_path, capsys, arguments, message):
     assert code == 2 and message in lines[-1] and lines[-1].startswith("unified generate: ")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["generate", "--prompt", os.fsdecode(b"caf\xe9")],
+            r"prompt: 'caf\udce9' is not valid Unicode; give it in UTF-8",
+        ),
+        (["generate", "--prompt", "red apple", "\t"], r"prompt: '\t' is not a caption"),
+        (
+            ["generate", "--prompt", "a", "--negative-prompt", "\udcff"],
+            r"negative_prompt: '\udcff' is not valid Unicode",
+        ),
+        (["generate", "--prompt", "red apple", "--top-p", "2"], "top_p: 2.0 must lie in (0, 1]"),
+        (["generate", "--prompt", "red apple", "--threads", "0"], "threads: 0 must be a whole number of at least 1"),
+        (["inpaint", "--prompt", "red apple", "--image", "nowhere.png", "--mask", "nowhere.png"], "nowhere.png"),
+        (["caption", "image.png", "--prompt", " "], "prompt: ' ' is not a caption"),
+        (["caption", "image.png", "--prompt", "\udce9"], r"prompt: '\udce9' is not valid Unicode"),
+        (["caption", "image.png", "--top-k", "-1"], "top_k: -1 must be a whole number"),
+        (["caption", "image.png", "--max-new-tokens", "0"], "max_new_tokens: 0 must be a whole number of at least 1"),
+        (["serve", "--port", "99999"], "port: 99999 must be a whole number from 0 to 65535"),
+        (["serve", "--max-rows", "1"], "max_rows: 1 must be a whole number of at least 2"),
+        (["serve", "--password", ""], "password: it is empty; give one"),
+        (["serve", "--queue", "0"], "queue: 0 must be a whole number of at least 1"),
+    ],
+)
+def test_mistakes_are_found_before_the_model_is_loaded(tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.setattr(UnifiedPipeline, "from_pretrained", lambda *given, **options: pytest.fail("loaded"))
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (16, 16)).save("image.png")
+    out = [] if arguments[0] in ("caption", "serve") else ["--out", "out"]
+    assert main([*arguments, "--pipeline", "pipeline", *out]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"unified {arguments[0]}: ") and message in error and error.count("\n") == 1
+
+
+def test_a_folder_that_is_a_file_is_found_before_the_model_is_loaded(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(UnifiedPipeline, "from_pretrained", lambda *given, **options: pytest.fail("loaded"))
+    (tmp_path / "out").touch()
+    assert main(["generate", "--pipeline", "p", "--prompt", "red apple", "--out", str(tmp_path / "out")]) == 2
+    assert "File exists" in capsys.readouterr().err
+
+
 def test_every_option_reaches_the_pipeline(pipeline, folder, tmp_path, capsys, monkeypatch):
     """All of them off their defaults: arguments of the call, the decoder's switches, the adapter."""
     image = Image.new("RGB", (16, 16), "red")
-    for name in ("picture.png", "mask.png"):
+    for name in ("image.png", "mask.png"):
         image.convert("L" if name == "mask.png" else "RGB").save(tmp_path / name)
     pipeline.model = noisy_adapter(pipeline.model, tmp_path / "lora", 1)
     calls, switches = [], []
@@ -91,23 +156,23 @@ def test_every_option_reaches_the_pipeline(pipeline, folder, tmp_path, capsys, m
     monkeypatch.setattr(UnifiedPipeline, "enable_fast_decoding", lambda pipe, **given: switches.append(given))
     start = ["--pipeline", folder, "--lora", str(tmp_path / "lora")]
     sampling = ["--temperature", "0.7", "--top-k", "3", "--top-p", "0.9", "--seed", "5"]
-    draw = ["--prompt", "red apple", "blue car", "--out", str(tmp_path / "out"), "--num-images-per-prompt", "2",
+    images = ["--prompt", "red apple", "blue car", "--out", str(tmp_path / "out"), "--num-images-per-prompt", "2",
             "--negative-prompt", "dog", "--guidance-scale", "2.5", "--guidance-schedule", "cosine",
             "--decoding", "sjd"]  # fmt: skip
-    files = ["--image", str(tmp_path / "picture.png"), "--mask", str(tmp_path / "mask.png")]
-    assert main(["generate", *start, *draw, *sampling, "--height", "16", "--width", "32", "--int8"]) == 0
-    assert main(["inpaint", *start, *draw, *sampling, *files, "--compile"]) == 0
-    caption = ["--prompt", "a", "--max-new-tokens", "4", str(tmp_path / "picture.png")]
+    files = ["--image", str(tmp_path / "image.png"), "--mask", str(tmp_path / "mask.png")]
+    assert main(["generate", *start, *images, *sampling, "--height", "16", "--width", "32", "--int8"]) == 0
+    assert main(["inpaint", *start, *images, *sampling, *files, "--compile"]) == 0
+    caption = ["--prompt", "a", "--max-new-tokens", "4", str(tmp_path / "image.png")]
     assert main(["caption", *start, *sampling, *caption]) == 0
     generate, inpaint, words = calls
-    drawn = {"prompt": ["red apple", "blue car"], "negative_prompt": "dog", "num_images_per_prompt": 2, "guidance_scale": 2.5,
+    asked = {"prompt": ["red apple", "blue car"], "negative_prompt": "dog", "num_images_per_prompt": 2, "guidance_scale": 2.5,
              "guidance_schedule": "cosine", "decoding": "sjd"}  # fmt: skip
     shared = {"adapters": ["default"], "temperature": 0.7, "top_k": 3, "top_p": 0.9}
     for call, seeds in ((generate, 4), (inpaint, 4), (words, 1)):
         assert [g.initial_seed() for g in call.pop("generator")] == [5, 6, 7, 8][:seeds]
-    assert generate == {**shared, **drawn, "height": 16, "width": 32}
+    assert generate == {**shared, **asked, "height": 16, "width": 32}
     assert (inpaint.pop("image").size, inpaint.pop("mask_image").mode) == ((16, 16), "L")
-    assert inpaint == {**shared, **drawn} and words == {**shared, "prompt": "a", "max_new_tokens": 4}
+    assert inpaint == {**shared, **asked} and words == {**shared, "prompt": "a", "max_new_tokens": 4}
     assert switches == [{"compile": False, "int8": True}, {"compile": True, "int8": False}]
 
 
@@ -176,3 +241,30 @@ def test_a_missing_image_is_named(folder, capsys):
 def test_module_runs():
     done = subprocess.run([sys.executable, "-m", "unified", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and all(name in done.stdout for name in ("generate", "caption", "inpaint", "serve"))
+
+
+def test_help_loads_no_torch():
+    code = """
+import sys
+from unified.cli import main
+for arguments in (["--help"], ["generate", "--help"]):
+    try:
+        main(arguments)
+    except SystemExit as done:
+        assert done.code == 0
+print([name for name in ("torch", "transformers", "numpy", "PIL") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip().splitlines()[-1] == "[]", done.stderr
+    assert all(f"{name}: {mode.about}" in " ".join(done.stdout.split()) for name, mode in DECODING_MODES.items())
+
+
+@pytest.mark.parametrize("package", [unified, decoding])
+def test_public_names_are_imported_on_first_use(package):
+    assert list(package._MODULE_OF) == package.__all__ == sorted(package.__all__)
+    for name, module in package._MODULE_OF.items():
+        value = getattr(package, name)
+        assert value is getattr(sys.modules[f"{package.__name__}.{module}"], name)
+        assert getattr(value, "__module__", f"{package.__name__}.{module}") == f"{package.__name__}.{module}"
+    with pytest.raises(AttributeError, match=f"module '{package.__name__}' has no attribute 'nothing'"):
+        _ = package.nothing

@@ -1,4 +1,4 @@
-"""What a model says: texts that can be handed back, and where they end."""
+"""Replies of a model: texts that can be handed back, and where they end."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def says(pipeline, monkeypatch):
             row[left.pop(0) if len(left) > 1 else left[0]] = 500.0
             return row.expand(len(hidden), -1).clone()
 
-        monkeypatch.setattr(pipeline._decoder(), "text_logits", logits)
+        monkeypatch.setattr(pipeline.decoder(), "text_logits", logits)
 
     return script
 
@@ -79,9 +79,9 @@ def test_sampling_reaches_the_text(pipeline):
 
 
 def test_images_are_guided_as_in_a_call(pipeline, photo, says):
-    """After the same row, a conversation generates what a call generates by default."""
+    """After the same row, a conversation generates the image that a call generates by default."""
     says(pipeline.text_tokenizer.boi_token_id)
-    drawn = pipeline.chat(["red apple"], max_new_tokens=1, generator=generators(5))
-    assert drawn[0].tobytes() == pipeline("red apple", generator=generators(5)).images[0].tobytes()
+    reply = pipeline.chat(["red apple"], max_new_tokens=1, generator=generators(5))
+    assert reply[0].tobytes() == pipeline("red apple", generator=generators(5)).images[0].tobytes()
     unguided = pipeline.chat(["red apple"], 1, image_sampling=Sampling(), generator=generators(5))
-    assert unguided[0].tobytes() != drawn[0].tobytes()
+    assert unguided[0].tobytes() != reply[0].tobytes()

@@ -4,8 +4,10 @@ import pytest
 import torch
 from conftest import full_forward, generators, tiny_model
 
-from unified.decoding import Sampling, generate_codes, make_decoder
-from unified.decoding.sampling import draw, draw_filtered, filter_logits, guide, gumbel_noise
+from unified.decoding import DECODING_MODES, Prompt, Sampling, generate_codes, generate_conditioned, make_decoder
+from unified.decoding import sampling as sampling_module
+from unified.decoding.continuous_batching import Batcher, Request
+from unified.decoding.sampling import LogitFilter, filter_logits, guide, gumbel_noise, sample_codes, sample_gumbel
 
 
 def naive_codes(model, prompt, negative, grid, sampling, generator, known=None):
@@ -19,8 +21,8 @@ def naive_codes(model, prompt, negative, grid, sampling, generator, known=None):
             sides.append(output.image_logits[:, len(ids) - 1 + step])
         logits = guide(*sides, sampling.guidance_scale) if sampling.guidance_scale > 1 else sides[0]
         noise = gumbel_noise([generator], 20, logits.device)
-        drawn = int((filter_logits(logits, sampling) + noise).argmax())
-        codes.append(drawn if known is None or known[step] < 0 else int(known[step]))
+        sampled = int((filter_logits(logits, sampling) + noise).argmax())
+        codes.append(sampled if known is None or known[step] < 0 else int(known[step]))
     return codes
 
 
@@ -46,8 +48,8 @@ def test_runs_of_known_codes_take_one_pass(shape, sampling):
     generator = generators(5)[0]
     known = torch.randint(20, (2, 16), generator=generator)
     if shape == "random":
-        drawn = torch.rand(16, generator=generator) < 0.4
-        known[:, drawn] = -1
+        sampled = torch.rand(16, generator=generator) < 0.4
+        known[:, sampled] = -1
         known[0, 3], known[1, 3] = -1, 6  # known in one row alone
     elif shape != "all":
         known[:, {"first": slice(9, None), "last": slice(7)}[shape]] = -1
@@ -83,11 +85,11 @@ def test_callback_sees_every_code():
     assert seen == [(i, [flat[: i + 1]]) for i in range(4)]
 
 
-def test_gumbel_max_draws_from_the_softmax():
+def test_gumbel_max_samples_the_softmax():
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]])
     generator = generators(0)
-    draws = torch.cat([(logits + gumbel_noise(generator, 4, logits.device)).argmax(-1) for _ in range(20000)])
-    share = torch.bincount(draws, minlength=4) / 20000
+    samples = torch.cat([(logits + gumbel_noise(generator, 4, logits.device)).argmax(-1) for _ in range(20000)])
+    share = torch.bincount(samples, minlength=4) / 20000
     torch.testing.assert_close(share, logits[0].softmax(-1), rtol=0, atol=0.015)
 
 
@@ -103,16 +105,51 @@ def test_filters():
 
 @pytest.mark.parametrize("spread", [0.1, 1.0, 5.0])
 @pytest.mark.parametrize("sampling", [Sampling(top_k=10, temperature=0.7), Sampling(top_k=40), Sampling(top_k=63)])
-def test_a_large_top_k_without_its_threshold_draws_the_same(sampling, spread):
+def test_a_large_top_k_without_its_threshold_samples_the_same(sampling, spread):
     generator = generators(0)[0]
     logits = (torch.randn(500, 64, generator=generator) * spread).round(decimals=1)  # with ties
     noise = gumbel_noise([generator], 500 * 64, logits.device).reshape(500, 64)
     filtered = filter_logits(logits, sampling)
-    assert torch.equal(draw_filtered(logits, sampling, noise), draw(filtered, noise))
+    assert torch.equal(sample_codes(logits, sampling, noise), sample_gumbel(filtered, noise))
     if spread <= 1 and sampling.top_k < 63:  # the filter matters here
-        assert not torch.equal(draw(logits / sampling.temperature, noise), draw(filtered, noise))
+        assert not torch.equal(sample_gumbel(logits / sampling.temperature, noise), sample_gumbel(filtered, noise))
     with pytest.raises(ValueError, match="logits: NaN or infinite"):
-        draw_filtered(logits.index_fill(1, torch.tensor([3]), float("nan")), sampling, noise)
+        sample_codes(logits.index_fill(1, torch.tensor([3]), float("nan")), sampling, noise)
+
+
+@pytest.mark.parametrize("place", ["first", "last"])
+@pytest.mark.parametrize(
+    "settings", [Sampling(), Sampling(guidance_scale=2.0, top_k=12)]
+)  # 12 of 20: without a threshold
+def test_a_new_filter_acts_wherever_codes_are_sampled(monkeypatch, settings, place):
+    """One that keeps even ids alone: plain, after a class, in a running batch, in every mode, and in text."""
+    model, grid = tiny_model(), (2, 4)
+    decoder = make_decoder(model)
+    prompts, negatives = [[1, 5, 6, 3], [1, 8, 3]], [[1, 3]] * 2
+    classes = tiny_model(positions="llamagen", conditioning={"kind": "class", "classes": 5})
+
+    def sampled() -> dict[str, torch.Tensor]:
+        result = {"class": generate_conditioned(classes, torch.tensor([0, 3]), grid, settings, generators(0, 1))}
+        for name, decode in DECODING_MODES.items():
+            *_, result[name] = decode(decoder, prompts, negatives, grid, settings, generators(0, 1))
+        images = [
+            Request(Prompt(tuple(row)), grid, generator, settings, negative=Prompt((1, 3)))
+            for row, generator in zip(prompts, generators(0, 1), strict=True)
+        ]
+        texts = [
+            Request(Prompt((1, 5)), grid, generator, text_sampling=settings, max_new_tokens=12, max_images=0)
+            for generator in generators(*range(8))
+        ]
+        (one,), (other,), *written = Batcher(decoder, 12, 30).run([*images, *texts])
+        words = [token for segments in written for segment in segments for token in segment.ids]
+        return {**result, "batch": torch.stack([one.codes, other.codes]), "text": torch.tensor(words)}
+
+    assert all((ids % 2 == 1).any() for ids in sampled().values())
+    even = LogitFilter(lambda logits, _: logits.index_fill(-1, torch.arange(1, logits.shape[-1], 2), -torch.inf), bool)
+    filters = sampling_module.FILTERS
+    monkeypatch.setattr(sampling_module, "FILTERS", [even, *filters] if place == "first" else [*filters, even])
+    for name, ids in sampled().items():
+        assert len(ids) and (ids % 2 == 0).all(), name
 
 
 @pytest.mark.parametrize(
@@ -126,8 +163,10 @@ def test_bad_sampling_is_named(field, value):
 @pytest.mark.parametrize("row", [[float("nan"), 0.0], [float("inf"), 0.0], [-float("inf"), -float("inf")]])
 def test_logits_that_are_not_finite_are_refused(row):
     with pytest.raises(ValueError, match="logits: NaN or infinite"):
-        draw(torch.tensor([[0.0, 1.0], row]), torch.zeros(2, 2))
-    assert draw(torch.tensor([[0.0, -float("inf")]]), torch.zeros(1, 2)).tolist() == [0]  # a filtered code is fine
+        sample_gumbel(torch.tensor([[0.0, 1.0], row]), torch.zeros(2, 2))
+    assert sample_gumbel(torch.tensor([[0.0, -float("inf")]]), torch.zeros(1, 2)).tolist() == [
+        0
+    ]  # a filtered code is fine
 
 
 def test_guidance_is_computed_in_float32_and_keeps_the_dtype():

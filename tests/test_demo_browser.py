@@ -27,7 +27,7 @@ class Page:
         self._seen = {}
         tab.set_default_timeout(WAIT)
 
-    def picture(self, place, index=0):
+    def image(self, place, index=0):
         """An image in an element as RGB bytes, None without one."""
         image = self.tab.locator(f"{place} img").nth(index)
         source = image.get_attribute("src") if image.count() else None
@@ -42,7 +42,7 @@ class Page:
         """Wait for an image; returns the different ones that were there on the way."""
         seen = []
         for _ in range(seconds * 20):
-            if (now := self.picture(place, index)) is not None and now not in seen:
+            if (now := self.image(place, index)) is not None and now not in seen:
                 seen.append(now)
             if now == wanted:
                 return seen
@@ -85,20 +85,20 @@ def page(text_tokenizer, image_tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
     pipe = tiny_pipeline(text_tokenizer, image_tokenizer)
 
-    def draw(seed, **options):
+    def sample(seed, **options):
         return pipe("red apple", generator=generators(seed), **OPTIONS | options).images[0].tobytes()
 
-    expected = {"7": draw(7), "8": draw(8), "guided": draw(7, guidance_scale=6.0)}
-    picture = Image.effect_mandelbrot((480, 320), (-2, -1, 1, 1), 50).convert("RGB")
-    picture.save(folder / "picture.png")
+    expected = {"7": sample(7), "8": sample(8), "guided": sample(7, guidance_scale=6.0)}
+    image = Image.effect_mandelbrot((480, 320), (-2, -1, 1, 1), 50).convert("RGB")
+    image.save(folder / "image.png")
     wide = {"negative_prompt": "blue car", "num_images_per_prompt": 2, "guidance_scale": 1.5, "temperature": 1.2}
     for mode in ("plain", "jacobi", "sjd", "gsd"):
         images = pipe("red apple", decoding=mode, generator=generators(7, 8), **wide).images
         expected[f"{mode} 7"], expected[f"{mode} 8"] = (image.tobytes() for image in images)
-    expected["caption"] = pipe.caption(fit(picture, (16, 16)), temperature=0.85, generator=generators(7)[0])[0]
+    expected["caption"] = pipe.caption(fit(image, (16, 16)), temperature=0.85, generator=generators(7)[0])[0]
     pipe.model = noisy_adapter(pipe.model, folder / "outline", 1)
     load_adapters(pipe, [folder / "outline"])
-    expected["outline"] = draw(7)
+    expected["outline"] = sample(7)
     assert len({expected[name] for name in ("7", "8", "guided", "outline", "plain 7", "sjd 7", "gsd 7")}) == 7
     assert expected["jacobi 7"] == expected["plain 7"]
 
@@ -127,25 +127,25 @@ def test_a_prompt_becomes_previews_and_the_image(page, monkeypatch):
     step = page.engine._batcher.step
     monkeypatch.setattr(page.engine._batcher, "step", lambda: (time.sleep(0.1), step())[1])  # as slow as a larger model
     page.set(prompt="red apple", seed=7)
-    page.tab.locator("#draw").click()
-    previews = page.wait_for("#pictures", page.expected["7"])
+    page.tab.locator("#generate").click()
+    previews = page.wait_for("#images", page.expected["7"])
     assert len(previews) > 1 and page.expected["7"] == previews[-1]
     page.tab.locator("#status", has_text="Done: guidance 1.5, temperature 0.85, LoRA none.").wait_for()
-    page.tab.locator("#pictures", has_text="seed 7").wait_for()
+    page.tab.locator("#images", has_text="seed 7").wait_for()
 
 
 def test_seed_guidance_and_adapter_decide(page):
     for change, wanted in ((8, "8"), (7, "7")):
         page.set(prompt="red apple", seed=change)
-        page.tab.locator("#draw").click()
-        page.wait_for("#pictures", page.expected[wanted])
+        page.tab.locator("#generate").click()
+        page.wait_for("#images", page.expected[wanted])
     page.set(guidance=6)
-    page.tab.locator("#draw").click()
-    page.wait_for("#pictures", page.expected["guided"])
+    page.tab.locator("#generate").click()
+    page.wait_for("#images", page.expected["guided"])
     page.set(guidance=1.5)
     page.choose("lora", "outline")
-    page.tab.locator("#draw").click()
-    page.wait_for("#pictures", page.expected["outline"])
+    page.tab.locator("#generate").click()
+    page.wait_for("#images", page.expected["outline"])
     page.choose("lora", "none")
 
 
@@ -153,14 +153,14 @@ def test_stop_frees_the_batch(page, monkeypatch):
     gate, step = threading.Semaphore(6), page.engine._batcher.step
     monkeypatch.setattr(page.engine._batcher, "step", lambda: (gate.acquire(), step())[1])
     page.set(prompt="red apple", seed=8)
-    page.tab.locator("#draw").click()
+    page.tab.locator("#generate").click()
     page.tab.locator("#status", has_text="25%").wait_for()
     page.tab.locator("#stop").click()
     deadline = time.monotonic() + 60
     while page.engine._running and time.monotonic() < deadline:
         gate.release()
         page.tab.wait_for_timeout(500)
-    assert not page.engine._running and page.picture("#pictures") != page.expected["8"]
+    assert not page.engine._running and page.image("#images") != page.expected["8"]
     gate.release(1000)
 
 
@@ -175,20 +175,20 @@ def test_more_options_decide(page):
         ("plain", "one code"),
     ):
         page.choose("decoding", text)
-        page.tab.locator("#draw").click()
+        page.tab.locator("#generate").click()
         for index in (0, 1):
-            page.wait_for("#pictures", page.expected[f"{mode} {7 + index}"], index)
+            page.wait_for("#images", page.expected[f"{mode} {7 + index}"], index)
     page.tab.locator("#status", has_text="Done: guidance 1.5, temperature 1.2, LoRA none.").wait_for()
     page.set(temperature=0.85, negative="", count=1)
 
 
-def test_edit_redraws_what_is_painted(page, monkeypatch):
-    """A stripe is painted with the mouse; what is redrawn is what inpainting samples there."""
+def test_edit_changes_what_is_painted(page, monkeypatch):
+    """A stripe is painted with the mouse; it becomes what inpainting samples there."""
     given, stream = [], page.engine.pipe.stream
-    monkeypatch.setattr(page.engine.pipe, "stream", lambda **options: given.append(options) or stream(**options))
+    monkeypatch.setattr(page.engine.pipe, "stream", lambda prompt, **rest: given.append(rest) or stream(prompt, **rest))
     page.open("Edit")
     page.tab.locator("#canvas").get_by_label("Brush").first.wait_for()  # the editor is ready for an image
-    page.tab.locator("#canvas input[type=file]").set_input_files(page.folder / "picture.png")
+    page.tab.locator("#canvas input[type=file]").set_input_files(page.folder / "image.png")
     page.tab.locator("#canvas").get_by_label("Brush Size").wait_for()  # the brush is taken up
     box = page.tab.locator("#canvas canvas").first.bounding_box()
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2 + 30
@@ -196,8 +196,8 @@ def test_edit_redraws_what_is_painted(page, monkeypatch):
     page.tab.mouse.down()
     page.tab.mouse.move(x + 30, y, steps=4)
     page.tab.mouse.up()
-    page.set(change="blue car", seed=7)
-    page.tab.locator("#redraw").click()
+    page.set(whole="blue car", seed=7)
+    page.tab.locator("#repaint").click()
     page.tab.locator("#edit-status", has_text="Done: seed 7").wait_for()
     (options,) = given
     mask = options["mask_image"].getbbox()
@@ -224,7 +224,7 @@ def test_oversized_uploads_are_clear_messages(page):
 
 def test_describe_writes_the_caption(page):
     page.open("Describe")
-    page.tab.locator("#upload input[type=file]").set_input_files(page.folder / "picture.png")
+    page.tab.locator("#upload input[type=file]").set_input_files(page.folder / "image.png")
     page.tab.locator("#upload img").wait_for()
     page.set(seed=7)
     page.tab.locator("#describe").click()
@@ -250,9 +250,9 @@ def test_stop_lets_a_waiting_description_go(page):
 
 
 def test_mistakes_are_clear_messages(page):
-    page.open("Draw")
+    page.open("Generate")
     page.set(prompt="x" * 301, seed=7)
-    page.tab.locator("#draw").click()
+    page.tab.locator("#generate").click()
     page.message("prompt: 301 characters, at most 300 are allowed here; shorten it.")
     page.set(prompt="red apple")
     hold = threading.Event()
@@ -260,7 +260,7 @@ def test_mistakes_are_clear_messages(page):
     while page.engine._waiting:
         time.sleep(0.01)
     jobs += [page.engine.alone(lambda: [1]) for _ in range(2)]
-    page.tab.locator("#draw").click()
+    page.tab.locator("#generate").click()
     page.message("queue: 2 requests are waiting, the limit is 2; try again later.")
     hold.set()
     for job in jobs:

@@ -20,7 +20,7 @@ PROMPTS = ["red apple", "a cat and a dog"]
         ({"prompt": "red apple", "guidance_scale": float("nan")}, "guidance_scale: nan is not a finite number"),
         ({"prompt": "red apple", "guidance_schedule": "up"}, "guidance_schedule: 'up' is unknown"),
         ({"prompt": "red apple", "guidance_schedule": lambda share: share}, "guidance_schedule: falls to 0.0"),
-        ({"prompt": "red apple", "height": 16.0}, "height: 16.0 is not a whole number"),
+        ({"prompt": "red apple", "height": 16.0}, "height: 16.0 must be a whole number"),
         ({"prompt": "red apple", "num_images_per_prompt": 1.5}, "num_images_per_prompt: 1.5"),
         ({"prompt": "red apple", "generator": 7}, "generator: 7 is not a torch.Generator"),
         ({"prompt": "red apple", "generator": [7]}, r"generator: \[7\] is not a torch.Generator"),
@@ -104,10 +104,10 @@ def test_limits_are_exact(pipeline):
     tokenizer, limits, room = pipeline.text_tokenizer, pipeline.model.config.text_config, 128 - 16 - 2
     full = "q" * (room - len(tokenizer.encode("q")) + 1)  # not in the vocabulary: one byte, one token
     assert len(tokenizer.encode(full)) == room == len(tokenizer.encode(full + "q")) - 1
-    draw = lambda: pipeline(full, negative_prompt=full, generator=generators(0)).codes  # noqa: E731
-    codes = draw()
+    sample = lambda: pipeline(full, negative_prompt=full, generator=generators(0)).codes  # noqa: E731
+    codes = sample()
     limits.max_position_embeddings = 256
-    assert torch.equal(draw(), codes)
+    assert torch.equal(sample(), codes)
     limits.max_position_embeddings = 128
     for name, texts in (("prompt", (full + "q", "car")), ("negative_prompt", ("car", full + "q"))):
         with pytest.raises(ValueError, match=f"^{name}: {room + 1} tokens, the model has room for {room} beside"):

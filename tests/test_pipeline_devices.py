@@ -21,11 +21,11 @@ def test_bfloat16(pipeline, tmp_path):
     loaded.set_progress_bar_config(disable=True)
     assert {p.dtype for p in loaded.model.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in loaded.image_tokenizer.parameters()} == {torch.float32}
-    drawn = loaded("red apple", generator=generators(0), output_type="pt")
-    assert drawn.codes.dtype == torch.int64 and drawn.codes.min() >= 0 and drawn.codes.max() < 20
-    assert torch.equal(drawn.images, loaded.image_tokenizer.decode(drawn.codes) / 2 + 0.5)
+    output = loaded("red apple", generator=generators(0), output_type="pt")
+    assert output.codes.dtype == torch.int64 and output.codes.min() >= 0 and output.codes.max() < 20
+    assert torch.equal(output.images, loaded.image_tokenizer.decode(output.codes) / 2 + 0.5)
     assert pipeline.to(torch.bfloat16) is pipeline
-    assert torch.equal(pipeline("red apple", generator=generators(0)).codes, drawn.codes)
+    assert torch.equal(pipeline("red apple", generator=generators(0)).codes, output.codes)
     back = pipeline.to("cpu", torch.float32).model
     assert {p.dtype for p in back.parameters()} == {torch.float32}
 
@@ -33,9 +33,9 @@ def test_bfloat16(pipeline, tmp_path):
 def test_moving_renews_the_kept_decoder(pipeline):
     """And takes the image tokenizer along."""
     pipeline.enable_fast_decoding()
-    kept = pipeline._decoder()
+    kept = pipeline.decoder()
     pipeline.to(torch.bfloat16)
-    assert pipeline._decoder() is not kept
+    assert pipeline.decoder() is not kept
     slow = pipeline("red apple", generator=generators(0)).codes
     pipeline.disable_fast_decoding()
     assert torch.equal(pipeline("red apple", generator=generators(0)).codes, slow)
@@ -48,13 +48,13 @@ def test_moving_renews_the_kept_decoder(pipeline):
 def test_progress_bar_counts_codes(pipeline, capsys, decoding):
     pipeline("red apple", num_images_per_prompt=2)
     assert capsys.readouterr().err == ""  # the fixture has switched it off
-    pipeline.set_progress_bar_config(desc="drawing", mininterval=0)
+    pipeline.set_progress_bar_config(desc="sampling", mininterval=0)
     pipeline("red apple", num_images_per_prompt=2, decoding=decoding)
     error = capsys.readouterr().err
-    assert error.rstrip().splitlines()[-1].startswith("drawing") and "32/32" in error and "code" in error
+    assert error.rstrip().splitlines()[-1].startswith("sampling") and "32/32" in error and "code" in error
 
 
-def test_every_trained_grid_is_drawn(pipeline, image_tokenizer):
+def test_every_trained_grid_is_generated(pipeline, image_tokenizer):
     """The second one, wider than high: the likeliest codes by one full forward pass each."""
     pipeline.model.config.image_grids = [[4, 4], [2, 6]]
     assert pipeline.default_size == (16, 16)
@@ -65,14 +65,14 @@ def test_every_trained_grid_is_drawn(pipeline, image_tokenizer):
         with torch.no_grad():
             output = full_forward(pipeline.model, prompt + rest, [(2, 6)])
         codes.append(int(output.image_logits[0, len(prompt) - 1 + step].argmax()))
-    drawn = pipeline("red apple", height=8, width=24, guidance_scale=1.0, top_k=1)
-    assert drawn.codes.tolist() == [[codes[:6], codes[6:]]] and drawn.images[0].size == (24, 8)
+    output = pipeline("red apple", height=8, width=24, guidance_scale=1.0, top_k=1)
+    assert output.codes.tolist() == [[codes[:6], codes[6:]]] and output.images[0].size == (24, 8)
     with pytest.raises(ValueError, match=r"height, width: 24x8 is not a size .* \(16x16, 8x24\)"):
         pipeline("red apple", height=24, width=8)
     # And read: an edit that keeps all of it.
     mask = Image.new("L", (24, 8))
-    kept = pipeline.inpaint("red apple", drawn.images[0], mask).codes
-    assert torch.equal(kept, image_tokenizer.encode(to_tensor(drawn.images)))
+    kept = pipeline.inpaint("red apple", output.images[0], mask).codes
+    assert torch.equal(kept, image_tokenizer.encode(to_tensor(output.images)))
 
 
 def test_sample_sheets_show_the_images(pipeline, tmp_path):

@@ -1,4 +1,4 @@
-"""Drawing on the way, with known codes, in parts; words from images; conversations."""
+"""Previews on the way, known codes, edits; texts from images; conversations."""
 
 import threading
 
@@ -22,17 +22,17 @@ def seeded(seed):
 
 def test_arguments_reach_the_sampler(pipeline, photo):
     """A tiny top-p leaves the likeliest code, as top-k 1 does; every caption has its own negative prompt."""
-    draw = lambda **options: pipeline(PROMPTS, generator=generators(0, 1), guidance_scale=2.0, **options).codes  # noqa: E731
-    likeliest = draw(top_k=1)
-    assert torch.equal(draw(top_p=1e-6), likeliest) and not torch.equal(draw(), likeliest)
+    sample = lambda **options: pipeline(PROMPTS, generator=generators(0, 1), guidance_scale=2.0, **options).codes  # noqa: E731
+    likeliest = sample(top_k=1)
+    assert torch.equal(sample(top_p=1e-6), likeliest) and not torch.equal(sample(), likeliest)
     *_, last = pipeline.stream(PROMPTS, generator=generators(0, 1), guidance_scale=2.0, top_p=1e-6)
     assert torch.equal(last.codes, likeliest)
     hot = {"temperature": 9.0, "max_new_tokens": 8}
     assert pipeline.caption(photo, top_p=1e-6, generator=seeded(0), **hot) == pipeline.caption(photo, top_k=1, **hot)
     negatives = ["blue car", "dog"]
-    both = draw(negative_prompt=negatives)
+    both = sample(negative_prompt=negatives)
     for i, negative in enumerate(negatives):
-        same = draw(negative_prompt=negative)
+        same = sample(negative_prompt=negative)
         assert torch.equal(both[i], same[i]) and not torch.equal(both[1 - i], same[1 - i])
 
 
@@ -64,12 +64,12 @@ def test_guidance_schedules_by_hand():
 # One generator, many images
 
 
-def test_one_generator_whatever_else_is_drawn(pipeline):
-    """Picture j of prompt i depends on the generator, i and j alone."""
-    draw = lambda prompts, count: pipeline(prompts, generator=seeded(5), num_images_per_prompt=count).codes  # noqa: E731
-    many = draw(PROMPTS, 3)
-    assert torch.equal(many[:2], draw(PROMPTS[0], 2)) and torch.equal(many[::3], draw(PROMPTS, 1))
-    assert torch.equal(draw([*PROMPTS, "blue car"], 2)[:4], many[[0, 1, 3, 4]])
+def test_one_generator_whatever_else_is_sampled(pipeline):
+    """Image j of prompt i depends on the generator, i and j alone."""
+    sample = lambda prompts, count: pipeline(prompts, generator=seeded(5), num_images_per_prompt=count).codes  # noqa: E731
+    many = sample(PROMPTS, 3)
+    assert torch.equal(many[:2], sample(PROMPTS[0], 2)) and torch.equal(many[::3], sample(PROMPTS, 1))
+    assert torch.equal(sample([*PROMPTS, "blue car"], 2)[:4], many[[0, 1, 3, 4]])
     assert len({tuple(row.flatten().tolist()) for row in many}) == 6
 
 
@@ -116,15 +116,15 @@ def test_counterfactual_edit_changes_little(pipeline):
 # On the way
 
 
-def test_stream_shows_what_is_drawn(pipeline):
+def test_stream_shows_what_is_sampled(pipeline):
     final = pipeline("red apple", generator=generators(0), output_type="pt")
     *previews, last = pipeline.stream("red apple", generator=generators(0), output_type="pt")
     assert torch.equal(last.codes, final.codes) and torch.equal(last.images, final.images)
     assert [int((p.codes >= 0).sum()) for p in previews] == [4, 8, 12]
     for preview in previews:
-        drawn = preview.codes >= 0
-        assert torch.equal(preview.codes[drawn], final.codes[drawn])
-        grey = (~drawn).repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None].expand_as(preview.images)
+        sampled = preview.codes >= 0
+        assert torch.equal(preview.codes[sampled], final.codes[sampled])
+        grey = (~sampled).repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None].expand_as(preview.images)
         assert (preview.images[grey] == 0.5).all()
     counts = [int((p.codes >= 0).sum()) for p in pipeline.stream("red apple", preview_every=6, generator=generators(0))]
     assert counts == [6, 12, 16]
@@ -215,10 +215,10 @@ def test_decoding_modes(pipeline, decoding):
 
 
 def test_guidance_schedule_reaches_the_loop(pipeline):
-    draw = lambda **options: pipeline("red apple", generator=generators(0), **options).codes  # noqa: E731
-    assert torch.equal(draw(guidance_scale=4.0, guidance_schedule=lambda share: 2.0), draw(guidance_scale=2.0))
+    sample = lambda **options: pipeline("red apple", generator=generators(0), **options).codes  # noqa: E731
+    assert torch.equal(sample(guidance_scale=4.0, guidance_schedule=lambda share: 2.0), sample(guidance_scale=2.0))
     # Guidance that rises from 1: the first code is that of no guidance.
-    assert draw(guidance_scale=9.0, guidance_schedule="linear")[0, 0, 0] == draw(guidance_scale=1.0)[0, 0, 0]
+    assert sample(guidance_scale=9.0, guidance_schedule="linear")[0, 0, 0] == sample(guidance_scale=1.0)[0, 0, 0]
 
 
 # Known codes
@@ -229,16 +229,16 @@ def test_inpainting_touches_masked_cells_only(pipeline, photo):
     mask.putpixel((5, 6), 255)  # one bright pixel marks its whole cell
     mask.paste(255, (8, 8, 16, 16))
     before = pipeline.image_tokenizer.encode(to_tensor([photo]))
-    redraw = torch.zeros(4, 4, dtype=torch.bool)
-    redraw[1, 1] = redraw[2:, 2:] = True
+    changed = torch.zeros(4, 4, dtype=torch.bool)
+    changed[1, 1] = changed[2:, 2:] = True
     results = [pipeline.inpaint("red apple", photo, mask, generator=generators(seed)).codes for seed in range(3)]
     for codes in results:
-        assert torch.equal(codes[0][~redraw], before[0][~redraw])
-    assert len({tuple(codes[0][redraw].tolist()) for codes in results}) == 3
+        assert torch.equal(codes[0][~changed], before[0][~changed])
+    assert len({tuple(codes[0][changed].tolist()) for codes in results}) == 3
 
 
 def test_known_codes_are_context(pipeline, photo):
-    """What is redrawn is generated as in a plain image whose codes happen to be the kept ones."""
+    """What is new is generated as in a plain image whose codes happen to be the kept ones."""
     plain = pipeline("red apple", generator=generators(3)).codes
     known = plain.clone()
     known[0, 2:] = -1
@@ -261,13 +261,13 @@ def test_every_variation_keeps_cells_of_its_own(pipeline, photo):
 
     def kept(generator, **options):
         """The cells that are the same in all images of a generator's state, whatever the caption."""
-        drawn = [
+        sampled = [
             pipeline.variation(text, photo, keep=0.5, generator=generator(), temperature=9.0, **options).codes.flatten(
                 1
             )
             for text in ("red apple", "blue car", "yellow sun", "the small dog")
         ]
-        return [tuple(row.nonzero().flatten().tolist()) for row in (torch.stack(drawn) == before).all(dim=0)]
+        return [tuple(row.nonzero().flatten().tolist()) for row in (torch.stack(sampled) == before).all(dim=0)]
 
     two = kept(lambda: generators(1, 2), num_images_per_prompt=2)
     assert all(len(cells) >= 8 for cells in two) and two[0] != two[1]
@@ -287,13 +287,13 @@ def test_edits_stream(pipeline, photo, options):
 
 
 def test_edits_of_several_images(pipeline, photo):
-    """One image for all, one per prompt, or one per image drawn."""
+    """One image for all, one per prompt, or one per image generated."""
     photos = [photo, photo.rotate(90), photo.rotate(180), photo.rotate(270)]
     keeping = Image.new("L", (16, 16))
     codes = pipeline.image_tokenizer.encode(to_tensor(photos))
     for used, expected in ((1, [0, 0, 0, 0]), (2, [0, 0, 1, 1]), (4, [0, 1, 2, 3])):
-        drawn = pipeline.inpaint(PROMPTS, photos[:used], [keeping] * used, num_images_per_prompt=2).codes
-        assert torch.equal(drawn, codes[expected])
+        sampled = pipeline.inpaint(PROMPTS, photos[:used], [keeping] * used, num_images_per_prompt=2).codes
+        assert torch.equal(sampled, codes[expected])
 
 
 def test_outpainting_keeps_the_middle(pipeline, photo):
@@ -342,7 +342,7 @@ def test_caption_is_the_models_own_continuation(pipeline, photo):
 
 
 def test_chat_answers_in_both(pipeline, photo, monkeypatch):
-    decoder = pipeline._decoder()
+    decoder = pipeline.decoder()
     hot, make = Sampling(temperature=50.0), decoder.text_logits
     often = torch.zeros(pipeline.text_tokenizer.vocab_size).index_fill(
         0, torch.tensor([pipeline.model.config.boi_token_id]), 200

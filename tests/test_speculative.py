@@ -21,7 +21,7 @@ def last(iterator):
 
 @pytest.mark.parametrize("window", [2, 5, 40])
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(guidance_scale=2.0, top_k=5, guidance_schedule="linear")])
-def test_jacobi_draws_the_image_of_plain_decoding(window, sampling):
+def test_jacobi_samples_the_image_of_plain_decoding(window, sampling):
     decoder = make_decoder(tiny_model())
     plain = generate_codes(decoder, PROMPTS, NEGATIVES, (4, 4), sampling, generators(0, 1))
     fast = last(
@@ -65,10 +65,10 @@ def tiny_world():
     return make_decoder(model), sampling, probability
 
 
-def chi_square_p(draws, probability):
+def chi_square_p(samples, probability):
     """Probability of a chi-square at least as large under ``probability``; cells expected below 5 are pooled."""
-    expected = probability * len(draws)
-    counts = torch.bincount(draws, minlength=len(probability)).double()
+    expected = probability * len(samples)
+    counts = torch.bincount(samples, minlength=len(probability)).double()
     small = expected < 5
     expected = torch.cat([expected[~small], expected[small].sum()[None]]).double()
     counts = torch.cat([counts[~small], counts[small].sum()[None]])
@@ -78,8 +78,8 @@ def chi_square_p(draws, probability):
     return float(torch.special.gammaincc((seen.sum() - 1).double() / 2, statistic / 2))
 
 
-def draws(decoder, sampling, count, **options):
-    """Pictures as numbers in base 4, from seeds 0, 1, 2, ..."""
+def samples(decoder, sampling, count, **options):
+    """Images as numbers in base 4, from seeds 0, 1, 2, ..."""
     codes = last(
         speculate_codes(decoder, PROMPTS[:1] * count, NEGATIVES[:1] * count, (2, 2), sampling,
                         generators(*range(count)), **options)
@@ -87,26 +87,26 @@ def draws(decoder, sampling, count, **options):
     return (codes * torch.tensor([64, 16, 4, 1])).sum(1)
 
 
-def test_sjd_draws_from_the_distribution_and_the_test_can_fail(monkeypatch):
+def test_sjd_samples_the_distribution_and_the_test_can_fail(monkeypatch):
     decoder, sampling, probability = tiny_world()
     assert float(probability.sum()) == pytest.approx(1, abs=1e-5)
     assert int((probability * 1000 >= 5).sum()) > 20  # enough cells to tell distributions apart
-    assert chi_square_p(draws(decoder, sampling, 1000, mode="sjd", window=3), probability) > 0.01
-    # The inexact mode must be found out, and so must slips: another q than new places were sampled from, and redrawing from
-    # p instead of what p has more than q.
-    assert chi_square_p(draws(decoder, sampling, 1000, mode="gsd", window=3, group_size=2), probability) < 1e-4
+    assert chi_square_p(samples(decoder, sampling, 1000, mode="sjd", window=3), probability) > 0.01
+    # The inexact mode must be found out, and so must slips: another q than new positions were sampled from, and sampling
+    # again from p instead of the residual of p over q.
+    assert chi_square_p(samples(decoder, sampling, 1000, mode="gsd", window=3, group_size=2), probability) < 1e-4
     draft = speculative._Judge._draft
 
-    def draft_with_another_proposal(self, places, *given):
-        draft(self, places, *given)
-        self.proposal[-len(places) :] = self.proposal[-len(places) :].flip(-1)
+    def draft_with_another_proposal(self, positions, *given):
+        draft(self, positions, *given)
+        self.proposal[-len(positions) :] = self.proposal[-len(positions) :].flip(-1)
 
     with monkeypatch.context() as patch:
         patch.setattr(speculative._Judge, "_draft", draft_with_another_proposal)
-        assert chi_square_p(draws(decoder, sampling, 1000, mode="sjd", window=3), probability) < 1e-4
-    redrawn = speculative._Judge._redrawn
-    monkeypatch.setattr(speculative._Judge, "_redrawn", lambda self, p, q: redrawn(self, p, torch.zeros_like(q)))
-    assert chi_square_p(draws(decoder, sampling, 1000, mode="sjd", window=3), probability) < 1e-4
+        assert chi_square_p(samples(decoder, sampling, 1000, mode="sjd", window=3), probability) < 1e-4
+    resampled = speculative._Judge._resampled
+    monkeypatch.setattr(speculative._Judge, "_resampled", lambda self, p, q: resampled(self, p, torch.zeros_like(q)))
+    assert chi_square_p(samples(decoder, sampling, 1000, mode="sjd", window=3), probability) < 1e-4
 
 
 def test_groups_of_one_are_sjd():
@@ -132,7 +132,7 @@ def test_groups_are_the_nearest_codes_whatever_the_parts_and_are_made_once(monke
 
 
 @pytest.mark.parametrize("mode", ["jacobi", "sjd", "gsd"])
-def test_forced_codes_stay_and_a_image_is_its_own(mode):
+def test_forced_codes_stay_and_an_image_depends_on_its_own(mode):
     decoder = make_decoder(tiny_model())
     known = torch.full((2, 4, 4), -1)
     known[:, 1:3, ::2] = torch.tensor([7, 11])

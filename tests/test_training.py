@@ -74,7 +74,7 @@ def test_sample_prompts_are_checked_before_training(config_file, tmp_path):
     options = [f"output_dir={tmp_path}", "sample.every=6"]
     with pytest.raises(ValueError, match=r"sample\.prompts: empty"):
         load_config(config_file, options)
-    with pytest.raises(ValueError, match="prompt: "):
+    with pytest.raises(ValueError, match=r"sample\.prompts: \d+ tokens, the model has room for"):
         train(load_config(config_file, [*options, f"sample.prompts=[{'apple ' * 200}]"]))
     assert read_log(tmp_path) == []
 

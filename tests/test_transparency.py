@@ -8,7 +8,7 @@ from PIL import Image
 
 from unified.cli import main
 from unified.pipeline.editing import outpainting_canvas
-from unified.serving.web import painted
+from unified.serving.web import image_and_mask
 from unified_tokenizers.images import as_rgb, to_tensor
 
 
@@ -39,7 +39,7 @@ def test_the_pipeline_sees_white(pipeline, pair):
     assert torch.equal(to_tensor([transparent]), to_tensor([seen]))
     assert outpainting_canvas(transparent, 24, 24)[0].tobytes() == outpainting_canvas(seen, 24, 24)[0].tobytes()
     layer = Image.new("RGBA", (16, 16), "red")
-    shown = [painted({"background": image, "layers": [layer]}, (16, 16))[0].tobytes() for image in pair]
+    shown = [image_and_mask({"background": image, "layers": [layer]}, (16, 16))[0].tobytes() for image in pair]
     assert shown[0] == shown[1]
     mask = Image.new("L", (16, 16))
     kept = [pipeline.inpaint("red apple", image, mask).codes for image in pair]
@@ -52,13 +52,13 @@ def test_the_pipeline_sees_white(pipeline, pair):
 def test_the_command_line_sees_white(pipeline, pair, tmp_path):
     pipeline.save_pretrained(tmp_path / "pipeline")
     Image.new("L", (16, 16)).save(tmp_path / "mask.png")
-    drawn = []
+    written = []
     for name, image in zip(("transparent", "seen"), pair, strict=True):
         image.save(tmp_path / f"{name}.png")
         options = {"pipeline": "pipeline", "out": name, "image": f"{name}.png", "mask": "mask.png"}
         given = [part for key, value in options.items() for part in (f"--{key}", str(tmp_path / value))]
         assert main(["inpaint", "--prompt", "red apple", *given]) == 0
-        drawn.append((tmp_path / name / "000-red-apple.png").read_bytes())
+        written.append((tmp_path / name / "000-red-apple.png").read_bytes())
     expected = pipeline.inpaint("red apple", pair[1], Image.new("L", (16, 16)), generator=generators(0)).images[0]
-    assert drawn[0] == drawn[1]
+    assert written[0] == written[1]
     assert Image.open(tmp_path / "seen" / "000-red-apple.png").tobytes() == expected.tobytes()

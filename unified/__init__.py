@@ -1,22 +1,63 @@
-"""One language model that reads and writes text and images, trained with next-patch prediction."""
+"""One language model that reads and writes text and images, trained with next-patch prediction.
 
-from unified.config import UnifiedConfig, Vocabulary
-from unified.model.modeling import UnifiedForCausalLM, UnifiedOutput
-from unified.pipeline.pipeline import UnifiedPipeline, UnifiedPipelineOutput
-from unified.prediction.npp import group_embeddings, group_targets, patch_cross_entropy
-from unified.prediction.schedule import PatchSchedule
+The names below are imported on first use, so that ``import unified`` and ``unified --help`` load no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from unified.config import UnifiedConfig, Vocabulary
+    from unified.decoding.config import Sampling
+    from unified.lora.adapters import attach_lora
+    from unified.model.modeling import UnifiedForCausalLM, UnifiedOutput
+    from unified.pipeline.options import GenerationOptions
+    from unified.pipeline.pipeline import UnifiedPipeline, UnifiedPipelineOutput
+    from unified.prediction.npp import group_embeddings, group_targets, patch_cross_entropy
+    from unified.prediction.schedule import PatchSchedule
+    from unified.sequence import ImageSegment, TextSegment
 
 __version__ = "0.1.0"
 
+_MODULE_OF = {
+    "GenerationOptions": "pipeline.options",
+    "ImageSegment": "sequence",
+    "PatchSchedule": "prediction.schedule",
+    "Sampling": "decoding.config",
+    "TextSegment": "sequence",
+    "UnifiedConfig": "config",
+    "UnifiedForCausalLM": "model.modeling",
+    "UnifiedOutput": "model.modeling",
+    "UnifiedPipeline": "pipeline.pipeline",
+    "UnifiedPipelineOutput": "pipeline.pipeline",
+    "Vocabulary": "config",
+    "attach_lora": "lora.adapters",
+    "group_embeddings": "prediction.npp",
+    "group_targets": "prediction.npp",
+    "patch_cross_entropy": "prediction.npp",
+}
+
 __all__ = [
+    "GenerationOptions",
+    "ImageSegment",
     "PatchSchedule",
+    "Sampling",
+    "TextSegment",
     "UnifiedConfig",
     "UnifiedForCausalLM",
     "UnifiedOutput",
     "UnifiedPipeline",
     "UnifiedPipelineOutput",
     "Vocabulary",
+    "attach_lora",
     "group_embeddings",
     "group_targets",
     "patch_cross_entropy",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its module when it is first asked for."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'unified' has no attribute {name!r}")
+    return getattr(import_module(f"unified.{_MODULE_OF[name]}"), name)

@@ -1,18 +1,28 @@
-"""The command line: ``unified generate|caption|inpaint|serve`` or ``python -m unified ...``."""
+"""The command line: ``unified generate|caption|inpaint|serve`` or ``python -m unified ...``.
+
+Only the standard library and the tables of options are imported here, so that ``--help`` and mistakes answer at once;
+commands import the rest.
+"""
 
 import argparse
+import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-import torch
-from PIL import Image
-from safetensors import SafetensorError
+from unified.decoding.config import DECODING_MODES, SCHEDULES, Sampling
+from unified.pipeline.options import GenerationOptions, check_whole
 
-from unified.pipeline.arguments import DECODING, GUIDANCE_SCALE, check_whole
-from unified.pipeline.pipeline import UnifiedPipeline
-from unified_tokenizers.images import as_rgb
+if TYPE_CHECKING:
+    import torch
+
+    from unified.pipeline.pipeline import UnifiedPipeline
+
+PASSWORD = "UNIFIED_PASSWORD"  # environment variable
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,21 +30,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
     try:
         args.run(args)
-    except (ValueError, OSError, SafetensorError, Image.DecompressionBombError) as error:
-        print(f"unified {args.command}: {' '.join(str(error).splitlines())}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):  # of a failed compilation
+    except Exception as error:
+        reason = user_error(error)
+        if reason is None:
             raise
-        reason = " ".join(str(error).splitlines()[:2])
-        print(f"unified {args.command}: compile: {reason}; needs a C++ compiler, or leave it out.", file=sys.stderr)
+        print(f"unified {args.command}: {reason}", file=sys.stderr)
         return 2
     return 0
 
 
+def user_error(error: Exception) -> str | None:
+    """One line for an error that a user can mend, None for any other."""
+    from PIL.Image import DecompressionBombError
+    from safetensors import SafetensorError
+
+    if isinstance(error, ValueError | OSError | SafetensorError | DecompressionBombError):
+        return " ".join(str(error).splitlines())
+    if isinstance(error, RuntimeError) and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return f"compile: {' '.join(str(error).splitlines()[:2])}; needs a C++ compiler, or leave it out."
+    return None
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    parser = argparse.ArgumentParser(prog="unified", description="Pictures from text, text from images.")
+    parser = argparse.ArgumentParser(prog="unified", description="Images from text, text from images.")
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name: str, run: object, about: str) -> argparse.ArgumentParser:
@@ -42,24 +61,24 @@ def build_parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         added.add_argument("--pipeline", required=True, help="pipeline folder or Hub name")
         added.add_argument("--lora", help="folder of a LoRA adapter")
-        added.add_argument("--device", type=_device, default="cpu", help="such as cuda (default: %(default)s)")
+        added.add_argument("--device", type=_device, help="such as cuda (default: cpu)")
         added.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"],
                            help="of the language model (default: %(default)s)")  # fmt: skip
         added.add_argument("--threads", type=int, help="CPU threads (default: as torch chooses)")
         return added
 
-    generate = command("generate", _generate, "Draw images for prompts.")
-    _drawing_options(generate)
+    generate = command("generate", _generate, "Generate images for prompts.")
+    _image_options(generate)
     generate.add_argument("--height", type=int, help="pixels (default: the model's first size)")
     generate.add_argument("--width", type=int, help="pixels")
 
-    inpaint = command("inpaint", _inpaint, "Redraw the bright part of a mask.")
-    _drawing_options(inpaint)
-    inpaint.add_argument("--image", type=Path, required=True, help="picture to change")
-    inpaint.add_argument("--mask", type=Path, required=True, help="white where it is redrawn, black where it stays")
+    inpaint = command("inpaint", _inpaint, "Generate the bright part of a mask again.")
+    _image_options(inpaint)
+    inpaint.add_argument("--image", type=Path, required=True, help="image to change")
+    inpaint.add_argument("--mask", type=Path, required=True, help="white where it changes, black where it stays")
 
     caption = command("caption", _caption, "Write captions for images, one line each.")
-    caption.add_argument("images", type=Path, nargs="+", help="pictures")
+    caption.add_argument("images", type=Path, nargs="+", help="image files")
     caption.add_argument("--prompt", help="how the caption begins")
     caption.add_argument("--max-new-tokens", type=int, default=32, help="default: %(default)s")
     _sampling_options(caption)
@@ -68,6 +87,12 @@ def build_parser() -> argparse.ArgumentParser:
     serve.add_argument("--loras", type=Path, nargs="*", default=[], help="folders of LoRA adapters to choose from")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     serve.add_argument("--port", type=int, default=7860, help="default: %(default)s")
+    serve.add_argument(
+        "--password",
+        default=os.environ.get(PASSWORD),
+        help=f"asked for before the page is shown, with any user name; also in the environment as {PASSWORD}, which other "
+        "users of the machine cannot see (default: none)",
+    )
     serve.add_argument("--queue", type=int, default=8, help="requests that may wait (default: %(default)s)")
     serve.add_argument(
         "--max-rows",
@@ -78,8 +103,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _device(name: str) -> torch.device:
+def _device(name: str) -> "torch.device":
     """A device that is there; argparse reports the error."""
+    import torch
+
     try:
         return torch.zeros((), device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -97,29 +124,38 @@ def _sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=1.0, help="below 1 sharpens (default: %(default)s)")
     parser.add_argument("--top-k", type=int, default=0, help="keep the k most likely; 0 keeps all")
     parser.add_argument("--top-p", type=float, default=1.0, help="keep the most likely up to this probability")
-    parser.add_argument("--seed", type=_seed, default=0, help="picture i uses seed + i (default: %(default)s)")
+    parser.add_argument("--seed", type=_seed, default=0, help="image i uses seed + i (default: %(default)s)")
 
 
-def _drawing_options(parser: argparse.ArgumentParser) -> None:
+def _image_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", required=True, nargs="+", help="one caption or several")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the images")
-    parser.add_argument("--num-images-per-prompt", type=int, default=1)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the images; what is there stays")
+    parser.add_argument("--num-images-per-prompt", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--negative-prompt", help="what to steer away from (default: the empty caption)")
     parser.add_argument(
-        "--guidance-scale", type=float, default=GUIDANCE_SCALE, help="1 switches guidance off (default: %(default)s)"
+        "--guidance-scale",
+        type=float,
+        default=GenerationOptions.guidance_scale,
+        help="1 switches guidance off (default: %(default)s)",
     )
-    parser.add_argument("--guidance-schedule", default="constant", choices=["constant", "linear", "cosine"])
-    parser.add_argument("--decoding", default="plain", choices=DECODING)
-    parser.add_argument("--int8", action="store_true", help="8-bit weights: faster on a CPU, not exact")
-    parser.add_argument("--compile", action="store_true", help="torch.compile; on an x86 CPU no faster than without")
+    parser.add_argument("--guidance-schedule", default="constant", choices=SCHEDULES, help="default: %(default)s")
+    modes = "; ".join(f"{name}: {mode.about}" for name, mode in DECODING_MODES.items())
+    parser.add_argument("--decoding", default="plain", choices=DECODING_MODES, help=f"{modes} (default: %(default)s)")
+    fast = parser.add_mutually_exclusive_group()
+    fast.add_argument("--int8", action="store_true", help="8-bit weights: faster on a CPU, not exact")
+    fast.add_argument("--compile", action="store_true", help="torch.compile; on an x86 CPU no faster than without")
     _sampling_options(parser)
 
 
-def _load(args: argparse.Namespace) -> UnifiedPipeline:
+def _load(args: argparse.Namespace) -> "UnifiedPipeline":
+    import torch
+
+    from unified.pipeline.pipeline import UnifiedPipeline
+
     if args.threads is not None:
-        check_whole("threads", args.threads)
         torch.set_num_threads(args.threads)
-    pipe = UnifiedPipeline.from_pretrained(args.pipeline, torch_dtype=getattr(torch, args.dtype)).to(args.device)
+    pipe = UnifiedPipeline.from_pretrained(args.pipeline, torch_dtype=getattr(torch, args.dtype))
+    pipe.to(args.device or "cpu")
     if args.lora:
         pipe.load_lora_weights(args.lora)
     if getattr(args, "int8", False) or getattr(args, "compile", False):
@@ -127,48 +163,100 @@ def _load(args: argparse.Namespace) -> UnifiedPipeline:
     return pipe
 
 
-def _seeds(first: int, count: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(first + i) for i in range(count)]
+def _check_threads(args: argparse.Namespace) -> None:
+    if args.threads is not None:
+        check_whole("threads", args.threads)
 
 
-def _drawing(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("prompt", "negative_prompt", "num_images_per_prompt", "guidance_scale", "guidance_schedule", "decoding",
-             "temperature", "top_k", "top_p")  # fmt: skip
-    count = len(args.prompt) * max(args.num_images_per_prompt, 1)
-    return {**{name: getattr(args, name) for name in names}, "generator": _seeds(args.seed, count)}
+def _generators(first: int, number: int) -> "list[torch.Generator]":
+    import torch
+
+    return [torch.Generator().manual_seed(first + i) for i in range(number)]
+
+
+def _image_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of a pipeline's method, checked before the model is loaded, and the folder for its images."""
+    _check_threads(args)
+    given = {each.name: getattr(args, each.name) for each in fields(GenerationOptions) if hasattr(args, each.name)}
+    options = GenerationOptions.from_mapping(given)
+    from unified.pipeline.arguments import as_prompts, check_unicode
+
+    prompts = as_prompts(args.prompt)
+    check_unicode(args.negative_prompt or "", "negative_prompt")
+    args.out.mkdir(parents=True, exist_ok=True)
+    generators = _generators(args.seed, len(prompts) * options.num_images_per_prompt)
+    return {**given, "prompt": prompts, "negative_prompt": args.negative_prompt, "generator": generators}
 
 
 def _save(images: Any, args: argparse.Namespace) -> None:
-    args.out.mkdir(parents=True, exist_ok=True)
+    """Write ``NNN-caption.png`` with the numbers that follow those in the folder."""
+    taken = [int(found[0]) for file in args.out.iterdir() if (found := re.match(r"\d+(?=-)", file.name))]
+    numbers = count(max(taken, default=-1) + 1)
     for index, image in enumerate(images):
-        prompt = args.prompt[index // args.num_images_per_prompt]
-        name = f"{index:03d}-{''.join(c if c.isalnum() else '-' for c in prompt)[:60]}.png"
-        image.save(args.out / name)
-        print(args.out / name)
+        with _new_file(args.out, args.prompt[index // args.num_images_per_prompt], numbers) as file:
+            image.save(file, format="PNG")
+            print(file.name)
+
+
+def _new_file(folder: Path, prompt: str, numbers: Iterator[int]) -> BinaryIO:
+    """Open a file that did not exist, whoever else writes to the folder."""
+    label = "".join(c if c.isalnum() else "-" for c in prompt)[:60]
+    for number in numbers:
+        try:
+            return (folder / f"{number:03d}-{label}.png").open("xb")
+        except FileExistsError:
+            continue
+    raise AssertionError("numbers: they came to an end.")
 
 
 def _generate(args: argparse.Namespace) -> None:
-    _save(_load(args)(height=args.height, width=args.width, **_drawing(args)).images, args)
+    arguments = _image_arguments(args)
+    _save(_load(args)(**arguments).images, args)
 
 
 def _inpaint(args: argparse.Namespace) -> None:
+    from PIL import Image
+
+    from unified_tokenizers.images import as_rgb
+
+    arguments = _image_arguments(args)
     with Image.open(args.image) as image, Image.open(args.mask) as mask:
-        output = _load(args).inpaint(image=as_rgb(image), mask_image=mask.convert("L"), **_drawing(args))
-    _save(output.images, args)
+        arguments |= {"image": as_rgb(image), "mask_image": mask.convert("L")}
+    _save(_load(args).inpaint(**arguments).images, args)
 
 
 def _caption(args: argparse.Namespace) -> None:
+    from PIL import Image
+
+    from unified.pipeline.arguments import check_prompt
+    from unified_tokenizers.images import as_rgb
+
+    _check_threads(args)
+    check_whole("max_new_tokens", args.max_new_tokens)
+    sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    if args.prompt is not None:
+        check_prompt(args.prompt)
     images = []
     for path in args.images:
         with Image.open(path) as image:
             images.append(as_rgb(image))
-    options = {name: getattr(args, name) for name in ("prompt", "max_new_tokens", "temperature", "top_k", "top_p")}
-    for text in _load(args).caption(images, generator=_seeds(args.seed, len(images)), **options):
+    texts = _load(args).caption(
+        images, prompt=args.prompt, max_new_tokens=args.max_new_tokens, temperature=sampling.temperature,
+        top_k=sampling.top_k, top_p=sampling.top_p, generator=_generators(args.seed, len(images)),
+    )  # fmt: skip
+    for text in texts:
         print(" ".join(text.split()))
 
 
 def _serve(args: argparse.Namespace) -> None:
-    from unified.serving.web import serve  # gradio is an extra
+    _check_threads(args)
+    check_whole("port", args.port, least=0, most=65535)
+    check_whole("max_rows", args.max_rows, least=2)
+    check_whole("queue", args.queue)
+    if args.password == "":
+        raise ValueError("password: it is empty; give one, or leave it out to let everybody in.")
+    from unified.serving.web import check_installed, serve
 
+    check_installed()
     chosen, args.lora = args.lora, None  # loaded by name, with the others
-    serve(_load(args), args.loras, chosen, args.host, args.port, args.max_rows, args.queue)
+    serve(_load(args), args.loras, chosen, args.host, args.port, args.max_rows, args.queue, args.password)

@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from unified.decoding.decode import span_coordinates
+from unified.decoding.config import Sampling
+from unified.decoding.decode import sample_next, span_coordinates
 from unified.decoding.decoder import Decoder
 from unified.decoding.kv_cache import KeyValueCache
 from unified.decoding.prefill import Prompt, prefill
-from unified.decoding.sampling import PositionNoise, Sampling, draw, draw_filtered, filter_logits, guide
+from unified.decoding.sampling import PositionNoise, sample_codes
 from unified.prediction.coordinates import span_offsets
 from unified.prediction.merge import Grid
 from unified.sequence import ImageSegment, Segment, TextSegment
@@ -29,13 +30,13 @@ class Request:
 
     Args:
         prompt: the row; if it ends with ``<boi>`` an image comes first, else text.
-        grid: code grid of the images that it draws.
-        generator: fixes the generates; an image is the one that :func:`unified.decoding.iterate_codes` draws.
-        image_sampling, text_sampling: how codes and text tokens are drawn.
+        grid: code grid of its images.
+        generator: seeds its text; an image is the one that :func:`unified.decoding.iterate_codes` samples with it.
+        image_sampling, text_sampling: how codes and text tokens are sampled.
         negative: the unconditional row, ending with ``<boi>``; needed if ``image_sampling.guided``.
         max_new_tokens: text tokens that it may write; 0 ends the row with its first image.
         max_images: images that it may generate; text cannot open another one after that.
-        text_ids: number of text ids that have a meaning, those of the tokenizer; None for the whole vocabulary.
+        text_ids: size of the text tokenizer's vocabulary, where the model's is larger; None for all of the model's.
     """
 
     prompt: Prompt
@@ -55,7 +56,7 @@ class Request:
 
 
 class _Row:
-    """A request in the batch: where it stands and what it has said."""
+    """A request in the batch: where it stands and what it has generated."""
 
     def __init__(self, request: Request, indices: list[int], decoder: Decoder):
         self.request, self.indices, self.decoder = request, indices, decoder
@@ -70,7 +71,7 @@ class _Row:
         self.written = self.images = 0
         self.first = 0  # column of the cache where it begins
         self.position = [0.0, 0.0]  # next coordinate of the row and of its unconditional side
-        self.places: Tensor | None = None  # (rows, h*w, ...) positions in the image being generated
+        self.span: Tensor | None = None  # (rows, h*w, ...) positions of the image being generated
         self.scales: list[float] = []  # guidance of its codes
         self.next: int | None = None  # a token that has to follow
         self.finished = False
@@ -82,7 +83,7 @@ class _Row:
         size = self.decoder.model.config.codebook_size
         self.image_noise = PositionNoise([self.request.generator], size, self.decoder.model.device)
         start = torch.tensor(self.position[: len(self.indices)], device=self.decoder.model.device)
-        self.places = self.decoder.positions(span_coordinates(self.decoder.model, start, grid))
+        self.span = self.decoder.positions(span_coordinates(self.decoder.model, start, grid))
 
     def close_image(self) -> None:
         config = self.decoder.model.config
@@ -91,7 +92,7 @@ class _Row:
             self.request.grid, 1, config.positions, config.coarse_positions, config.normalized_range
         )
         self.position[0] += advance
-        self.places = None
+        self.span = None
         self.images += 1
         self.next = config.eoi_token_id
         self.finished = self.written >= self.request.max_new_tokens
@@ -103,12 +104,12 @@ class _Row:
 
 
 class Batcher:
-    """Keeps ``max_rows`` rows busy. Submit requests at any time, call :meth:`step` until they are done.
+    """Keeps ``max_rows`` rows busy: submit requests at any time, call :meth:`step` until they are done.
 
     Args:
         decoder: from :func:`unified.decoding.make_decoder`.
         max_rows: rows of the batch.
-        length: most tokens, prompt included, that a request may have.
+        length: maximal number of tokens of a request, prompt included.
     """
 
     def __init__(self, decoder: Decoder, max_rows: int, length: int):
@@ -117,7 +118,7 @@ class Batcher:
         self.max_rows = max_rows
         self.waiting: deque[Request] = deque()
         self.rows: list[_Row] = []
-        self.failed: dict[Request, ValueError] = {}  # what :meth:`step` gave up
+        self.failed: dict[Request, ValueError] = {}  # requests that :meth:`step` gave up
         self._cache = KeyValueCache(length + max(1, length // 4))  # columns move back every length // 4 steps or later
         self._column = 0
         dtype, device = decoder.model.dtype, decoder.model.device
@@ -131,16 +132,16 @@ class Batcher:
         self.waiting.append(request)
 
     def check(self, request: Request) -> None:
-        """Refuse what cannot be run; may be asked from any thread.
+        """Refuse a request that cannot be run; may be called from any thread.
 
         Raises:
-            ValueError: if a request cannot fit, guidance lacks its negative row, or its schedule is refused.
+            ValueError: if it is too long, guidance lacks its negative row, or its schedule is refused.
         """
         guided = request.rows == 2
         if guided and request.negative is None:
             raise ValueError("negative: guidance needs an unconditional row ending with <boi>.")
         if request.max_images:
-            request.image_sampling.scales(request.grid[0] * request.grid[1])  # a schedule may fall too low
+            request.image_sampling.check_schedule(request.grid[0] * request.grid[1])
         images = request.max_images * (request.grid[0] * request.grid[1] + 2)
         longest = max(len(request.prompt.ids), len(request.negative.ids) if guided and request.negative else 0)
         if longest + images + request.max_new_tokens > self.length:
@@ -152,7 +153,7 @@ class Batcher:
             raise ValueError(f"max_rows: {self.max_rows} cannot hold a guided request, which takes 2.")
 
     def partial(self, request: Request) -> list[int]:
-        """Codes so far of the image that a request generates; none before it has begun."""
+        """Codes so far of the image that a request generates; empty before it has begun."""
         return next((list(row.codes) for row in self.rows if row.request is request), [])
 
     def cancel(self, request: Request) -> None:
@@ -184,15 +185,15 @@ class Batcher:
 
     @torch.inference_mode()
     def step(self) -> list[tuple[Request, list[Segment]]]:
-        """Admit what fits, give every row one token; returns the requests that this finished.
+        """Admit waiting requests, give every row one token; returns the requests that are finished by it.
 
-        A request whose codes have no finite logits moves to :attr:`failed`; the others go on.
+        A request whose logits are not finite moves to :attr:`failed`; the others go on.
         """
         self._admit()
         for kind in (True, False):
-            rows = [row for row in self.rows if (row.places is not None) is kind and row.next is None]
+            rows = [row for row in self.rows if (row.span is not None) is kind and row.next is None]
             if rows:
-                (self._draw_codes if kind else self._draw_text)(rows)
+                (self._sample_codes if kind else self._sample_text)(rows)
         done = [row for row in self.rows if row.finished]
         for row in done:
             row.close_text()
@@ -262,28 +263,27 @@ class Batcher:
             row.first += by
         self._column += by
 
-    def _draw_codes(self, rows: list[_Row]) -> None:
+    def _sample_codes(self, rows: list[_Row]) -> None:
         for sampling, alike in _grouped(rows, lambda row: row.request.image_sampling):
             try:
-                self._draw_alike(alike, sampling)
+                self._sample_alike(alike, sampling)
             except ValueError:  # of one row or more, which shall not take the others with it
                 for row in alike:
                     try:
-                        self._draw_alike([row], sampling)
+                        self._sample_alike([row], sampling)
                     except ValueError as error:
                         self._give_up(row, error)
 
-    def _draw_alike(self, rows: list[_Row], sampling: Sampling) -> None:
-        hidden = self._hidden[[row.indices[0] for row in rows]]
-        if sampling.guided:
-            scale = torch.tensor([row.scales[len(row.codes)] for row in rows], device=hidden.device)
-            hidden = guide(hidden, self._hidden[[row.indices[1] for row in rows]], scale[:, None])
+    def _sample_alike(self, rows: list[_Row], sampling: Sampling) -> None:
+        sides = 2 if sampling.guided else 1
+        hidden = self._hidden[[row.indices[side] for side in range(sides) for row in rows]]
+        scales = torch.tensor([row.scales[len(row.codes)] for row in rows], device=hidden.device)
         noise = []
         for row in rows:
             assert row.image_noise is not None  # set when the image opened
             noise.append(row.image_noise.at(len(row.codes))[:, 0])
-        drawn = draw_filtered(self.decoder.image_logits(hidden), sampling, torch.cat(noise))
-        for row, code in zip(rows, drawn.tolist(), strict=True):
+        codes = sample_next(self.decoder, hidden, sampling, scales[:, None], torch.cat(noise))
+        for row, code in zip(rows, codes.tolist(), strict=True):
             row.codes.append(code)
             if len(row.codes) == len(row.scales):
                 row.close_image()
@@ -292,9 +292,9 @@ class Batcher:
         self.failed[row.request] = error
         self._release(row)
         for kept in (*self._cache.keys, *self._cache.values):
-            kept[row.indices] = 0.0  # a bias of -inf would not hide NaN from the next request there
+            kept[row.indices] = 0.0  # a bias of -inf would not hide NaN from the next request
 
-    def _draw_text(self, rows: list[_Row]) -> None:
+    def _sample_text(self, rows: list[_Row]) -> None:
         vocabulary = self.decoder.model.config.vocabulary
         never = {vocabulary.eoi_token_id, vocabulary.bos_token_id, vocabulary.pad_token_id} - {
             *vocabulary.eos_token_ids,
@@ -309,7 +309,7 @@ class Batcher:
                 if row.request.text_ids is not None:
                     own[row.request.text_ids :] = float("-inf")
             noise = torch.cat([row.text_noise.at(row.written)[:, 0] for row in alike])
-            for row, token in zip(alike, draw(filter_logits(logits, sampling), noise).tolist(), strict=True):
+            for row, token in zip(alike, sample_codes(logits, sampling, noise).tolist(), strict=True):
                 row.written += 1
                 if token in vocabulary.eos_token_ids:
                     row.finished = True
@@ -323,7 +323,7 @@ class Batcher:
         """Run the token that every row has just got and write it to the next column."""
         model, device = self.decoder.model, self._hidden.device
         writing = [(row, row.next) for row in self.rows if row.next is not None]
-        drawing = [row for row in self.rows if row.next is None]
+        sampling = [row for row in self.rows if row.next is None]
         text, coordinates = torch.zeros(self.max_rows, dtype=torch.int64), torch.zeros(self.max_rows, 1, 2)
         opening = []
         for row, token in writing:
@@ -337,15 +337,15 @@ class Batcher:
         embeds = model.get_input_embeddings()(text.to(device))
         positions = self.decoder.positions(coordinates.to(device)) if writing else self._nowhere.clone()
         image_positions = torch.zeros(self.max_rows, 1, dtype=torch.bool, device=device)
-        if drawing:
-            indices, codes, places = [], [], []
-            for row in drawing:
-                assert row.places is not None
+        if sampling:
+            indices, codes, placed = [], [], []
+            for row in sampling:
+                assert row.span is not None
                 indices += row.indices
                 codes += row.codes[-1:] * len(row.indices)
-                places.append(row.places[:, len(row.codes) - 1])
+                placed.append(row.span[:, len(row.codes) - 1])
             embeds[indices] = self.decoder.embed(torch.tensor(codes, device=device)).to(embeds.dtype)
-            positions[indices] = torch.cat(places)[:, None]
+            positions[indices] = torch.cat(placed)[:, None]
             image_positions[indices] = True
         if self._column == self._cache.length:
             self._move(-self._first)

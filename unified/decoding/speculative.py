@@ -2,33 +2,35 @@
 
 All modes guess a window of codes, run it through the model at once and keep the leading codes that the model confirms.
 What it says about the rest of the window, on a context that was partly wrong, becomes the next draft (Jacobi
-iteration); a place new in the window is guessed from the one above it in the image. They differ in what counts as
-confirmed:
+iteration); a position new in the window is guessed from the one above it in the image. They differ in the test that a
+draft has to pass:
 
 ``jacobi``
-    The draft equals the code that plain decoding samples with the noise of that place. The image is that of plain
+    The draft equals the code that plain decoding samples with the noise of that position. The image is that of plain
     decoding, code for code.
 ``sjd``
     Speculative Jacobi decoding (arXiv 2410.01699): a draft sampled from q is kept with probability ``min(1, p/q)``, else
-    redrawn from what p has more than q. The distribution is that of plain decoding; the image for a seed is another.
-    Keeps more drafts than ``jacobi``.
+    sampled again from the residual ``max(0, p - q)``. The distribution is that of plain decoding; the image for a seed is
+    another. Keeps more drafts than ``jacobi``.
 ``gsd``
     As ``sjd``, but a draft is judged by the probability of its group, the codes nearest to it in the model's image
-    embedding. Faster and not exact: it samples a code when the model only wanted one of its kind.
+    embedding. Faster and not exact: it samples a code when the model only wanted a similar one.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from unified.decoding.decode import check_known, paired_prompts, span_coordinates
+from unified.decoding.config import DECODING_MODES, Sampling
+from unified.decoding.decode import forced_codes, guided_logits, paired_prompts, span_coordinates
 from unified.decoding.decoder import Decoder
 from unified.decoding.prefill import Prefilled, Prompt, causal_bias, prefill
-from unified.decoding.sampling import PositionNoise, Sampling, draw, filter_logits, guide, gumbel_noise
+from unified.decoding.sampling import PositionNoise, filter_logits, gumbel_noise, sample_gumbel
 from unified.prediction.merge import Grid
 
-MODES = ("jacobi", "sjd", "gsd")
+MODES = tuple(mode for mode in DECODING_MODES if mode != "plain")
 
 
 @torch.inference_mode()
@@ -66,7 +68,7 @@ def speculate_codes(
         raise ValueError(f"window, group_size: {window} and {group_size} must be at least 2 and 1.")
     steps, count = grid[0] * grid[1], len(prompts)
     rows = paired_prompts(decoder.model, prompts, negative_prompts, sampling, generators)
-    forced = torch.full((count, steps), -1) if known is None else check_known(known, count, grid, decoder.model)
+    forced = forced_codes(known, count, grid, decoder.model)
     groups = None
     if mode == "gsd":
         if group_size not in decoder.groups:
@@ -77,10 +79,15 @@ def speculate_codes(
     for index in range(count):
         state = prefill(decoder, rows[index::count], steps)
         judge = _Judge(mode, generators[index], groups, decoder.model.config.codebook_size, grid[1], codes.device)
-        for drawn in _one_image(decoder, state, grid, sampling, judge, forced[index].to(codes.device), window):
-            codes[index, : len(drawn)] = drawn
-            furthest = max(furthest, len(drawn))
+        for done in _one_image(decoder, state, grid, sampling, judge, forced[index], window):
+            codes[index, : len(done)] = done
+            furthest = max(furthest, len(done))
             yield codes[:, :furthest]
+
+
+jacobi_codes = partial(speculate_codes, mode="jacobi")
+sjd_codes = partial(speculate_codes, mode="sjd")
+gsd_codes = partial(speculate_codes, mode="gsd")
 
 
 def _one_image(
@@ -94,9 +101,8 @@ def _one_image(
     hidden, everywhere = state.hidden[:, None], torch.ones(1, 1, dtype=torch.bool, device=known.device)
     while True:
         # Hidden states predict the codes `done`, `done + 1`, ...; the judge holds drafts for all of them but the last.
-        if sampling.guided:
-            hidden = guide(hidden[:1], hidden[1:], scales[done : done + hidden.shape[1], None])
-        confirmed = judge(filter_logits(decoder.image_logits(hidden[0]), sampling), done, known, min(window, steps))
+        logits = guided_logits(decoder, hidden, sampling, scales[done : done + hidden.shape[1], None])[0]
+        confirmed = judge(filter_logits(logits, sampling), done, known, min(window, steps))
         codes[done : done + len(confirmed)] = confirmed
         done += len(confirmed)
         yield codes[:done]
@@ -112,8 +118,8 @@ def _one_image(
 class _Judge:
     """Confirms drafts of one image and holds those of the codes that follow.
 
-    All chance is tied to places: a draft of a place is always sampled with that place's noise, so that it stays the same
-    when its distribution hardly changes. Verdicts come from a second stream.
+    Randomness is tied to positions: a draft of a position is always sampled with that position's noise, so that it stays
+    the same when its distribution hardly changes. Verdicts come from a second stream.
     """
 
     def __init__(
@@ -131,32 +137,33 @@ class _Judge:
         self.noise = PositionNoise([generator], codebook_size, device)
         self.drafts = torch.empty(0, dtype=torch.int64, device=device)
         self.proposal = torch.empty(0, codebook_size, device=device)  # distributions that the drafts were sampled from
-        self.seen = torch.empty(0, codebook_size, device=device)  # latest logits of places, from one row back on
+        self.seen = torch.empty(0, codebook_size, device=device)  # latest logits of positions, from one row back on
 
-    def __call__(self, logits: Tensor, place: int, known: Tensor, window: int) -> Tensor:
-        """Confirm the leading drafts by filtered ``logits (T, K)`` of the codes from ``place`` on; at least one code.
+    def __call__(self, logits: Tensor, position: int, known: Tensor, window: int) -> Tensor:
+        """Confirm the leading drafts by filtered ``logits (T, K)`` of the codes from ``position`` on; at least one code.
 
-        The next drafts are sampled from the same logits, those of further places from the logits of the place above.
+        The next drafts are sampled from the same logits, those of further positions from the logits of the position
+        above.
         """
         width = len(logits)
-        forced = known[place : place + width]
-        drawn = self._drawn(range(place, place + width), logits, known, place)
+        forced = known[position : position + width]
+        sampled = self._sampled(range(position, position + width), logits, known, position)
         if self.exact_image:
-            kept = _leading(drawn[:-1] == self.drafts[: width - 1])
-            confirmed = drawn[: kept + 1]
+            kept = _leading(sampled[:-1] == self.drafts[: width - 1])
+            confirmed = sampled[: kept + 1]
         else:
             probability = logits.softmax(dim=-1)
             kept = self._accepted(probability, forced)
-            last = drawn[kept : kept + 1]
+            last = sampled[kept : kept + 1]
             if kept < width - 1 and forced[kept] < 0:
-                last = self._redrawn(probability[kept], self.proposal[kept])
+                last = self._resampled(probability[kept], self.proposal[kept])
             confirmed = torch.cat([self.drafts[:kept], last])
             self.proposal = probability[kept + 1 :]
-        self.drafts = drawn[kept + 1 :]
-        beyond = place + len(confirmed)  # first place to be drafted again
+        self.drafts = sampled[kept + 1 :]
+        beyond = position + len(confirmed)  # first position to be drafted again
         missing = range(beyond + len(self.drafts), min(beyond + window - 1, len(known)))
-        first, newest = max(0, place - self.columns), place + width - 1  # the places that `seen` reaches from and to
-        seen = torch.cat([self.seen[: place - first], logits])
+        first, newest = max(0, position - self.columns), position + width - 1  # `seen` reaches from and to
+        seen = torch.cat([self.seen[: position - first], logits])
         if missing:
             above = torch.arange(missing.start, missing.stop, device=known.device) - self.columns
             above = above.clamp_max(newest).where(above >= 0, newest)  # the first row has none above it
@@ -164,16 +171,16 @@ class _Judge:
         self.seen = seen[max(0, beyond - self.columns) - first :]
         return confirmed
 
-    def _draft(self, places: range, logits: Tensor, known: Tensor, first: int) -> None:
-        """Add drafts of places by ``logits`` of others, with noise from place ``first`` on."""
-        self.drafts = torch.cat([self.drafts, self._drawn(places, logits, known, first)])
+    def _draft(self, positions: range, logits: Tensor, known: Tensor, first: int) -> None:
+        """Add drafts of positions by ``logits`` of others, with noise from position ``first`` on."""
+        self.drafts = torch.cat([self.drafts, self._sampled(positions, logits, known, first)])
         if not self.exact_image:
             self.proposal = torch.cat([self.proposal, logits.softmax(dim=-1)])
 
-    def _drawn(self, places: range, logits: Tensor, known: Tensor, first: int) -> Tensor:
-        """Codes of places, the known ones or sampled from ``logits``; the noise from place ``first`` on is kept."""
-        forced, noise = known[places.start : places.stop], self.noise.at(first, places.stop - first)[0]
-        return torch.where(forced < 0, draw(logits, noise[places.start - first :]), forced)
+    def _sampled(self, positions: range, logits: Tensor, known: Tensor, first: int) -> Tensor:
+        """Codes of positions, known or sampled from ``logits``; the noise from position ``first`` on is kept."""
+        forced, noise = known[positions.start : positions.stop], self.noise.at(first, positions.stop - first)[0]
+        return torch.where(forced < 0, sample_gumbel(logits, noise[positions.start - first :]), forced)
 
     def _accepted(self, probability: Tensor, forced: Tensor) -> int:
         """Number of leading drafts that speculative sampling keeps."""
@@ -184,11 +191,11 @@ class _Judge:
         chance = torch.rand(width - 1, generator=self.verdicts, device=self.verdicts.device).to(wanted.device)
         return _leading((chance * offered < wanted) | (forced[:-1] >= 0))
 
-    def _redrawn(self, wanted: Tensor, offered: Tensor) -> Tensor:
-        """One code from what ``wanted (K,)`` has more than ``offered``."""
+    def _resampled(self, wanted: Tensor, offered: Tensor) -> Tensor:
+        """One code from the residual of ``wanted (K,)`` over ``offered``."""
         rest = (wanted - offered).clamp_min(0)
         rest = rest if bool(rest.any()) else wanted  # equal up to rounding
-        return draw(rest.log()[None], gumbel_noise([self.verdicts], len(rest), rest.device))
+        return sample_gumbel(rest.log()[None], gumbel_noise([self.verdicts], len(rest), rest.device))
 
 
 def _leading(good: Tensor) -> int:

@@ -1,4 +1,4 @@
-"""What people hand to a pipeline, checked and turned into ids, grids and generators."""
+"""Prompts, sizes, generators and known codes that a pipeline is called with: checked, and arranged as one batch."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from unified.config import UnifiedConfig
-from unified.decoding import Prompt, Sampling, iterate_codes
+from unified.decoding import DECODING_MODES, Prompt, Sampling
 from unified.decoding.decoder import Decoder
-from unified.decoding.speculative import MODES, speculate_codes
+from unified.pipeline.options import GenerationOptions
 from unified.prediction.merge import Grid
 from unified_tokenizers import ImageTokenizer, TextTokenizer
 
 
 def check_parts(config: UnifiedConfig, image_tokenizer: ImageTokenizer, text_tokenizer: TextTokenizer) -> None:
-    """Refuse tokenizers that a model was not trained with; what its config does not know of the text one is set there.
+    """Refuse tokenizers that a model was not trained with.
 
     Raises:
         ValueError: naming the tokenizer.
@@ -41,11 +41,9 @@ def check_parts(config: UnifiedConfig, image_tokenizer: ImageTokenizer, text_tok
             f"text_tokenizer: fingerprint {actual} is not the one that the model was trained with ({expected}); its ids "
             "would mean other words."
         )
-    config.text_tokenizer_fingerprint = actual
 
 
-DECODING = ("plain", *MODES)
-GUIDANCE_SCALE = 3.0  # of images, unless told otherwise
+# Prompts
 
 
 def as_prompts(prompt: Any) -> list[str]:
@@ -54,57 +52,87 @@ def as_prompts(prompt: Any) -> list[str]:
     if not isinstance(texts, Sequence) or not texts:
         raise ValueError(f"prompt: {prompt!r} is not a caption; give a non-empty string, or a list of them.")
     for text in texts:
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"prompt: {text!r} is not a caption; give a non-empty string.")
+        check_prompt(text)
     return list(texts)
+
+
+def check_prompt(text: Any) -> None:
+    """Refuse anything but a caption with something in it. Raises ValueError."""
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"prompt: {text!r} is not a caption; give a non-empty string.")
+    check_unicode(text, "prompt")
 
 
 def as_negatives(negative_prompt: Any, count: int) -> list[str]:
     """One negative prompt per caption, "" for none. Raises ValueError on another number or type."""
     if negative_prompt is None or isinstance(negative_prompt, str):
-        return [negative_prompt or ""] * count
-    if not isinstance(negative_prompt, Sequence) or not all(isinstance(text, str) for text in negative_prompt):
+        texts = [negative_prompt or ""] * count
+    elif not isinstance(negative_prompt, Sequence) or not all(isinstance(text, str) for text in negative_prompt):
         raise ValueError(f"negative_prompt: {negative_prompt!r} is not a string or a list of strings.")
-    if len(negative_prompt) != count:
-        raise ValueError(f"negative_prompt: {len(negative_prompt)} given for {count} prompts; give one, or one each.")
-    return list(negative_prompt)
+    else:
+        texts = list(negative_prompt)
+    if len(texts) != count:
+        raise ValueError(f"negative_prompt: {len(texts)} given for {count} prompts; give one, or one each.")
+    for text in texts:
+        check_unicode(text, "negative_prompt")
+    return texts
 
 
-def known_grid(config: UnifiedConfig, stride: int, height: int | None, width: int | None) -> Grid:
+def check_unicode(text: str, name: str) -> None:
+    """Refuse lone surrogates, which stand for bytes that were not UTF-8. Raises ValueError, which calls the text ``name``."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError(f"{name}: {text!a} is not valid Unicode; give it in UTF-8.")
+
+
+def check_room(prompts: Sequence[str], tokenizer: TextTokenizer, config: UnifiedConfig, grid: Grid, name: str) -> None:
+    """Refuse prompts that leave no room for an image behind them. Raises ValueError, which calls them ``name``."""
+    limit = config.text_config.max_position_embeddings - grid[0] * grid[1] - 2
+    for text in prompts:
+        count = len(token_ids(text, tokenizer))
+        if count > limit:
+            raise ValueError(
+                f"{name}: {count} tokens, the model has room for {limit} beside the image; shorten {text!r}."
+            )
+
+
+def token_ids(text: str, tokenizer: TextTokenizer) -> list[int]:
+    """Ids of a prompt as in training; none for an empty one."""
+    return tokenizer.encode(text.strip()) if text.strip() else []
+
+
+def image_prompt(text: str, tokenizer: TextTokenizer, config: UnifiedConfig) -> Prompt:
+    """``<bos> text <boi>``."""
+    start = [] if config.vocabulary.bos_token_id is None else [config.vocabulary.bos_token_id]
+    return Prompt((*start, *token_ids(text, tokenizer), config.boi_token_id))
+
+
+# Sizes
+
+
+def trained_grids(config: UnifiedConfig) -> list[Grid]:
+    """Code grids that a model was trained on. Raises ValueError if it does not say."""
+    if not config.image_grids:
+        raise ValueError("height, width: the model does not say which grids it was trained on; give both.")
+    return [(int(height), int(width)) for height, width in config.image_grids]
+
+
+def code_grid(config: UnifiedConfig, stride: int, height: int | None, width: int | None) -> Grid:
     """Code grid of an image of ``height`` x ``width`` pixels; None stands for the model's first grid.
 
     Raises:
         ValueError: if the model was not trained on it.
     """
-    known = [(int(h), int(w)) for h, w in config.image_grids or []]
-    sizes = ", ".join(f"{h * stride}x{w * stride}" for h, w in known)
-    if (height is None or width is None) and not known:
-        raise ValueError("height, width: the model does not say which grids it was trained on; give both.")
-    height = known[0][0] * stride if height is None else height
-    width = known[0][1] * stride if width is None else width
-    for name, value in (("height", height), ("width", width)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}: {value!r} is not a whole number of pixels.")
-    grid = (height // stride, width // stride)
+    if height is None or width is None:
+        first = trained_grids(config)[0]
+        height, width = height or first[0] * stride, width or first[1] * stride
+    grid, known = (height // stride, width // stride), config.image_grids and trained_grids(config)
     if height % stride or width % stride or (known and grid not in known):
-        raise ValueError(
-            f"height, width: {height}x{width} is not a size that the model was trained on ({sizes or f'multiples of {stride}'})."
-        )
+        sizes = ", ".join(f"{h * stride}x{w * stride}" for h, w in known or []) or f"multiples of {stride}"
+        raise ValueError(f"height, width: {height}x{width} is not a size that the model was trained on ({sizes}).")
     return grid
 
 
-def drawing_prompt(
-    text: str, tokenizer: TextTokenizer, config: UnifiedConfig, grid: Grid, name: str = "prompt"
-) -> Prompt:
-    """``<bos> text <boi>``. Raises ValueError, which calls the text ``name``, if the image has no room behind it."""
-    ids = tokenizer.encode(text.strip()) if text.strip() else []
-    limit = config.text_config.max_position_embeddings - grid[0] * grid[1] - 2
-    if len(ids) > limit:
-        raise ValueError(
-            f"{name}: {len(ids)} tokens, the model has room for {limit} beside the image; shorten {text!r}."
-        )
-    start = [] if config.vocabulary.bos_token_id is None else [config.vocabulary.bos_token_id]
-    return Prompt((*start, *ids, config.boi_token_id))
+# Generators and known codes
 
 
 def per_image(
@@ -139,26 +167,6 @@ def per_image(
     return list(generator)
 
 
-def check_whole(name: str, value: Any, least: int = 1) -> None:
-    """Refuse anything but a whole number of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}: {value!r} must be a whole number of at least {least}.")
-
-
-def check_call(callback: Any = None, known: Any = None, text_sampling: Any = None, image_sampling: Any = None) -> None:
-    """Refuse arguments of a pipeline's methods that are of another type. Raises ValueError naming the argument."""
-    if callback is not None and not callable(callback):
-        raise ValueError(f"callback_on_step_end: {callback!r} is not a function.")
-    if known is not None:
-        number = isinstance(known, Tensor) and not known.is_floating_point() and not known.is_complex()
-        if not number or known.dtype == torch.bool:
-            kind = known.dtype if isinstance(known, Tensor) else type(known).__name__
-            raise ValueError(f"known: {kind} is not a tensor of integer codes; give int64, -1 where the model draws.")
-    for name, sampling in (("text_sampling", text_sampling), ("image_sampling", image_sampling)):
-        if sampling is not None and not isinstance(sampling, Sampling):
-            raise ValueError(f"{name}: {sampling!r} is not a unified.decoding.Sampling.")
-
-
 def one_per_image(codes: Tensor, name: str, prompts: int, images_per_prompt: int) -> Tensor:
     """Grids ``(n, h, w)`` that are given once for all, per prompt or per image, as one per image.
 
@@ -171,9 +179,43 @@ def one_per_image(codes: Tensor, name: str, prompts: int, images_per_prompt: int
     return codes.repeat_interleave(count // len(codes), dim=0)
 
 
-@dataclass
-class Drawing:
-    """A batch of images to be generated, one row each; the fields are arguments of the decoding loops."""
+def check_known(known: Any) -> None:
+    """Refuse known codes that are no tensor of integers. Raises ValueError."""
+    number = isinstance(known, Tensor) and not known.is_floating_point() and not known.is_complex()
+    if not number or known.dtype == torch.bool:
+        kind = known.dtype if isinstance(known, Tensor) else type(known).__name__
+        raise ValueError(f"known: {kind} is not a tensor of integer codes; give int64, -1 where the model samples.")
+
+
+def check_callback(callback: Any) -> None:
+    """Refuse a callback that cannot be called. Raises ValueError."""
+    if callback is not None and not callable(callback):
+        raise ValueError(f"callback_on_step_end: {callback!r} is not a function.")
+
+
+def check_sampling(sampling: Any, name: str) -> None:
+    """Refuse anything but a Sampling or None. Raises ValueError, which calls it ``name``."""
+    if sampling is not None and not isinstance(sampling, Sampling):
+        raise ValueError(f"{name}: {sampling!r} is not a unified.decoding.Sampling.")
+
+
+# All of it
+
+
+@dataclass(eq=False)
+class ImageBatch:
+    """Images to be sampled in one call, those of a caption side by side, and the state of that call.
+
+    Attributes:
+        rows, negatives: a prompt and its unconditional side per image.
+        grid: code grid of all images.
+        sampling: guidance and filters.
+        generators: one per image.
+        known: ``(N, h, w)`` codes that are forced, -1 where the model samples; None for no such codes.
+        decoding: name of the decoding mode.
+        interrupted: whether sampling shall stop, or has stopped, before its end.
+        thread: the thread that samples.
+    """
 
     rows: list[Prompt]
     negatives: list[Prompt]
@@ -181,43 +223,51 @@ class Drawing:
     sampling: Sampling
     generators: list[torch.Generator]
     known: Tensor | None
-    mode: str
+    decoding: str
+    interrupted: bool = False
+    thread: int = 0
 
-    def codes(self, decoder: Decoder) -> Iterator[Tensor]:
+    def iterate_codes(self, decoder: Decoder) -> Iterator[Tensor]:
         """The codes so far ``(N, n)``, growing; -1 where an image has none yet."""
-        arguments = (decoder, self.rows, self.negatives, self.grid, self.sampling, self.generators, self.known)
-        return iterate_codes(*arguments) if self.mode == "plain" else speculate_codes(*arguments, mode=self.mode)
+        decode = DECODING_MODES[self.decoding]
+        return decode(decoder, self.rows, self.negatives, self.grid, self.sampling, self.generators, self.known)
 
 
-def plan_drawing(
+def arrange_batch(
     config: UnifiedConfig,
     tokenizer: TextTokenizer,
-    grid: Grid,
+    stride: int,
     prompt: Any,
     negative_prompt: Any,
-    images_per_prompt: int,
-    sampling: Sampling,
+    options: GenerationOptions,
     generator: Any,
-    known: Tensor | None,
-    mode: str,
-) -> Drawing:
-    """Check the arguments of a pipeline's call and lay them out, the images of one caption side by side.
+    known: Tensor | None = None,
+) -> ImageBatch:
+    """Turn the arguments of a call into one row per image.
+
+    Args:
+        config: of the model.
+        tokenizer: of its text.
+        stride: pixels per code.
+        prompt, negative_prompt, options, generator, known: as for :class:`unified.UnifiedPipeline`.
 
     Raises:
         ValueError: naming the argument that is wrong.
     """
-    prompts = as_prompts(prompt)
+    grid = code_grid(config, stride, options.height, options.width)
+    options.sampling.check_schedule(grid[0] * grid[1])
+    prompts, each = as_prompts(prompt), options.num_images_per_prompt
     negatives = as_negatives(negative_prompt, len(prompts))
-    check_whole("num_images_per_prompt", images_per_prompt)
-    if mode not in DECODING:
-        raise ValueError(f"decoding: {mode!r} is unknown; use one of {DECODING}.")
+    check_room(prompts, tokenizer, config, grid, "prompt")
+    check_room(negatives, tokenizer, config, grid, "negative_prompt")
     if known is not None:
+        check_known(known)
         if tuple(known.shape[1:]) != tuple(grid):
             raise ValueError(f"known: shape {tuple(known.shape)}, need (N, {grid[0]}, {grid[1]}) for this size.")
-        known = one_per_image(known, "known", len(prompts), images_per_prompt).long()
+        known = one_per_image(known, "known", len(prompts), each).long()
     rows, opposite = (
-        [drawing_prompt(text, tokenizer, config, grid, name) for text in texts for _ in range(images_per_prompt)]
-        for name, texts in (("prompt", prompts), ("negative_prompt", negatives))
+        [row for text in texts for row in [image_prompt(text, tokenizer, config)] * each]
+        for texts in (prompts, negatives)
     )
-    generators = per_image(generator, len(prompts), images_per_prompt)
-    return Drawing(rows, opposite, grid, sampling, generators, known, mode)
+    generators = per_image(generator, len(prompts), each)
+    return ImageBatch(rows, opposite, grid, options.sampling, generators, known, options.decoding)

@@ -1,4 +1,4 @@
-"""Pictures to text, and text and images in turn."""
+"""Images to text, and text and images in turn."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,8 @@ from unified.config import UnifiedConfig
 from unified.decoding import Prompt, Sampling
 from unified.decoding.continuous_batching import Batcher, Request
 from unified.decoding.decoder import Decoder
-from unified.pipeline.arguments import check_whole
+from unified.pipeline.arguments import check_unicode
+from unified.pipeline.options import check_whole
 from unified.prediction.merge import Grid
 from unified.sequence import ImageSegment, Segment, TextSegment, build_sequence
 from unified_tokenizers import ImageTokenizer, TextTokenizer
@@ -20,7 +21,7 @@ Message = str | Image.Image
 
 
 def as_segments(messages: Any, image_tokenizer: ImageTokenizer, text_tokenizer: TextTokenizer) -> list[Segment]:
-    """Messages of one conversation as segments that are not learned.
+    """Messages of one conversation as segments, none of them in the loss.
 
     Raises:
         ValueError: for an empty conversation, an empty text, or anything but texts and images.
@@ -32,6 +33,7 @@ def as_segments(messages: Any, image_tokenizer: ImageTokenizer, text_tokenizer: 
         if isinstance(message, Image.Image):
             segments.append(ImageSegment(image_tokenizer.encode(to_tensor([message]))[0].cpu(), loss=False))
         elif isinstance(message, str) and message.strip():
+            check_unicode(message, "messages")
             segments.append(TextSegment(text_tokenizer.encode(message.strip()), loss=False))
         else:
             raise ValueError(f"messages: {message!r} is neither a text nor a PIL image.")
@@ -50,7 +52,7 @@ def continue_conversations(
     max_images: int,
     batch_size: int = 16,
 ) -> list[list[Segment]]:
-    """What a model says next in each conversation; rows write and sample in one batch.
+    """The model's reply in each conversation; texts and images of all rows are generated in one batch.
 
     Raises:
         ValueError: if a limit is not a whole number, or a conversation does not fit the model's context.
@@ -76,7 +78,7 @@ def continue_conversations(
         )
     rows = min(batch_size, len(requests)) * requests[0].rows
     replies = Batcher(decoder, rows, longest + new).run(requests)
-    for generator in generators:  # texts are sampled from copies; the next call shall say something else
+    for generator in generators:  # texts are sampled from copies; the next call shall reply differently
         torch.rand((), generator=generator, device=generator.device)
     return replies
 

@@ -1,4 +1,4 @@
-"""Pictures as known codes: masks, shares that are kept, larger canvases, and images that are not finished."""
+"""Images as known codes: masks, shares that are kept, larger canvases, and images that are not finished."""
 
 from collections.abc import Sequence
 
@@ -13,10 +13,10 @@ from unified_tokenizers.images import as_rgb, to_tensor
 
 def as_images(images: Image.Image | Sequence[Image.Image], name: str = "image") -> list[Image.Image]:
     """One image or several as a list. Raises ValueError for anything else, which it calls ``name``."""
-    pictures = [images] if isinstance(images, Image.Image) else images
-    if not isinstance(pictures, Sequence) or not pictures or not all(isinstance(p, Image.Image) for p in pictures):
+    several = [images] if isinstance(images, Image.Image) else images
+    if not isinstance(several, Sequence) or not several or not all(isinstance(each, Image.Image) for each in several):
         raise ValueError(f"{name}: {images!r} is not a PIL image; give one, or a list of them.")
-    return list(pictures)
+    return list(several)
 
 
 def codes_to_keep(
@@ -29,7 +29,7 @@ def codes_to_keep(
     Args:
         tokenizer: the pipeline's image tokenizer.
         image: one image or several, of one size.
-        mask_image: as many masks of the same size; what is brighter than middle grey is to be redrawn.
+        mask_image: as many masks of the same size; what is brighter than middle grey is generated again.
 
     Returns:
         ``(N, h, w)``.
@@ -37,21 +37,21 @@ def codes_to_keep(
     Raises:
         ValueError: if a mask has another size or there are more or fewer masks than images.
     """
-    pictures = as_images(image)
-    codes = tokenizer.encode(to_tensor(pictures))
+    images = as_images(image)
+    codes = tokenizer.encode(to_tensor(images))
     if mask_image is None:
         return codes
     masks = as_images(mask_image, "mask_image")
-    if len(masks) != len(pictures):
-        raise ValueError(f"mask_image: {len(masks)} masks for {len(pictures)} images; give one mask per image.")
-    for picture, mask in zip(pictures, masks, strict=True):
-        if picture.size != mask.size:
+    if len(masks) != len(images):
+        raise ValueError(f"mask_image: {len(masks)} masks for {len(images)} images; give one mask per image.")
+    for each, mask in zip(images, masks, strict=True):
+        if each.size != mask.size:
             raise ValueError(
-                f"mask_image: {mask.width}x{mask.height} pixels, the image has {picture.width}x{picture.height}; resize it."
+                f"mask_image: {mask.width}x{mask.height} pixels, the image has {each.width}x{each.height}; resize it."
             )
     stride = tokenizer.downsample
-    redraw = torch.from_numpy(np.stack([np.asarray(mask.convert("L")) for mask in masks]) > 127)
-    touched = redraw.unfold(1, stride, stride).unfold(2, stride, stride).any(dim=-1).any(dim=-1)
+    bright = torch.from_numpy(np.stack([np.asarray(mask.convert("L")) for mask in masks]) > 127)
+    touched = bright.unfold(1, stride, stride).unfold(2, stride, stride).any(dim=-1).any(dim=-1)
     return codes.masked_fill(touched.to(codes.device), -1)
 
 
@@ -94,14 +94,14 @@ def outpainting_canvas(
 
 
 def unfinished_images(tokenizer: ImageTokenizer, codes: Tensor) -> Tensor:
-    """Decode ``(N, h, w)`` codes to ``(N, 3, H, W)``; cells of -1, which nobody has sampled yet, are grey."""
+    """Decode ``(N, h, w)`` codes to ``(N, 3, H, W)``; cells of -1, which are not sampled yet, are grey."""
     missing = codes < 0
     if not bool(missing.any()):
         return tokenizer.decode(codes)
     # The decoder looks across cells: what is missing repeats the code before it, which harms its neighbours least.
     flat = codes.flatten(1)
     last = torch.arange(flat.shape[1], device=flat.device).where(flat >= 0, 0).cummax(dim=1).values
-    pictures = tokenizer.decode(flat.gather(1, last).clamp_min(0).reshape(codes.shape))
+    images = tokenizer.decode(flat.gather(1, last).clamp_min(0).reshape(codes.shape))
     stride = tokenizer.downsample
     hidden = missing.repeat_interleave(stride, dim=1).repeat_interleave(stride, dim=2)
-    return pictures.masked_fill(hidden[:, None].to(pictures.device), 0.0)
+    return images.masked_fill(hidden[:, None].to(images.device), 0.0)

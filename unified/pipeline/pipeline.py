@@ -1,11 +1,13 @@
 """`UnifiedPipeline`: text and images in, images and text out."""
 
-import inspect
+import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
-from typing import Any
+from threading import RLock, get_ident
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -14,54 +16,82 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from unified.decoding import Sampling, make_decoder
+from unified.decoding import Sampling
 from unified.decoding.decoder import Decoder
-from unified.decoding.weights_state import weights_state
+from unified.decoding.decoder_cache import DecoderCache
 from unified.hub import local_folder
-from unified.lora.adapters import base_of
-from unified.lora.switching import save_fused
+from unified.lora.adapters import base_of, load_lora, unload_lora
+from unified.lora.switching import (
+    adapter_state,
+    delete_adapters,
+    fuse_lora,
+    save_fused,
+    set_adapters,
+    switch,
+    unfuse_lora,
+)
 from unified.model.modeling import UnifiedForCausalLM
 from unified.model_card import combined_card, read_card
 from unified.pipeline.arguments import (
-    GUIDANCE_SCALE,
-    Drawing,
+    ImageBatch,
+    arrange_batch,
     as_prompts,
-    check_call,
+    check_callback,
     check_parts,
-    check_whole,
-    known_grid,
+    check_prompt,
+    check_sampling,
+    code_grid,
     one_per_image,
     per_image,
-    plan_drawing,
 )
-from unified.pipeline.chat import check_sizes
+from unified.pipeline.chat import as_messages, as_segments, check_sizes, continue_conversations
 from unified.pipeline.editing import as_images, codes_to_keep, share_to_keep, unfinished_images
-from unified.pipeline.lora_methods import LoraMethods
-from unified.pipeline.text_methods import TextMethods
+from unified.pipeline.options import GenerationOptions, check_whole
 from unified_tokenizers import AutoImageTokenizer, ImageTokenizer, TextTokenizer, load_text_tokenizer
 from unified_tokenizers.images import to_pil
 
 PIPELINE_FILE = "pipeline.json"
 OUTPUT_TYPES = ("pil", "np", "pt", "codes")
 StepCallback = Callable[["UnifiedPipeline", int, int, dict[str, Tensor]], Any]
+Generators = torch.Generator | Sequence[torch.Generator] | None
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass
 class UnifiedPipelineOutput:
-    """Pictures in the requested form and their codes ``(N, h, w)``, -1 where sampling was interrupted."""
+    """Images in the requested form and their codes ``(N, h, w)``, -1 where sampling was interrupted."""
 
     images: list[Image.Image] | np.ndarray | Tensor
     codes: Tensor
     interrupted: bool = False
 
 
-class UnifiedPipeline(LoraMethods, TextMethods):
+def one_at_a_time(
+    method: Callable[Concatenate["UnifiedPipeline", P], R],
+) -> Callable[Concatenate["UnifiedPipeline", P], R]:
+    """Let one thread at a time use the model. A method may call another one, and so may a callback."""
+
+    @functools.wraps(method)
+    def locked(self: "UnifiedPipeline", *args: P.args, **kwargs: P.kwargs) -> R:
+        with self.lock:
+            return method(self, *args, **kwargs)
+
+    return locked
+
+
+class UnifiedPipeline:
     """A unified model with its image and text tokenizer.
+
+    It may be used from several threads: their calls take turns, and each samples what it samples alone.
 
     Args:
         model: the language model.
         image_tokenizer: the tokenizer whose codes the model was trained on.
         text_tokenizer: the tokenizer of its text ids.
+
+    Attributes:
+        lock: held while the model is in use.
 
     Raises:
         ValueError: if the parts do not belong together.
@@ -69,16 +99,18 @@ class UnifiedPipeline(LoraMethods, TextMethods):
 
     def __init__(self, model: UnifiedForCausalLM, image_tokenizer: ImageTokenizer, text_tokenizer: TextTokenizer):
         check_parts(model.config, image_tokenizer, text_tokenizer)
+        model.config.text_tokenizer_fingerprint = text_tokenizer.fingerprint
         self.model: UnifiedForCausalLM | PeftModel = model.eval()
         self.image_tokenizer = image_tokenizer
         self.text_tokenizer = text_tokenizer
+        self.lock = RLock()
+        self._calls: list[ImageBatch] = []  # in progress; the one that sampled last is at the end
+        self._decoders = DecoderCache()
         self._progress_bar: dict[str, Any] = {}
-        self._interrupted = False
         self._card: str | None = None  # text of the folder's README.md, and of its adapters' by name
         self._adapter_cards: dict[str, str | None] = {}
-        self._fast: dict[str, bool] = {}  # options of the decoder
-        self._kept: Decoder | None = None  # kept between calls
-        self._kept_state: Any = None  # weights and adapters that it was made of
+
+    # Folders, devices
 
     @classmethod
     def from_pretrained(
@@ -105,14 +137,18 @@ class UnifiedPipeline(LoraMethods, TextMethods):
         pipe._card = read_card(folder)
         return pipe
 
+    @one_at_a_time
     def save_pretrained(
         self, save_directory: str | Path, state_dict: dict[str, Tensor] | None = None, card: str | None = None
     ) -> None:
         """Write the model and both tokenizers: safetensors, JSON and the sentencepiece model; no pickle.
 
-        Fused adapters are part of the weights that are written. ``state_dict`` replaces the model's own weights, for models
-        whose weights are cut over processes; ``card`` is the text of a ``README.md`` beside them, by default that of the folder
-        it came from, with those of fused adapters.
+        Fused adapters are part of the weights that are written.
+
+        Args:
+            save_directory: folder to write.
+            state_dict: weights in place of the model's own, for models whose weights are cut over processes.
+            card: text of a ``README.md``; by default that of the folder it came from, with those of fused adapters.
 
         Raises:
             ValueError: if adapters are loaded and not fused: those are saved with ``unified.lora.adapters.save_lora``.
@@ -136,17 +172,14 @@ class UnifiedPipeline(LoraMethods, TextMethods):
         if card is not None:
             (folder / "README.md").write_text(card, encoding="utf-8")
 
+    @one_at_a_time
     def to(self, *args: Any, **kwargs: Any) -> "UnifiedPipeline":
         """Move the model and the image tokenizer to a device; a dtype goes to the model only."""
+        self._decoders.free()  # the old device shall have its memory back now
         self.model.to(*args, **kwargs)
-        self._kept = None
         if isinstance(self.image_tokenizer, torch.nn.Module):
             self.image_tokenizer.to(self.model.device)
         return self
-
-    def set_progress_bar_config(self, **kwargs: Any) -> None:
-        """Options for the tqdm bar, such as ``disable=True``."""
-        self._progress_bar = kwargs
 
     @property
     def device(self) -> torch.device:
@@ -162,55 +195,69 @@ class UnifiedPipeline(LoraMethods, TextMethods):
     def default_size(self) -> tuple[int, int]:
         """Height and width in pixels of the first grid that the model was trained on."""
         stride = self.image_tokenizer.downsample
-        height, width = known_grid(base_of(self.model).config, stride, None, None)
+        height, width = code_grid(base_of(self.model).config, stride, None, None)
         return height * stride, width * stride
 
+    def set_progress_bar_config(self, **kwargs: Any) -> None:
+        """Options for the tqdm bar, such as ``disable=True``."""
+        self._progress_bar = kwargs
+
+    # Images
+
+    @one_at_a_time
     def __call__(
         self,
         prompt: str | Sequence[str],
         height: int | None = None,
         width: int | None = None,
-        guidance_scale: float = GUIDANCE_SCALE,
+        guidance_scale: float = GenerationOptions.guidance_scale,
         negative_prompt: str | Sequence[str] | None = None,
         num_images_per_prompt: int = 1,
+        generator: Generators = None,
+        output_type: str = "pil",
+        callback_on_step_end: StepCallback | None = None,
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
-        output_type: str = "pil",
-        callback_on_step_end: StepCallback | None = None,
         guidance_schedule: str | Callable[[float], float] = "constant",
         decoding: str = "plain",
         known: Tensor | None = None,
     ) -> UnifiedPipelineOutput:
-        """Draw images for prompts.
+        """Generate images for prompts.
 
         Args:
             prompt: one caption or several.
-            height, width: size in pixels; a grid that the model was trained on. Default: its first one.
-            guidance_scale: classifier-free guidance; 1 switches it off.
+            height, width, guidance_scale, num_images_per_prompt, temperature, top_k, top_p, guidance_schedule, decoding: see
+                :class:`unified.pipeline.options.GenerationOptions`.
             negative_prompt: what to steer away from; one for all, or one per prompt. Default: the empty caption.
-            num_images_per_prompt: images per caption; those of one caption are adjacent in the output.
-            temperature, top_k, top_p: see :class:`unified.decoding.Sampling`.
             generator: one ``torch.Generator`` per image, or one that generates the first and seeds the others; fixes the
-                result, whatever else is in the batch. The same one with another caption meets the same noise.
-            output_type: ``pil``; float32 in [0, 1] as ``np`` (N, H, W, 3) or ``pt`` (N, 3, H, W); or ``codes``.
+                images. Image i depends on its generator alone, not on the batch; the same generator with another caption
+                meets the same noise.
+            output_type: ``pil``; ``np``, ``(N, H, W, 3)``, or ``pt``, ``(N, 3, H, W)``, floats in [0, 1]; or ``codes``.
             callback_on_step_end: called as ``f(pipeline, step, timestep, {"codes": (N, step + 1)})`` after every code, with
                 speculative decoding after every pass; -1 stands for codes that an image does not have yet. Timestep and
-                step are the same here, and what it returns is not looked at: codes that are sampled stay.
-            guidance_schedule: see :class:`unified.decoding.Sampling`.
-            decoding: ``plain``; ``jacobi`` (the same images) or ``sjd`` (the same distribution), often faster for few
-                images; ``gsd``, faster and not exact. See :mod:`unified.decoding.speculative`.
-            known: ``(N, h, w)`` codes that are forced, -1 where the model generates; one for all, per prompt or per image.
+                step are the same here, and its result is ignored: codes that are sampled stay.
+            known: ``(N, h, w)`` codes that are forced, -1 where the model samples; one for all, per prompt or per image.
 
         Raises:
             ValueError: for an empty or too long prompt, a size the model does not know, lists of the wrong length,
                 or an unknown ``output_type`` or ``decoding``.
         """
-        sampling = Sampling(guidance_scale, temperature, top_k, top_p, guidance_schedule)
-        *_, output = self._draw(prompt, height, width, sampling, negative_prompt, num_images_per_prompt, generator,
-                                output_type, callback_on_step_end, decoding, known, None)  # fmt: skip
-        return output
+        # 1. Check inputs
+        options = GenerationOptions(
+            height, width, guidance_scale, num_images_per_prompt, temperature, top_k, top_p, guidance_schedule, decoding
+        )
+        check_output_type(output_type)
+        check_callback(callback_on_step_end)
+
+        # 2. Arrange the batch: one row of ids, one unconditional row and one generator per image
+        batch = self._arrange(prompt, negative_prompt, options, generator, known)
+
+        # 3. Sample the codes
+        *_, codes = self._sample(batch, callback_on_step_end)
+
+        # 4. Decode them to images
+        return self._output(codes, batch, output_type)
 
     def stream(
         self,
@@ -219,167 +266,376 @@ class UnifiedPipeline(LoraMethods, TextMethods):
         image: Image.Image | Sequence[Image.Image] | None = None,
         mask_image: Image.Image | Sequence[Image.Image] | None = None,
         keep: float | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        generator: Generators = None,
+        output_type: str = "pil",
+        callback_on_step_end: StepCallback | None = None,
+        known: Tensor | None = None,
         **options: Any,
     ) -> Iterator[UnifiedPipelineOutput]:
-        """Draw images for prompts and show them on the way.
+        """Generate images for prompts and show them on the way; other calls may come in between two previews.
 
         Args:
-            prompt: one caption or several.
+            prompt, negative_prompt, generator, output_type, callback_on_step_end, known: as in :meth:`__call__`.
             preview_every: codes between two previews; default one row of the grid.
             image, mask_image: as in :meth:`inpaint`.
             image, keep: as in :meth:`variation`.
-            options: all other arguments of :meth:`__call__`.
+            options: those of :class:`unified.pipeline.options.GenerationOptions`.
 
-        Yields:
-            Outputs whose images are grey, and whose codes are -1, where nothing is sampled or known; the last one is complete.
+        Returns:
+            An iterator over outputs whose images are grey, and whose codes are -1, where nothing is sampled or known; the
+            last one is complete.
 
         Raises:
-            ValueError: as :meth:`__call__`, when the first preview is asked for.
+            ValueError: as :meth:`__call__`.
         """
-        if image is not None or mask_image is not None or keep is not None:
-            if image is None or (mask_image is None) == (keep is None):
-                raise ValueError(
-                    "image: goes with mask_image to inpaint, or with keep for a variation; give two of them."
-                )
-            options = self._edited(prompt, image, mask_image, keep, options)
-        bound = inspect.signature(self.__call__).bind(prompt, **options)
-        bound.apply_defaults()
-        given = bound.arguments
-        names = ("guidance_scale", "temperature", "top_k", "top_p", "guidance_schedule")
-        sampling = Sampling(*(given.pop(name) for name in names))
-        given["on_step"] = given.pop("callback_on_step_end")
+        edits = [mask_image is not None, keep is not None]
+        if (image is not None) != any(edits) or all(edits):
+            raise ValueError("image: goes with mask_image to inpaint, or with keep for a variation; give two of them.")
         if preview_every is not None:
             check_whole("preview_every", preview_every)
-        yield from self._draw(sampling=sampling, preview_every=preview_every or 0, **given)  # 0 stands for one row
-
-    def _draw(
-        self,
-        prompt: Any,
-        height: int | None,
-        width: int | None,
-        sampling: Sampling,
-        negative_prompt: Any,
-        num_images_per_prompt: int,
-        generator: Any,
-        output_type: str,
-        on_step: StepCallback | None,
-        decoding: str,
-        known: Tensor | None,
-        preview_every: int | None,
-    ) -> Iterator[UnifiedPipelineOutput]:
-        """Previews, unless ``preview_every`` is None, and the finished images."""
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type: {output_type!r} is unknown; use one of {OUTPUT_TYPES}.")
-        check_call(callback=on_step, known=known)
-        config = base_of(self.model).config
-        grid = known_grid(config, self.image_tokenizer.downsample, height, width)
-        drawing = plan_drawing(config, self.text_tokenizer, grid, prompt, negative_prompt, num_images_per_prompt,
-                               sampling, generator, known, decoding)  # fmt: skip
-        count, steps, shown = len(drawing.rows), grid[0] * grid[1], 0
-        every = grid[1] if preview_every == 0 else preview_every
-        self._interrupted = False
-        with tqdm(total=count * steps, unit="code", **self._progress_bar) as bar:
-            for codes in drawing.codes(self._decoder()):
-                drawn = int((codes >= 0).sum())
-                bar.update(drawn - bar.n)
-                if on_step is not None:
-                    step = codes.shape[1] - 1
-                    on_step(self, step, step, {"codes": codes.clone()})  # decoding goes on writing to its own
-                if self._interrupted:
-                    break
-                if every is not None and shown + every <= drawn // count < steps:
-                    shown = drawn // count
-                    yield self._output(codes, drawing, output_type)
-        yield self._output(codes, drawing, output_type)
-
-    def _output(self, codes: Tensor, drawing: Drawing, output_type: str) -> UnifiedPipelineOutput:
-        missing = drawing.grid[0] * drawing.grid[1] - codes.shape[1]
-        codes = torch.nn.functional.pad(codes, (0, missing), value=-1).reshape(-1, *drawing.grid)
-        known = codes if drawing.known is None else drawing.known.to(codes.device)
-        codes = torch.where(codes < 0, known, codes)
-        interrupted = self._interrupted and bool((codes < 0).any())
-        if output_type == "codes":
-            return UnifiedPipelineOutput(codes, codes, interrupted)
-        pictures: Any = unfinished_images(self.image_tokenizer, codes)
-        pictures = to_pil(pictures) if output_type == "pil" else (pictures.float() / 2 + 0.5).clamp(0, 1)
-        if output_type == "np":
-            pictures = pictures.permute(0, 2, 3, 1).cpu().numpy()
-        return UnifiedPipelineOutput(pictures, codes, interrupted)
-
-    def interrupt(self) -> None:
-        """Stop sampling after the current code, from a callback or another thread; what is missing stays grey."""
-        self._interrupted = True
-
-    def enable_fast_decoding(self, compile: bool = False, int8: bool = False) -> None:
-        """Prepare the decoder now, compiled with ``torch.compile`` or with 8-bit weights (not exact).
-
-        A decoder is a copy of the weights, kept between calls and renewed when weights or adapters change (but not when
-        weights are written through ``.data``, which leaves no trace).
-
-        Raises:
-            ValueError: if the backbone or the device does not allow it.
-        """
-        options, model = {"compile": compile, "int8": int8}, base_of(self.model)
-        self._kept = make_decoder(model, **options)  # may fail, and then nothing has changed
-        self._kept_state, self._fast = weights_state(model), options
-
-    def disable_fast_decoding(self) -> None:
-        """Free the decoder that is kept; the next call prepares an exact one that is not compiled."""
-        self._fast = {}
-        self._kept = None
-
-    def _decoder(self) -> Decoder:
-        model = base_of(self.model)
-        state = weights_state(model)
-        if self._kept is None or self._kept.model is not model or self._kept_state != state:
-            self._kept = None  # its memory first
-            self._kept, self._kept_state = make_decoder(model, **self._fast), state
-        return self._kept
+        check_output_type(output_type)
+        check_callback(callback_on_step_end)
+        if image is not None:
+            given = options if known is None else {**options, "known": known}
+            known, generator, options = self._known_codes(prompt, image, mask_image, keep, generator, given)
+        batch = self._arrange(prompt, negative_prompt, GenerationOptions.from_mapping(options), generator, known)
+        return self._previews(batch, preview_every or batch.grid[1], callback_on_step_end, output_type)
 
     def inpaint(
         self,
         prompt: str | Sequence[str],
         image: Image.Image | Sequence[Image.Image],
         mask_image: Image.Image | Sequence[Image.Image],
+        negative_prompt: str | Sequence[str] | None = None,
+        generator: Generators = None,
+        output_type: str = "pil",
+        callback_on_step_end: StepCallback | None = None,
         **options: Any,
     ) -> UnifiedPipelineOutput:
-        """Redraw the bright part of a mask; every other code stays.
+        """Generate the bright part of a mask again; every other code stays.
 
-        Codes are generated row by row, so what is redrawn follows what is above it and left of it. For a larger canvas
+        Codes are generated row by row, so what is new follows what is above it and left of it. For a larger canvas
         see :func:`unified.pipeline.editing.outpainting_canvas`.
 
         Args:
             prompt: what the whole image shows.
             image: one image, one per prompt or one per image generated, of a size that the model was trained on.
             mask_image: as many masks of the same size.
-            options: as in :meth:`__call__`.
+            negative_prompt, generator, output_type, callback_on_step_end: as in :meth:`__call__`.
+            options: those of :class:`unified.pipeline.options.GenerationOptions`, without the size.
 
         Raises:
             ValueError: if sizes differ or are unknown to the model, and as :meth:`__call__`.
         """
         masks = as_images(mask_image, "mask_image")
-        return self(prompt, **self._edited(prompt, image, masks, None, options))
+        known, generators, options = self._known_codes(prompt, image, masks, None, generator, options)
+        return self(prompt, negative_prompt=negative_prompt, generator=generators, output_type=output_type,
+                    callback_on_step_end=callback_on_step_end, known=known, **options)  # fmt: skip
 
     def variation(
-        self, prompt: str | Sequence[str], image: Image.Image | Sequence[Image.Image], keep: float = 0.5, **options: Any
+        self,
+        prompt: str | Sequence[str],
+        image: Image.Image | Sequence[Image.Image],
+        keep: float = 0.5,
+        negative_prompt: str | Sequence[str] | None = None,
+        generator: Generators = None,
+        output_type: str = "pil",
+        callback_on_step_end: StepCallback | None = None,
+        **options: Any,
     ) -> UnifiedPipelineOutput:
-        """Draw an image again but for a share ``keep`` of its codes; arguments as in :meth:`inpaint`.
+        """Generate an image again but for a share ``keep`` of its codes; arguments as in :meth:`inpaint`.
 
         Which codes stay depends on the image's generator.
         """
-        return self(prompt, **self._edited(prompt, image, None, keep, options))
+        known, generators, options = self._known_codes(prompt, image, None, keep, generator, options)
+        return self(prompt, negative_prompt=negative_prompt, generator=generators, output_type=output_type,
+                    callback_on_step_end=callback_on_step_end, known=known, **options)  # fmt: skip
 
-    def _edited(self, prompt: Any, image: Any, masks: Any, keep: Any, options: dict[str, Any]) -> dict[str, Any]:
-        """Options of a call that generates images again: what masks cover, or all but a share ``keep``."""
-        for name in {"height", "width", "known"} & set(options):
-            raise ValueError(f"{name}: an edit takes it from the image; leave it out.")
-        images, prompts, per_prompt = as_images(image), as_prompts(prompt), options.get("num_images_per_prompt", 1)
+    def interrupt(self) -> None:
+        """Stop sampling after the current code; what is missing stays grey.
+
+        From a callback, or between two previews of a stream, it stops that call; from a thread without a call, all of them.
+        """
+        own = [batch for batch in self._calls if batch.thread == get_ident()]
+        for batch in own[-1:] or list(self._calls):
+            batch.interrupted = True
+
+    def _arrange(
+        self, prompt: Any, negative_prompt: Any, options: GenerationOptions, generator: Any, known: Any
+    ) -> ImageBatch:
+        config, stride = base_of(self.model).config, self.image_tokenizer.downsample
+        return arrange_batch(config, self.text_tokenizer, stride, prompt, negative_prompt, options, generator, known)
+
+    @one_at_a_time
+    def _known_codes(
+        self, prompt: Any, image: Any, masks: Any, keep: Any, generator: Generators, options: dict[str, Any]
+    ) -> tuple[Tensor, list[torch.Generator], dict[str, Any]]:
+        """Codes that an edit keeps, all but those under masks or all but a share; its generators; options with the size."""
+        for name in ("height", "width", "known"):
+            if options.get(name) is not None:
+                raise ValueError(f"{name}: an edit takes it from the image; leave it out.")
+        images, prompts = as_images(image), as_prompts(prompt)
         check_sizes(images, base_of(self.model).config, self.image_tokenizer.downsample)
-        check_whole("num_images_per_prompt", per_prompt)
-        generators = per_image(options.get("generator"), len(prompts), per_prompt)
+        options = {**options, "height": images[0].height, "width": images[0].width}
+        each = GenerationOptions.from_mapping(options).num_images_per_prompt
+        generators = per_image(generator, len(prompts), each)
         known = codes_to_keep(self.image_tokenizer, images, masks)
-        known = one_per_image(known, "image", len(prompts), per_prompt)
+        known = one_per_image(known, "image", len(prompts), each)
         if masks is None:
             known = share_to_keep(known, keep, generators)
-        size = {"height": images[0].height, "width": images[0].width}
-        return {**options, **size, "known": known, "generator": generators}
+        return known, generators, options
+
+    def _sample(self, batch: ImageBatch, on_step: StepCallback | None) -> Iterator[Tensor]:
+        """The codes so far of a batch ``(N, n)``, until they are complete or the call is interrupted; needs the lock."""
+        steps = batch.grid[0] * batch.grid[1]
+        try:
+            with tqdm(total=len(batch.rows) * steps, unit="code", **self._progress_bar) as bar:
+                for codes in batch.iterate_codes(self.decoder()):
+                    batch.thread = get_ident()
+                    self._calls = [*(call for call in self._calls if call is not batch), batch]
+                    bar.update(int((codes >= 0).sum()) - bar.n)
+                    if on_step is not None:
+                        step = codes.shape[1] - 1
+                        on_step(self, step, step, {"codes": codes.clone()})  # decoding goes on writing to its own
+                    yield codes
+                    if batch.interrupted:
+                        return
+        finally:
+            with self.lock:  # a stream that is given up ends in any thread
+                self._calls = [call for call in self._calls if call is not batch]
+
+    def _previews(
+        self, batch: ImageBatch, every: int, on_step: StepCallback | None, output_type: str
+    ) -> Iterator[UnifiedPipelineOutput]:
+        """An output whenever each image has ``every`` more codes, and the last one; the lock is free in between."""
+        sampling, steps, shown, complete = self._sample(batch, on_step), batch.grid[0] * batch.grid[1], 0, False
+        while not complete:
+            with self.lock:
+                complete = True
+                for codes in sampling:
+                    done = int((codes >= 0).sum()) // len(batch.rows)
+                    if shown + every <= done < steps and not batch.interrupted:
+                        shown, complete = done, False
+                        break
+                output = self._output(codes, batch, output_type)
+            yield output
+
+    def _output(self, codes: Tensor, batch: ImageBatch, output_type: str) -> UnifiedPipelineOutput:
+        missing = batch.grid[0] * batch.grid[1] - codes.shape[1]
+        codes = torch.nn.functional.pad(codes, (0, missing), value=-1).reshape(-1, *batch.grid)
+        known = codes if batch.known is None else batch.known.to(codes.device)
+        codes = torch.where(codes < 0, known, codes)
+        interrupted = batch.interrupted and bool((codes < 0).any())
+        if output_type == "codes":
+            return UnifiedPipelineOutput(codes, codes, interrupted)
+        images: Any = unfinished_images(self.image_tokenizer, codes)
+        images = to_pil(images) if output_type == "pil" else (images.float() / 2 + 0.5).clamp(0, 1)
+        if output_type == "np":
+            images = images.permute(0, 2, 3, 1).cpu().numpy()
+        return UnifiedPipelineOutput(images, codes, interrupted)
+
+    # Text
+
+    @one_at_a_time
+    def caption(
+        self,
+        images: Image.Image | Sequence[Image.Image],
+        prompt: str | None = None,
+        max_new_tokens: int = 32,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        generator: Generators = None,
+    ) -> list[str]:
+        """Texts for images: ``<bos> <boi> codes <eoi> prompt`` and what the model writes until ``<eos>``.
+
+        Args:
+            images: one image or several, of sizes that the model was trained on.
+            prompt: how the text begins; it is not part of the result.
+            max_new_tokens: tokens after which a text is cut off.
+            temperature, top_k, top_p: see :class:`unified.decoding.Sampling`; ``top_k=1`` takes the likeliest token.
+            generator: one per image, or one for all as in :meth:`__call__`.
+
+        Raises:
+            ValueError: for images of a size the model does not know, an empty prompt, or a context that is too long.
+        """
+        if prompt is not None:
+            check_prompt(prompt)
+        begin = [] if prompt is None else [prompt]
+        conversations = [[image, *begin] for image in as_images(images, "images")]
+        sampling = Sampling(1.0, temperature, top_k, top_p)
+        replies = self.chat(conversations, max_new_tokens, 0, sampling, generator=generator)
+        return [" ".join(message for message in reply if isinstance(message, str)) for reply in replies]
+
+    @one_at_a_time
+    def chat(
+        self,
+        messages: Sequence[Any],
+        max_new_tokens: int = 64,
+        max_images: int = 1,
+        text_sampling: Sampling | None = None,
+        image_sampling: Sampling | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        generator: Generators = None,
+    ) -> list[Any]:
+        """Continue conversations of texts and images with texts and images.
+
+        Args:
+            messages: texts and PIL images in turn, or a list of such conversations.
+            max_new_tokens, max_images: how much a reply may hold at most.
+            text_sampling, image_sampling: how text and codes are sampled; guidance applies to images, which have the
+                default scale of :meth:`__call__`.
+            height, width: size of the images in a reply.
+            generator: one per conversation, or one for all as in :meth:`__call__`.
+
+        Returns:
+            The reply as a list of texts and images, or one reply per conversation.
+
+        Raises:
+            ValueError: for anything but texts and images, or a conversation that does not fit the model's context.
+        """
+        # 1. Check inputs
+        check_sampling(text_sampling, "text_sampling")
+        check_sampling(image_sampling, "image_sampling")
+        options = GenerationOptions(height, width)
+        several = isinstance(messages, Sequence) and bool(messages) and not isinstance(messages[0], str | Image.Image)
+        conversations = list(messages) if several else [messages]
+        config, stride = base_of(self.model).config, self.image_tokenizer.downsample
+        for each in conversations:  # before any image is encoded
+            images = [message for message in each if isinstance(message, Image.Image)] if _is_list(each) else []
+            check_sizes(images, config, stride)
+
+        # 2. Encode the messages
+        read = [as_segments(each, self.image_tokenizer, self.text_tokenizer) for each in conversations]
+        with_images = max_images != 0 or height is not None or width is not None
+        grid = code_grid(config, stride, height, width) if with_images else (1, 1)
+        generators = per_image(generator, len(read))
+
+        # 3. Generate text and codes
+        replies = continue_conversations(
+            self.decoder(), read, grid, self.text_tokenizer, generators, text_sampling or Sampling(),
+            image_sampling or options.sampling, max_new_tokens, max_images,
+        )  # fmt: skip
+
+        # 4. Decode them to texts and images
+        decoded = [as_messages(reply, self.image_tokenizer, self.text_tokenizer) for reply in replies]
+        return decoded if several else decoded[0]
+
+    # Adapters; the names are those of diffusers
+
+    @one_at_a_time
+    def load_lora_weights(self, pretrained_model_name_or_path: str | Path, adapter_name: str | None = None) -> None:
+        """Add a LoRA adapter and make it the active one.
+
+        Args:
+            pretrained_model_name_or_path: a local folder, or a repository on the Hub.
+            adapter_name: its name; without one ``default``, then ``default_1`` and so on.
+
+        Raises:
+            ValueError: if it belongs to another model, or the name is taken.
+        """
+        taken = self.model.peft_config if isinstance(self.model, PeftModel) else {}
+        numbered = ("default" if i == 0 else f"default_{i}" for i in count())
+        name = next(free for free in numbered if free not in taken) if adapter_name is None else adapter_name
+        folder = local_folder(pretrained_model_name_or_path)
+        self.model = load_lora(self.model, folder, name).eval()
+        self._adapter_cards[name] = read_card(folder)
+
+    @one_at_a_time
+    def set_adapters(
+        self,
+        adapter_names: str | Sequence[str],
+        adapter_weights: float | Sequence[float | None] | None = None,
+    ) -> None:
+        """Activate one adapter or several together, with weights; None stands for 1, as trained.
+
+        Raises:
+            ValueError: for unknown names, or weights that are no finite numbers.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        several = isinstance(adapter_weights, Sequence) and not isinstance(adapter_weights, str)
+        weights: list[Any] = list(adapter_weights) if several else [adapter_weights] * len(names)  # type: ignore[arg-type]
+        set_adapters(self._adapted("adapter_names"), names, [1.0 if weight is None else weight for weight in weights])
+
+    def get_active_adapters(self) -> list[str]:
+        """Names of the active adapters; empty if none is loaded."""
+        return list(adapter_state(self.model).weights) if isinstance(self.model, PeftModel) else []
+
+    @one_at_a_time
+    def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
+        """Forget adapters; the others stay as they are. Raises ValueError for unknown names."""
+        model = self._adapted("adapter_names")
+        names = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
+        if names == set(model.peft_config):
+            self.unload_lora_weights()
+        else:
+            delete_adapters(model, sorted(names))
+
+    @one_at_a_time
+    def unload_lora_weights(self) -> None:
+        """Drop all adapters, fused or not; the base model is as it was before, bit for bit."""
+        if isinstance(self.model, PeftModel):
+            self.model = unload_lora(self.model)
+
+    @one_at_a_time
+    def disable_lora(self) -> None:
+        """Use the base model alone until :meth:`enable_lora`, :meth:`set_adapters` or the next load."""
+        switch(self._adapted("lora"), False)
+
+    @one_at_a_time
+    def enable_lora(self) -> None:
+        """Use the active adapters again."""
+        switch(self._adapted("lora"), True)
+
+    @one_at_a_time
+    def fuse_lora(self, *, lora_scale: float = 1.0) -> None:
+        """Add the active adapters to the weights, their weights times ``lora_scale``; not needed for speed.
+
+        ``save_pretrained`` then writes a plain model. Raises ValueError if adapters are disabled or fused already.
+        """
+        fuse_lora(self._adapted("fuse_lora"), lora_scale)
+
+    @one_at_a_time
+    def unfuse_lora(self) -> None:
+        """Take the fused adapters out of the weights again, bit for bit. Raises ValueError if nothing is fused."""
+        unfuse_lora(self._adapted("unfuse_lora"))
+
+    def _adapted(self, what: str) -> PeftModel:
+        if not isinstance(self.model, PeftModel):
+            raise ValueError(f"{what}: no adapter is loaded; call load_lora_weights first.")
+        return self.model
+
+    # The decoder
+
+    @one_at_a_time
+    def enable_fast_decoding(self, compile: bool = False, int8: bool = False) -> None:
+        """Prepare the decoder now, compiled with ``torch.compile`` or with 8-bit weights (not exact).
+
+        A decoder is a copy of the weights, kept between calls and made again when weights or adapters change.
+
+        Raises:
+            ValueError: if the backbone or the device does not allow it; nothing has changed then.
+        """
+        self._decoders.configure(base_of(self.model), compile=compile, int8=int8)
+
+    @one_at_a_time
+    def disable_fast_decoding(self) -> None:
+        """Free the decoder that is kept; the next call prepares an exact one that is not compiled."""
+        self._decoders = DecoderCache()
+
+    @one_at_a_time
+    def decoder(self) -> Decoder:
+        """The decoder of the model and its adapters as they are now."""
+        return self._decoders.get(base_of(self.model))
+
+
+def check_output_type(output_type: Any) -> None:
+    """Refuse a form of images that there is not. Raises ValueError."""
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"output_type: {output_type!r} is unknown; use one of {OUTPUT_TYPES}.")
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple)

@@ -17,11 +17,11 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from unified.decoding import Sampling
 from unified.decoding.continuous_batching import Batcher, Request
 from unified.lora.adapters import base_of
-from unified.pipeline.arguments import as_prompts, check_whole, known_grid, plan_drawing
+from unified.pipeline.arguments import arrange_batch, as_negatives, as_prompts, token_ids, trained_grids
 from unified.pipeline.editing import unfinished_images
+from unified.pipeline.options import GenerationOptions, check_whole
 from unified.pipeline.pipeline import UnifiedPipeline, UnifiedPipelineOutput
 from unified.sequence import ImageSegment
 from unified_tokenizers.images import to_pil
@@ -36,7 +36,7 @@ class Job:
 
     def __init__(self, adapter: str | None, show: Callable[[Any], Any]):
         self.adapter, self.ahead, self.cancelled = adapter, 0, False
-        self.work: Callable[[], Iterable[Any]] | None = None  # what runs alone, or
+        self.work: Callable[[], Iterable[Any]] | None = None  # runs alone; or
         self.requests: list[Request] = []  # images for the batch
         self.codes = torch.empty(0, 0, 0, dtype=torch.int64)  # (N, h, w), -1 in images that are not complete
         self.complete = self.shown = 0  # complete images; codes in the last preview
@@ -46,14 +46,14 @@ class Job:
         self._error: BaseException | None = None
 
     def previews(self, patience: float | None = None) -> Iterator[Any]:
-        """What there is each time there is more, the complete result last; a slow reader skips what is outdated.
+        """The newest state each time that there is one, the complete result last; a slow reader skips states.
 
-        With ``patience``, None whenever so many seconds have passed without news: a reader that is itself waited for can
-        give up then.
+        Args:
+            patience: seconds without a new state after which None is yielded, so that a reader can give up.
 
         Raises:
             CancelledError: after :meth:`cancel`.
-            ValueError: what went wrong while it ran.
+            ValueError: the error of the work itself.
         """
         state, ended = None, False
         while not ended:
@@ -77,21 +77,21 @@ class Job:
         return self._show(self._state)
 
     def cancel(self) -> None:
-        """Stop it before its next code, or work that runs alone at its next item; nothing happens if it has ended."""
+        """Stop it before its next code, or at the next item of work that runs alone; no effect once it has ended."""
         self.cancelled = True
 
     def update(self, state: Any, ended: bool = False, error: BaseException | None = None) -> None:
-        """For the engine: what there is now, and whether that is all."""
+        """Set the newest state, and whether it is the last one; for the engine."""
         with self._changed:
             self._state, self._ended, self._error = state, ended or error is not None, error
             self._changed.notify_all()
 
 
 class Engine:
-    """One thread that owns a pipeline and generates what many callers ask for.
+    """One thread that owns a pipeline and generates images for many callers.
 
     Images join the running batch at any step and leave it when they are done; each is the one that the pipeline
-    generates alone. Jobs begin in the order in which they came. An adapter belongs to the whole batch: a job that wants
+    generates alone. Jobs begin in the order in which they came. An adapter belongs to the whole batch: a job with
     another one waits until the batch is empty, and so does work that runs alone.
 
     Args:
@@ -101,26 +101,21 @@ class Engine:
         prompt_tokens: tokens of the longest prompt that is taken.
 
     Raises:
-        ValueError: if a number is too small, or the model does not say which grids it draws.
+        ValueError: if a number is too small, or the model does not say which grids it was trained on.
     """
 
     def __init__(self, pipe: UnifiedPipeline, max_rows: int = 8, waiting: int = 8, prompt_tokens: int = 128):
-        for name, value, least in (
-            ("max_rows", max_rows, 2),
-            ("waiting", waiting, 1),
-            ("prompt_tokens", prompt_tokens, 1),
-        ):
-            check_whole(name, value, least)
+        check_whole("max_rows", max_rows, least=2)
+        check_whole("waiting", waiting)
+        check_whole("prompt_tokens", prompt_tokens)
         self.pipe, self.max_rows, self.limit, self.prompt_tokens = pipe, max_rows, waiting, prompt_tokens
         self.adapters: list[str] = list(pipe.model.peft_config) if isinstance(pipe.model, PeftModel) else []
         self._adapter: str | None = None
         if self.adapters:
             pipe.disable_lora()
-        config = base_of(pipe.model).config
-        known_grid(config, pipe.image_tokenizer.downsample, None, None)
-        longest = max(height * width for height, width in config.image_grids or [])
+        longest = max(height * width for height, width in trained_grids(base_of(pipe.model).config))
         self._length = prompt_tokens + longest + 4  # <bos> prompt <boi> codes <eoi> <eos>
-        self._batcher = Batcher(pipe._decoder(), max_rows, self._length)
+        self._batcher = Batcher(pipe.decoder(), max_rows, self._length)
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
         self._wake, self._closed = threading.Condition(), False
@@ -131,44 +126,47 @@ class Engine:
     def submit(
         self,
         prompt: str | Sequence[str],
-        sampling: Sampling,
+        options: GenerationOptions | None = None,
         adapter: str | None = None,
         negative_prompt: str | Sequence[str] | None = None,
-        num_images_per_prompt: int = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
-        height: int | None = None,
-        width: int | None = None,
     ) -> Job:
-        """Draw images in the batch; its job shows a :class:`UnifiedPipelineOutput` for every row of the grid.
+        """Generate images; the job shows a :class:`UnifiedPipelineOutput` for every row of the grid.
+
+        With plain decoding they join the batch; the other modes run alone.
 
         Args:
-            sampling: guidance and filters.
-            adapter: name of the adapter that counts; None for the base model.
-            prompt, negative_prompt, num_images_per_prompt, generator, height, width: as for :class:`UnifiedPipeline`.
+            prompt, negative_prompt, generator: as for :class:`UnifiedPipeline`.
+            options: how they are sampled; None for the defaults.
+            adapter: name of the active adapter; None for the base model.
 
         Raises:
-            ValueError: for what the pipeline would refuse, an unknown adapter, or a full queue.
+            ValueError: for arguments that the pipeline refuses, a long prompt, an unknown adapter, or a full queue.
         """
-        config = base_of(self.pipe.model).config
-        grid = known_grid(config, self.pipe.image_tokenizer.downsample, height, width)
-        plan = plan_drawing(config, self.pipe.text_tokenizer, grid, prompt, negative_prompt, num_images_per_prompt,
-                            sampling, generator, None, "plain")  # fmt: skip
-        for text in as_prompts(prompt):
-            self.check_prompt(text)
-        for text in [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt or ():
-            self.check_prompt(text, "negative_prompt")
+        options = options or GenerationOptions()
+        prompts = as_prompts(prompt)
+        self.check_length(prompts, "prompt")
+        self.check_length(as_negatives(negative_prompt, len(prompts)), "negative_prompt")
+        pipe, config = self.pipe, base_of(self.pipe.model).config
+        batch = arrange_batch(
+            config, pipe.text_tokenizer, pipe.image_tokenizer.downsample, prompts, negative_prompt, options, generator
+        )
+        if options.decoding != "plain":
+            given = {"negative_prompt": negative_prompt, "generator": batch.generators, **options.to_mapping()}
+            return self.alone(lambda: pipe.stream(prompts, **given), adapter)
         job = Job(adapter, self._images)
-        for row, negative, each in zip(plan.rows, plan.negatives, plan.generators, strict=True):
-            job.requests.append(Request(row, grid, each, sampling, negative=negative))
+        for row, negative, each in zip(batch.rows, batch.negatives, batch.generators, strict=True):
+            job.requests.append(Request(row, batch.grid, each, batch.sampling, negative=negative))
             self._batcher.check(job.requests[-1])
-        job.codes = torch.full((len(job.requests), *grid), -1)
+        job.codes = torch.full((len(job.requests), *batch.grid), -1)
         return self._queue(job)
 
-    def check_prompt(self, text: str, name: str = "prompt") -> None:
-        """Raises ValueError, which calls the text ``name``, if it has more tokens than are taken here."""
-        count = len(self.pipe.text_tokenizer.encode(text.strip())) if text.strip() else 0
-        if count > self.prompt_tokens:
-            raise ValueError(f"{name}: {count} tokens, at most {self.prompt_tokens} are taken here; shorten it.")
+    def check_length(self, texts: Iterable[str], name: str = "prompt") -> None:
+        """Refuse texts with more tokens than are taken here. Raises ValueError, which calls them ``name``."""
+        for text in texts:
+            count = len(token_ids(text, self.pipe.text_tokenizer))
+            if count > self.prompt_tokens:
+                raise ValueError(f"{name}: {count} tokens, at most {self.prompt_tokens} are taken here; shorten it.")
 
     def alone(self, work: Callable[[], Iterable[Any]], adapter: str | None = None) -> Job:
         """Run ``work`` on the engine's thread while nothing else is generated; its last item is the job's result.
@@ -261,12 +259,13 @@ class Engine:
             self.pipe.disable_lora()
         else:
             self.pipe.set_adapters(adapter)
-        self._batcher.decoder = self.pipe._decoder()
+        self._batcher.decoder = self.pipe.decoder()
         self._adapter = adapter
 
     def _step(self) -> None:
         try:
-            finished = dict(self._batcher.step())
+            with self.pipe.lock:
+                finished = dict(self._batcher.step())
         except Exception as error:  # of the whole batch: everybody in it gets to know
             for job in self._running:
                 job.update(None, error=error)
@@ -287,12 +286,12 @@ class Engine:
                     if isinstance(segment, ImageSegment):
                         job.codes[index] = segment.codes
                         job.complete += 1
-            drawn = job.complete * job.codes[0].numel() + sum(map(len, codes))
+            sampled = job.complete * job.codes[0].numel() + sum(map(len, codes))
             if job.complete == len(codes):
                 self._running.remove(job)
                 job.update(job.codes, ended=True)
-            elif drawn >= job.shown + job.codes.shape[2] * len(codes):  # another row of each image
-                job.shown = drawn
+            elif sampled >= job.shown + job.codes.shape[2] * len(codes):  # another row of each image
+                job.shown = sampled
                 state = job.codes.clone()
                 for image, some in zip(state, codes, strict=True):
                     image.view(-1)[: len(some)] = torch.tensor(some, dtype=torch.int64)

@@ -14,11 +14,10 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from unified.config import UnifiedConfig
-from unified.decoding import Sampling
 from unified.lora.adapters import attach_lora, base_of
 from unified.model.family import check_family, check_packing
 from unified.model.modeling import UnifiedForCausalLM
-from unified.pipeline.arguments import plan_drawing
+from unified.pipeline.arguments import as_prompts, check_room
 from unified.pipeline.pipeline import UnifiedPipeline
 from unified.prediction.schedule import PatchSchedule
 from unified.settings import dump_settings, refuse_other
@@ -161,9 +160,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
 def check_samples(config: TrainConfig, model_config: UnifiedConfig, text_tokenizer: TextTokenizer) -> None:
     """Raises ValueError if the prompts of ``sample`` cannot be sampled, which would show after the coarse stages only."""
     if config.sample.every and model_config.image_grids:
-        (height, width), sampling = model_config.image_grids[0], Sampling(config.sample.guidance_scale)
-        prompts = config.sample.prompts
-        plan_drawing(model_config, text_tokenizer, (height, width), prompts, None, 1, sampling, None, None, "plain")
+        height, width = model_config.image_grids[0]
+        check_room(as_prompts(config.sample.prompts), text_tokenizer, model_config, (height, width), "sample.prompts")
 
 
 def average_of(model: nn.Module, decay: float | None) -> AveragedModel | None:

@@ -1,0 +1,121 @@
+"""Settings of decoding: how a code is sampled, and the table of modes. Needs no torch, so a command line starts at once."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+_MOST = 1e4  # of a guidance scale, and of what a temperature multiplies logits by
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a code or a text token is sampled.
+
+    Args:
+        guidance_scale: classifier-free guidance ``u + s * (c - u)`` on the logits; 1 switches it off.
+        temperature: divides the logits; below 1 sharpens.
+        top_k: keep the k most likely codes; 0 keeps all.
+        top_p: keep the smallest set of codes with at least this probability; 1 keeps all.
+        guidance_schedule: the scale over an image: ``constant``; ``linear`` or ``cosine``, rising from 1 at the first code
+            to ``guidance_scale`` at the last; or a function of the share of the codes sampled, in [0, 1], to a scale.
+
+    Raises:
+        ValueError: naming the setting that is out of its range.
+    """
+
+    guidance_scale: float = 1.0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    guidance_schedule: str | Callable[[float], float] = "constant"
+
+    def __post_init__(self) -> None:
+        for name in ("guidance_scale", "temperature", "top_k", "top_p"):
+            _check_finite(name, getattr(self, name))
+        if self.guidance_scale < 1:
+            raise ValueError(f"guidance_scale: {self.guidance_scale} must be at least 1; 1 switches guidance off.")
+        if self.guidance_scale > _MOST:
+            raise ValueError(f"guidance_scale: {self.guidance_scale} must be at most {_MOST:g}.")
+        if self.temperature < 1 / _MOST:  # logits have to stay finite
+            least = "above 0" if self.temperature <= 0 else f"at least {1 / _MOST:g}"
+            raise ValueError(f"temperature: {self.temperature} must be {least}; use top_k=1 for the most likely code.")
+        if self.top_k < 0 or int(self.top_k) != self.top_k:
+            raise ValueError(f"top_k: {self.top_k} must be a whole number, 0 to keep all codes.")
+        object.__setattr__(self, "top_k", int(self.top_k))
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: {self.top_p} must lie in (0, 1]; 1 keeps all codes.")
+        if not callable(self.guidance_schedule) and self.guidance_schedule not in SCHEDULES:
+            raise ValueError(
+                f"guidance_schedule: {self.guidance_schedule!r} is unknown; use one of {tuple(SCHEDULES)} or a function."
+            )
+
+    @property
+    def guided(self) -> bool:
+        """Whether an unconditional row is needed."""
+        return self.guidance_scale > 1 or callable(self.guidance_schedule)
+
+    def scales(self, steps: int) -> list[float]:
+        """Guidance scale of each of ``steps`` codes. Raises ValueError as :meth:`check_schedule`."""
+        self.check_schedule(steps)
+        shares = [step / max(steps - 1, 1) for step in range(steps)]
+        if callable(self.guidance_schedule):
+            return [self.guidance_schedule(share) for share in shares]
+        rise = SCHEDULES[self.guidance_schedule]
+        return [1 + (self.guidance_scale - 1) * rise(share) for share in shares]
+
+    def check_schedule(self, steps: int) -> None:
+        """Refuse a custom schedule with a value below 1, too large or not finite for one of ``steps`` codes.
+
+        Raises:
+            ValueError: naming the value.
+        """
+        if not callable(self.guidance_schedule):
+            return
+        for step in range(steps):
+            scale = self.guidance_schedule(step / max(steps - 1, 1))
+            _check_finite("guidance_schedule", scale)
+            if scale < 1:
+                raise ValueError(f"guidance_schedule: falls to {scale}; a scale must be at least 1.")
+            if scale > _MOST:
+                raise ValueError(f"guidance_schedule: rises to {scale}; a scale must be at most {_MOST:g}.")
+
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda share: 1.0,
+    "linear": lambda share: share,
+    "cosine": lambda share: (1 - math.cos(math.pi * share)) / 2,
+}
+
+
+def _check_finite(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name}: {value!r} is not a finite number.")
+
+
+@dataclass(frozen=True)
+class DecodingMode:
+    """A way to decode images.
+
+    Args:
+        about: one line for help texts and pages.
+        path: ``module:function``, imported on first use; the function has the arguments of
+            :func:`unified.decoding.decode.iterate_codes` and yields the codes so far ``(B, n)``.
+    """
+
+    about: str
+    path: str
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        """Iterate over the codes of a batch, -1 where an image has none yet."""
+        module, function = self.path.split(":")
+        return getattr(import_module(module), function)(*args, **kwargs)
+
+
+DECODING_MODES = {
+    "plain": DecodingMode("one code at a time", "unified.decoding.decode:iterate_codes"),
+    "jacobi": DecodingMode("several codes at a time, same image", "unified.decoding.speculative:jacobi_codes"),
+    "sjd": DecodingMode("several codes at a time, same distribution", "unified.decoding.speculative:sjd_codes"),
+    "gsd": DecodingMode("fastest, approximate", "unified.decoding.speculative:gsd_codes"),
+}
