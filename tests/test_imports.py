@@ -21,7 +21,8 @@ FLOORS = [
     {"unified.decoding"},
     {"unified.pipeline"},
     {"unified.training", "unified.convert", "unified.serving"},
-    {"unified.cli", "unified.__main__", "unified"},
+    {"unified.cli"},
+    {"unified.__main__", "unified"},
     {"unified_eval"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -84,3 +85,22 @@ def test_imports_point_down():
             if other is not None and other != room and FLOOR[other] >= FLOOR[room]:
                 wrong.append(f"{file.relative_to(ROOT)} imports {module}")
     assert wrong == []
+
+
+def test_no_two_files_import_each_other():
+    """Directly or around corners, in functions and under TYPE_CHECKING too."""
+    graph = {}
+    for file in files():
+        package = next(name for name, folder in PACKAGES.items() if file.is_relative_to(folder))
+        inner = file.relative_to(PACKAGES[package]).with_suffix("").parts
+        graph[".".join([package, *(part for part in inner if part != "__init__")])] = imported(file)
+    roots = set(PACKAGES)  # their names are loaded on first use
+    edges = {name: {other for other in found if other in graph} - roots for name, found in graph.items()}
+
+    def reachable(name: str, seen: set[str]) -> set[str]:
+        for other in edges[name] - seen:
+            seen.add(other)
+            reachable(other, seen)
+        return seen
+
+    assert [name for name in graph if name not in roots and name in reachable(name, set())] == []
