@@ -1,15 +1,19 @@
-# make quickstart [FRESH=1]  data, tokenizers, model, LoRA, pictures, report in runs/quickstart/
-# make test                  lint, types and tests
+# make quickstart [FRESH=1]  data, tokenizers, model, LoRA, images, report in runs/quickstart/
+# make check                 lint, types and fast tests: under two minutes on two cores
+# make test                  lint, types and all tests
 PYTHON ?= python3
 BIN := .venv/bin
 
 # On busy cores, torch's threads would otherwise spin in wait for one another: up to 30 times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart check test lint clean
 
 quickstart: .venv/quickstart.installed
 	$(BIN)/python recipes/quickstart.py $(if $(FRESH),--fresh)
+
+check: lint
+	$(BIN)/python -m pytest -m "not process"
 
 test: lint
 	$(BIN)/python -m pytest
