@@ -263,8 +263,8 @@ def measure_trained(folder: str, rounds: int, llamagen: str | None, pictures: Pa
         theirs = llamagen_generate(generate, peer, height, sampling)
         steps["llamagen"] = lambda: [theirs() for _ in rows]
     timings = interleaved(steps, rounds)
-    for name, figures in modes.items():
-        figures |= compared(timings, "plain", name)
+    for name, metrics in modes.items():
+        metrics |= compared(timings, "plain", name)
     goals = {"G4": {**modes[EXACT], "mode and window": EXACT}}
     if llamagen:
         goals["G6"] = {**compared(timings, "llamagen", PARALLEL), "mode and window": PARALLEL}
@@ -332,14 +332,14 @@ def main() -> None:
         result["trained"] = trained
         if "G3" in result["goals"]:
             result["goals"]["G3"]["quality"] = trained["int8 quality"]
-    for name, figures in result["goals"].items():
-        figures["goal"] = GOALS[name]
-        low, high = figures["spread"]
+    for name, metrics in result["goals"].items():
+        metrics["goal"] = GOALS[name]
+        low, high = metrics["spread"]
         print(
-            f"{name:<12} {figures['ratio']:>7.2f}  ({low} to {high}), CPU {figures['cpu']['ratio']:.2f}, goal {GOALS[name]}"
+            f"{name:<12} {metrics['ratio']:>7.2f}  ({low} to {high}), CPU {metrics['cpu']['ratio']:.2f}, goal {GOALS[name]}"
         )
-    for name, figures in (result["others"] | result.get("trained", {}).get("modes against plain", {})).items():
-        print(f"{name:<62} {figures}")
+    for name, metrics in (result["others"] | result.get("trained", {}).get("modes against plain", {})).items():
+        print(f"{name:<62} {metrics}")
     for name, seconds in result["seconds to compile"].items():
         print(f"seconds to compile, {name:<42} {seconds}")
     if args.sweep:

@@ -67,7 +67,7 @@ def serve(draw: Draw, times: list[float], workers: int) -> list[float]:
         return list(pool.map(answer, range(len(times))))
 
 
-def figures(times: list[float], answered: list[float]) -> dict[str, float]:
+def metrics(times: list[float], answered: list[float]) -> dict[str, float]:
     """Requests per second from the first arrival to the last answer, and quantiles of the time to an answer."""
     latency = np.subtract(answered, times)
     return {
@@ -111,9 +111,9 @@ def measure(
             return pipe(guidance_scale=OPTIONS.guidance_scale, **asked(number)).codes
 
         with ThreadPoolExecutor(len(CAPTIONS)) as pool:
-            drawn = list(pool.map(together, range(len(CAPTIONS))))
+            sampled = list(pool.map(together, range(len(CAPTIONS))))
         seconds = []
-        for number, codes in enumerate(drawn):
+        for number, codes in enumerate(sampled):
             start = time.perf_counter()
             if not torch.equal(alone(number), codes):
                 raise RuntimeError(f"request {number}: the engine generates another image; not timing this.")
@@ -123,8 +123,8 @@ def measure(
             ways: dict[str, list[dict[str, float]]] = {"alone": [], "engine": []}
             for seed in range(rounds):
                 times = arrivals(requests, load, service, seed)
-                ways["alone"].append(figures(times, serve(alone, times, 1)))
-                ways["engine"].append(figures(times, serve(together, times, requests)))
+                ways["alone"].append(metrics(times, serve(alone, times, 1)))
+                ways["engine"].append(metrics(times, serve(together, times, requests)))
             result.append({"load": load, **better(**ways)})
     return result
 

@@ -175,7 +175,7 @@ def measure(rounds: int, llamagen: str | None, npp: str | None) -> dict[str, dic
     steps = {"hf": theirs(plain_llama(model), sequences), "p1": ours(model, sequences), "p2": ours(model, sequences, 2)}
     timings = interleaved(steps, rounds)
     goals["T4"], goals["T4_p2"] = (compared(timings, "hf", p) for p in ("p1", "p2"))
-    return {name: {**figures, "goal": round(GOALS[name], 3)} for name, figures in goals.items()}
+    return {name: {**metrics, "goal": round(GOALS[name], 3)} for name, metrics in goals.items()}
 
 
 def cached_against_in_loop(model: Any, rounds: int, images_a_step: int = 2, epochs: int = 20) -> dict[str, Any]:

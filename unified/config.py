@@ -12,7 +12,7 @@ from transformers.configuration_utils import SubConfigSpec
 class Vocabulary:
     """The one id space: text ids are ``[0, text_vocab_size)``, image code c is ``text_vocab_size + c``.
 
-    ``eos_token_id`` ends a text that is learned; any of ``eos_token_ids``, where a backbone has several, ends a written one.
+    ``eos_token_id`` ends a text in the loss; any of ``eos_token_ids``, where a backbone has several, ends a written one.
     """
 
     text_vocab_size: int
