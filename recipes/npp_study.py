@@ -190,7 +190,7 @@ def agreement(run: Run, rows: Sequence[int], drawn: Sequence[Image.Image]) -> di
         found = find_shapes(image)
         seen = {found.background, *(shape.colour for shape in found.shapes)}
         hits += [claim["color"] in seen for claim in claimed if "color" in claim]
-    return {"agreement": shapes_accuracy(drawn, claims)["figures"]["shapes_correct"], "colours": sum(hits) / len(hits)}
+    return {"agreement": shapes_accuracy(drawn, claims).metrics["shapes_correct"], "colours": sum(hits) / len(hits)}
 
 
 def plan(args: argparse.Namespace) -> list[Run]:

@@ -106,23 +106,45 @@ def check_unique(captions: Sequence[str]) -> None:
 
 
 def tokenize(tokenizer: Any, captions: Sequence[str]) -> Tensor:
-    """Tokenize captions for CLIP, ``(N, context)`` int64; a caption that would be cut is an error naming it.
+    """Tokenize captions for CLIP, ``(N, context)`` int64.
 
     Raises:
         ValueError: if there is no caption, or one is empty or longer than the context.
     """
     if not captions:
         raise ValueError("captions: the list is empty; give at least one caption.")
-    context = tokenizer.context_length
-    tokens, wider = tokenizer(list(captions)), tokenizer(list(captions), context_length=context + 1)
-    padding = tokenizer("", context_length=context + 1)[0, -1]
-    cut = (wider[:, :context] != tokens).any(1) | (wider[:, -1] != padding)
+    tokens, cut = _tokens_and_cut(tokenizer, captions)
     for caption, too_long in zip(captions, cut.tolist(), strict=True):
         if not caption.strip():
             raise ValueError("captions: one is empty; leave such images out.")
         if too_long:
-            raise ValueError(f"captions: {caption!r} is longer than the context of {context} tokens; shorten it.")
+            raise ValueError(
+                f"captions: {caption!r} is longer than the context of {tokenizer.context_length} tokens; shorten it."
+            )
     return tokens
+
+
+def readable_captions(tokenizer: Any, captions: Sequence[str]) -> list[int]:
+    """Numbers of the captions that fit the context of a CLIP's tokenizer whole."""
+    _, cut = _tokens_and_cut(tokenizer, captions)
+    return (~cut).nonzero().flatten().tolist()
+
+
+def left_out_note(clip: Clip, captions: Sequence[str], readable: Sequence[int]) -> str:
+    """A note for a report on the captions that are not among the ``readable`` ones."""
+    first = next(caption for number, caption in enumerate(captions) if number not in set(readable))
+    return (
+        f"clip: {len(captions) - len(readable)} of {len(captions)} captions exceed the {clip.tokenizer.context_length} "
+        f"tokens that {clip.name} reads and are left out of its scores; the first: {first!r}."
+    )
+
+
+def _tokens_and_cut(tokenizer: Any, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Tokens ``(N, context)``, and for each caption whether it is longer than they are, ``(N,)``."""
+    context = tokenizer.context_length
+    tokens, wider = tokenizer(list(captions)), tokenizer(list(captions), context_length=context + 1)
+    padding = tokenizer("", context_length=context + 1)[0, -1]
+    return tokens, (wider[:, :context] != tokens).any(1) | (wider[:, -1] != padding)
 
 
 def clip_extractor(clip: Clip) -> Extractor:
@@ -174,8 +196,8 @@ def clip_features(
     if len(images) != len(captions):
         raise ValueError(f"captions: {len(captions)} captions for {len(images)} images; give one for each.")
     texts = clip_text_features(clip, captions, batch_size)
-    pictures = torch.from_numpy(clip_extractor(clip)(images, batch_size, progress))
-    return F.normalize(pictures, dim=1), texts
+    rows = torch.from_numpy(clip_extractor(clip)(images, batch_size, progress))
+    return F.normalize(rows, dim=1), texts
 
 
 def clip_score(image_features: Tensor, text_features: Tensor) -> float:
@@ -194,7 +216,7 @@ def clip_score(image_features: Tensor, text_features: Tensor) -> float:
 
 
 def shuffled_score(image_features: Tensor, text_features: Tensor) -> float:
-    """CLIP score of images with captions of other images: the mean over every mismatched pair, so no seed is drawn.
+    """CLIP score of images with captions of other images: the mean over every mismatched pair, without a seed.
 
     Raises:
         ValueError: as for :func:`clip_score`, or if there are fewer than 2 images.
@@ -241,7 +263,7 @@ def retrieval_at_1(image_features: Tensor, text_features: Tensor, captions: Sequ
 
 
 def caption_rows(image_features: Tensor, text_features: Tensor, own: Sequence[int]) -> dict[str, np.ndarray]:
-    """What the scores are means of, for images of which several may share a caption.
+    """The values whose means are the scores, for images of which several may share a caption.
 
     Args:
         image_features: ``(N, E)`` of images.

@@ -19,15 +19,16 @@ from tqdm import tqdm
 
 from unified.data.sources import load_source, open_rgb
 from unified_eval.features import Extractor
+from unified_eval.files import write_whole
 from unified_eval.npz import load_npz
 
 # An image, or what loads it: a process opens only the images whose features are its share.
-Picture = Image.Image | Callable[[], Image.Image]
+LazyImage = Image.Image | Callable[[], Image.Image]
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 T = TypeVar("T")
 
 
-def open_images(source: str | Path, split: str = "train", image_column: str = "image") -> Iterator[Picture]:
+def open_images(source: str | Path, split: str = "train", image_column: str = "image") -> Iterator[LazyImage]:
     """Stream the images of a folder, an ``.npz`` file (ADM's layout) or a data set, in order.
 
     Args:
@@ -67,7 +68,7 @@ def _open_file(path: Path) -> Image.Image:
 
 def extract_features(
     extractor: Extractor,
-    pictures: Iterable[Picture],
+    images: Iterable[LazyImage],
     batch_size: int = 64,
     cache: str | Path | None = None,
     progress: bool = False,
@@ -95,18 +96,17 @@ def extract_features(
         raise ValueError(f"batch_size: {batch_size} is below 1.")
     state = process_state()
     parts: list[tuple[int, np.ndarray]] = []
-    with tqdm(
-        desc=f"{extractor.name} features", unit="picture", disable=not progress or not state.is_main_process
-    ) as bar:
-        for number, batch in enumerate(batches(pictures, batch_size)):
+    hidden = not progress or not state.is_main_process
+    with tqdm(desc=f"{extractor.name} features", unit="image", disable=hidden) as bar:
+        for number, batch in enumerate(batches(images, batch_size)):
             if number % state.num_processes == state.process_index:
-                images = [(item() if callable(item) else item).convert("RGB") for item in batch]
-                parts.append((number, _cached(extractor, images, number * batch_size, cache)))
+                opened = [(item() if callable(item) else item).convert("RGB") for item in batch]
+                parts.append((number, _cached(extractor, opened, number * batch_size, cache)))
             bar.update(len(batch))
     if state.num_processes > 1:
         parts = gather_object(parts)
     if not parts:
-        raise ValueError("pictures: there is none; give at least one.")
+        raise ValueError("images: there is none; give at least one.")
     return np.concatenate([rows for _, rows in sorted(parts, key=lambda part: part[0])])
 
 
@@ -147,14 +147,12 @@ def _cached(extractor: Extractor, images: list[Image.Image], first: int, cache: 
         try:
             return extractor(images, batch_size=len(images))
         except ValueError as error:
-            raise ValueError(f"pictures {first} to {first + len(images) - 1}: {error}") from error
+            raise ValueError(f"images {first} to {first + len(images) - 1}: {error}") from error
 
     if cache is None:
         return compute()
     file = Path(cache) / f"{content_key(extractor.recipe(), images)}.safetensors"
     if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        beside = file.with_suffix(f".{os.getpid()}.writing")
-        save_file({"features": compute()}, beside)
-        os.replace(beside, file)
+        features = compute()
+        write_whole(file, lambda beside: save_file({"features": features}, beside))
     return load_file(file)["features"]

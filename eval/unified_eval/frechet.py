@@ -71,7 +71,7 @@ def kernel_distances_of_subsets(
         b: ``(M, D)`` features.
         subset_size: rows sampled of each, without repetition.
         subsets: how often.
-        seed: seed of the draws.
+        seed: seed of the subsets.
 
     Returns:
         ``(subsets,)`` float64.
@@ -87,10 +87,10 @@ def kernel_distances_of_subsets(
         )
     chance = np.random.default_rng(seed)
 
-    def draw(rows: Tensor) -> Tensor:
+    def subset(rows: Tensor) -> Tensor:
         return rows[torch.from_numpy(chance.choice(len(rows), subset_size, replace=False))]
 
-    return np.array([kernel_distance(draw(rows_a), draw(rows_b)) for _ in range(subsets)])
+    return np.array([kernel_distance(subset(rows_a), subset(rows_b)) for _ in range(subsets)])
 
 
 def cmmd(a: Features, b: Features, sigma: float = 10.0, scale: float = 1000.0) -> float:
