@@ -61,9 +61,23 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def add_clip_scores(
-    results: Results, prompts: Sequence[Prompt], images: Sequence[Image.Image], clip: Clip, args: argparse.Namespace
+    results: Results,
+    prompts: Sequence[Prompt],
+    images: Sequence[Image.Image],
+    clip: Clip,
+    batch_size: int = 64,
+    cache: Path | None = None,
 ) -> None:
-    """Add the CLIP score of all prompts and of each tag, without prompts that are too long for the CLIP."""
+    """Add the CLIP score of all prompts and of each tag, without prompts that are too long for the CLIP.
+
+    Args:
+        results: the results to add them to.
+        prompts: N prompts.
+        images: as many images for each prompt, those of one prompt adjacent.
+        clip: the CLIP.
+        batch_size: images per forward pass.
+        cache: folder of cached features.
+    """
     texts = [prompt.text for prompt in prompts]
     readable = readable_captions(clip.tokenizer, texts)
     if len(readable) < len(texts):
@@ -71,12 +85,10 @@ def add_clip_scores(
     if len(readable) < 2:
         return
     place = {owner: number for number, owner in enumerate(readable)}
-    all_owners = [number for number in range(len(prompts)) for _ in range(args.samples)]
-    kept = [(image, owner) for image, owner in zip(images, all_owners, strict=True) if owner in place]
-    owners, cache = [owner for _, owner in kept], args.out / "features"
-    vectors = extract_features(
-        clip_extractor(clip), [image for image, _ in kept], args.batch_size, cache, progress=True
-    )
+    each = len(images) // len(prompts)
+    kept = [number for number in range(len(images)) if number // each in place]
+    owners, chosen = [number // each for number in kept], [images[number] for number in kept]
+    vectors = extract_features(clip_extractor(clip), chosen, batch_size, cache, progress=True)
     text_features = clip_text_features(clip, [texts[owner] for owner in readable])
     own = 100 * caption_rows(torch.from_numpy(vectors), text_features, [place[owner] for owner in owners])["own"]
     recipe = {"formula": "100 * mean(cos), unclamped", **clip_recipe(clip)}
@@ -121,7 +133,7 @@ def main() -> None:
     results = Results([str(number) for number in range(len(prompts))], seed=args.seed)
     if clip is not None:
         clip.model.to(args.device)
-        add_clip_scores(results, prompts, images, clip, args)
+        add_clip_scores(results, prompts, images, clip, args.batch_size, args.out / "features")
     if args.shapes:
         owners = [number for number in range(len(prompts)) for _ in range(args.samples)]
         tags, texts = [prompts[owner].tag for owner in owners], [prompts[owner].text for owner in owners]

@@ -31,9 +31,9 @@ def test_ssim_equals_torchmetrics():
 
 def test_code_statistics_by_hand():
     codes = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
-    figures = code_statistics(codes, codebook_size=10, downsample=4)
-    assert figures["codes_used"] == 0.4 and math.isclose(figures["perplexity"], 4)
-    assert figures["bits_per_pixel"] == 4 / 16 and math.isclose(figures["entropy_bits_per_pixel"], 2 / 16)
+    found = code_statistics(codes, codebook_size=10, downsample=4)
+    assert found["codes_used"] == 0.4 and math.isclose(found["perplexity"], 4)
+    assert found["bits_per_pixel"] == 4 / 16 and math.isclose(found["entropy_bits_per_pixel"], 2 / 16)
     assert code_statistics(torch.zeros(5, dtype=torch.long), 8, 2)["perplexity"] == 1
 
 
@@ -73,15 +73,15 @@ def test_script(arguments, image_tokenizer, picture_source, capsys):
     from unified_eval import psnr_summary, reconstruct
 
     images = list(load_source(picture_source, "validation")["image"])
-    assert small["figures"]["psnr_db"] == pytest.approx(
+    assert small["metrics"]["psnr_db"] == pytest.approx(
         psnr_summary(images, reconstruct(image_tokenizer, images))["mean_db"]
     )
     assert (
-        small["figures"]["bits_per_pixel"] == 5 / 16
-        and result["tokenizers"]["big"]["figures"]["bits_per_pixel"] == 4 / 64
+        small["metrics"]["bits_per_pixel"] == 5 / 16
+        and result["tokenizers"]["big"]["metrics"]["bits_per_pixel"] == 4 / 64
     )
-    assert small["figures"]["rfd_efflite0"] > 0 and small["figures"]["encode_images_per_second"] > 0
-    assert result["recipe"]["n"] == 6 and "lpips" not in small["figures"]
+    assert small["metrics"]["rfd_efflite0"] > 0 and small["metrics"]["encode_images_per_second"] > 0
+    assert result["recipe"]["n"] == 6 and "lpips" not in small["metrics"]
     table = (out / "table.md").read_text()
     assert "| | small | big |" in table and "| codebook_size | 20 | 16 |" in table and table in capsys.readouterr().out
     assert Image.open(out / "reconstructions.png").width > 3 * 128

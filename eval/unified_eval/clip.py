@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -132,7 +133,7 @@ def readable_captions(tokenizer: Any, captions: Sequence[str]) -> list[int]:
 
 def left_out_note(clip: Clip, captions: Sequence[str], readable: Sequence[int]) -> str:
     """A note for a report on the captions that are not among the ``readable`` ones."""
-    first = next(caption for number, caption in enumerate(captions) if number not in set(readable))
+    first = shorten(next(caption for number, caption in enumerate(captions) if number not in set(readable)), 80)
     return (
         f"clip: {len(captions) - len(readable)} of {len(captions)} captions exceed the {clip.tokenizer.context_length} "
         f"tokens that {clip.name} reads and are left out of its scores; the first: {first!r}."
