@@ -47,7 +47,7 @@ from unified_eval.evaluation_report import (
 from unified_eval.extraction import process_state
 from unified_eval.features import EXTRACTORS
 from unified_eval.files import content_hash, write_image, write_json
-from unified_eval.generation import generate_images
+from unified_eval.generation import generate_images, square_side
 from unified_eval.inputs import Inputs, load_networks
 from unified_eval.metrics import (
     DEFAULT_METRICS,
@@ -57,7 +57,6 @@ from unified_eval.metrics import (
     measure_images,
     needs_of,
 )
-from unified_eval.monitor import square_side
 from unified_eval.npz import save_npz
 from unified_eval.reconstruction import add_tokenizer_psnr, reconstruct, stream_reconstructions
 from unified_eval.report import format_value
@@ -151,13 +150,14 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Raise ValueError for what is wrong with the arguments alone."""
+    """Raise ValueError for mistakes that the arguments alone show."""
     check_counts(args, "batch_size", "samples_per_caption", "num_images")
     check_folder("out", args.out)
     check_folder("features", args.features)
     if args.resamples < 0 or args.resamples == 1:
         raise ValueError(f"--resamples: {args.resamples} gives no interval; give 2 or more, or 0 for none.")
-    if args.inception_weights is not None and args.extractor != "inception" and "is" not in args.metrics:
+    needs_weights = args.extractor == "inception" or "logits_extractor" in needs_of(args.metrics)
+    if args.inception_weights is not None and not needs_weights:
         raise ValueError(f"--inception-weights is for --extractor inception, not {args.extractor}.")
     if args.lora and args.compare:
         raise ValueError("--lora is for --pipeline; with --compare write PIPELINE+LORA.")
@@ -215,22 +215,22 @@ def choose_task(args: argparse.Namespace) -> Task:
         others = choose_usable([row for row in distinct if row.row not in numbers], args.num_images, args.seed)
     except ValueError:  # there are not as many
         others = []
-    training: list[Row] = []
-    if "neighbours" in args.metrics:
+    needs, training = needs_of(args.metrics), []
+    if "training" in needs:
         training = rows if args.training_split == args.split else read(args.data, args.training_split)
     if args.psnr_split != "none":
         read(args.psnr_data or args.data, args.psnr_split)
     claims = tags = None
-    if "shapes" in args.metrics:
+    if "claims" in needs:
         extra = [row.extra for row in chosen]
         if not {"include", "tag"} <= set(extra[0]):
-            raise ValueError(f"metrics: 'shapes' needs the columns include and tag, which {args.data!r} lacks.")
-        claims, tags = [read_claims(columns["include"]) for columns in extra], [columns["tag"] for columns in extra]
+            raise ValueError(f"metrics: claims need the columns include and tag, which {args.data!r} lacks.")
+        claims, tags = [read_claims(part["include"]) for part in extra], [part["tag"] for part in extra]
     return Task(len(rows), chosen, others, training, claims, tags)
 
 
 def open_pipeline(system: System, device: str) -> tuple[UnifiedPipeline, dict[str, str]]:
-    """Load a system; return it with what tells its images from others."""
+    """Load a system; return it with the hashes that identify it."""
     pipeline = UnifiedPipeline.from_pretrained(system.pipeline)
     identity = {"pipeline_sha256": content_hash(system.pipeline)}
     if system.lora:
@@ -268,8 +268,9 @@ def evaluate(args: argparse.Namespace, task: Task, system: System, networks: dic
     seen: list[int] = []  # numbers of the training rows, in the order of their features
 
     def training_images() -> Iterator[Image.Image]:
-        most = args.max_samples if args.training_split == args.split else None
-        for row in usable_images(args.data, args.training_split, most, **columns):
+        for row in usable_images(args.data, args.training_split, **columns):
+            if row.row > task.training[-1].row:
+                break
             seen.append(row.row)
             yield fit_square(row.image, side)
 
@@ -363,7 +364,7 @@ def write_comparison(
 
 def main() -> None:
     """Evaluate one pipeline, or two and their differences."""
-    # 1. Read the command line, and find what is wrong with it before any work is done.
+    # 1. Read the command line and check it.
     args = parse_arguments()
     check_arguments(args)
     systems = systems_of(args)

@@ -64,7 +64,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Raise ValueError for what is wrong with the arguments alone."""
+    """Raise ValueError for mistakes that the arguments alone show."""
     if len(args.names) != len(args.tokenizers) or len(set(args.names)) != len(args.names):
         raise ValueError(f"--names: need {len(args.tokenizers)} different ones, got {args.names}.")
     check_counts(args, "image_size", "batch_size")

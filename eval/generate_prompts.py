@@ -101,7 +101,7 @@ def add_clip_scores(
 
 def main() -> None:
     """Generate, score and write."""
-    # 1. Find what is wrong before anything is generated.
+    # 1. Read and check everything before an image is generated.
     args = parse_arguments()
     check_counts(args, "samples", "batch_size")
     check_folder("out", args.out)

@@ -317,7 +317,7 @@ def test_scripts_from_data_to_metrics(pipeline, picture_source, tmp_path, monkey
         ("split: 'absent' is not in", "--metrics", "neighbours", "--training-split", "absent"),
         ("metrics: 'prdc' needs 6 or more captions, got 4", "--metrics", "prdc"),
         ("metrics: 'diversity' needs samples_per_caption of 2 or more", "--metrics", "diversity"),
-        ("metrics: 'shapes' needs the columns include and tag", "--metrics", "shapes"),
+        ("metrics: claims need the columns include and tag", "--metrics", "shapes"),
         ("--batch-size: 0 is below 1", "--batch-size", 0),
     ):
         assert message in refused(monkeypatch, capsys, "evaluate.py", *common, "--out", tmp_path / "none", *wrong)
@@ -336,6 +336,25 @@ def test_distances_run_without_a_clip(pipeline, picture_source, tmp_path, monkey
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert list(metrics["metrics"]) == ["kd_efflite0_x1000"]
     assert "by score" not in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_corrupt_images_are_left_out_everywhere(pipeline, photos, tmp_path, monkeypatch, capsys):
+    """Of 40 photos 12 are listed; of these, two are corrupt, and so is one of the others."""
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    listed = first_usable_rows(str(photos), max_samples=12)[0]
+    first, second = choose_evenly(listed, 3, seed=0)[1].row, 11
+    for number in (first, second, 30):
+        (photos / f"p{number:02d}.jpg").write_bytes(b"no image")
+    run_script(monkeypatch, "evaluate.py", "--pipeline", tmp_path / "pipeline", "--data", photos, "--max-samples", 12,
+               "--num-images", 3, "--metrics", "kd", "neighbours", "--resamples", 0, "--psnr-split", "train",
+               "--out", tmp_path / "out")  # fmt: skip
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert first != second and not {first, second} & set(metrics["run"]["rows"])
+    assert [number // 4 for number in metrics["run"]["rows"]] == [0, 1, 2]
+    assert metrics["recipes"]["neighbour_distance"]["n_reference"] == 10
+    assert metrics["recipes"]["tokenizer_psnr_db"]["n"] == 37
+    said = capsys.readouterr().out
+    assert f"in place of rows [{first}], whose images are corrupt" in said and "37 rows used, 3 corrupt images" in said
 
 
 def test_comparison_of_two_pipelines(pipeline, picture_source, tmp_path, monkeypatch, capsys):

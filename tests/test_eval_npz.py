@@ -1,4 +1,4 @@
-"""Pictures in ADM's file: what NumPy and the original evaluator read, and the way back."""
+"""Images in ADM's file: as NumPy and the original evaluator read it, and back again."""
 
 import numpy as np
 import pytest

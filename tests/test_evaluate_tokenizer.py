@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from unified.data.sources import load_source
+from unified_eval.command_line import run_or_explain
 from unified_eval.structural import code_statistics, ssim
 from unified_tokenizers import VQGAN, VQGANConfig
 
@@ -87,7 +89,41 @@ def test_script(arguments, image_tokenizer, picture_source, capsys):
     assert Image.open(out / "reconstructions.png").width > 3 * 128
 
 
+def test_metrics_do_not_depend_on_the_batches(arguments):
+    """They are sums over a stream, whose last batch may be shorter."""
+    found = []
+    for size in (2, 4, 6):
+        out = arguments("--image-size", 16, "--batch-size", size)
+        evaluate_tokenizer.main()
+        metrics = json.loads((out / "metrics.json").read_text())["tokenizers"]["big"]["metrics"]
+        found.append({name: value for name, value in metrics.items() if "per_second" not in name})
+    assert found[0] == pytest.approx(found[1], rel=1e-4) and found[0] == pytest.approx(found[2], rel=1e-4)
+
+
 def test_a_size_that_does_not_divide_is_named(arguments):
     arguments("--image-size", 12)
     with pytest.raises(ValueError, match="image_size: 12 does not divide by the stride 8 of 'big'"):
         evaluate_tokenizer.main()
+
+
+def test_a_mistake_is_one_line(arguments, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for message, *wrong in (
+        ("out: '.*file' is a file; choose another folder", "--out", tmp_path / "file"),
+        (r"--names: need 2 different ones, got \['a', 'a'\]", "--names", "a", "a"),
+        ("max_samples: 0 is below 1", "--max-samples", 0),
+    ):
+        arguments("--image-size", 16, *wrong)
+        with pytest.raises(SystemExit) as ended:
+            run_or_explain(evaluate_tokenizer.main)
+        lines = capsys.readouterr().err.splitlines()
+        assert ended.value.code == 2 and re.match(f"evaluate_tokenizer.py: {message}", lines[-1])
+
+    def fail():
+        raise ValueError("field: two\n  lines")
+
+    with pytest.raises(SystemExit, match="2"):
+        run_or_explain(fail)
+    assert capsys.readouterr().err == "evaluate_tokenizer.py: field: two lines\n"
+    with pytest.raises(KeyError):  # a fault of the program keeps its traceback
+        run_or_explain(lambda: {}["absent"])

@@ -72,7 +72,7 @@ def _name_of_folder(folder: Path) -> str:
     missing = [key for key in ("size", "mean", "std") if key not in config.get("preprocess_cfg", {})]
     if missing:
         raise ValueError(
-            f"clip: preprocess_cfg in {str(folder / CONFIG_FILE)!r} lacks {missing}; add what it was trained with."
+            f"clip: preprocess_cfg in {str(folder / CONFIG_FILE)!r} lacks {missing}; add the values of its training."
         )
     if not {".safetensors", ".bin", ".pth"} & {path.suffix for path in folder.iterdir()}:
         raise ValueError(f"clip: {str(folder)!r} has no weights; put open_clip_model.safetensors beside {CONFIG_FILE}.")
@@ -82,7 +82,7 @@ def _name_of_folder(folder: Path) -> str:
 
 
 def clip_recipe(clip: Clip) -> dict[str, Any]:
-    """What decides a CLIP score: the model's name, a hash of its weights as loaded, and the image transform."""
+    """Everything that decides a CLIP score: the model's name, a hash of its weights as loaded, and the image transform."""
     digest = hashlib.sha256()
     for key, value in sorted(clip.model.state_dict().items()):
         digest.update(key.encode())
@@ -182,7 +182,7 @@ def clip_features(
     """Normalised features of images and of their captions.
 
     Args:
-        clip: what :func:`load_clip` returned.
+        clip: the model of :func:`load_clip`.
         images: N images of any size.
         captions: N captions.
         batch_size: images per forward pass.
@@ -230,7 +230,7 @@ def shuffled_score(image_features: Tensor, text_features: Tensor) -> float:
 
 
 def shuffled_gap(image_features: Tensor, text_features: Tensor) -> float:
-    """CLIP score less :func:`shuffled_score`: what of the score is due to the image's own caption."""
+    """CLIP score less :func:`shuffled_score`: the part of the score that is due to the image's own caption."""
     return clip_score(image_features, text_features) - shuffled_score(image_features, text_features)
 
 

@@ -1,10 +1,11 @@
 """Features of any number of images: streamed, cached by content, and shared among processes."""
 
+import atexit
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +23,7 @@ from unified_eval.features import Extractor
 from unified_eval.files import write_whole
 from unified_eval.npz import load_npz
 
-# An image, or what loads it: a process opens only the images whose features are its share.
+# An image, or a function that loads it: a process opens only the images whose features are its share.
 LazyImage = Image.Image | Callable[[], Image.Image]
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 T = TypeVar("T")
@@ -79,7 +80,7 @@ def extract_features(
     same for any number of processes, and so is every bit of the result.
 
     Args:
-        extractor: what :func:`unified_eval.load_extractor` or :func:`unified_eval.clip.clip_extractor` returned.
+        extractor: the network of :func:`unified_eval.load_extractor` or :func:`unified_eval.clip.clip_extractor`.
         images: any iterable, such as :func:`open_images` returns.
         batch_size: images per forward pass; another size changes float32 rounding, and so has its own cache entries.
         cache: folder in which features are kept, keyed by the extractor's recipe and the pixels of a batch. Images
@@ -123,7 +124,15 @@ def process_state() -> PartialState:
             f"processes: {started} were started, but accelerate sees {state.num_processes}; on CPUs launch with "
             "`accelerate launch --cpu`, or set ACCELERATE_USE_CPU=true."
         )
+    if started > 1:
+        _close_at_exit()
     return state
+
+
+@cache
+def _close_at_exit() -> None:
+    """Close the process group at the end of the program; left open, its threads now and then abort the process."""
+    atexit.register(PartialState().destroy_process_group)
 
 
 def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -26,7 +26,7 @@ class Extractor:
 
     Attributes:
         name: one of :data:`EXTRACTORS`, :data:`LOGITS_EXTRACTOR` or the name of a CLIP.
-        metric: what a Frechet distance over these features is called (``FID`` only for the Inception network; ``IS``
+        metric: name of a Frechet distance over these features (``FID`` only for the Inception network; ``IS``
             for its logits, of which the Inception Score is made).
         width: number of features D.
         weights_sha256: hash of the weights file.

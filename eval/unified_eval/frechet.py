@@ -116,7 +116,7 @@ def cmmd(a: Features, b: Features, sigma: float = 10.0, scale: float = 1000.0) -
 
     def mean_kernel(x: Tensor, y: Tensor) -> float:
         squares = x.square().sum(1)[:, None] + y.square().sum(1) - 2 * x @ y.T
-        # The kernel is 1 less about 1 % here, so that expm1 keeps what differs.
+        # The kernel is 1 less about 1 % here, so that expm1 keeps the digits that differ.
         return float(torch.expm1(-squares / (2 * sigma**2)).mean())
 
     return scale * (mean_kernel(rows_a, rows_a) + mean_kernel(rows_b, rows_b) - 2 * mean_kernel(rows_a, rows_b))

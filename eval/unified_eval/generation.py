@@ -15,6 +15,16 @@ from unified_eval.extraction import batches, process_state
 from unified_eval.files import write_image, write_json
 
 
+def square_side(pipeline: UnifiedPipeline) -> int:
+    """Side in pixels of the images of a pipeline. Raises ValueError if they are no squares."""
+    height, width = pipeline.default_size
+    if height != width:
+        raise ValueError(
+            f"pipeline: generates {height}x{width} images; real ones are cropped to squares to be compared."
+        )
+    return width
+
+
 def stream_images(
     pipeline: UnifiedPipeline, prompts: Sequence[str], seeds: Sequence[int], batch_size: int = 64, **sampling: Any
 ) -> Iterator[Image.Image]:
@@ -62,7 +72,7 @@ def generate_images(
         seed: seed of the first image.
         batch_size: images generated at once.
         sampling: arguments of the pipeline.
-        identity: what tells this pipeline from others, such as :func:`unified_eval.content_hash` of its folder.
+        identity: tells this pipeline from others, such as the :func:`unified_eval.content_hash` of its folder.
         progress: show a progress bar.
         file_name: maps i to a name in the folder that begins with a digit; ``NNN.png`` without it.
 

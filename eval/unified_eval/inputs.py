@@ -20,20 +20,20 @@ Need = Literal["extractor", "clip", "logits_extractor", "samples_per_caption", "
 
 @dataclass(eq=False)
 class Inputs:
-    """Everything that metrics are made of. All images have one size; the optional parts are what some metrics need.
+    """Images, captions and networks. All images have one size; only some metrics need the optional parts.
 
     Attributes:
         captions: N captions, all different.
         real: N images, one for each caption.
         reconstructed: the same images through the image tokenizer.
         generated: as many images for each caption, those of one caption adjacent.
-        extractor: what :func:`unified_eval.load_extractor` returned.
-        clip: what :func:`unified_eval.load_clip` returned.
+        extractor: the network of :func:`unified_eval.load_extractor`.
+        clip: the model of :func:`unified_eval.load_clip`.
         logits_extractor: the extractor ``inception-logits``.
         other_real: N real images of other captions.
         training: 2 or more of the images that the model was trained on, through the image tokenizer, whose losses would
             else count as distance; any iterable, read once and not kept.
-        claims: for each caption, what :func:`unified_eval.check_scene` takes.
+        claims: for each caption, the claims that :func:`unified_eval.check_scene` checks.
         tags: the task of each caption.
         batch_size: images per forward pass.
         cache: folder of cached features.
@@ -118,12 +118,12 @@ class Inputs:
 
     @cached_property
     def clip_recipe(self) -> dict[str, Any]:
-        """What decides a number that is made of features of ``clip``."""
+        """Recipe of a number that is made of features of ``clip``."""
         return {**clip_recipe(self.require("clip")), **self.size}
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """What decides a number that is made of features of ``extractor``."""
+        """Recipe of a number that is made of features of ``extractor``."""
         return {**self.require("extractor").recipe(), **self.size}
 
     def features(self, kind: ImageSet, network: Extractor | None = None) -> np.ndarray:
@@ -151,7 +151,7 @@ def load_networks(
 
     Args:
         needs: needs of metrics.
-        clip: what :func:`unified_eval.load_clip` takes.
+        clip: path or name for :func:`unified_eval.load_clip`.
         extractor: one of :data:`EXTRACTORS`.
         inception_weights: weights file of the inception extractors.
         device: device of the networks.

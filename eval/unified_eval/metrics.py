@@ -276,7 +276,7 @@ class TrainingNeighbours(Metric):
     """
 
     needs = ("extractor", "training")
-    copies: ClassVar[float] = 0.05  # share of training images that lie as near to another as what is called a copy
+    copies: ClassVar[float] = 0.05  # a copy is as near as this share of training images are to another
 
     def add(self, inputs: Inputs, results: Results) -> None:
         """See :class:`Metric`."""
@@ -348,7 +348,7 @@ def measure_images(
 
     Args:
         inputs: images, captions and networks.
-        metrics: names out of :data:`METRICS`, whose classes say what each adds.
+        metrics: names out of :data:`METRICS`; their classes list the values.
         resamples: how often prompts are resampled for the intervals of distances; 0 for none.
         seed: seed of the intervals, and of the split into halves.
 

@@ -5,22 +5,12 @@ from typing import Any
 
 from unified import UnifiedPipeline
 from unified.data.sources import CaptionedImage, fit_square
-from unified_eval.generation import stream_images
+from unified_eval.generation import square_side, stream_images
 from unified_eval.inputs import Inputs
 from unified_eval.metrics import DEFAULT_METRICS, measure_images
 from unified_eval.reconstruction import reconstruct
 from unified_eval.results import Results
 from unified_eval.selection import Row
-
-
-def square_side(pipeline: UnifiedPipeline) -> int:
-    """Side in pixels of the images of a pipeline. Raises ValueError if they are no squares."""
-    height, width = pipeline.default_size
-    if height != width:
-        raise ValueError(
-            f"pipeline: generates {height}x{width} images; real ones are cropped to squares to be compared."
-        )
-    return width
 
 
 def measure_pipeline(

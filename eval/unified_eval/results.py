@@ -15,7 +15,7 @@ class SmallSampleWarning(UserWarning):
 
 
 class Bound(NamedTuple):
-    """A floor or a ceiling: the name of the value that is put beside it in reports, and what it is called there."""
+    """A floor or a ceiling: the name of the value that reports put it beside, and its title there."""
 
     of: str
     title: str
@@ -23,11 +23,11 @@ class Bound(NamedTuple):
 
 @dataclass
 class Value:
-    """One number, with what explains it and what compares it between two systems.
+    """One number, its explanation, and the data by which two systems compare.
 
     Attributes:
         number: the number.
-        recipe: what decides the number, with ``label``, the name to print.
+        recipe: everything that decides the number, with ``label``, the name to print.
         given: the number is about images that are given (real ones), not about the system: it is not compared.
         bound: the value that this one is a floor or a ceiling of.
         interval: the 95 % interval, if there is one.
@@ -53,7 +53,7 @@ class Results:
         resamples: how often a distance is computed again on resampled prompts; 0 for distances without intervals.
         seed: seed of the resampling. Two results of one seed can be compared in pairs.
         values: the values by name, in the order in which they were added.
-        notes: what a reader has to know about them, such as metrics of too few images.
+        notes: warnings for the reader, such as metrics of too few images.
     """
 
     prompts: Sequence[str]

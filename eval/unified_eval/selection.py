@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from typing import Any, TypeVar
 
@@ -26,8 +26,8 @@ class Row:
 
     caption: str
     row: int
-    _source: datasets.Dataset
-    _columns: tuple[str, str]
+    _source: datasets.Dataset = field(repr=False)
+    _columns: tuple[str, str] = field(repr=False)
 
     @property
     def image(self) -> Image.Image:

@@ -2,7 +2,7 @@
 
 The scenes are those of ``recipes/prepare_shapes.py``: flat shapes of ten colours, upright, apart from each other, on a
 flat background. Claims are in GenEval's ``include`` schema (Ghosh et al. 2023, https://arxiv.org/abs/2310.11513),
-extended by ``size`` and the class ``background``; counts are exact. What a claim leaves unsaid is not checked.
+extended by ``size`` and the class ``background``; counts are exact. Nothing is checked that a claim leaves unsaid.
 """
 
 import json
@@ -90,7 +90,7 @@ class Shape(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What an image shows: the background's colour (None if it resembles none) and the objects, largest first."""
+    """The content of an image: the background's colour (None if it resembles none) and the objects, largest first."""
 
     background: str | None
     shapes: tuple[Shape, ...]
@@ -135,7 +135,7 @@ def find_shapes(image: Image.Image) -> Found:
     shapes = []
     for label in range(1, count + 1):
         body = labels == label
-        # Blur mixes the background into thin shapes: what is farthest from the background is the least mixed.
+        # Blur mixes the background into thin shapes: the pixels farthest from the background are the least mixed.
         contrast = np.linalg.norm(pixels[body] - ground_colour, axis=1)
         colour = np.median(pixels[body][contrast >= np.quantile(contrast, 0.75)], axis=0)
         step = colour - ground_colour
@@ -297,7 +297,8 @@ def scene_records(
 
     Yields:
         ``tag`` (the task; ``scene`` without ``tags``), ``prompt``, ``include`` (the claims), ``correct``, ``reason``
-        (what does not hold and what was found; empty if correct) and ``checks``, what :func:`check_scene` returns.
+        (the claims that do not hold and the objects that were found; empty if correct) and ``checks``, the result of
+        :func:`check_scene`.
 
     Raises:
         ValueError: if the lists differ in length, or as for :func:`check_scene`.
@@ -330,7 +331,7 @@ def shapes_accuracy(
 
     Args:
         images: N square images.
-        claims_per_image: for each image, what :func:`check_scene` takes.
+        claims_per_image: for each image, the claims that :func:`check_scene` checks.
         tags: the task of each, such as ``counting``.
         prompts: the prompt of each; images of one prompt are not independent, and intervals take that into account.
         seed: seed of the bootstrap.
