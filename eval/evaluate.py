@@ -12,10 +12,11 @@ With `--compare`, `a/` and `b/` get these files, and the folder the differences 
 """
 
 import argparse
-import json
 import shlex
 import sys
 import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,14 +24,19 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from unified import UnifiedPipeline
-from unified.data.sources import CaptionedImage, fit_square
+from unified.data.sources import SkipReport, fit_square
 from unified.decoding import DECODING_MODES
-from unified_eval.clip import load_clip
+from unified.errors import explain_errors
+from unified_eval.command_line import (
+    SAMPLING,
+    add_generation_arguments,
+    check_counts,
+    check_folder,
+    plain_settings,
+)
 from unified_eval.diversity import nearest_neighbours
-from unified_eval.drawing import content_hash, draw_images
-from unified_eval.evaluate import DEFAULT_METRICS, METRICS, evaluate_tokenizer, measure_images, recipe_line
 from unified_eval.evaluation_report import (
-    Drawn,
+    Neighbour,
     comparison_sheet,
     sample_sheet,
     shown,
@@ -38,61 +44,90 @@ from unified_eval.evaluation_report import (
     write_comparison_report,
     write_evaluation_report,
 )
-from unified_eval.extraction import extract_features, process_state
-from unified_eval.features import EXTRACTORS, LOGITS_EXTRACTOR, load_extractor
-from unified_eval.measures import Measures, SmallSampleWarning, compare_measures
+from unified_eval.extraction import process_state
+from unified_eval.features import EXTRACTORS
+from unified_eval.files import content_hash, write_image, write_json
+from unified_eval.generation import generate_images, square_side
+from unified_eval.inputs import Inputs, load_networks
+from unified_eval.metrics import (
+    DEFAULT_METRICS,
+    METRICS,
+    check_metrics,
+    describe_metrics,
+    measure_images,
+    needs_of,
+)
 from unified_eval.npz import save_npz
-from unified_eval.reconstruction import reconstruct
+from unified_eval.reconstruction import add_tokenizer_psnr, reconstruct, stream_reconstructions
 from unified_eval.report import format_value
-from unified_eval.selection import choose_evenly, first_usable_rows, unique_captions
+from unified_eval.results import Results, SmallSampleWarning, compare_results, recipe_line
+from unified_eval.selection import Row, choose_evenly, choose_usable, first_usable_rows, unique_captions, usable_images
+from unified_eval.shapes import check_size, read_claims
 
 INT8 = "+int8"
 DECODING = [mode + weights for mode in DECODING_MODES for weights in ("", INT8)]
 
 
+class System(NamedTuple):
+    """A pipeline, possibly with an adapter, its decoding mode and the folder of its results."""
+
+    pipeline: str
+    lora: str | None
+    decoding: str
+    out: Path
+
+
 class Task(NamedTuple):
-    """What every compared pipeline is asked for, and what it is measured against."""
+    """The captions that every system generates, and the rows that it is measured against."""
 
     samples: int
-    chosen: list[CaptionedImage]
-    others: list[CaptionedImage]
-    training: list[CaptionedImage]
-    held_out: list[CaptionedImage]
+    chosen: list[Row]
+    others: list[Row]
+    training: list[Row]
+    claims: list[Any] | None
+    tags: list[str] | None
 
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = parser.add_argument_group("what is measured")
-    systems = what.add_mutually_exclusive_group(required=True)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=f"metrics:\n{describe_metrics()}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )  # fmt: skip
+    task = parser.add_argument_group("systems and data")
+    systems = task.add_mutually_exclusive_group(required=True)
     systems.add_argument("--pipeline", help="pipeline folder, or its name on the Hub")
     systems.add_argument(
         "--compare", nargs=2, metavar=("A", "B"), help="two pipelines, each possibly with an adapter: PIPELINE+LORA"
     )
-    what.add_argument("--lora", help="LoRA adapter folder to load into --pipeline")
-    what.add_argument("--data", required=True, help="data folder, file or Hub name with captioned images")
-    what.add_argument("--split", default="train", help="split of the captions and real images (default: %(default)s)")
-    what.add_argument("--max-samples", type=int, help="use the first this many usable rows of the split (default: all)")
-    what.add_argument(
+    task.add_argument("--lora", help="LoRA adapter folder to load into --pipeline")
+    task.add_argument("--data", required=True, help="data folder, file or Hub name with captioned images")
+    task.add_argument("--split", default="train", help="split of the captions and real images (default: %(default)s)")
+    task.add_argument(
+        "--max-samples", type=int, help="use the first this many captioned rows of the split (default: all)"
+    )
+    task.add_argument(
         "--num-images", type=int, default=64, help="captions chosen evenly among them (default: %(default)s)"
     )
-    what.add_argument("--samples-per-caption", type=int, default=1, help="pictures for each (default: %(default)s)")
-    what.add_argument("--training-split", default="train", help="split searched for neighbours (default: %(default)s)")
-    what.add_argument("--psnr-data", help="data for the tokenizer's PSNR (default: that of --data)")
-    what.add_argument(
+    task.add_argument(
+        "--samples-per-caption", type=int, default=1, help="images for each caption (default: %(default)s)"
+    )
+    task.add_argument("--training-split", default="train", help="split searched for neighbours (default: %(default)s)")
+    task.add_argument("--psnr-data", help="data for the tokenizer's PSNR (default: that of --data)")
+    task.add_argument(
         "--psnr-split",
         default="validation",
         help="split for the tokenizer's PSNR; 'none' skips it (default: %(default)s)",
     )
-    what.add_argument("--image-column", default="image", help="column of the images (default: %(default)s)")
-    what.add_argument("--caption-column", default="caption", help="column of the captions (default: %(default)s)")
-    measure = parser.add_argument_group("how it is measured")
+    task.add_argument("--image-column", default="image", help="column of the images (default: %(default)s)")
+    task.add_argument("--caption-column", default="caption", help="column of the captions (default: %(default)s)")
+    measure = parser.add_argument_group("measurement")
     measure.add_argument(
         "--metrics", nargs="+", choices=METRICS, default=list(DEFAULT_METRICS), metavar="NAME",
-        help=f"some of {', '.join(METRICS)} (default: {' '.join(DEFAULT_METRICS)})",
+        help=f"some of the metrics below (default: {' '.join(DEFAULT_METRICS)})",
     )  # fmt: skip
     measure.add_argument(
-        "--clip", required=True, help="CLIP folder, open_clip 'architecture/tag', or 'hf-hub:owner/name'"
+        "--clip",
+        help="CLIP folder, open_clip 'architecture/tag', or 'hf-hub:owner/name'; only some metrics need it",
     )
     measure.add_argument(
         "--extractor", choices=EXTRACTORS, default=EXTRACTORS[0], help="feature network (default: %(default)s)"
@@ -100,73 +135,56 @@ def parse_arguments() -> argparse.Namespace:
     measure.add_argument("--inception-weights", type=Path, help="weights file of the inception extractor and of 'is'")
     measure.add_argument(
         "--resamples", type=int, default=200,
-        help="draws of prompts for intervals of distances, 0 for none (default: %(default)s)",
+        help="resamples of the prompts for intervals of distances, 0 for none (default: %(default)s)",
     )  # fmt: skip
     measure.add_argument("--features", type=Path, help="folder of cached features (default: features/ in --out)")
-    draw = parser.add_argument_group("how images are drawn")
-    draw.add_argument(
-        "--guidance-scale", type=float, default=3.0, help="classifier-free guidance (default: %(default)s)"
-    )
-    draw.add_argument("--temperature", type=float, default=1.0, help="sampling temperature (default: %(default)s)")
-    draw.add_argument("--top-k", type=int, default=0, help="codes kept for sampling, 0 for all (default: %(default)s)")
-    draw.add_argument(
-        "--top-p", type=float, default=1.0, help="probability mass kept for sampling (default: %(default)s)"
-    )
-    draw.add_argument(
+    generation = parser.add_argument_group("generation")
+    add_generation_arguments(generation)
+    generation.add_argument(
         "--decoding", nargs="+", choices=DECODING, default=["plain"], metavar="MODE",
         help=f"one of {', '.join(DECODING)}; with --compare one for both or one for each (default: plain)",
     )  # fmt: skip
-    draw.add_argument(
-        "--seed", type=int, default=0, help="seed of the choice; image i gets seed + i (default: %(default)s)"
-    )
-    draw.add_argument(
-        "--batch-size", type=int, default=64, help="pictures sampled or measured at once (default: %(default)s)"
-    )
-    draw.add_argument("--device", default="cpu", help="device of the networks (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; earlier results in it are replaced")
     parser.add_argument("--npz", action="store_true", help="also write generated.npz for the evaluator of ADM")
-    args = parser.parse_args()
-    if args.inception_weights is not None and args.extractor != "inception" and "is" not in args.metrics:
-        parser.error(f"--inception-weights is for --extractor inception, not {args.extractor}")
-    if args.batch_size < 1 or args.samples_per_caption < 1:
-        parser.error(
-            f"--batch-size, --samples-per-caption: {args.batch_size}, {args.samples_per_caption} are not 1 or more"
-        )
-    if "diversity" in args.metrics and args.samples_per_caption < 2:
-        parser.error("--metrics diversity needs --samples-per-caption 2 or more")
-    count = 2 if args.compare else 1
-    if len(args.decoding) not in (1, count):
-        parser.error(f"--decoding: {len(args.decoding)} modes for {count} pipeline(s)")
-    args.decoding = (args.decoding * count)[:count]
+    return parser.parse_args()
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raise ValueError for mistakes that the arguments alone show."""
+    check_counts(args, "batch_size", "samples_per_caption", "num_images")
+    check_folder("out", args.out)
+    check_folder("features", args.features)
+    if args.resamples < 0 or args.resamples == 1:
+        raise ValueError(f"--resamples: {args.resamples} gives no interval; give 2 or more, or 0 for none.")
+    needs_weights = args.extractor == "inception" or "logits_extractor" in needs_of(args.metrics)
+    if args.inception_weights is not None and not needs_weights:
+        raise ValueError(f"--inception-weights is for --extractor inception, not {args.extractor}.")
     if args.lora and args.compare:
-        parser.error("--lora is for --pipeline; with --compare write PIPELINE+LORA")
-    return args
+        raise ValueError("--lora is for --pipeline; with --compare write PIPELINE+LORA.")
+    given = {"extractor", "logits_extractor", "training", "claims"}
+    given |= {"clip"} if args.clip else set()
+    given |= {"samples_per_caption"} if args.samples_per_caption > 1 else set()
+    check_metrics(args.metrics, given, args.num_images)
 
 
-def choose_task(args: argparse.Namespace) -> Task:
-    """Read the data and choose captions, other real images, training and held-out images."""
-    columns = {"image_column": args.image_column, "caption_column": args.caption_column}
+def systems_of(args: argparse.Namespace) -> list[System]:
+    """The one or two systems of a command line."""
+    if args.pipeline:
+        names, folders = [(args.pipeline, args.lora)], [args.out]
+    else:
+        names, folders = [pipeline_and_lora(name) for name in args.compare], [args.out / "a", args.out / "b"]
+    if len(args.decoding) not in (1, len(names)):
+        raise ValueError(f"--decoding: {len(args.decoding)} modes for {len(names)} pipeline(s).")
+    modes = (args.decoding * len(names))[: len(names)]
+    return [System(name, lora, mode, out) for (name, lora), mode, out in zip(names, modes, folders, strict=True)]
 
-    def read(source: str, split: str, most: int | None = None) -> list[CaptionedImage]:
-        rows, report = first_usable_rows(source, split, most, **columns)
-        say(f"{source} [{split}]: {report.summary()}")
-        return rows
 
-    rows = read(args.data, args.split, args.max_samples)
-    distinct = unique_captions(rows)
-    if len(distinct) < len(rows):
-        say(f"  {len(rows) - len(distinct)} rows with a repeated caption left out")
-    chosen = choose_evenly(distinct, args.num_images, args.seed)
-    chosen_rows = {row.row for row in chosen}
-    rest = [row for row in distinct if row.row not in chosen_rows]
-    others = choose_evenly(rest, args.num_images, args.seed) if len(rest) >= args.num_images else []
-    training: list[CaptionedImage] = []
-    if "neighbours" in args.metrics:
-        training = rows if args.training_split == args.split else read(args.data, args.training_split)
-    held_out = read(args.psnr_data or args.data, args.psnr_split) if args.psnr_split != "none" else []
-    if "shapes" in args.metrics and not all({"include", "tag"} <= set(row.extra) for row in chosen):
-        raise ValueError(f"metrics: 'shapes' needs the columns include and tag, which {args.data!r} lacks.")
-    return Task(len(rows), chosen, others, training, held_out)
+def pipeline_and_lora(name: str) -> tuple[str, str | None]:
+    """The parts of ``PIPELINE+LORA``; a folder may have a plus in its name."""
+    if Path(name).exists() or "+" not in name:
+        return name, None
+    pipeline, _, lora = name.rpartition("+")
+    return pipeline, lora
 
 
 def say(text: str) -> None:
@@ -175,157 +193,168 @@ def say(text: str) -> None:
         print(text)
 
 
-def open_pipeline(name: str, lora: str | None, decoding: str, device: str) -> tuple[UnifiedPipeline, dict[str, str]]:
-    """Load a pipeline and possibly an adapter; return it with what tells its images from others."""
-    pipeline, identity = UnifiedPipeline.from_pretrained(name), {"pipeline_sha256": content_hash(name)}
-    if lora:
-        pipeline.load_lora_weights(lora)
-        identity["lora_sha256"] = content_hash(lora)
+def choose_task(args: argparse.Namespace) -> Task:
+    """Choose rows by their captions; no image is kept."""
+    columns = {"image_column": args.image_column, "caption_column": args.caption_column}
+
+    def read(source: str, split: str, most: int | None = None) -> list[Row]:
+        rows, report = first_usable_rows(source, split, most, **columns)
+        say(f"{source} [{split}]: {len(rows)} rows with captions, {report.empty_caption} without")
+        return rows
+
+    rows = read(args.data, args.split, args.max_samples)
+    distinct = unique_captions(rows)
+    if len(distinct) < len(rows):
+        say(f"  {len(rows) - len(distinct)} rows with a repeated caption left out")
+    chosen = choose_usable(distinct, args.num_images, args.seed)
+    numbers = {row.row for row in chosen}
+    corrupt = [row.row for row in choose_evenly(distinct, args.num_images, args.seed) if row.row not in numbers]
+    if corrupt:
+        say(f"  in place of rows {corrupt}, whose images are corrupt, others are taken")
+    try:
+        others = choose_usable([row for row in distinct if row.row not in numbers], args.num_images, args.seed)
+    except ValueError:  # there are not as many
+        others = []
+    needs, training = needs_of(args.metrics), []
+    if "training" in needs:
+        training = rows if args.training_split == args.split else read(args.data, args.training_split)
+    if args.psnr_split != "none":
+        read(args.psnr_data or args.data, args.psnr_split)
+    claims = tags = None
+    if "claims" in needs:
+        extra = [row.extra for row in chosen]
+        if not {"include", "tag"} <= set(extra[0]):
+            raise ValueError(f"metrics: claims need the columns include and tag, which {args.data!r} lacks.")
+        claims, tags = [read_claims(part["include"]) for part in extra], [part["tag"] for part in extra]
+    return Task(len(rows), chosen, others, training, claims, tags)
+
+
+def open_pipeline(system: System, device: str) -> tuple[UnifiedPipeline, dict[str, str]]:
+    """Load a system; return it with the hashes that identify it."""
+    pipeline = UnifiedPipeline.from_pretrained(system.pipeline)
+    identity = {"pipeline_sha256": content_hash(system.pipeline)}
+    if system.lora:
+        pipeline.load_lora_weights(system.lora)
+        identity["lora_sha256"] = content_hash(system.lora)
     pipeline.to(device)
-    if decoding.endswith(INT8):
+    if system.decoding.endswith(INT8):
         identity["weights"] = "int8"
         pipeline.enable_fast_decoding(int8=True)
     return pipeline, identity
 
 
-def evaluate(
-    args: argparse.Namespace,
-    task: Task,
-    name: str,
-    lora: str | None,
-    decoding: str,
-    networks: dict[str, Any],
-    out: Path,
-) -> tuple[Measures, Drawn]:
-    """Draw, measure and write the results of one pipeline."""
-    pipeline, identity = open_pipeline(name, lora, decoding, args.device)
-    height, width = pipeline.default_size
-    if height != width:
-        raise ValueError(
-            f"pipeline: generates {height}x{width} images; real ones are cropped to squares to be compared."
-        )
+def evaluate(args: argparse.Namespace, task: Task, system: System, networks: dict[str, Any]) -> tuple[Inputs, Results]:
+    """Generate, measure and write the results of one system."""
+    columns = {"image_column": args.image_column, "caption_column": args.caption_column}
+    progress = process_state().is_main_process
 
-    def square(rows: list[CaptionedImage]) -> list[Image.Image]:
-        return [fit_square(row.image, width) for row in rows]
+    # 1. Open the pipeline; crop the chosen images to its size and pass them through its tokenizer.
+    pipeline, identity = open_pipeline(system, args.device)
+    side, tokenizer = square_side(pipeline), pipeline.image_tokenizer
+    if task.claims is not None:
+        check_size(side, side)
+    captions = [row.caption for row in task.chosen]
+    real, others = ([fit_square(row.image, side) for row in rows] for rows in (task.chosen, task.others))
+    rebuilt = reconstruct(tokenizer, real, args.batch_size)
 
-    captions, real, progress = (
-        [row.caption for row in task.chosen],
-        square(task.chosen),
-        process_state().is_main_process,
-    )
-    sampling = {key: getattr(args, key) for key in ("guidance_scale", "temperature", "top_k", "top_p")}
-    sampling["decoding"] = decoding.removesuffix(INT8)
-    generated, times = draw_images(
-        pipeline, captions, out / "generated", args.samples_per_caption, args.seed, args.batch_size, sampling,
+    # 2. Generate.
+    sampling = {key: getattr(args, key) for key in SAMPLING} | {"decoding": system.decoding.removesuffix(INT8)}
+    generated, times = generate_images(
+        pipeline, captions, system.out / "generated", args.samples_per_caption, args.seed, args.batch_size, sampling,
         identity, progress=True,
     )  # fmt: skip
-    rebuilt = reconstruct(pipeline.image_tokenizer, real, args.batch_size)
-    cache, originals = args.features or args.out / "features", square(task.training)
-    training = reconstruct(pipeline.image_tokenizer, originals, args.batch_size, progress) if originals else []
-    measures = measure_images(
-        real, rebuilt, generated, captions, networks["clip"], networks["extractor"],
-        square(task.others) if task.others else None, args.seed, args.batch_size, progress,
-        metrics=args.metrics, training=training or None, resamples=args.resamples, cache=cache,
-        claims=[row.extra["include"] for row in task.chosen] if "shapes" in args.metrics else None,
-        tags=[row.extra["tag"] for row in task.chosen] if "shapes" in args.metrics else None,
-        logits_extractor=networks.get("logits"),
+
+    # 3. Measure. Training images and those for the tokenizer's PSNR stream by.
+    seen: list[int] = []  # numbers of the training rows, in the order of their features
+
+    def training_images() -> Iterator[Image.Image]:
+        for row in usable_images(args.data, args.training_split, **columns):
+            if row.row > task.training[-1].row:
+                break
+            seen.append(row.row)
+            yield fit_square(row.image, side)
+
+    through = (again for _, again in stream_reconstructions(tokenizer, training_images(), args.batch_size, progress))
+    inputs = Inputs(
+        captions, real, rebuilt, generated, other_real=others or None, training=through if task.training else None,
+        claims=task.claims, tags=task.tags, batch_size=args.batch_size, cache=args.features or system.out / "features",
+        progress=progress, **networks,
     )  # fmt: skip
-    drawn = Drawn(captions, real, rebuilt, generated, args.seed)
-    if training:
-        rows = [extract_features(networks["extractor"], part, args.batch_size, cache) for part in (generated, training)]
-        found, distances = nearest_neighbours(rows[0], rows[1])
-        near = [
-            (training[i], task.training[i].caption, float(d)) for i, d in zip(found[:, 0], distances[:, 0], strict=True)
-        ]
-        drawn = drawn._replace(neighbours=near)
-    result: dict[str, Any] = measures.result()
-    if task.held_out:
-        reference = f"split {args.psnr_split} of {args.psnr_data or args.data}"
-        part = evaluate_tokenizer(pipeline.image_tokenizer, square(task.held_out), reference, args.batch_size, progress)
-        result |= {key: result[key] | part[key] for key in part}
-    result["run"] = {
-        **{key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
-        "pipeline": name,
-        "lora": lora,
-        "decoding": decoding,
-        **identity,
-        "samples": task.samples,
-        "rows": [row.row for row in task.chosen],
-        "captions": captions,
-        "picture_size": [width, height],
-        **times,
+    results = measure_images(inputs, args.metrics, resamples=args.resamples, seed=args.seed)
+    if args.psnr_split != "none":
+        source, report = args.psnr_data or args.data, SkipReport()
+        held_out = usable_images(source, args.psnr_split, **columns, report=report)
+        squares = (fit_square(row.image, side) for row in held_out)
+        reference = f"split {args.psnr_split} of {source}"
+        add_tokenizer_psnr(results, tokenizer, squares, reference, args.batch_size, progress)
+        say(f"{source} [{args.psnr_split}]: {report.summary()}")
+
+    # 4. Write.
+    run = {
+        **plain_settings(args), "pipeline": system.pipeline, "lora": system.lora, "decoding": system.decoding, **identity,
+        "samples": task.samples, "rows": [row.row for row in task.chosen], "captions": captions,
+        "image_size": [side, side], **times,
         "versions": {name: version(name) for name in ("torch", "open-clip-torch", "pillow")},
-    }
+    }  # fmt: skip
     if process_state().is_main_process:
-        write_results(args, out, result, drawn, measures)
-    return measures, drawn
+        rows = {row.row: row for row in task.training}
+        neighbours = nearest_training_images(pipeline, inputs, [rows[number] for number in seen]) if seen else []
+        write_results(system.out, args.npz, inputs, results, run, neighbours)
+    return replace(inputs, training=None), results  # without features
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write numbers that are all finite."""
-    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
+def nearest_training_images(
+    pipeline: UnifiedPipeline, inputs: Inputs, training: Sequence[Row], most: int = 8
+) -> list[Neighbour]:
+    """The generated images that are nearest to a training image, nearest first; ``training`` are the rows of its features."""
+    found, distances = nearest_neighbours(inputs.features("generated"), inputs.features("training"))
+    order = sorted(range(len(found)), key=lambda number: distances[number, 0])[:most]
+    rows = [training[found[number, 0]] for number in order]
+    images = reconstruct(pipeline.image_tokenizer, [fit_square(row.image, square_side(pipeline)) for row in rows])
+    return [
+        Neighbour(number, image, row.caption, float(distances[number, 0]))
+        for number, image, row in zip(order, images, rows, strict=True)
+    ]
 
 
 def write_results(
-    args: argparse.Namespace, out: Path, result: dict[str, Any], drawn: Drawn, measures: Measures
+    out: Path, npz: bool, inputs: Inputs, results: Results, run: dict[str, Any], neighbours: list[Neighbour]
 ) -> None:
-    """Write `metrics.json`, the sheets and the report, and print the figures."""
-    write_json(out / "metrics.json", result)
-    sample_sheet(drawn).save(out / "samples.png")
-    comparison_sheet(drawn).save(out / "comparison.png")
-    if args.npz:
-        save_npz(out / "generated.npz", drawn.generated)
-    scores = measures.rows["clip_score"][0] if "clip_score" in measures.rows else None
-    title = f"Evaluation of {result['run']['pipeline']}" + (
-        f" with {result['run']['lora']}" if result["run"]["lora"] else ""
-    )
-    write_evaluation_report(out / "report.html", title, result, drawn, scores, shlex.join(["python", *sys.argv]))
-    print(f"\n{'figure':<62} {'value [95 % interval]':>30}  recipe")
-    for name, value in result["figures"].items():
-        recipe = result["recipes"][name]
-        print(f"{recipe['label']:<62} {shown(value, result['intervals'].get(name)):>30}  {recipe_line(recipe)}")
-    for note in result["notes"]:
+    """Write `metrics.json`, the sheets and the report, and print the metrics."""
+    write_json(out / "metrics.json", {**results.result(), "run": run})
+    write_image(out / "samples.png", sample_sheet(inputs, run["seed"]))
+    write_image(out / "comparison.png", comparison_sheet(inputs))
+    if npz:
+        save_npz(out / "generated.npz", inputs.generated)
+    title = f"Evaluation of {run['pipeline']}" + (f" with {run['lora']}" if run["lora"] else "")
+    command = shlex.join(["python", *sys.argv])
+    write_evaluation_report(out / "report.html", title, inputs, results, run, neighbours, command)
+    print(f"\n{'metric':<62} {'value [95 % interval]':>30}  recipe")
+    for value in results.values.values():
+        label, number = value.recipe["label"], shown(value.number, value.interval)
+        print(f"{label:<62} {number:>30}  {recipe_line(value.recipe)}")
+    for note in results.notes:
         print(f"note: {note}")
     print(f"\n{out / 'metrics.json'}\n{out / 'report.html'}")
 
 
-def main() -> None:
-    """Evaluate one pipeline, or two and their differences."""
-    args = parse_arguments()
-    warnings.simplefilter("ignore", SmallSampleWarning)  # they are printed as notes
-    task = choose_task(args)
-    networks: dict[str, Any] = {"clip": load_clip(args.clip)}
-    networks["clip"].model.to(args.device)
-    networks["extractor"] = load_extractor(
-        args.extractor, args.inception_weights if args.extractor == "inception" else None, args.device
-    )
-    if "is" in args.metrics:
-        networks["logits"] = load_extractor(LOGITS_EXTRACTOR, args.inception_weights, args.device)
-    if args.pipeline:
-        evaluate(args, task, args.pipeline, args.lora, args.decoding[0], networks, args.out)
-        return
-    found = []
-    for letter, system, decoding in zip("ab", args.compare, args.decoding, strict=True):
-        name, plus, lora = (system, "", "") if Path(system).exists() else system.rpartition("+")
-        found.append(
-            evaluate(args, task, name if plus else system, lora or None, decoding, networks, args.out / letter)
-        )
-    if not process_state().is_main_process:
-        return
-    differences = compare_measures(found[0][0], found[1][0])
-    run = {"a": args.compare[0], "b": args.compare[1], "decoding": args.decoding}
-    run |= {"num_images": args.num_images, "seed": args.seed}
-    write_json(args.out / "metrics.json", {"differences": differences, "run": run, "notes": found[0][0].notes})
-    command = shlex.join(["python", *sys.argv])
+def write_comparison(
+    args: argparse.Namespace, systems: list[System], inputs: list[Inputs], results: list[Results]
+) -> None:
+    """Write `metrics.json` and the report of the differences of two systems, and print them."""
+    differences = compare_results(*results)
+    run = {"a": args.compare[0], "b": args.compare[1], "decoding": [system.decoding for system in systems],
+           "num_images": args.num_images, "seed": args.seed}  # fmt: skip
+    notes = list(dict.fromkeys(note for part in results for note in part.notes))
+    write_json(args.out / "metrics.json", {"differences": differences, "run": run, "notes": notes})
     names = ["A", "B"]
-    systems = [
-        f"{name}: {system}, decoding {decoding}."
-        for name, system, decoding in zip(names, args.compare, args.decoding, strict=True)
-    ]
-    notes = [" ".join(systems), *found[0][0].notes]
-    write_comparison_report(args.out / "report.html", names, differences, [part[1] for part in found], notes, command)
-    print(f"\n{'figure':<62} {'A':>10} {'B':>10} {'B - A [95 % interval in pairs]':>32}")
+    described = " ".join(
+        f"{name}: {given}, decoding {system.decoding}."
+        for name, given, system in zip(names, args.compare, systems, strict=True)
+    )
+    command = shlex.join(["python", *sys.argv])
+    write_comparison_report(args.out / "report.html", names, differences, inputs, [described, *notes], command)
+    print(f"\n{'metric':<62} {'A':>10} {'B':>10} {'B - A [95 % interval in pairs]':>32}")
     for row in differences:
         first, second = format_value(row["first"]), format_value(row["second"])
         change = shown(row["difference"], row["interval"])
@@ -333,5 +362,27 @@ def main() -> None:
     print(f"\n{args.out / 'report.html'}")
 
 
+def main() -> None:
+    """Evaluate one pipeline, or two and their differences."""
+    # 1. Read the command line and check it.
+    args = parse_arguments()
+    check_arguments(args)
+    systems = systems_of(args)
+    warnings.simplefilter("ignore", SmallSampleWarning)  # they are printed as notes
+
+    # 2. Choose captions and rows, load the networks, and see whether the second pipeline of a comparison can be opened.
+    task = choose_task(args)
+    networks = load_networks(needs_of(args.metrics), args.clip, args.extractor, args.inception_weights, args.device)
+    for system in systems[1:]:
+        square_side(open_pipeline(system, args.device)[0])
+
+    # 3. Generate and measure.
+    found = [evaluate(args, task, system, networks) for system in systems]
+
+    # 4. Compare.
+    if args.compare and process_state().is_main_process:
+        write_comparison(args, systems, [inputs for inputs, _ in found], [results for _, results in found])
+
+
 if __name__ == "__main__":
-    main()
+    explain_errors(main)

@@ -3,45 +3,48 @@
     python eval/evaluate_tokenizer.py --tokenizers runs/quickstart/image_tokenizer vq_ds16_c2i.pt --data data/openmoji \\
         --split validation --image-size 64 --out runs/tokenizers
 
-The folder gets `metrics.json` (metrics with the recipe of each), `table.md` and `reconstructions.png`.
+The folder gets `metrics.json` (metrics with the recipe of each), `table.md` and `reconstructions.png`. The images stream
+by: one batch is in memory at a time, and all tokenizers see it.
 """
 
 import argparse
-import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from unified.data.sources import fit_square
+from unified.data.sources import SkipReport, fit_square
+from unified.errors import explain_errors
+from unified_eval.command_line import check_counts, check_folder, device
+from unified_eval.extraction import batches
 from unified_eval.features import EXTRACTORS, Extractor, load_extractor
+from unified_eval.files import write_image, write_json, write_text
 from unified_eval.frechet import frechet_distance
-from unified_eval.reconstruction import psnr_summary
-from unified_eval.selection import choose_evenly, first_usable_rows
+from unified_eval.reconstruction import image_errors, summarise_errors
+from unified_eval.selection import choose_evenly, first_usable_rows, usable_images
 from unified_eval.sheets import captioned_grid
-from unified_eval.structural import code_statistics, ssim
+from unified_eval.structural import ssim, statistics_of_counts
 from unified_tokenizers import AutoImageTokenizer, ImageTokenizer
 from unified_tokenizers.images import to_pil, to_tensor
 from unified_tokenizers.vq_loss import LPIPS
-
-Distance = Callable[[Tensor, Tensor], Tensor]
 
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizers", nargs="+", required=True, help="folders, published weights or Hub names")
-    parser.add_argument("--names", nargs="+", help="what to call them (default: their last path part)")
+    parser.add_argument("--names", nargs="+", help="names for the table (default: their last path part)")
     parser.add_argument("--data", required=True, help="data folder, file or Hub name with captioned images")
     parser.add_argument("--split", default="validation", help="split to measure on (default: %(default)s)")
-    parser.add_argument("--image-column", default="image")
-    parser.add_argument("--caption-column", default="caption")
+    parser.add_argument("--image-column", default="image", help="column of the images (default: %(default)s)")
+    parser.add_argument("--caption-column", default="caption", help="column of the captions (default: %(default)s)")
     parser.add_argument("--image-size", type=int, required=True, help="side in pixels; must divide by every stride")
     parser.add_argument("--max-samples", type=int, help="use the first this many usable rows (default: all)")
     parser.add_argument("--extractor", choices=EXTRACTORS, default=EXTRACTORS[0], help="features of rFID and its kin")
@@ -49,157 +52,168 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--lpips", nargs=2, metavar=("VGG16", "LINEAR"), help="weights files; LPIPS is left out without them"
     )
-    parser.add_argument("--sheet", type=int, default=8, help="pictures on the sheet (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=32, help="pictures per forward pass; decides the speeds, too")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--sheet", type=int, default=8, help="images on the sheet (default: %(default)s)")
+    parser.add_argument(
+        "--batch-size", type=int, default=32, help="images per forward pass; also affects speeds (default: %(default)s)"
+    )
+    parser.add_argument("--device", type=device, default="cpu", help="device of the tokenizers (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     args = parser.parse_args()
     if args.names is None:
         args.names = [Path(name).stem if Path(name).is_file() else Path(name).name for name in args.tokenizers]
-    if len(args.names) != len(args.tokenizers) or len(set(args.names)) != len(args.names):
-        parser.error(f"--names: need {len(args.tokenizers)} different ones, got {args.names}")
     return args
 
 
-def timed(call: Callable[[], Tensor], device: str) -> tuple[Tensor, float]:
-    """Result and seconds of a call."""
-    start = time.perf_counter()
-    result = call()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return result, time.perf_counter() - start
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raise ValueError for mistakes that the arguments alone show."""
+    if len(args.names) != len(args.tokenizers) or len(set(args.names)) != len(args.names):
+        raise ValueError(f"--names: need {len(args.tokenizers)} different ones, got {args.names}.")
+    check_counts(args, "image_size", "batch_size")
+    check_folder("out", args.out)
 
 
-@torch.inference_mode()
-def reconstruct_timed(
-    tokenizer: ImageTokenizer, pictures: Sequence[Image.Image], batch_size: int, device: str, name: str
-) -> tuple[list[Image.Image], Tensor, dict[str, float]]:
-    """Decoded images, their codes on the CPU, and images per second either way (median over whole batches)."""
-    decoded: list[Image.Image] = []
-    codes, seconds = [], {"encode": [], "decode": []}  # type: ignore[var-annotated]
-    warm = to_tensor(pictures[:batch_size]).to(device)
-    tokenizer.decode(tokenizer.encode(warm))  # the first call also pays for allocations
-    for start in tqdm(range(0, len(pictures), batch_size), desc=name, unit="batch"):
-        batch = to_tensor(pictures[start : start + batch_size]).to(device)
-        grid, encoding = timed(lambda batch=batch: tokenizer.encode(batch), device)  # type: ignore[misc]
-        made, decoding = timed(lambda grid=grid: tokenizer.decode(grid), device)  # type: ignore[misc]
-        codes.append(grid.cpu().flatten())
-        decoded += to_pil(made)
-        if len(batch) == min(batch_size, len(pictures)):
-            seconds["encode"].append(encoding / len(batch))
-            seconds["decode"].append(decoding / len(batch))
-    speeds = {f"{way}_images_per_second": 1 / statistics.median(times) for way, times in seconds.items()}
-    return decoded, torch.cat(codes), speeds
+class Measurement:
+    """Running sums of one tokenizer over the batches of a stream of images."""
+
+    def __init__(self, tokenizer: ImageTokenizer, lpips: LPIPS | None, device: str) -> None:
+        self.tokenizer, self.lpips, self.device = tokenizer, lpips, device
+        self.errors: list[Tensor] = []
+        self.features: list[np.ndarray] = []
+        self.similarity = self.perceptual = 0.0
+        self.code_counts = torch.zeros(tokenizer.codebook_size, dtype=torch.long)
+        self.seconds: list[tuple[int, float, float]] = []  # images, encoding, decoding
+
+    @torch.inference_mode()
+    def add(self, images: list[Image.Image], extractor: Extractor) -> list[Image.Image]:
+        """Measure a batch; returns its reconstructions."""
+        pixels = to_tensor(images)
+        on_device = pixels.to(self.device)
+        if not self.seconds:
+            self.tokenizer.decode(self.tokenizer.encode(on_device))  # the first call also pays for allocations
+        codes, encoding = self.timed(lambda: self.tokenizer.encode(on_device))
+        made, decoding = self.timed(lambda: self.tokenizer.decode(codes))
+        self.seconds.append((len(images), encoding, decoding))
+        self.code_counts += torch.bincount(codes.cpu().flatten(), minlength=len(self.code_counts))
+        rebuilt = to_pil(made)
+        again = to_tensor(rebuilt)
+        self.errors.append(image_errors(images, rebuilt))
+        self.similarity += float(ssim(*((part / 2 + 0.5).clamp(0, 1) for part in (pixels, again))).sum())
+        if self.lpips is not None:
+            self.perceptual += float(self.lpips.distances(pixels, again).sum())
+        self.features.append(extractor(rebuilt, len(rebuilt)))
+        return rebuilt
+
+    def timed(self, call: Callable[[], Tensor]) -> tuple[Tensor, float]:
+        """Result and seconds of a call."""
+        start = time.perf_counter()
+        result = call()
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize()
+        return result, time.perf_counter() - start
+
+    def metrics(self, key: str, real_features: np.ndarray) -> dict[str, float]:
+        """All metrics; the distance of reconstructions to originals is called ``key``."""
+        errors = torch.cat(self.errors)
+        quality, count, whole = summarise_errors(errors), len(errors), self.seconds[0][0]
+        found = {
+            "psnr_db": quality["mean_db"],
+            "psnr_pooled_db": quality["pooled_db"],
+            "ssim": self.similarity / count,
+            key: frechet_distance(np.concatenate(self.features), real_features),
+            **({} if self.lpips is None else {"lpips": self.perceptual / count}),
+            **statistics_of_counts(self.code_counts, self.tokenizer.downsample),
+        }
+        for number, way in ((1, "encode"), (2, "decode")):
+            times = [record[number] / record[0] for record in self.seconds if record[0] == whole]
+            found[f"{way}_images_per_second"] = 1 / statistics.median(times)
+        return found
 
 
-def pairwise_mean(
-    distance: Distance, a: Sequence[Image.Image], b: Sequence[Image.Image], batch_size: int, low: float
-) -> float:
-    """Mean of ``distance`` over pairs of images scaled to [low, 1]."""
-    total = 0.0
-    for start in range(0, len(a), batch_size):
-        x, y = (to_tensor(pictures[start : start + batch_size]) for pictures in (a, b))
-        if low == 0:
-            x, y = ((pixels / 2 + 0.5).clamp(0, 1) for pixels in (x, y))
-        total += float(distance(x, y).sum())
-    return total / len(a)
-
-
-@torch.inference_mode()
-def measure(
-    tokenizer: ImageTokenizer,
-    pictures: Sequence[Image.Image],
-    extractor: Extractor,
-    real_features: Any,
-    lpips: LPIPS | None,
-    batch_size: int,
-    device: str,
-    name: str,
-) -> tuple[dict[str, float], list[Image.Image]]:
-    """All metrics of one tokenizer, and its reconstructions."""
-    decoded, codes, speeds = reconstruct_timed(tokenizer, pictures, batch_size, device, name)
-    quality = psnr_summary(pictures, decoded)
-    figures = {
-        "psnr_db": quality["mean_db"],
-        "psnr_pooled_db": quality["pooled_db"],
-        "ssim": pairwise_mean(ssim, pictures, decoded, batch_size, 0),
-        f"r{extractor.key}": frechet_distance(extractor(decoded, batch_size), real_features),
-    }
-    if lpips is not None:
-        figures["lpips"] = pairwise_mean(lpips.distances, pictures, decoded, batch_size, -1)
-    return figures | code_statistics(codes, tokenizer.codebook_size, tokenizer.downsample) | speeds, decoded
+def square_images(args: argparse.Namespace, report: SkipReport) -> Iterator[tuple[int, str, Image.Image]]:
+    """Number, caption and square image of every usable row."""
+    rows = usable_images(args.data, args.split, args.max_samples, args.image_column, args.caption_column, report)
+    return ((row.row, row.caption, fit_square(row.image, args.image_size)) for row in rows)
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
     """Metrics by row, tokenizers by column, as Markdown."""
     names = list(results)
-    rows = list(next(iter(results.values()))["figures"])
     lines = [f"| | {' | '.join(names)} |", "|---|" + "---:|" * len(names)]
-    described = ("codebook_size", "stride")
-    lines += [f"| {key} | {' | '.join(str(results[name][key]) for name in names)} |" for key in described]
-    for row in rows:
-        values = [format(results[name]["figures"][row], ".4g") for name in names]
-        lines.append(f"| {row} | {' | '.join(values)} |")
+    for key in ("codebook_size", "stride"):
+        lines.append(f"| {key} | {' | '.join(str(results[name][key]) for name in names)} |")
+    for metric in next(iter(results.values()))["metrics"]:
+        values = [format(results[name]["metrics"][metric], ".4g") for name in names]
+        lines.append(f"| {metric} | {' | '.join(values)} |")
     return "\n".join(lines)
 
 
 def main() -> None:
     """Measure every tokenizer on the same images; write and print."""
+    # 1. Read the command line, list the rows, load the networks.
     args = parse_arguments()
-    rows, report = first_usable_rows(
-        args.data, args.split, args.max_samples, image_column=args.image_column, caption_column=args.caption_column
-    )
-    print(f"{args.data} [{args.split}]: {report.summary()}")
-    tokenizers = {
-        name: AutoImageTokenizer.from_pretrained(path) for name, path in zip(args.names, args.tokenizers, strict=True)
-    }
-    for name, tokenizer in tokenizers.items():
+    check_arguments(args)
+    rows, _ = first_usable_rows(args.data, args.split, args.max_samples, args.image_column, args.caption_column)
+    on_sheet = {row.row for row in choose_evenly(rows, min(args.sheet, len(rows)), 0)} if args.sheet > 0 else set()
+    lpips = LPIPS(*args.lpips) if args.lpips else None
+    extractor = load_extractor(args.extractor, args.inception_weights)
+    measured: dict[str, Measurement] = {}
+    for name, path in zip(args.names, args.tokenizers, strict=True):
+        tokenizer = AutoImageTokenizer.from_pretrained(path)
         if args.image_size % tokenizer.downsample:
             raise ValueError(
-                f"image_size: {args.image_size} does not divide by the stride {tokenizer.downsample} of {name!r}; use a common "
-                "multiple."
+                f"image_size: {args.image_size} does not divide by the stride {tokenizer.downsample} of {name!r}; "
+                "use a common multiple."
             )
-    pictures = [fit_square(row.image, args.image_size) for row in rows]
-    extractor = load_extractor(args.extractor, args.inception_weights)
-    lpips = LPIPS(*args.lpips) if args.lpips else None
-    real_features = extractor(pictures, args.batch_size, progress=True)
-    results: dict[str, dict[str, Any]] = {}
-    decoded: dict[str, list[Image.Image]] = {}
-    for name, tokenizer in tokenizers.items():
         if isinstance(tokenizer, nn.Module):
             tokenizer.to(args.device).eval()
-        figures, decoded[name] = measure(
-            tokenizer, pictures, extractor, real_features, lpips, args.batch_size, args.device, name
-        )
-        results[name] = {
-            "fingerprint": tokenizer.fingerprint,
-            "codebook_size": tokenizer.codebook_size,
-            "stride": tokenizer.downsample,
-            "figures": figures,
+        measured[name] = Measurement(tokenizer, lpips, args.device)
+
+    # 2. Measure batch by batch, and keep the images of the sheet alone.
+    report = SkipReport()
+    real_features: list[np.ndarray] = []
+    sheet: list[list[Image.Image]] = []
+    captions: list[str] = []
+    bar = tqdm(total=len(rows), desc="measure", unit="image")
+    for batch in batches(square_images(args, report), args.batch_size):
+        images = [image for _, _, image in batch]
+        real_features.append(extractor(images, len(images)))
+        rebuilt = [measurement.add(images, extractor) for measurement in measured.values()]
+        for (number, caption, image), *columns in zip(batch, *rebuilt, strict=True):
+            if number in on_sheet:
+                sheet.append([image, *columns])
+                captions.append(caption)
+        bar.update(len(batch))
+    bar.close()
+    print(f"{args.data} [{args.split}]: {report.summary()}")
+
+    # 3. Summarise and write.
+    key = f"r{extractor.key}"
+    results: dict[str, dict[str, Any]] = {
+        name: {
+            "fingerprint": measurement.tokenizer.fingerprint,
+            "codebook_size": measurement.tokenizer.codebook_size,
+            "stride": measurement.tokenizer.downsample,
+            "metrics": measurement.metrics(key, np.concatenate(real_features)),
         }
-    args.out.mkdir(parents=True, exist_ok=True)
-    per_batch, threads = min(args.batch_size, len(pictures)), torch.get_num_threads()
+        for name, measurement in measured.items()
+    }
+    per_batch, threads = min(args.batch_size, report.used), torch.get_num_threads()
     recipe = {
-        "data": args.data, "split": args.split, "n": len(pictures), "image_size": args.image_size,
+        "data": args.data, "split": args.split, "n": report.used, "image_size": args.image_size,
         "psnr": "mean over images rounded to 8 bits, peak 255",
         "ssim": "Gaussian 11x11, sigma 1.5, RGB channels, data range 1, whole windows only",
-        f"r{extractor.key}": {"distance": f"Frechet, {extractor.metric}, reconstructions to originals", **extractor.recipe()},
+        key: {"distance": f"Frechet, {extractor.metric}, reconstructions to originals", **extractor.recipe()},
         "lpips": None if args.lpips is None else {"network": "VGG16, LPIPS 0.1", "files": args.lpips},
         "speed": f"median over batches of {per_batch} on {args.device}, {threads} threads",
         "codes": "over all images of the split; a small set cannot use a large codebook",
     }  # fmt: skip
-    text = json.dumps({"recipe": recipe, "tokenizers": results}, indent=2, allow_nan=False)
-    (args.out / "metrics.json").write_text(text + "\n")
-    (args.out / "table.md").write_text(table(results) + "\n")
-    if args.sheet:
-        chosen = choose_evenly(list(range(len(pictures))), min(args.sheet, len(pictures)), 0)
-        sheet = [[pictures[i], *(decoded[name][i] for name in results)] for i in chosen]
-        titles = [f"{name}\n{results[name]['figures']['psnr_db']:.2f} dB" for name in results]
-        captioned_grid(
-            sheet, column_titles=["original", *titles], row_titles=[rows[i].caption for i in chosen]
-        ).save(args.out / "reconstructions.png")  # fmt: skip
+    write_json(args.out / "metrics.json", {"recipe": recipe, "tokenizers": results})
+    write_text(args.out / "table.md", table(results) + "\n")
+    if sheet:
+        titles = ["original", *(f"{name}\n{part['metrics']['psnr_db']:.2f} dB" for name, part in results.items())]
+        write_image(args.out / "reconstructions.png", captioned_grid(sheet, column_titles=titles, row_titles=captions))
     print(f"\n{table(results)}\n\n{args.out / 'metrics.json'}")
 
 
 if __name__ == "__main__":
-    main()
+    explain_errors(main)

@@ -10,9 +10,14 @@ import argparse
 import time
 from pathlib import Path
 
-from unified.data.sources import CaptionedImage
-from unified_eval.nano_clip import grouped_retrieval, save_nano_clip, train_nano_clip
-from unified_eval.selection import first_usable_rows, unique_captions
+from PIL import Image
+
+from unified.data.sources import SkipReport
+from unified.errors import explain_errors
+from unified_eval.clip import caption_key
+from unified_eval.command_line import check_folder
+from unified_eval.nano_clip import check_nano_clip_folder, grouped_retrieval, save_nano_clip, shrink, train_nano_clip
+from unified_eval.selection import usable_images
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -31,7 +36,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--name", required=True, help="name its scores carry, for example openmoji-nano")
     parser.add_argument("--steps", type=int, default=180, help="optimizer steps (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=64, help="pictures per step (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=64, help="images per step (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak learning rate (default: %(default)s)")
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of weights, batches and augmentation (default: %(default)s)"
@@ -39,21 +44,29 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def read(args: argparse.Namespace, split: str, most: int | None = None) -> tuple[list[Image.Image], list[str]]:
+    """The usable images of a split at the size that the CLIP sees, and their captions."""
+    report = SkipReport()
+    rows = usable_images(args.data, split, most, args.image_column, args.caption_column, report)
+    pairs = [(shrink(row.image), row.caption) for row in rows]
+    print(f"{args.data} [{split}]: {report.summary()}")
+    return [image for image, _ in pairs], [caption for _, caption in pairs]
+
+
 def main() -> None:
     """Train, measure on training and held-out images, and save."""
+    # 1. Read the images.
     args = parse_arguments()
-    columns = {"image_column": args.image_column, "caption_column": args.caption_column}
-    rows, report = first_usable_rows(args.data, args.split, args.max_samples, **columns)
-    print(f"{args.data} [{args.split}]: {report.summary()}")
-    held_out: list[CaptionedImage] = []
+    check_folder("out", args.out)
+    check_nano_clip_folder(args.out)
+    parts = {"train": read(args, args.split, args.max_samples)}
     if args.validation_split != "none":
-        held_out, report = first_usable_rows(args.data, args.validation_split, **columns)
-        print(f"{args.data} [{args.validation_split}]: {report.summary()}")
+        parts["validation"] = read(args, args.validation_split)
 
+    # 2. Train.
     start = time.perf_counter()
     clip = train_nano_clip(
-        [row.image for row in rows],
-        [row.caption for row in rows],
+        *parts["train"],
         args.name,
         steps=args.steps,
         batch_size=args.batch_size,
@@ -62,16 +75,21 @@ def main() -> None:
     )
     seconds = time.perf_counter() - start
 
+    # 3. Measure, with one image for each caption.
     accuracy = {}
-    for part, part_rows in (("train", rows), ("validation", held_out)):
-        if part_rows:
-            distinct = unique_captions(part_rows)
-            accuracy[part] = grouped_retrieval(clip, [row.image for row in distinct], [row.caption for row in distinct])
+    for part, (images, captions) in parts.items():
+        first: dict[str, int] = {}
+        for number, caption in enumerate(captions):
+            first.setdefault(caption_key(caption), number)
+        numbers = list(first.values())
+        accuracy[part] = grouped_retrieval(clip, [images[i] for i in numbers], [captions[i] for i in numbers])
+
+    # 4. Write.
     record = {
         "data": args.data,
         "split": args.split,
         "validation_split": args.validation_split,
-        "samples": len(rows),
+        "samples": len(parts["train"][0]),
         "steps": args.steps,
         "batch_size": args.batch_size,
         "learning_rate": args.learning_rate,
@@ -81,10 +99,10 @@ def main() -> None:
         "retrieval_at_1": accuracy,
     }
     save_nano_clip(clip, args.out, record)
-    for part, figures in accuracy.items():
-        print(f"{part}: R@1 {figures['r1']:.3f} among {figures['captions']} captions")
+    for part, found in accuracy.items():
+        print(f"{part}: R@1 {found['r1']:.3f} among {found['captions']} captions")
     print(f"{args.out}: {args.name}, {record['parameters']:,} parameters, {seconds:.0f} s")
 
 
 if __name__ == "__main__":
-    main()
+    explain_errors(main)

@@ -186,7 +186,7 @@ def agreement(run: Run, rows: Sequence[int], images: Sequence[Image.Image]) -> d
         found = find_shapes(image)
         seen = {found.background, *(shape.colour for shape in found.shapes)}
         hits += [claim["color"] in seen for claim in claimed if "color" in claim]
-    return {"agreement": shapes_accuracy(images, claims)["figures"]["shapes_correct"], "colours": sum(hits) / len(hits)}
+    return {"agreement": shapes_accuracy(images, claims).metrics["shapes_correct"], "colours": sum(hits) / len(hits)}
 
 
 def plan(args: argparse.Namespace) -> list[Run]:

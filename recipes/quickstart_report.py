@@ -21,9 +21,10 @@ from unified.settings import load_settings
 from unified.training.config import TrainConfig
 from unified.training.tracking import read_log
 from unified_eval.curves import plot_loss
-from unified_eval.evaluate import recipe_line
+from unified_eval.files import write_image, write_json
 from unified_eval.reconstruction import reconstruct
-from unified_eval.report import Figure, Picture, write_report
+from unified_eval.report import write_report
+from unified_eval.results import recipe_line
 from unified_eval.sheets import captioned_grid, in_rows
 
 STYLE_PROMPTS = [
@@ -49,30 +50,38 @@ EDITS = [  # captions that differ in one word
 HEADLINE = ["tokenizer_psnr_db", "fd_efflite0", "clip_score", "r1_generated", "r1_reconstructions", "r1_real"]
 
 
-def draw(
+def generate(
     pipe: UnifiedPipeline, prompts: list[str], sampling: dict[str, Any], seed: int = 0
 ) -> tuple[list[Image.Image], torch.Tensor]:
-    """Pictures and codes; prompt i has the generator of ``seed + i``."""
+    """Images and codes; prompt i has the generator of ``seed + i``."""
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
     output = pipe(prompts, generator=generators, **sampling)
     return list(output.images), output.codes
 
 
-def draw_edits(
+def generate_edits(
     pipe: UnifiedPipeline, edits: list[tuple[str, str]], sampling: dict[str, Any], out: Path
 ) -> dict[str, float]:
-    """Draw captions, then their edits with the same generators and with others; how many codes stay in either case."""
+    """Generate from captions, then from their edits with the same generators and with others.
+
+    Returns:
+        The share of codes that stay in either case.
+
+    Raises:
+        ValueError: if there is no pair of captions.
+    """
     if not edits:
-        raise ValueError("edits: no pair of captions; the run has learned none of EDITS.")
+        raise ValueError("edits: no pair of captions; the training data of the run have none of EDITS.")
     captions, edited = (list(texts) for texts in zip(*edits, strict=True))
-    before, codes = draw(pipe, captions, sampling)
-    same, same_codes = draw(pipe, edited, sampling)
-    other, other_codes = draw(pipe, edited, sampling, seed=len(edits))
+    before, codes = generate(pipe, captions, sampling)
+    same, same_codes = generate(pipe, edited, sampling)
+    other, other_codes = generate(pipe, edited, sampling, seed=len(edits))
     changed = codes != same_codes
     shares = [f"{share:.0%} of the codes" for share in changed.flatten(1).float().mean(dim=1).tolist()]
-    titles = ["caption", "edited, same generator", "what the edit changed", "edited, another generator"]
+    titles = ["caption", "edited, same generator", "codes that changed", "edited, another generator"]
     maps = [cell_map(cells) for cells in changed]
-    captioned_grid([before, same, maps, other], [captions, edited, shares, edited], row_titles=titles).save(out)
+    rows = [before, same, maps, other]
+    write_image(out, captioned_grid(rows, [captions, edited, shares, edited], row_titles=titles))
     return {
         "edit_codes_kept": float((codes == same_codes).float().mean()),
         "other_seed_codes_kept": float((codes == other_codes).float().mean()),
@@ -85,18 +94,18 @@ def cell_map(cells: torch.Tensor, side: int = 8) -> Image.Image:
     return Image.fromarray(grey.repeat_interleave(side, 0).repeat_interleave(side, 1).numpy())
 
 
-def draw_with_and_without(
+def generate_with_and_without(
     pipe: UnifiedPipeline, lora: Path, prompts: list[str], sampling: dict[str, Any], out: Path
 ) -> dict[str, Any]:
-    """Draw the same prompts and seeds without, with, and again without the adapter; the first and last must agree."""
-    plain, codes = draw(pipe, prompts, sampling)
+    """Generate from the same prompts and seeds without, with, and again without the adapter; first and last must agree."""
+    plain, codes = generate(pipe, prompts, sampling)
     pipe.load_lora_weights(lora, adapter_name="outline")
-    styled, styled_codes = draw(pipe, prompts, sampling)
+    styled, styled_codes = generate(pipe, prompts, sampling)
     pipe.unload_lora_weights()
-    _, codes_after = draw(pipe, prompts, sampling)
+    _, codes_after = generate(pipe, prompts, sampling)
     if not torch.equal(codes, codes_after):
         raise RuntimeError("lora: the base model samples other codes after unloading the adapter.")
-    captioned_grid([plain, styled], [prompts, prompts], row_titles=["base", "with adapter"]).save(out)
+    write_image(out, captioned_grid([plain, styled], [prompts, prompts], row_titles=["base", "with adapter"]))
     return {
         "lora_codes_changed": float((codes != styled_codes).float().mean()),
         "lora_unloaded_equals_base": True,
@@ -113,7 +122,7 @@ def saturation(images: list[Image.Image]) -> float:
 
 
 def main() -> None:
-    """Parse the command line and write everything that a reader of the run looks at."""
+    """Parse the command line and write pipeline, adapter, sheets, metrics and report into the run's folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="folder of the quickstart run")
     run: Path = parser.parse_args().run
@@ -127,16 +136,16 @@ def main() -> None:
     prompts = [prompt for prompt in STYLE_PROMPTS if prompt in known]
     evaluation = json.loads((run / "evaluation" / "metrics.json").read_text())
     sampling = {name: evaluation["run"][name] for name in ("guidance_scale", "temperature")}
-    lora = draw_with_and_without(pipe, run / "lora", prompts, sampling, run / "lora.png")
+    lora = generate_with_and_without(pipe, run / "lora", prompts, sampling, run / "lora.png")
     one_word = [edit for edit in EDITS if known.issuperset(edit)]
-    edits = draw_edits(pipe, one_word, sampling, run / "edits.png")
+    edits = generate_edits(pipe, one_word, sampling, run / "edits.png")
 
     held_out = captioned_images(load_source(str(run / "data" / "openmoji"), "validation"), SkipReport())
     rows = [row for _, row in zip(range(12), held_out, strict=False)]
     rebuilt = reconstruct(pipe.image_tokenizer, [row.image for row in rows])
-    pairs = [picture for row, again in zip(rows, rebuilt, strict=True) for picture in (row.image, again)]
+    pairs = [image for row, again in zip(rows, rebuilt, strict=True) for image in (row.image, again)]
     names = [text for row in rows for text in (row.caption, "through the tokenizer")]
-    captioned_grid(in_rows(pairs, 8), in_rows(names, 8)).save(run / "reconstructions.png")
+    write_image(run / "reconstructions.png", captioned_grid(in_rows(pairs, 8), in_rows(names, 8)))
     log = read_log(run / "model")
     plot_loss(log, run / "loss.png", "Next-patch prediction: loss against cost", pipe.image_tokenizer.codebook_size)
 
@@ -148,12 +157,12 @@ def main() -> None:
     memory = [step["peak_memory_gb"] for step in finished.values()] + [me.memory_info().rss / 1e9]
     config = load_settings(TrainConfig, run / "model" / "config.yaml")
     schedule: PatchSchedule = config.patch_schedule()
-    figures, recipes = evaluation["figures"], evaluation["recipes"]
+    measured, recipes = evaluation["metrics"], evaluation["recipes"]
     metrics = {
         "seconds_total": round(sum(seconds.values()), 1),
         "peak_memory_gb": round(max(memory), 2),
-        **{name: figures[name] for name in HEADLINE},
-        **{name: value for name, value in figures.items() if name not in HEADLINE},
+        **{name: measured[name] for name in HEADLINE},
+        **{name: value for name, value in measured.items() if name not in HEADLINE},
         **lora,
         **edits,
         "image_cost_relative_to_next_token": schedule.relative_cost(),
@@ -165,32 +174,32 @@ def main() -> None:
         "recipes": recipes,
         "run": evaluation["run"],
     }
-    (run / "metrics.json").write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
+    write_json(run / "metrics.json", metrics)
     attribution = (run / "data" / "openmoji" / "README.md").read_text().split("\n\n")[1].strip()
     write_report(
         run / "report.html",
         "Quickstart: a small language model that samples emoji",
-        figures=[
-            *(Figure(recipes[name]["label"], figures[name], recipe_line(recipes[name])) for name in HEADLINE),
-            Figure("Codes that stay when a word of the caption changes", edits["edit_codes_kept"],
-                   f"the same generator, {len(one_word)} pairs; with another {edits['other_seed_codes_kept']:.3f}"),
-            Figure("Image positions processed, relative to next-token training", schedule.relative_cost(),
-                   f"patch sizes {list(schedule.patch_sizes)} for {list(schedule.shares)} of the steps"),
-            Figure("Wall time, seconds", metrics["seconds_total"], "sum of all steps on this machine"),
-            Figure("Peak memory, GB", metrics["peak_memory_gb"], "largest resident memory of any step with its children"),
+        metrics=[
+            *((recipes[name]["label"], measured[name], recipe_line(recipes[name])) for name in HEADLINE),
+            ("Codes that stay when a word of the caption changes", edits["edit_codes_kept"],
+             f"the same generator, {len(one_word)} pairs; with another {edits['other_seed_codes_kept']:.3f}"),
+            ("Image positions processed, relative to next-token training", schedule.relative_cost(),
+             f"patch sizes {list(schedule.patch_sizes)} for {list(schedule.shares)} of the steps"),
+            ("Wall time, seconds", metrics["seconds_total"], "sum of all steps on this machine"),
+            ("Peak memory, GB", metrics["peak_memory_gb"], "largest resident memory of any step with its children"),
         ],
         tables={
-            "Every metric": [{"figure": recipes[name]["label"], "value": value, "recipe": recipe_line(recipes[name])}
-                             for name, value in figures.items()],
+            "Every metric": [{"metric": recipes[name]["label"], "value": value, "recipe": recipe_line(recipes[name])}
+                             for name, value in measured.items()],
             "Time of each step": [{"step": name, "seconds": value} for name, value in seconds.items()],
         },
         images=[
-            Picture(run / "samples.png", "One generated image for each of 64 training captions; none was selected."),
-            Picture(run / "edits.png",
-                    "One word of each caption changed, with the same generator and with another; dark: codes that changed."),
-            Picture(run / "lora.png", "The same prompts and seeds without and with the LoRA adapter."),
-            Picture(run / "reconstructions.png", "Held-out images and what the image tokenizer makes of them."),
-            Picture(run / "loss.png", "Loss against cost. Validation is in next-token mode (p = 1) at every point."),
+            (run / "samples.png", "One generated image for each of 64 training captions; none was selected."),
+            (run / "edits.png",
+             "One word of each caption changed, with the same generator and with another; dark: codes that changed."),
+            (run / "lora.png", "The same prompts and seeds without and with the LoRA adapter."),
+            (run / "reconstructions.png", "Held-out images and their reconstructions by the image tokenizer."),
+            (run / "loss.png", "Loss against cost. Validation is in next-token mode (p = 1) at every point."),
         ],
         commands=["make quickstart", *(step["command"] for step in steps.values())],
         notes=["Everything here was made by one command on this machine, from data to images.", attribution],

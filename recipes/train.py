@@ -15,22 +15,22 @@ from unified.training.loop import train
 
 def measurement(config: EvaluationConfig, cache: Path) -> Callable[[UnifiedPipeline], dict[str, float]]:
     """Metrics of a pipeline on a small, fixed choice of captions; real images pass the networks once."""
-    from unified_eval.clip import load_clip
-    from unified_eval.features import load_extractor
+    from unified_eval.inputs import load_networks
+    from unified_eval.metrics import check_metrics, needs_of
     from unified_eval.monitor import measure_pipeline
-    from unified_eval.selection import choose_evenly, first_usable_rows, unique_captions
+    from unified_eval.selection import choose_usable, first_usable_rows, unique_captions
 
-    rows, report = first_usable_rows(config.data, config.split, None)
-    print(f"evaluation on {config.data} [{config.split}]: {report.summary()}")
-    chosen = choose_evenly(unique_captions(rows), config.num_images, config.seed)
-    clip, extractor = load_clip(config.clip), load_extractor(config.extractor)
+    check_metrics(config.metrics, {"clip", "extractor"}, config.num_images)
+    rows, report = first_usable_rows(config.data, config.split)
+    print(f"evaluation on {config.data} [{config.split}]: {len(rows)} captions, {report.empty_caption} rows without")
+    chosen = choose_usable(unique_captions(rows), config.num_images, config.seed)
+    networks = load_networks(needs_of(config.metrics), config.clip, config.extractor)
     sampling = {"guidance_scale": config.guidance_scale, "temperature": config.temperature}
 
     def measure(pipeline: UnifiedPipeline) -> dict[str, float]:
         pipeline.set_progress_bar_config(disable=True)
-        return measure_pipeline(
-            pipeline, chosen, clip, extractor, config.metrics, sampling, config.seed, cache=cache
-        ).figures
+        results = measure_pipeline(pipeline, chosen, config.metrics, sampling, config.seed, cache=cache, **networks)
+        return results.metrics
 
     return measure
 

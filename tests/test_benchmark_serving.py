@@ -11,7 +11,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "eval"))
 
-from benchmark_serving import arrivals, better, figures, main, measure, random_pipeline, serve  # noqa: E402
+from benchmark_serving import arrivals, better, main, measure, metrics, random_pipeline, serve  # noqa: E402
 
 
 def test_it_runs(tmp_path):
@@ -31,9 +31,9 @@ def test_arrivals_are_a_poisson_process():
     assert arrivals(5, 2.0, 3.0, 1) == arrivals(5, 2.0, 3.0, 1) != arrivals(5, 2.0, 3.0, 2)
 
 
-def test_figures_and_ratios():
+def test_metrics_and_ratios():
     """Two requests a second apart, answered after 2 s one by one, after 1 s by the engine."""
-    alone, engine = figures([0.0, 1.0], [2.0, 4.0]), figures([0.0, 1.0], [1.0, 2.0])
+    alone, engine = metrics([0.0, 1.0], [2.0, 4.0]), metrics([0.0, 1.0], [1.0, 2.0])
     assert alone == {"throughput": 0.5, "p50": 2.5, "p95": pytest.approx(2.95)}
     result = better([alone, alone], [engine, alone])
     assert result["throughput"] == {"ratio": 1.5, "spread": [1.0, 2.0]} and result["p50"]["ratio"] == 1.75

@@ -15,7 +15,7 @@ from unified_eval import Extractor, extract_features, open_images, save_npz
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def pictures(count, size=4, seed=0):
+def noise(count, size=4, seed=0):
     rng = np.random.default_rng(seed)
     return [Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)) for _ in range(count)]
 
@@ -45,7 +45,7 @@ def pixels(stream):
 def test_folder_npz_and_data_set_give_the_same_images(tmp_path):
     import datasets
 
-    images = pictures(5)
+    images = noise(5)
     (tmp_path / "folder").mkdir()
     for number, image in enumerate(images):
         image.save(tmp_path / "folder" / f"{number:03d}.png")
@@ -75,7 +75,7 @@ def test_one_batch_is_in_memory_at_a_time():
 
 
 def test_cache_is_keyed_by_pixels_and_recipe(tmp_path):
-    images, network = pictures(5), Counted()
+    images, network = noise(5), Counted()
     first = extract_features(extractor(network), images, 2, tmp_path / "cache")
     assert network == [2, 2, 1] and len(list((tmp_path / "cache").iterdir())) == 3
     copies = [Image.fromarray(np.array(image)) for image in images]
@@ -97,12 +97,12 @@ def test_cache_is_keyed_by_pixels_and_recipe(tmp_path):
 SCRIPT = """
 import sys
 import numpy as np
-from test_eval_extraction import extractor, images
+from test_eval_extraction import extractor, noise
 from unified_eval import extract_features
 from unified_eval.extraction import process_state
 state = process_state()
 assert state.num_processes == int(sys.argv[1]), state.num_processes
-rows = [extract_features(extractor(), pictures(count), 3, sys.argv[3]) for count in (7, 2)]  # 3 batches, and 1
+rows = [extract_features(extractor(), noise(count), 3, sys.argv[3]) for count in (7, 2)]  # 3 batches, and 1
 for index, part in enumerate(rows):
     np.save(f"{sys.argv[2]}/{index}-{state.process_index}.npy", part)
 """
@@ -124,11 +124,11 @@ def test_two_processes_equal_one(tmp_path):
     done = subprocess.run([sys.executable, *launch, *arguments], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for index, count in enumerate((7, 2)):
-        expected = extract_features(extractor(), pictures(count), 3)
+        expected = extract_features(extractor(), noise(count), 3)
         for process in (0, 1):
             assert np.array_equal(np.load(tmp_path / "out" / f"{index}-{process}.npy"), expected)
     network = Counted()
-    extract_features(extractor(network), pictures(7), 3, tmp_path / "cache")
+    extract_features(extractor(network), noise(7), 3, tmp_path / "cache")
     assert network == [], "the processes filled one cache"
 
 
@@ -140,27 +140,27 @@ def test_bad_input_is_named(tmp_path):
         next(open_images(tmp_path / "absent"))
     with pytest.raises(ValueError, match=r"'.*absent\.npz' is not an \.npz file"):
         next(open_images(tmp_path / "absent.npz"))
-    with pytest.raises(ValueError, match="pictures: there is none"):
+    with pytest.raises(ValueError, match="images: there is none"):
         extract_features(extractor(), [])
     with pytest.raises(ValueError, match="batch_size: 0 is below 1"):
-        extract_features(extractor(), pictures(1), 0)
+        extract_features(extractor(), noise(1), 0)
 
     def broken(images):
         grey = [image.getpixel((0, 0)) == (9, 9, 9) for image in images]
         return means(images).masked_fill(torch.tensor(grey)[:, None], torch.nan)
 
-    images = [*pictures(4), Image.new("RGB", (4, 4), (9, 9, 9))]
-    with pytest.raises(ValueError, match="pictures 3 to 4: images: mean makes NaN or infinity of number 1"):
+    images = [*noise(4), Image.new("RGB", (4, 4), (9, 9, 9))]
+    with pytest.raises(ValueError, match="images 3 to 4: images: mean makes NaN or infinity of number 1"):
         extract_features(extractor(broken), images, 3, tmp_path / "cache")
     assert len(list((tmp_path / "cache").iterdir())) == 1, "what failed is not kept"
 
 
 def test_a_column_that_is_not_there_is_named(picture_source):
-    with pytest.raises(ValueError, match=r"image_column: 'picture' is not a column; there are \['caption', 'image'\]"):
-        next(open_images(picture_source, image_column="picture"))
+    with pytest.raises(ValueError, match=r"image_column: 'photo' is not a column; there are \['caption', 'image'\]"):
+        next(open_images(picture_source, image_column="photo"))
 
 
 def test_processes_that_do_not_see_each_other_are_an_error(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="processes: 2 were started, but accelerate sees 1; on CPUs launch with"):
-        extract_features(extractor(), pictures(1))
+        extract_features(extractor(), noise(1))

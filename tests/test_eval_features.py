@@ -23,7 +23,7 @@ from unified_eval import (
 )
 
 
-def pictures(count: int, size: int = 24, seed: int = 0) -> list[Image.Image]:
+def noise(count: int, size: int = 24, seed: int = 0) -> list[Image.Image]:
     rng = np.random.default_rng(seed)
     return [Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)) for _ in range(count)]
 
@@ -50,7 +50,7 @@ def random_inception_file(tmp_path_factory):
 
 
 def test_efficientnet_features_do_not_depend_on_the_batch(efficientnet):
-    images = pictures(5)
+    images = noise(5)
     alone = efficientnet(images, batch_size=1)
     assert alone.shape == (5, 1280) and alone.dtype == np.float64
     np.testing.assert_allclose(efficientnet(images, batch_size=3), alone, rtol=0, atol=2e-5)
@@ -81,7 +81,7 @@ def test_efficientnet_recipe_and_normalisation(efficientnet):
 
 
 def test_fid_agrees_with_torchmetrics(random_inception_file):
-    real, fake = pictures(3, seed=1), [image.resize((12, 12)).resize((24, 24)) for image in pictures(4, seed=2)]
+    real, fake = noise(3, seed=1), [image.resize((12, 12)).resize((24, 24)) for image in noise(4, seed=2)]
     extractor = load_extractor("inception", random_inception_file)
     assert (extractor.metric, extractor.width) == ("FID", 2048)
     ours = frechet_distance(extractor(real, batch_size=2), extractor(fake))
@@ -97,8 +97,8 @@ def test_all_inception_metrics_agree_with_torch_fidelity(random_inception_file, 
     """FID, KID, precision, recall and Inception Score of two folders, with one weights file."""
     folders = {}
     for name, images in (
-        ("real", pictures(5, seed=3)),
-        ("fake", [image.resize((9, 9)) for image in pictures(5, seed=4)]),
+        ("real", noise(5, seed=3)),
+        ("fake", [image.resize((9, 9)) for image in noise(5, seed=4)]),
     ):
         folders[name] = tmp_path / name
         folders[name].mkdir()
@@ -146,4 +146,4 @@ def test_no_images_is_an_error(efficientnet):
     with pytest.raises(ValueError, match="images: the list is empty"):
         efficientnet([])
     with pytest.raises(ValueError, match="batch_size: 0 is below 1"):
-        efficientnet(pictures(1), batch_size=0)
+        efficientnet(noise(1), batch_size=0)

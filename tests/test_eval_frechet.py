@@ -82,13 +82,13 @@ def test_bad_features_are_named(distance, a, b, message):
 def test_subsets_have_the_expectation_of_all_rows():
     rng = np.random.default_rng(5)
     a, b = rng.normal(size=(60, 8)), rng.normal(size=(80, 8)) * 1.2
-    drawn = kernel_distances_of_subsets(a, b, subset_size=20, subsets=400, seed=1)
-    assert drawn.shape == (400,)
+    found = kernel_distances_of_subsets(a, b, subset_size=20, subsets=400, seed=1)
+    assert found.shape == (400,)
     # Samples from one finite set: their mean lies around the distance of all rows.
-    assert drawn.mean() == pytest.approx(kernel_distance(a, b), abs=4 * drawn.std() / 20)
+    assert found.mean() == pytest.approx(kernel_distance(a, b), abs=4 * found.std() / 20)
     all_rows = kernel_distances_of_subsets(a, b[:60], subset_size=60, subsets=2)
     assert all_rows == pytest.approx([kernel_distance(a, b[:60])] * 2, rel=1e-9)
-    assert np.array_equal(drawn, kernel_distances_of_subsets(a, b, subset_size=20, subsets=400, seed=1))
+    assert np.array_equal(found, kernel_distances_of_subsets(a, b, subset_size=20, subsets=400, seed=1))
     with pytest.raises(ValueError, match="subset_size: 61 of 60 and 80 rows"):
         kernel_distances_of_subsets(a, b, subset_size=61)
 

@@ -1,4 +1,4 @@
-"""Pictures in ADM's file: what NumPy and the original evaluator read, and the way back."""
+"""Images in ADM's file: as NumPy and the original evaluator read it, and back again."""
 
 import numpy as np
 import pytest
@@ -7,13 +7,13 @@ from PIL import Image
 from unified_eval import load_npz, save_npz
 
 
-def pictures(count, size=(6, 4)):
+def noise(count, size=(6, 4)):
     rng = np.random.default_rng(0)
     return [Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)) for _ in range(count)]
 
 
 def test_numpy_reads_what_is_written_and_the_way_back(tmp_path):
-    images = pictures(5)
+    images = noise(5)
     path = save_npz(tmp_path / "deep" / "set.npz", images)
     with np.load(path, allow_pickle=False) as archive:
         assert archive.files == ["arr_0"]
@@ -29,12 +29,12 @@ def test_numpy_reads_what_is_written_and_the_way_back(tmp_path):
 
 def test_bad_files_and_images_are_errors(tmp_path):
     with pytest.raises(ValueError, match="images: number 2 is 5x5, the first is 6x4; bring them to one size"):
-        save_npz(tmp_path / "mixed.npz", [*pictures(2), *pictures(1, (5, 5))])
+        save_npz(tmp_path / "mixed.npz", [*noise(2), *noise(1, (5, 5))])
     assert not (tmp_path / "mixed.npz").exists()
     with pytest.raises(ValueError, match="images: the list is empty"):
         save_npz(tmp_path / "empty.npz", [])
     with pytest.raises(ValueError, match=r"'.*set.npy' is not named .npz"):
-        save_npz(tmp_path / "set.npy", pictures(1))
+        save_npz(tmp_path / "set.npy", noise(1))
     with pytest.raises(ValueError, match=r"is not an \.npz file"):
         next(load_npz(tmp_path / "absent.npz"))
     np.savez(tmp_path / "floats.npz", np.zeros((2, 4, 4, 3)))

@@ -1,4 +1,4 @@
-"""Prompt files of benchmarks, and the script that samples them."""
+"""Prompt files of benchmarks, and the script that generates them."""
 
 import json
 import runpy
@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import prepare_shapes
-from unified_eval import read_prompts
+from unified_eval import Results, read_prompts
+from unified_eval.prompts import Prompt
 
 ROOT = Path(__file__).resolve().parent.parent
 GENEVAL = [
@@ -63,11 +64,11 @@ def test_bad_files_are_named(tmp_path, name, text, message):
 
 
 def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["draw_prompts.py", *map(str, arguments)])
-    runpy.run_path(str(ROOT / "eval" / "draw_prompts.py"), run_name="__main__")
+    monkeypatch.setattr(sys, "argv", ["generate_prompts.py", *map(str, arguments)])
+    runpy.run_path(str(ROOT / "eval" / "generate_prompts.py"), run_name="__main__")
 
 
-def test_script_draws_geneval_and_parti(pipeline, tmp_path, monkeypatch, capsys):
+def test_script_generates_geneval_and_parti(pipeline, tmp_path, monkeypatch, capsys):
     from unified_eval import save_nano_clip, train_nano_clip
     from unified_eval.shapes import check_scene
 
@@ -84,21 +85,57 @@ def test_script_draws_geneval_and_parti(pipeline, tmp_path, monkeypatch, capsys)
     (tmp_path / "shapes.jsonl").write_text("\n".join(map(json.dumps, lines)))
     common = ["--pipeline", tmp_path / "pipeline", "--clip", tmp_path / "clip"]
     run(monkeypatch, *common, "--prompts", tmp_path / "shapes.jsonl", "--samples", 2, "--out", tmp_path / "geneval")
-    folder = tmp_path / "geneval" / "pictures"
+    folder = tmp_path / "geneval" / "images"
     assert sorted(path.name for path in folder.iterdir()) == ["00000", "00001"]
     assert [json.loads((folder / name / "metadata.jsonl").read_text()) for name in ("00000", "00001")] == lines
     metrics = json.loads((tmp_path / "geneval" / "metrics.json").read_text())
-    assert set(metrics["figures"]) == {"clip_score", "clip_score_colors", "clip_score_single_object"}
-    parts = [metrics["figures"][f"clip_score_{tag}"] for tag in ("colors", "single_object")]
-    assert metrics["figures"]["clip_score"] == pytest.approx(sum(parts) / 2, rel=1e-9)
-    assert metrics["recipes"]["clip_score"]["n"] == 4 and metrics["run"]["drawn"] == 4
+    assert set(metrics["metrics"]) == {"clip_score", "clip_score_colors", "clip_score_single_object"}
+    parts = [metrics["metrics"][f"clip_score_{tag}"] for tag in ("colors", "single_object")]
+    assert metrics["metrics"]["clip_score"] == pytest.approx(sum(parts) / 2, rel=1e-9)
+    assert metrics["recipes"]["clip_score"]["n"] == 4 and metrics["run"]["generated"] == 4
     assert "CLIP score (tiny), all prompts" in capsys.readouterr().out
     with pytest.raises(ValueError, match="image: 16x16; need a square image of 24 pixels"):
         check_scene(images[0].resize((16, 16)), lines[0]["include"])  # so --shapes is for larger images than these
 
+    (tmp_path / "file").write_text("")
+    with monkeypatch.context() as patch:
+        patch.setattr(type(pipeline), "__call__", None)  # errors show before anything is generated
+        for message, *wrong in (
+            ("clip: './absent' is neither a folder", "--clip", "./absent"),
+            ("image: 16x16; need a square image of 24 pixels", "--shapes"),
+            ("is a file; choose another folder", "--out", tmp_path / "file"),
+            ("--samples: 0 is below 1", "--samples", 0),
+            ("--clip: 1 prompt; a score needs 2 or more", "--max-prompts", 1),
+        ):
+            with pytest.raises(SystemExit, match="2"):
+                run(patch, *common, "--prompts", tmp_path / "shapes.jsonl", "--out", tmp_path / "none", *wrong)
+            assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "none").exists()
+
     (tmp_path / "parti.tsv").write_text(PARTI)
     run(monkeypatch, *common, "--prompts", tmp_path / "parti.tsv", "--max-prompts", 2, "--out", tmp_path / "parti")
-    assert [path.name for path in sorted((tmp_path / "parti" / "pictures").iterdir())] == ["000.png", "001.png"]
-    assert set(json.loads((tmp_path / "parti" / "metrics.json").read_text())["figures"]) == {
+    assert [path.name for path in sorted((tmp_path / "parti" / "images").iterdir())] == ["000.png", "001.png"]
+    assert set(json.loads((tmp_path / "parti" / "metrics.json").read_text())["metrics"]) == {
         "clip_score", "clip_score_Abstract", "clip_score_Arts",
     }  # fmt: skip
+
+
+def test_prompts_that_the_clip_cannot_read_have_no_score():
+    """Three prompts of two images each; the second prompt is too long."""
+    from test_eval_metrics import CLIP, Tokenizer, flat
+
+    class OneWord(Tokenizer):
+        def __call__(self, texts, context_length=2):
+            texts = [texts] if isinstance(texts, str) else texts
+            rows = super().__call__([text.split()[0] if text else "" for text in texts], context_length)
+            for row, text in zip(rows, texts, strict=True):
+                row[1 : len(text.split())] = 9
+            return rows
+
+    add_clip_scores = runpy.run_path(str(ROOT / "eval" / "generate_prompts.py"))["add_clip_scores"]
+    prompts = [Prompt("red", "a", {}), Prompt("green and more", "a", {}), Prompt("blue", "b", {})]
+    red, blue = flat(255, 0, 0), flat(0, 0, 255)
+    results = Results(["0", "1", "2"])
+    add_clip_scores(results, prompts, [red, blue, blue, blue, blue, blue], CLIP._replace(tokenizer=OneWord()))
+    assert results.metrics == {"clip_score": 75, "clip_score_a": 50, "clip_score_b": 100}
+    assert results.recipes["clip_score"]["n"] == 4 and results.notes[0].startswith("clip: 1 of 3 captions exceed")

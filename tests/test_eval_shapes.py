@@ -20,7 +20,7 @@ def thing(name="circle", colour="red", size="medium", x=0.5, y=0.5):
     return recipe.Thing(size, colour, name, x, y, sum(recipe.RADII[size]) / 2)
 
 
-def picture(*things, background="white", side=64):
+def image_of(*things, background="white", side=64):
     return recipe.draw(recipe.Scene("test", background, things, True, True), side)
 
 
@@ -56,8 +56,8 @@ def test_at_least_99_percent_of_ground_truth_is_read_exactly(side):
     many = scenes(200)
     images = [recipe.draw(scene, side) for scene in many]
     result = shapes_accuracy(images, [recipe.claims(scene) for scene in many], [scene.tag for scene in many])
-    assert result["figures"]["shapes_correct"] >= 0.99
-    assert min(value for name, value in result["figures"].items()) >= 0.95
+    assert result.metrics["shapes_correct"] >= 0.99
+    assert min(value for name, value in result.metrics.items()) >= 0.95
     exact = 0
     for scene, image in zip(many, images, strict=True):
         truth, found = recipe.ground_truth(scene, side), find_shapes(image)
@@ -81,8 +81,8 @@ def test_what_a_tokenizer_does_to_a_image_is_forgiven(change):
         for i, image in enumerate(images):
             image.save(buffer := io.BytesIO(), "JPEG", quality=85)
             images[i] = Image.open(buffer).convert("RGB")
-    figures = shapes_accuracy(images, [recipe.claims(scene) for scene in many])["figures"]
-    assert figures["shapes_correct"] >= 0.95
+    found = shapes_accuracy(images, [recipe.claims(scene) for scene in many]).metrics
+    assert found["shapes_correct"] >= 0.95
 
 
 def test_claims_of_other_scenes_do_not_hold():
@@ -138,46 +138,46 @@ CROSS, STAR = thing("cross", "orange", "large", 0.5, 0.3), thing("star", "blue",
     ],
 )  # fmt: skip
 def test_only_what_is_wrong_is_called_wrong(things, background, wrong):
-    assert failing(picture(*things, background=background), CLAIMS) == wrong
+    assert failing(image_of(*things, background=background), CLAIMS) == wrong
 
 
 @pytest.mark.parametrize("claimed", [1, 2, 3, 4, 5])
 def test_counts_are_exact(claimed):
-    drawn = [thing("heart", "red", "small", x, y) for x in (0.2, 0.5, 0.8) for y in (0.3, 0.7)][:3]
-    assert failing(picture(*drawn), [{"class": "heart", "count": claimed}]) == (set() if claimed == 3 else {"count"})
+    three = [thing("heart", "red", "small", x, y) for x in (0.2, 0.5, 0.8) for y in (0.3, 0.7)][:3]
+    assert failing(image_of(*three), [{"class": "heart", "count": claimed}]) == (set() if claimed == 3 else {"count"})
 
 
 def test_two_claims_of_one_class_are_told_apart_by_colour():
     claims = [{"class": "circle", "count": 1, "color": "red"},
               {"class": "circle", "count": 1, "color": "blue", "position": ["left of", 0]}]  # fmt: skip
     red, blue = thing(colour="red", x=0.8), thing(colour="blue", x=0.2)
-    assert failing(picture(red, blue), claims) == set()
-    assert failing(picture(red._replace(x=0.2), blue._replace(x=0.8)), claims) == {"position"}
-    assert failing(picture(red, blue._replace(colour="red")), claims) == {"count", "color", "position"}
+    assert failing(image_of(red, blue), claims) == set()
+    assert failing(image_of(red._replace(x=0.2), blue._replace(x=0.8)), claims) == {"position"}
+    assert failing(image_of(red, blue._replace(colour="red")), claims) == {"count", "color", "position"}
     green = thing(colour="green", x=0.5, y=0.85, size="small")
-    assert "count" in failing(picture(red, blue, green), claims)
+    assert "count" in failing(image_of(red, blue, green), claims)
 
 
 def test_noise_and_blots_are_no_shapes():
     rng = np.random.default_rng(0)
     static = Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))
     smooth = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize((64, 64), Image.Resampling.BICUBIC)
-    grey_ball = picture(thing(colour="black", size="large"))
+    grey_ball = image_of(thing(colour="black", size="large"))
     grey_ball = Image.eval(grey_ball, lambda value: 128 if value < 128 else value)
     for image in (static, smooth, Image.new("RGB", (64, 64), WHITE)):
         for name in shapes.OUTLINES:
             assert not check_scene(image, [{"class": name, "count": 1}])["correct"], name
     assert failing(grey_ball, [{"class": "circle", "count": 1, "color": "black"}]) == {"color"}
-    crescent = picture(thing("circle", "red", "large"))
+    crescent = image_of(thing("circle", "red", "large"))
     crescent.paste(WHITE, (28, 0, 64, 64))
-    bar = picture()
+    bar = image_of()
     bar.paste(recipe.PALETTE["red"], (10, 28, 54, 36))
     for image in (crescent, bar):
         assert [(found.name, found.colour) for found in find_shapes(image).shapes] == [(None, "red")]
 
 
 def test_specks_do_not_count_but_small_shapes_do():
-    image = picture(thing(size="large"))
+    image = image_of(thing(size="large"))
     image.putpixel((3, 3), (0, 0, 0))
     image.paste((0, 0, 0), (58, 58, 60, 60))
     assert failing(image, [{"class": "circle", "count": 1, "color": "red"}]) == set()
@@ -186,7 +186,7 @@ def test_specks_do_not_count_but_small_shapes_do():
 
 
 def test_merged_shapes_are_not_two():
-    joined = picture(thing("circle", "red", "medium", 0.35), thing("circle", "red", "medium", 0.6))
+    joined = image_of(thing("circle", "red", "medium", 0.35), thing("circle", "red", "medium", 0.6))
     assert not check_scene(joined, [{"class": "circle", "count": 2}])["correct"]
     assert not check_scene(joined, [{"class": "circle", "count": 1}])["correct"]
 
@@ -199,25 +199,22 @@ def test_exactly_one_relation_holds_between_two_shapes():
 
 
 def test_accuracy_counts_tasks_aspects_and_prompts():
-    red, blue = picture(thing()), picture(thing(colour="blue"))
+    red, blue = image_of(thing()), image_of(thing(colour="blue"))
     claim = json.dumps([{"class": "circle", "count": 1, "color": "red"}])
     plain = json.dumps([{"class": "circle", "count": 1}])
     images, tags = [red, blue, blue, red, blue, blue], ["colors"] * 4 + ["single_object"] * 2
     claims, prompts = [claim] * 4 + [plain] * 2, ["a", "a", "b", "b", "c", "d"]
     result = shapes_accuracy(images, claims, tags, prompts)
-    figures, intervals = result["figures"], result["intervals"]
-    assert figures == {
+    assert result.metrics == {
         "shapes_correct": 4 / 6, "shapes_any_correct": 1.0, "shapes_task_colors": 0.5, "shapes_task_single_object": 1.0,
         "shapes_task_mean": 0.75, "shapes_aspect_shape": 1.0, "shapes_aspect_count": 1.0, "shapes_aspect_color": 0.5,
     }  # fmt: skip
     correct = [1, 0, 0, 1, 1, 1]
-    assert intervals["shapes_correct"] == bootstrap_interval(correct, prompts)
-    assert intervals["shapes_task_single_object"] == wilson_interval(2, 2)
+    assert result.intervals["shapes_correct"] == bootstrap_interval(correct, prompts)
+    assert result.intervals["shapes_task_single_object"] == wilson_interval(2, 2)
     alone = shapes_accuracy(images, claims, tags)
-    assert (
-        alone["intervals"]["shapes_correct"] == wilson_interval(4, 6) and "shapes_any_correct" not in alone["figures"]
-    )
-    assert result["recipes"]["shapes_aspect_color"] == {
+    assert alone.intervals["shapes_correct"] == wilson_interval(4, 6) and "shapes_any_correct" not in alone.metrics
+    assert result.recipes["shapes_aspect_color"] == {
         "label": "color as claimed", "n": 4, "prompts": 2, "checker": "from pixels",
     }  # fmt: skip
     record = list(scene_records(images, claims, tags, prompts))[1]
@@ -277,7 +274,7 @@ def test_a_share_of_0_or_1_still_has_an_interval():
 )
 def test_claims_that_cannot_be_checked_are_errors(claims, message):
     with pytest.raises(ValueError, match=message):
-        check_scene(picture(thing()), claims)
+        check_scene(image_of(thing()), claims)
 
 
 def test_images_that_cannot_be_checked_are_errors():
@@ -287,7 +284,7 @@ def test_images_that_cannot_be_checked_are_errors():
     with pytest.raises(ValueError, match="image: 8x8; need a square"):
         check_scene(Image.new("RGB", (8, 8)), claims)
     with pytest.raises(ValueError, match="tags: 2 for 1 images; give one for each"):
-        shapes_accuracy([picture()], [claims], tags=["a", "b"])
+        shapes_accuracy([image_of()], [claims], tags=["a", "b"])
     with pytest.raises(ValueError, match="images: the list is empty"):
         shapes_accuracy([], [])
     with pytest.raises(ValueError, match="hits, count: 3 of 2 is no share"):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from unified.data.sources import load_source
+from unified.errors import explain_errors
 from unified_eval.structural import code_statistics, ssim
 from unified_tokenizers import VQGAN, VQGANConfig
 
@@ -31,9 +33,9 @@ def test_ssim_equals_torchmetrics():
 
 def test_code_statistics_by_hand():
     codes = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
-    figures = code_statistics(codes, codebook_size=10, downsample=4)
-    assert figures["codes_used"] == 0.4 and math.isclose(figures["perplexity"], 4)
-    assert figures["bits_per_pixel"] == 4 / 16 and math.isclose(figures["entropy_bits_per_pixel"], 2 / 16)
+    found = code_statistics(codes, codebook_size=10, downsample=4)
+    assert found["codes_used"] == 0.4 and math.isclose(found["perplexity"], 4)
+    assert found["bits_per_pixel"] == 4 / 16 and math.isclose(found["entropy_bits_per_pixel"], 2 / 16)
     assert code_statistics(torch.zeros(5, dtype=torch.long), 8, 2)["perplexity"] == 1
 
 
@@ -73,21 +75,55 @@ def test_script(arguments, image_tokenizer, picture_source, capsys):
     from unified_eval import psnr_summary, reconstruct
 
     images = list(load_source(picture_source, "validation")["image"])
-    assert small["figures"]["psnr_db"] == pytest.approx(
+    assert small["metrics"]["psnr_db"] == pytest.approx(
         psnr_summary(images, reconstruct(image_tokenizer, images))["mean_db"]
     )
     assert (
-        small["figures"]["bits_per_pixel"] == 5 / 16
-        and result["tokenizers"]["big"]["figures"]["bits_per_pixel"] == 4 / 64
+        small["metrics"]["bits_per_pixel"] == 5 / 16
+        and result["tokenizers"]["big"]["metrics"]["bits_per_pixel"] == 4 / 64
     )
-    assert small["figures"]["rfd_efflite0"] > 0 and small["figures"]["encode_images_per_second"] > 0
-    assert result["recipe"]["n"] == 6 and "lpips" not in small["figures"]
+    assert small["metrics"]["rfd_efflite0"] > 0 and small["metrics"]["encode_images_per_second"] > 0
+    assert result["recipe"]["n"] == 6 and "lpips" not in small["metrics"]
     table = (out / "table.md").read_text()
     assert "| | small | big |" in table and "| codebook_size | 20 | 16 |" in table and table in capsys.readouterr().out
     assert Image.open(out / "reconstructions.png").width > 3 * 128
+
+
+def test_metrics_do_not_depend_on_the_batches(arguments):
+    """They are sums over a stream, whose last batch may be shorter."""
+    found = []
+    for size in (2, 4, 6):
+        out = arguments("--image-size", 16, "--batch-size", size)
+        evaluate_tokenizer.main()
+        metrics = json.loads((out / "metrics.json").read_text())["tokenizers"]["big"]["metrics"]
+        found.append({name: value for name, value in metrics.items() if "per_second" not in name})
+    assert found[0] == pytest.approx(found[1], rel=1e-4) and found[0] == pytest.approx(found[2], rel=1e-4)
 
 
 def test_a_size_that_does_not_divide_is_named(arguments):
     arguments("--image-size", 12)
     with pytest.raises(ValueError, match="image_size: 12 does not divide by the stride 8 of 'big'"):
         evaluate_tokenizer.main()
+
+
+def test_a_mistake_is_one_line(arguments, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for message, *wrong in (
+        ("out: '.*file' is a file; choose another folder", "--out", tmp_path / "file"),
+        (r"--names: need 2 different ones, got \['a', 'a'\]", "--names", "a", "a"),
+        ("max_samples: 0 is below 1", "--max-samples", 0),
+    ):
+        arguments("--image-size", 16, *wrong)
+        with pytest.raises(SystemExit) as ended:
+            explain_errors(evaluate_tokenizer.main)
+        lines = capsys.readouterr().err.splitlines()
+        assert ended.value.code == 2 and re.match(f"evaluate_tokenizer.py: {message}", lines[-1])
+
+    def fail():
+        raise ValueError("field: two\n  lines")
+
+    with pytest.raises(SystemExit, match="2"):
+        explain_errors(fail)
+    assert capsys.readouterr().err == "evaluate_tokenizer.py: field: two lines\n"
+    with pytest.raises(KeyError):  # a fault of the program keeps its traceback
+        explain_errors(lambda: {}["absent"])

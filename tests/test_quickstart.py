@@ -10,7 +10,7 @@ from conftest import generators
 
 import quickstart
 import quickstart_report
-from quickstart_report import EDITS, cell_map, draw_edits
+from quickstart_report import EDITS, cell_map, generate_edits
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_second_run_does_nothing(steps, tmp_path):
     assert all(record["seconds"] > 0 for record in records.values())
 
 
-def test_fresh_starts_anew(steps):
+def test_fresh_starts_again(steps):
     steps()
     assert steps("--fresh") == "abc"
 
@@ -104,27 +104,27 @@ def test_edits_count_the_codes_that_stay(pipeline, tmp_path, monkeypatch):
         lambda *given, **named: sheets.append((given, named)) or lay_out(*given, **named),
     )
     pairs, sampling = [("red apple", "blue apple"), ("a cat", "a dog")], {"guidance_scale": 1.0}
-    figures = draw_edits(pipeline, pairs, sampling, tmp_path / "edits.png")
-    drawn = {
+    found = generate_edits(pipeline, pairs, sampling, tmp_path / "edits.png")
+    outputs = {
         (text, seed): pipeline(text, generator=generators(seed), **sampling)
         for (before, after), seeds in zip(pairs, [(0, 2), (1, 3)], strict=True)
         for text, seed in ((before, seeds[0]), (after, seeds[0]), (after, seeds[1]))
     }
-    kept = lambda a, b: (drawn[a].codes == drawn[b].codes).float().mean().item()  # noqa: E731
+    kept = lambda a, b: (outputs[a].codes == outputs[b].codes).float().mean().item()  # noqa: E731
     same = [kept(("red apple", 0), ("blue apple", 0)), kept(("a cat", 1), ("a dog", 1))]
     other = [kept(("red apple", 0), ("blue apple", 2)), kept(("a cat", 1), ("a dog", 3))]
-    assert figures == pytest.approx({"edit_codes_kept": sum(same) / 2, "other_seed_codes_kept": sum(other) / 2})
-    assert figures["edit_codes_kept"] > figures["other_seed_codes_kept"]
+    assert found == pytest.approx({"edit_codes_kept": sum(same) / 2, "other_seed_codes_kept": sum(other) / 2})
+    assert found["edit_codes_kept"] > found["other_seed_codes_kept"]
     (rows, captions), titles = sheets[0]
     assert (tmp_path / "edits.png").is_file() and len(rows) == len(captions) == len(titles["row_titles"]) == 4
     places = {(0, 1): ("a cat", 1), (1, 1): ("a dog", 1), (3, 1): ("a dog", 3), (3, 0): ("blue apple", 2)}
     for (row, column), key in places.items():
-        assert rows[row][column].tobytes() == drawn[key].images[0].tobytes() and captions[row][column] == key[0]
-    changed = drawn["a cat", 1].codes[0] != drawn["a dog", 1].codes[0]
+        assert rows[row][column].tobytes() == outputs[key].images[0].tobytes() and captions[row][column] == key[0]
+    changed = outputs["a cat", 1].codes[0] != outputs["a dog", 1].codes[0]
     assert rows[2][1].tobytes() == cell_map(changed).tobytes()
     assert captions[2][1] == f"{1 - same[1]:.0%} of the codes"
     with pytest.raises(ValueError, match="edits: no pair of captions"):
-        draw_edits(pipeline, [], sampling, tmp_path / "none.png")
+        generate_edits(pipeline, [], sampling, tmp_path / "none.png")
 
 
 def test_map_of_changed_cells():

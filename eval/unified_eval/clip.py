@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -71,7 +72,7 @@ def _name_of_folder(folder: Path) -> str:
     missing = [key for key in ("size", "mean", "std") if key not in config.get("preprocess_cfg", {})]
     if missing:
         raise ValueError(
-            f"clip: preprocess_cfg in {str(folder / CONFIG_FILE)!r} lacks {missing}; add what it was trained with."
+            f"clip: preprocess_cfg in {str(folder / CONFIG_FILE)!r} lacks {missing}; add the values of its training."
         )
     if not {".safetensors", ".bin", ".pth"} & {path.suffix for path in folder.iterdir()}:
         raise ValueError(f"clip: {str(folder)!r} has no weights; put open_clip_model.safetensors beside {CONFIG_FILE}.")
@@ -81,7 +82,7 @@ def _name_of_folder(folder: Path) -> str:
 
 
 def clip_recipe(clip: Clip) -> dict[str, Any]:
-    """What decides a CLIP score: the model's name, a hash of its weights as loaded, and the image transform."""
+    """Everything that decides a CLIP score: the model's name, a hash of its weights as loaded, and the image transform."""
     digest = hashlib.sha256()
     for key, value in sorted(clip.model.state_dict().items()):
         digest.update(key.encode())
@@ -106,23 +107,45 @@ def check_unique(captions: Sequence[str]) -> None:
 
 
 def tokenize(tokenizer: Any, captions: Sequence[str]) -> Tensor:
-    """Tokenize captions for CLIP, ``(N, context)`` int64; a caption that would be cut is an error naming it.
+    """Tokenize captions for CLIP, ``(N, context)`` int64.
 
     Raises:
         ValueError: if there is no caption, or one is empty or longer than the context.
     """
     if not captions:
         raise ValueError("captions: the list is empty; give at least one caption.")
-    context = tokenizer.context_length
-    tokens, wider = tokenizer(list(captions)), tokenizer(list(captions), context_length=context + 1)
-    padding = tokenizer("", context_length=context + 1)[0, -1]
-    cut = (wider[:, :context] != tokens).any(1) | (wider[:, -1] != padding)
+    tokens, cut = _tokens_and_cut(tokenizer, captions)
     for caption, too_long in zip(captions, cut.tolist(), strict=True):
         if not caption.strip():
             raise ValueError("captions: one is empty; leave such images out.")
         if too_long:
-            raise ValueError(f"captions: {caption!r} is longer than the context of {context} tokens; shorten it.")
+            raise ValueError(
+                f"captions: {caption!r} is longer than the context of {tokenizer.context_length} tokens; shorten it."
+            )
     return tokens
+
+
+def readable_captions(tokenizer: Any, captions: Sequence[str]) -> list[int]:
+    """Numbers of the captions that fit the context of a CLIP's tokenizer whole."""
+    _, cut = _tokens_and_cut(tokenizer, captions)
+    return (~cut).nonzero().flatten().tolist()
+
+
+def left_out_note(clip: Clip, captions: Sequence[str], readable: Sequence[int]) -> str:
+    """A note for a report on the captions that are not among the ``readable`` ones."""
+    first = shorten(next(caption for number, caption in enumerate(captions) if number not in set(readable)), 80)
+    return (
+        f"clip: {len(captions) - len(readable)} of {len(captions)} captions exceed the {clip.tokenizer.context_length} "
+        f"tokens that {clip.name} reads and are left out of its scores; the first: {first!r}."
+    )
+
+
+def _tokens_and_cut(tokenizer: Any, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Tokens ``(N, context)``, and for each caption whether it is longer than they are, ``(N,)``."""
+    context = tokenizer.context_length
+    tokens, wider = tokenizer(list(captions)), tokenizer(list(captions), context_length=context + 1)
+    padding = tokenizer("", context_length=context + 1)[0, -1]
+    return tokens, (wider[:, :context] != tokens).any(1) | (wider[:, -1] != padding)
 
 
 def clip_extractor(clip: Clip) -> Extractor:
@@ -159,7 +182,7 @@ def clip_features(
     """Normalised features of images and of their captions.
 
     Args:
-        clip: what :func:`load_clip` returned.
+        clip: the model of :func:`load_clip`.
         images: N images of any size.
         captions: N captions.
         batch_size: images per forward pass.
@@ -174,8 +197,8 @@ def clip_features(
     if len(images) != len(captions):
         raise ValueError(f"captions: {len(captions)} captions for {len(images)} images; give one for each.")
     texts = clip_text_features(clip, captions, batch_size)
-    pictures = torch.from_numpy(clip_extractor(clip)(images, batch_size, progress))
-    return F.normalize(pictures, dim=1), texts
+    rows = torch.from_numpy(clip_extractor(clip)(images, batch_size, progress))
+    return F.normalize(rows, dim=1), texts
 
 
 def clip_score(image_features: Tensor, text_features: Tensor) -> float:
@@ -194,7 +217,7 @@ def clip_score(image_features: Tensor, text_features: Tensor) -> float:
 
 
 def shuffled_score(image_features: Tensor, text_features: Tensor) -> float:
-    """CLIP score of images with captions of other images: the mean over every mismatched pair, so no seed is drawn.
+    """CLIP score of images with captions of other images: the mean over every mismatched pair, without a seed.
 
     Raises:
         ValueError: as for :func:`clip_score`, or if there are fewer than 2 images.
@@ -207,7 +230,7 @@ def shuffled_score(image_features: Tensor, text_features: Tensor) -> float:
 
 
 def shuffled_gap(image_features: Tensor, text_features: Tensor) -> float:
-    """CLIP score less :func:`shuffled_score`: what of the score is due to the image's own caption."""
+    """CLIP score less :func:`shuffled_score`: the part of the score that is due to the image's own caption."""
     return clip_score(image_features, text_features) - shuffled_score(image_features, text_features)
 
 
@@ -241,7 +264,7 @@ def retrieval_at_1(image_features: Tensor, text_features: Tensor, captions: Sequ
 
 
 def caption_rows(image_features: Tensor, text_features: Tensor, own: Sequence[int]) -> dict[str, np.ndarray]:
-    """What the scores are means of, for images of which several may share a caption.
+    """The values whose means are the scores, for images of which several may share a caption.
 
     Args:
         image_features: ``(N, E)`` of images.

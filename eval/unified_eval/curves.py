@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from unified_eval.files import write_whole
+
 STAGE_COLORS = ("#e3eef9", "#fdf1dc", "#e6f4e6", "#f6e7f2")
 
 
@@ -15,7 +17,7 @@ def plot_loss(log: Sequence[Mapping[str, Any]], out: Path, title: str, codebook_
             ``train_subset_loss``; losses in nats a code.
         out: PNG to write.
         title: headline.
-        codebook_size: K; ``ln K``, the loss of a uniform guess, is sampled as a line.
+        codebook_size: K; ``ln K``, the loss of a uniform guess, is a dotted line.
 
     Returns:
         ``out``.
@@ -67,7 +69,6 @@ def plot_loss(log: Sequence[Mapping[str, Any]], out: Path, title: str, codebook_
     axes.legend(frameon=False, loc="lower left", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out)
+    write_whole(out, lambda beside: figure.savefig(beside, format="png"))
     plt.close(figure)
     return out

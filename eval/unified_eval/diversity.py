@@ -14,7 +14,7 @@ CHUNK = 512  # rows of a distance matrix at a time
 
 
 class Membership(NamedTuple):
-    """What precision, recall, density and coverage are means of.
+    """The values whose means are precision, recall, density and coverage.
 
     ``precision`` and ``density`` have a value for each fake row, ``recall`` and ``coverage`` for each real one.
     """

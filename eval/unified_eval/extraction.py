@@ -1,10 +1,11 @@
 """Features of any number of images: streamed, cached by content, and shared among processes."""
 
+import atexit
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,15 +20,16 @@ from tqdm import tqdm
 
 from unified.data.sources import load_source, open_rgb
 from unified_eval.features import Extractor
+from unified_eval.files import write_whole
 from unified_eval.npz import load_npz
 
-# An image, or what loads it: a process opens only the images whose features are its share.
-Picture = Image.Image | Callable[[], Image.Image]
+# An image, or a function that loads it: a process opens only the images whose features are its share.
+LazyImage = Image.Image | Callable[[], Image.Image]
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 T = TypeVar("T")
 
 
-def open_images(source: str | Path, split: str = "train", image_column: str = "image") -> Iterator[Picture]:
+def open_images(source: str | Path, split: str = "train", image_column: str = "image") -> Iterator[LazyImage]:
     """Stream the images of a folder, an ``.npz`` file (ADM's layout) or a data set, in order.
 
     Args:
@@ -67,7 +69,7 @@ def _open_file(path: Path) -> Image.Image:
 
 def extract_features(
     extractor: Extractor,
-    pictures: Iterable[Picture],
+    images: Iterable[LazyImage],
     batch_size: int = 64,
     cache: str | Path | None = None,
     progress: bool = False,
@@ -78,7 +80,7 @@ def extract_features(
     same for any number of processes, and so is every bit of the result.
 
     Args:
-        extractor: what :func:`unified_eval.load_extractor` or :func:`unified_eval.clip.clip_extractor` returned.
+        extractor: the network of :func:`unified_eval.load_extractor` or :func:`unified_eval.clip.clip_extractor`.
         images: any iterable, such as :func:`open_images` returns.
         batch_size: images per forward pass; another size changes float32 rounding, and so has its own cache entries.
         cache: folder in which features are kept, keyed by the extractor's recipe and the pixels of a batch. Images
@@ -95,18 +97,17 @@ def extract_features(
         raise ValueError(f"batch_size: {batch_size} is below 1.")
     state = process_state()
     parts: list[tuple[int, np.ndarray]] = []
-    with tqdm(
-        desc=f"{extractor.name} features", unit="picture", disable=not progress or not state.is_main_process
-    ) as bar:
-        for number, batch in enumerate(batches(pictures, batch_size)):
+    hidden = not progress or not state.is_main_process
+    with tqdm(desc=f"{extractor.name} features", unit="image", disable=hidden) as bar:
+        for number, batch in enumerate(batches(images, batch_size)):
             if number % state.num_processes == state.process_index:
-                images = [(item() if callable(item) else item).convert("RGB") for item in batch]
-                parts.append((number, _cached(extractor, images, number * batch_size, cache)))
+                opened = [(item() if callable(item) else item).convert("RGB") for item in batch]
+                parts.append((number, _cached(extractor, opened, number * batch_size, cache)))
             bar.update(len(batch))
     if state.num_processes > 1:
         parts = gather_object(parts)
     if not parts:
-        raise ValueError("pictures: there is none; give at least one.")
+        raise ValueError("images: there is none; give at least one.")
     return np.concatenate([rows for _, rows in sorted(parts, key=lambda part: part[0])])
 
 
@@ -123,7 +124,15 @@ def process_state() -> PartialState:
             f"processes: {started} were started, but accelerate sees {state.num_processes}; on CPUs launch with "
             "`accelerate launch --cpu`, or set ACCELERATE_USE_CPU=true."
         )
+    if started > 1:
+        _close_at_exit()
     return state
+
+
+@cache
+def _close_at_exit() -> None:
+    """Close the process group at the end of the program; left open, its threads now and then abort the process."""
+    atexit.register(PartialState().destroy_process_group)
 
 
 def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -147,14 +156,12 @@ def _cached(extractor: Extractor, images: list[Image.Image], first: int, cache: 
         try:
             return extractor(images, batch_size=len(images))
         except ValueError as error:
-            raise ValueError(f"pictures {first} to {first + len(images) - 1}: {error}") from error
+            raise ValueError(f"images {first} to {first + len(images) - 1}: {error}") from error
 
     if cache is None:
         return compute()
     file = Path(cache) / f"{content_key(extractor.recipe(), images)}.safetensors"
     if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        beside = file.with_suffix(f".{os.getpid()}.writing")
-        save_file({"features": compute()}, beside)
-        os.replace(beside, file)
+        features = compute()
+        write_whole(file, lambda beside: save_file({"features": features}, beside))
     return load_file(file)["features"]

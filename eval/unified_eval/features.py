@@ -1,6 +1,5 @@
 """Feature networks for Frechet distances, each with the recipe that decides its numbers."""
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
+
+from unified_eval.files import file_sha256
 
 EXTRACTORS = ("efficientnet-lite0", "inception")  # for distances
 LOGITS_EXTRACTOR = "inception-logits"
@@ -25,7 +26,7 @@ class Extractor:
 
     Attributes:
         name: one of :data:`EXTRACTORS`, :data:`LOGITS_EXTRACTOR` or the name of a CLIP.
-        metric: what a Frechet distance over these features is called (``FID`` only for the Inception network; ``IS``
+        metric: name of a Frechet distance over these features (``FID`` only for the Inception network; ``IS``
             for its logits, of which the Inception Score is made).
         width: number of features D.
         weights_sha256: hash of the weights file.
@@ -76,7 +77,7 @@ class Extractor:
         if batch_size < 1:
             raise ValueError(f"batch_size: {batch_size} is below 1.")
         rows = []
-        with tqdm(total=len(images), desc=f"{self.metric} features", unit="picture", disable=not progress) as bar:
+        with tqdm(total=len(images), desc=f"{self.metric} features", unit="image", disable=not progress) as bar:
             for start in range(0, len(images), batch_size):
                 batch = [image.convert("RGB") for image in images[start : start + batch_size]]
                 with torch.inference_mode():
@@ -107,12 +108,6 @@ def load_extractor(name: str, weights: str | Path | None = None, device: str | t
     if name in ("inception", LOGITS_EXTRACTOR):
         return _inception(weights, device, logits=name == LOGITS_EXTRACTOR)
     raise ValueError(f"name: unknown extractor {name!r}; choose one of {[*EXTRACTORS, LOGITS_EXTRACTOR]}.")
-
-
-def file_sha256(path: str | Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:

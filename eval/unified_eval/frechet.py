@@ -71,7 +71,7 @@ def kernel_distances_of_subsets(
         b: ``(M, D)`` features.
         subset_size: rows sampled of each, without repetition.
         subsets: how often.
-        seed: seed of the draws.
+        seed: seed of the subsets.
 
     Returns:
         ``(subsets,)`` float64.
@@ -87,10 +87,10 @@ def kernel_distances_of_subsets(
         )
     chance = np.random.default_rng(seed)
 
-    def draw(rows: Tensor) -> Tensor:
+    def subset(rows: Tensor) -> Tensor:
         return rows[torch.from_numpy(chance.choice(len(rows), subset_size, replace=False))]
 
-    return np.array([kernel_distance(draw(rows_a), draw(rows_b)) for _ in range(subsets)])
+    return np.array([kernel_distance(subset(rows_a), subset(rows_b)) for _ in range(subsets)])
 
 
 def cmmd(a: Features, b: Features, sigma: float = 10.0, scale: float = 1000.0) -> float:
@@ -116,7 +116,7 @@ def cmmd(a: Features, b: Features, sigma: float = 10.0, scale: float = 1000.0) -
 
     def mean_kernel(x: Tensor, y: Tensor) -> float:
         squares = x.square().sum(1)[:, None] + y.square().sum(1) - 2 * x @ y.T
-        # The kernel is 1 less about 1 % here, so that expm1 keeps what differs.
+        # The kernel is 1 less about 1 % here, so that expm1 keeps the digits that differ.
         return float(torch.expm1(-squares / (2 * sigma**2)).mean())
 
     return scale * (mean_kernel(rows_a, rows_a) + mean_kernel(rows_b, rows_b) - 2 * mean_kernel(rows_a, rows_b))

@@ -26,7 +26,7 @@ def share_interval(hits: Sequence[bool] | np.ndarray, groups: Sequence[Hashable]
     """Interval of a share of images of which several may belong to one group (prompt).
 
     Wilson's if every image has its own group, else a bootstrap over groups. A share of 0 or 1, from which a bootstrap
-    could sample nothing else, gets Wilson's of as many trials as there are groups.
+    would get no width, gets Wilson's of as many trials as there are groups.
 
     Raises:
         ValueError: if the lists are empty or differ in length.
@@ -47,15 +47,15 @@ def bootstrap_interval(
     level: float = 0.95,
     seed: int = 0,
 ) -> Interval:
-    """Percentile bootstrap interval that generates whole groups, so that images of one prompt stay together.
+    """Percentile bootstrap interval that resamples whole groups, so that images of one prompt stay together.
 
     Args:
         values: N numbers or ``(N, D)`` rows, one for each image.
         groups: the prompt of each image; without it every image is its own group.
-        statistic: what is computed from the sampled rows; their mean without it.
-        resamples: how often groups are drawn.
+        statistic: what is computed from the resampled rows; their mean without it.
+        resamples: how often groups are resampled.
         level: share of the resamples that the interval holds.
-        seed: seed of the draws.
+        seed: seed of the resampling.
 
     Returns:
         Lower and upper end.
@@ -70,17 +70,17 @@ def bootstrap_interval(
         raise ValueError(f"values: number {int(np.argwhere(~np.isfinite(rows))[0][0])} is not finite.")
     if groups is not None and len(groups) != len(rows):
         raise ValueError(f"groups: {len(groups)} for {len(rows)} values; give one for each.")
-    of_rows = statistic or (lambda drawn: float(drawn.mean()))
-    drawn = resample(range(len(rows)) if groups is None else groups, resamples, seed)
-    results = [of_rows(rows[indices]) for indices in drawn]
+    of_rows = statistic or (lambda some: float(some.mean()))
+    resampled = resample(range(len(rows)) if groups is None else groups, resamples, seed)
+    results = [of_rows(rows[indices]) for indices in resampled]
     low, high = np.quantile(results, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
 def resample(groups: Sequence[Hashable], resamples: int = 2000, seed: int = 0) -> Iterator[np.ndarray]:
-    """Draw as many groups as there are, with replacement, again and again.
+    """Sample as many groups as there are, with replacement, ``resamples`` times.
 
-    Two sets of rows sampled by one seed are sampled alike, which is what paired intervals need.
+    One seed samples the same groups of any two sets of rows, which is what paired intervals need.
 
     Yields:
         The row numbers of the sampled groups, int64; of another length each time if groups differ in size.
@@ -94,19 +94,19 @@ def resample(groups: Sequence[Hashable], resamples: int = 2000, seed: int = 0) -
     if len(members) < 2 or resamples < 2:
         raise ValueError(f"groups, resamples: {len(members)} and {resamples}; an interval needs 2 or more of both.")
     parts = [np.array(part) for part in members.values()]
-    draws = np.random.default_rng(seed).integers(len(parts), size=(resamples, len(parts)))
+    samples = np.random.default_rng(seed).integers(len(parts), size=(resamples, len(parts)))
     if len(parts) == len(groups):
-        yield from draws
+        yield from samples
         return
-    for draw in draws:
-        yield np.concatenate([parts[index] for index in draw])
+    for sample in samples:
+        yield np.concatenate([parts[index] for index in sample])
 
 
-def interval_around(value: float, draws: Sequence[float] | np.ndarray, level: float = 0.95) -> Interval:
-    """Normal interval around a value with the standard deviation of its bootstrap draws.
+def interval_around(value: float, resampled: Sequence[float] | np.ndarray, level: float = 0.95) -> Interval:
+    """Normal interval around a value, with the standard deviation of its values on resampled prompts.
 
-    For distances between sets of images: a generated set repeats images, which moves the distance itself upwards, so
-    that percentiles of the samples would lie beside the value. Their spread is what is wanted.
+    For distances between sets of images: a resampled set repeats images, which makes the distance itself larger, so that
+    the percentiles of the resampled values lie beside the value. Only their spread is used.
     """
-    half = float(stats.norm.ppf((1 + level) / 2) * np.std(np.asarray(draws), ddof=1))
+    half = float(stats.norm.ppf((1 + level) / 2) * np.std(np.asarray(resampled), ddof=1))
     return value - half, value + half

@@ -1,4 +1,4 @@
-"""A small CLIP trained on one's own captioned images: the offline stand-in for a pretrained CLIP.
+"""A small CLIP trained on custom captioned images: the offline stand-in for a pretrained CLIP.
 
 It judges only images like those it was trained on, and its scores carry its name: they do not compare with scores of
 another CLIP.
@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,17 @@ PREPROCESS_CONFIG: dict[str, Any] = {
 MAX_LOGIT_SCALE = math.log(100)
 
 
+def shrink(image: Image.Image) -> Image.Image:
+    """The 64 x 64 pixels of an image that this CLIP sees: training on them is training on the image."""
+    return Image.fromarray(np.ascontiguousarray(_pixels(image).permute(1, 2, 0).numpy()))
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    """``(3, 64, 64)`` uint8."""
+    preprocess = image_transform_v2(PreprocessCfg(**PREPROCESS_CONFIG), is_train=False)
+    return preprocess(image.convert("RGB")).add(1).mul(127.5).round().byte()
+
+
 def train_nano_clip(
     images: Sequence[Image.Image],
     captions: Sequence[str],
@@ -59,9 +71,9 @@ def train_nano_clip(
     Images are shifted, scaled, blurred and given noise, never recoloured: colours belong to captions.
 
     Args:
-        images: N images of any size; they are resized to 64 pixels and centre-cropped.
+        images: N images of any size; they are resized to 64 pixels and centre-cropped (:func:`shrink`).
         captions: N captions; several images may share one.
-        name: what the scores of this model are called, for example ``openmoji-nano``.
+        name: name of this model that its scores carry, for example ``openmoji-nano``.
         steps: optimizer steps.
         batch_size: images per step, at most the number of different captions.
         learning_rate: peak of a cosine schedule with 10 % warm-up.
@@ -91,7 +103,7 @@ def train_nano_clip(
             "lower it or use more samples, for captions are unique within a batch."
         )
     preprocess = image_transform_v2(PreprocessCfg(**PREPROCESS_CONFIG), is_train=False)
-    pixels = torch.stack([preprocess(image.convert("RGB")).add(1).mul(127.5).round().byte() for image in images])
+    pixels = torch.stack([_pixels(image) for image in images])
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -107,8 +119,8 @@ def train_nano_clip(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * _schedule(step, steps)
             rows = torch.tensor(next(batches))
-            pictures = augment(pixels[rows].float() / 127.5 - 1, noise)
-            image_features = model.encode_image(pictures, normalize=True)
+            seen = augment(pixels[rows].float() / 127.5 - 1, noise)
+            image_features = model.encode_image(seen, normalize=True)
             text_features = model.encode_text(tokens[rows], normalize=True)
             loss = loss_of(image_features, text_features, model.logit_scale.exp())
             optimizer.zero_grad()
@@ -123,7 +135,7 @@ def train_nano_clip(
 
 
 def unique_caption_batches(groups: Sequence[Sequence[int]], batch_size: int, seed: int) -> Iterator[list[int]]:
-    """Yield batches of row numbers for ever, at most one row of each group in a batch.
+    """Yield batches of row numbers endlessly, at most one row of each group in a batch.
 
     Every pass goes over all groups in a new order and leaves out a remainder smaller than a batch.
 
@@ -143,8 +155,8 @@ def unique_caption_batches(groups: Sequence[Sequence[int]], batch_size: int, see
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     """Shift (up to 1/16 of the side), scale (0.9 to 1.1), blur half of and add slight noise to a batch.
 
-    The edge pixels are repeated where the image no longer reaches, and colours are kept, so that the model forgives
-    what a tokenizer or a generator does to edges but not a wrong colour.
+    Edge pixels are repeated where the image no longer reaches, and colours are kept, so that the model forgives blurred
+    edges of a tokenizer or a generator but not a wrong colour.
 
     Args:
         images: ``(B, 3, H, W)`` in [-1, 1].
@@ -173,7 +185,7 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 def grouped_retrieval(
     clip: Clip, images: Sequence[Image.Image], captions: Sequence[str], group_size: int = 64, seed: int = 0
 ) -> dict[str, float]:
-    """Mean R@1 over groups of ``group_size`` images sampled by seed; one smaller group if there are not that many.
+    """Mean R@1 over random groups of ``group_size`` images; one smaller group if there are not that many.
 
     Returns:
         ``r1``, the ``captions`` in each group and the number of ``groups``.
@@ -190,17 +202,23 @@ def grouped_retrieval(
     return {"r1": sum(shares) / len(shares), "captions": size, "groups": len(groups)}
 
 
+def check_nano_clip_folder(folder: str | Path) -> None:
+    """Raise ValueError if a folder exists and holds anything but a model of :func:`save_nano_clip`."""
+    folder = Path(folder)
+    if folder.exists() and not (folder / NANO_CLIP_FILE).is_file() and (folder.is_file() or any(folder.iterdir())):
+        raise ValueError(f"out: {str(folder)!r} exists and is no earlier nano CLIP; choose another folder.")
+
+
 def save_nano_clip(clip: Clip, folder: str | Path, record: dict[str, Any]) -> Path:
     """Save in open_clip's ``local-dir`` layout, with ``nano_clip.json`` (the name and ``record``) beside.
 
     The folder is written under another name and moved into place. An older folder of this kind is replaced.
 
     Raises:
-        ValueError: if ``folder`` exists and holds anything but a model saved by this function.
+        ValueError: as for :func:`check_nano_clip_folder`.
     """
     folder = Path(folder)
-    if folder.exists() and not (folder / NANO_CLIP_FILE).is_file() and (folder.is_file() or any(folder.iterdir())):
-        raise ValueError(f"out: {str(folder)!r} exists and is no earlier nano CLIP; choose another folder.")
+    check_nano_clip_folder(folder)
     beside = folder.with_name(folder.name + ".writing")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)

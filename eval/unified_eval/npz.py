@@ -3,13 +3,14 @@
 Images are written and read one by one, so that a file may be larger than the memory.
 """
 
-import os
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from unified_eval.files import write_whole
 
 MEMBER = "arr_0.npy"
 
@@ -34,22 +35,22 @@ def save_npz(path: str | Path, images: Sequence[Image.Image]) -> Path:
         raise ValueError("images: the list is empty; give at least one image.")
     width, height = images[0].size
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(images), height, width, 3)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".writing")
-    with (
-        zipfile.ZipFile(beside, "w", zipfile.ZIP_STORED) as archive,
-        archive.open(MEMBER, "w", force_zip64=True) as file,
-    ):
-        np.lib.format.write_array_header_1_0(file, header)
-        for number, image in enumerate(images):
-            if image.size != (width, height):
-                raise ValueError(
-                    f"images: number {number} is {image.width}x{image.height}, the first is {width}x{height}; "
-                    "bring them to one size first."
-                )
-            file.write(image.convert("RGB").tobytes())
-    os.replace(beside, path)
-    return path
+
+    def write(beside: Path) -> None:
+        with (
+            zipfile.ZipFile(beside, "w", zipfile.ZIP_STORED) as archive,
+            archive.open(MEMBER, "w", force_zip64=True) as file,
+        ):
+            np.lib.format.write_array_header_1_0(file, header)
+            for number, image in enumerate(images):
+                if image.size != (width, height):
+                    raise ValueError(
+                        f"images: number {number} is {image.width}x{image.height}, the first is {width}x{height}; "
+                        "bring them to one size first."
+                    )
+                file.write(image.convert("RGB").tobytes())
+
+    return write_whole(path, write)
 
 
 def load_npz(path: str | Path) -> Iterator[Image.Image]:

@@ -2,32 +2,12 @@
 
 import base64
 import io
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from PIL import Image
 
-
-class Figure(NamedTuple):
-    """One measured number.
-
-    ``label`` is how it is called, with its unit; ``value`` is a number or a text; ``recipe`` says in one line how it
-    was measured: the network, the number of images, the reference set.
-    """
-
-    label: str
-    value: float | str
-    recipe: str
-
-
-class Picture(NamedTuple):
-    """An image, in memory or as a PNG, JPEG or SVG file, with the caption printed below it."""
-
-    image: Image.Image | Path
-    caption: str
-
+from unified_eval.files import write_text
 
 MEDIA_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".svg": "image/svg+xml"}
 
@@ -35,9 +15,9 @@ MEDIA_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg",
 def write_report(
     out: Path,
     title: str,
-    figures: Sequence[Figure | tuple[str, float | str, str]] = (),
+    metrics: Sequence[tuple[str, float | str, str]] = (),
     tables: Mapping[str, Sequence[Mapping[str, object]]] | None = None,
-    images: Sequence[Picture | tuple[Image.Image | Path, str]] = (),
+    images: Sequence[tuple[Image.Image | Path, str]] = (),
     commands: Sequence[str] = (),
     notes: Sequence[str] = (),
 ) -> Path:
@@ -46,11 +26,12 @@ def write_report(
     Args:
         out: the file to write; its folder is made.
         title: headline.
-        metrics: measured numbers as ``(label, value, recipe)``.
+        metrics: ``(label, value, recipe)`` of measured numbers; the recipe says in one line how it was measured: the
+            network, the number of images, the reference set.
         tables: further tables by their titles, as lists of rows with equal keys.
-        images: ``(image, caption)``; embedded as base64.
+        images: ``(image, caption)``, in memory or as PNG, JPEG or SVG files; embedded as base64.
         commands: shell commands that made the results, in order.
-        notes: paragraphs below the headline, such as what was run and whose images are shown.
+        notes: paragraphs below the headline, such as the licence of the images.
 
     Returns:
         ``out``.
@@ -79,16 +60,12 @@ def write_report(
     text = page.render(
         title=title,
         notes=notes,
-        figures=[(label, format_value(value), recipe) for label, value, recipe in figures],
+        metrics=[(label, format_value(value), recipe) for label, value, recipe in metrics],
         tables=shown_tables,
         images=[(_data_uri(image), caption) for image, caption in images],
         commands=commands,
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    beside = out.with_name(out.name + ".writing")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, out)
-    return out
+    return write_text(out, text)
 
 
 def format_value(value: object) -> str:
@@ -110,7 +87,7 @@ def _data_uri(image: Image.Image | Path) -> str:
     else:
         path = Path(image)
         if path.suffix.lower() not in MEDIA_TYPES or not path.is_file():
-            raise ValueError(f"pictures: {str(path)!r} is missing or not one of {sorted(MEDIA_TYPES)}.")
+            raise ValueError(f"images: {str(path)!r} is missing or not one of {sorted(MEDIA_TYPES)}.")
         kind, data = MEDIA_TYPES[path.suffix.lower()], path.read_bytes()
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
@@ -138,8 +115,8 @@ th { color: var(--faint); font-weight: 600; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 td.value { font-weight: 650; color: var(--accent); }
 td.recipe { color: var(--faint); font-size: .87rem; }
-metric { margin: 0 0 2rem; }
-metric img { display: block; max-width: 100%; height: auto; border: 1px solid var(--line); border-radius: 6px; }
+figure { margin: 0 0 2rem; }
+figure img { display: block; max-width: 100%; height: auto; border: 1px solid var(--line); border-radius: 6px; }
 figcaption { color: var(--faint); font-size: .9rem; margin-top: .5rem; max-width: 48rem; }
 pre { background: var(--soft); border: 1px solid var(--line); border-radius: 6px; padding: .9rem 1rem;
   overflow-x: auto; font: .85rem/1.5 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
@@ -173,7 +150,7 @@ pre { background: var(--soft); border: 1px solid var(--line); border-radius: 6px
 {% if images %}
 <h2>Images</h2>
 {% for source, caption in images %}
-<metric><img src="{{ source }}" alt="{{ caption }}"><figcaption>{{ caption }}</figcaption></metric>
+<figure><img src="{{ source }}" alt="{{ caption }}"><figcaption>{{ caption }}</figcaption></figure>
 {% endfor %}
 {% endif %}
 {% for name, header, rows in tables %}

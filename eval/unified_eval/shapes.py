@@ -2,7 +2,7 @@
 
 The scenes are those of ``recipes/prepare_shapes.py``: flat shapes of ten colours, upright, apart from each other, on a
 flat background. Claims are in GenEval's ``include`` schema (Ghosh et al. 2023, https://arxiv.org/abs/2310.11513),
-extended by ``size`` and the class ``background``; counts are exact. What a claim leaves unsaid is not checked.
+extended by ``size`` and the class ``background``; counts are exact. Nothing is checked that a claim leaves unsaid.
 """
 
 import json
@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from unified_eval.intervals import share_interval
+from unified_eval.results import Results
 
 PALETTE = {
     "red": (225, 30, 40), "orange": (250, 135, 15), "yellow": (255, 230, 40), "green": (25, 155, 70),
@@ -23,7 +23,7 @@ PALETTE = {
 }  # fmt: skip
 COLOURS, RGB = tuple(PALETTE), np.array(list(PALETTE.values()), dtype=np.float64)
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # y points down
-# Radii as shares of the side, in the middle between the bands that scenes are sampled with.
+# Radii as shares of the side, in the middle between the bands that scenes are made with.
 SIZES, SIZE_EDGES = ("small", "medium", "large"), (0.140, 0.1975)
 SMALLEST_RADIUS = 0.11
 MIN_SIDE = 24  # below that, a small square and a small circle cover the same pixels
@@ -32,7 +32,7 @@ MAX_COLOUR_DISTANCE = 60
 # Least intersection over union of a shape with the ideal outline of its area and place.
 MIN_OVERLAP = 0.75
 SUPERSAMPLING = 8
-# Standard deviations, as shares of the side, of the ideal outlines: sampled sharply, or through a tokenizer that blurs.
+# Standard deviations, as shares of the side, of the blur of ideal outlines: drawn sharply, or through a tokenizer.
 BLURS = (0, 0.02)
 
 ASPECTS = ("shape", "count", "color", "size", "position", "background")
@@ -90,7 +90,7 @@ class Shape(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What an image shows: the background's colour (None if it resembles none) and the objects, largest first."""
+    """The content of an image: the background's colour (None if it resembles none) and the objects, largest first."""
 
     background: str | None
     shapes: tuple[Shape, ...]
@@ -102,18 +102,23 @@ class Found(NamedTuple):
         return "; ".join([*(parts or ["nothing"]), f"{self.background or 'discoloured'} background"])
 
 
+def check_size(width: int, height: int) -> None:
+    """Raise ValueError if shapes cannot be found in images of this size."""
+    if height != width or width < MIN_SIDE:
+        raise ValueError(f"image: {width}x{height}; need a square image of {MIN_SIDE} pixels or more.")
+
+
 def find_shapes(image: Image.Image) -> Found:
     """Find background and objects of an image.
 
-    Whatever differs from the most frequent colour is an object, if it is connected and no speck. Its class is that of
-    the outline which, sampled with the object's area and centroid, overlaps it most. Shapes that touch make one object.
+    Pixels that differ from the most frequent colour are an object, if they are connected and no speck. Its class is that
+    of the outline which, drawn with the object's area and centroid, overlaps it most. Shapes that touch make one object.
 
     Raises:
         ValueError: if the image is not square or its side is below 24 pixels.
     """
+    check_size(image.width, image.height)
     side = image.width
-    if image.height != side or side < MIN_SIDE:
-        raise ValueError(f"image: {image.width}x{image.height}; need a square image of {MIN_SIDE} pixels or more.")
     pixels = np.asarray(image.convert("RGB"), dtype=np.float64)
     distances = np.linalg.norm(pixels[:, :, None] - RGB, axis=3)
     nearest = distances.argmin(2)
@@ -130,7 +135,7 @@ def find_shapes(image: Image.Image) -> Found:
     shapes = []
     for label in range(1, count + 1):
         body = labels == label
-        # Blur mixes the background into thin shapes: what is farthest from the background is the least mixed.
+        # Blur mixes the background into thin shapes: the pixels farthest from the background are the least mixed.
         contrast = np.linalg.norm(pixels[body] - ground_colour, axis=1)
         colour = np.median(pixels[body][contrast >= np.quantile(contrast, 0.75)], axis=0)
         step = colour - ground_colour
@@ -292,7 +297,8 @@ def scene_records(
 
     Yields:
         ``tag`` (the task; ``scene`` without ``tags``), ``prompt``, ``include`` (the claims), ``correct``, ``reason``
-        (what does not hold and what was found; empty if correct) and ``checks``, what :func:`check_scene` returns.
+        (the claims that do not hold and the objects that were found; empty if correct) and ``checks``, the result of
+        :func:`check_scene`.
 
     Raises:
         ValueError: if the lists differ in length, or as for :func:`check_scene`.
@@ -320,64 +326,62 @@ def shapes_accuracy(
     tags: Sequence[str] | None = None,
     prompts: Sequence[str] | None = None,
     seed: int = 0,
-) -> dict[str, dict[str, Any]]:
+) -> Results:
     """Share of images that show what their captions claim, overall, by task and by aspect, with 95 % intervals.
 
     Args:
         images: N square images.
-        claims_per_image: what :func:`check_scene` takes, for each of them.
+        claims_per_image: for each image, the claims that :func:`check_scene` checks.
         tags: the task of each, such as ``counting``.
         prompts: the prompt of each; images of one prompt are not independent, and intervals take that into account.
         seed: seed of the bootstrap.
 
     Returns:
-        As :func:`summarise_records`.
+        The values of :func:`add_records`.
 
     Raises:
         ValueError: as for :func:`scene_records`, or if there is no image.
     """
-    return summarise_records(list(scene_records(images, claims_per_image, tags, prompts)), seed)
+    records = list(scene_records(images, claims_per_image, tags, prompts))
+    results = Results(list(dict.fromkeys(record["prompt"] for record in records)), seed=seed)
+    add_records(results, records)
+    return results
 
 
-def summarise_records(records: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[str, dict[str, Any]]:
-    """Count what :func:`scene_records` yielded.
+def add_records(results: Results, records: Sequence[Mapping[str, Any]]) -> None:
+    """Add the shares of the records of :func:`scene_records` that are correct.
 
-    Returns:
-        Three dicts by the same names: ``metrics``; ``intervals``, 95 % (see
-        :func:`unified_eval.intervals.share_interval`); ``recipes``, each with ``label`` and ``n``. The names are
-        ``shapes_correct``; ``shapes_task_<tag>`` and their mean ``shapes_task_mean`` (without interval);
-        ``shapes_aspect_<aspect>``, among images about which it is claimed; and with several images a prompt
-        ``shapes_any_correct``, the share of prompts with a correct one.
+    These are ``shapes_correct``; ``shapes_task_<tag>`` and their mean ``shapes_task_mean`` (without interval);
+    ``shapes_aspect_<aspect>``, among images about which it is claimed; and with several images a prompt
+    ``shapes_any_correct``, the share of prompts with a correct one.
 
     Raises:
         ValueError: if there is no record.
     """
     if not records:
         raise ValueError("images: the list is empty; give at least one image.")
+
+    def add(name: str, label: str, hits: Sequence[bool], prompts: Sequence[str]) -> None:
+        results.add_mean(
+            name, np.array(hits, dtype=float), label, prompts, prompts=len(set(prompts)), checker="from pixels"
+        )
+
     prompts = [record["prompt"] for record in records]
-    alone = len(set(prompts)) == len(prompts)
-    out: dict[str, dict[str, Any]] = {"figures": {}, "intervals": {}, "recipes": {}}
-
-    def add(name: str, label: str, hits: Sequence[bool], groups: Sequence[str]) -> None:
-        out["figures"][name] = sum(hits) / len(hits)
-        out["intervals"][name] = share_interval(hits, groups, seed)
-        out["recipes"][name] = {"label": label, "n": len(hits), "prompts": len(set(groups)), "checker": "from pixels"}
-
-    add("shapes_correct", "pictures of shapes with every claim true", [r["correct"] for r in records], prompts)
-    if not alone:
+    add("shapes_correct", "images of shapes with every claim true", [r["correct"] for r in records], prompts)
+    if len(set(prompts)) < len(prompts):
         any_correct: dict[str, bool] = {}
         for record in records:
             any_correct[record["prompt"]] = any_correct.get(record["prompt"], False) or record["correct"]
         add("shapes_any_correct", "prompts with a correct image", list(any_correct.values()), list(any_correct))
-    for tag in sorted({record["tag"] for record in records}):
+    tags = sorted({record["tag"] for record in records})
+    for tag in tags:
         part = [record for record in records if record["tag"] == tag]
         add(f"shapes_task_{tag}", f"task {tag}", [r["correct"] for r in part], [r["prompt"] for r in part])
-    tasks = [value for name, value in out["figures"].items() if name.startswith("shapes_task_")]
-    out["figures"]["shapes_task_mean"] = sum(tasks) / len(tasks)
-    out["recipes"]["shapes_task_mean"] = {**out["recipes"]["shapes_correct"], "label": f"mean over {len(tasks)} tasks"}
+    mean = sum(results.metrics[f"shapes_task_{tag}"] for tag in tags) / len(tags)
+    recipe = {**results.recipes["shapes_correct"], "label": f"mean over {len(tags)} tasks"}
+    results.add("shapes_task_mean", mean, **recipe)
     for aspect in ASPECTS:
         part = [record for record in records if aspect in record["checks"]]
         if part:
             hits = [r["checks"][aspect] for r in part]
             add(f"shapes_aspect_{aspect}", f"{aspect} as claimed", hits, [r["prompt"] for r in part])
-    return out

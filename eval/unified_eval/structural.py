@@ -1,4 +1,4 @@
-"""Structural similarity of images, and what the codes of a tokenizer cost and use."""
+"""Structural similarity of images, and statistics of the codes of a tokenizer."""
 
 import math
 
@@ -50,7 +50,7 @@ def _blur(x: Tensor) -> Tensor:
 
 
 def code_statistics(codes: Tensor, codebook_size: int, downsample: int) -> dict[str, float]:
-    """How much of the codebook a set of images uses, and what a pixel costs.
+    """How much of the codebook a set of images uses, and the bits a pixel costs.
 
     Args:
         codes: codes of all images, any shape, int64.
@@ -67,11 +67,16 @@ def code_statistics(codes: Tensor, codebook_size: int, downsample: int) -> dict[
     """
     if codes.numel() == 0 or int(codes.min()) < 0 or int(codes.max()) >= codebook_size:
         raise ValueError(f"codes: need one or more in [0, {codebook_size}), got {codes.numel()}.")
-    frequency = torch.bincount(codes.flatten(), minlength=codebook_size).double() / codes.numel()
+    return statistics_of_counts(torch.bincount(codes.flatten(), minlength=codebook_size), downsample)
+
+
+def statistics_of_counts(counts: Tensor, downsample: int) -> dict[str, float]:
+    """:func:`code_statistics` of codes that are counted already: ``counts`` is ``(K,)``, how often each code occurs."""
+    frequency = counts.double() / counts.sum()
     entropy = float(torch.special.entr(frequency).sum()) / math.log(2)
     return {
         "codes_used": float((frequency > 0).double().mean()),
         "perplexity": 2**entropy,
-        "bits_per_pixel": math.ceil(math.log2(codebook_size)) / downsample**2,
+        "bits_per_pixel": math.ceil(math.log2(len(counts))) / downsample**2,
         "entropy_bits_per_pixel": entropy / downsample**2,
     }

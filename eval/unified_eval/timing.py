@@ -12,7 +12,7 @@ def interleaved(functions: Mapping[str, Callable[[], Any]], rounds: int, warmup:
     """Run functions in rounds A B C, A B C, so that drift of the machine hits all of them alike.
 
     Args:
-        functions: what to time, by name.
+        functions: the functions to time, by name.
         rounds: measured rounds.
         warmup: rounds before those, not measured.
         repeat: calls of each function in a round.

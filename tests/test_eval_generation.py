@@ -1,4 +1,4 @@
-"""Drawing: seeds, resuming, the layout of GenEval; metrics during training."""
+"""Generation: seeds, resuming, the layout of GenEval; metrics during training."""
 
 import json
 from functools import partial
@@ -12,12 +12,12 @@ from unified_eval import (
     Clip,
     Extractor,
     content_hash,
-    draw_images,
     first_usable_rows,
+    generate_images,
     measure_pipeline,
-    stream_drawings,
+    stream_images,
 )
-from unified_eval.drawing import geneval_name
+from unified_eval.generation import geneval_name
 from unified_eval.selection import unique_captions
 
 PROMPTS = ["red apple", "blue car", "yellow sun"]
@@ -38,35 +38,35 @@ def calls(pipeline, monkeypatch):
 
 
 def test_a_folder_is_continued(pipeline, calls, tmp_path):
-    draw = partial(draw_images, pipeline, PROMPTS, tmp_path / "out", 2, 7, batch_size=4, sampling={"top_k": 5})
-    pictures, times = draw()
-    assert (times["drawn"], times["kept"]) == (6, 0)
+    generate = partial(generate_images, pipeline, PROMPTS, tmp_path / "out", 2, 7, batch_size=4, sampling={"top_k": 5})
+    images, times = generate()
+    assert (times["generated"], times["kept"]) == (6, 0)
     assert calls == [["red apple", "red apple", "blue car", "blue car"], ["yellow sun", "yellow sun"]]
-    alone = next(stream_drawings(pipeline, ["blue car"], [7 + 3], top_k=5))
-    assert np.array_equal(np.asarray(alone), np.asarray(pictures[3]))
-    assert not np.array_equal(np.asarray(pictures[2]), np.asarray(pictures[3]))
+    alone = next(stream_images(pipeline, ["blue car"], [7 + 3], top_k=5))
+    assert np.array_equal(np.asarray(alone), np.asarray(images[3]))
+    assert not np.array_equal(np.asarray(images[2]), np.asarray(images[3]))
     calls.clear()
     for number in (1, 4):  # as after a kill
         (tmp_path / "out" / f"{number:03d}.png").unlink()
-    again, times = draw()
-    assert calls == [["red apple", "yellow sun"]] and (times["drawn"], times["kept"]) == (2, 4)
-    assert [image.tobytes() for image in again] == [image.tobytes() for image in pictures]
+    again, times = generate()
+    assert calls == [["red apple", "yellow sun"]] and (times["generated"], times["kept"]) == (2, 4)
+    assert [image.tobytes() for image in again] == [image.tobytes() for image in images]
     calls.clear()
-    assert draw()[1] == {"drawn": 0, "kept": 6, "seconds_per_picture": None} and calls == []
+    assert generate()[1] == {"generated": 0, "kept": 6, "seconds_per_image": None} and calls == []
 
 
 @pytest.mark.parametrize(
     "change", [{"seed": 1}, {"sampling": {"top_k": 3}}, {"identity": {"pipeline": "b"}}, {"samples": 2}]
 )
-def test_other_settings_draw_anew(pipeline, calls, tmp_path, change):
+def test_other_settings_generate_again(pipeline, calls, tmp_path, change):
     settings = {"seed": 0, "sampling": {"top_k": 5}, "identity": {"pipeline": "a"}, "samples": 1}
-    draw_images(pipeline, PROMPTS, tmp_path / "out", **settings)
+    generate_images(pipeline, PROMPTS, tmp_path / "out", **settings)
     (tmp_path / "out" / "009.png").write_bytes((tmp_path / "out" / "000.png").read_bytes())
-    pictures, times = draw_images(pipeline, PROMPTS, tmp_path / "out", **{**settings, **change})
-    assert times["kept"] == 0 and times["drawn"] == len(pictures) == len(list((tmp_path / "out").iterdir()))
+    images, times = generate_images(pipeline, PROMPTS, tmp_path / "out", **{**settings, **change})
+    assert times["kept"] == 0 and times["generated"] == len(images) == len(list((tmp_path / "out").iterdir()))
 
 
-def test_a_pipeline_is_told_by_its_content(tmp_path):
+def test_a_hash_tells_pipelines_apart(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name / "model").mkdir(parents=True)
         (tmp_path / name / "model" / "weights").write_bytes(b"123")
@@ -77,13 +77,13 @@ def test_a_pipeline_is_told_by_its_content(tmp_path):
 
 
 def test_layout_of_geneval(pipeline, tmp_path):
-    pictures, _ = draw_images(pipeline, PROMPTS, tmp_path / "out", 2, file_name=geneval_name(2))
+    images, _ = generate_images(pipeline, PROMPTS, tmp_path / "out", 2, file_name=geneval_name(2))
     files = sorted(str(file.relative_to(tmp_path / "out")) for file in (tmp_path / "out").rglob("*.png"))
     assert files == [f"{prompt:05d}/samples/{sample:05d}.png" for prompt in range(3) for sample in range(2)]
     last = Image.open(tmp_path / "out" / "00002" / "samples" / "00001.png")
-    assert last.tobytes() == pictures[5].tobytes()
+    assert last.tobytes() == images[5].tobytes()
     with pytest.raises(ValueError, match="samples, batch_size: 0 and 64; give 1 or more"):
-        draw_images(pipeline, PROMPTS, tmp_path / "out", 0)
+        generate_images(pipeline, PROMPTS, tmp_path / "out", 0)
 
 
 class MeanClip(torch.nn.Module):
@@ -112,7 +112,7 @@ def pixels(image):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
-@pytest.mark.filterwarnings("ignore::unified_eval.measures.SmallSampleWarning")
+@pytest.mark.filterwarnings("ignore::unified_eval.results.SmallSampleWarning")
 def test_measuring_leaves_a_training_as_it_was(pipeline, picture_source, tmp_path):
     rows = unique_captions(first_usable_rows(picture_source, "validation")[0])
     passes = []
@@ -131,13 +131,13 @@ def test_measuring_leaves_a_training_as_it_was(pipeline, picture_source, tmp_pat
     state = torch.get_rng_state()
     first = measure(pipeline)
     assert torch.equal(torch.get_rng_state(), state) and pipeline.model.training
-    assert passes == [6, 6, 6], "real, reconstructed, generated"
-    assert measure(pipeline).figures == first.figures
+    assert passes == [6, 6], "generated, real"
+    assert measure(pipeline).metrics == first.metrics
     with torch.no_grad():
         for parameter in pipeline.model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
     later = measure(pipeline)
-    assert later.figures["clip_score"] != first.figures["clip_score"]
-    assert later.figures["clip_score_real"] == first.figures["clip_score_real"]
-    assert passes == [6, 6, 6, 6], "only what is sampled again passes the network"
-    json.dumps(later.figures)
+    assert later.metrics["clip_score"] != first.metrics["clip_score"]
+    assert later.metrics["clip_score_real"] == first.metrics["clip_score_real"]
+    assert passes == [6, 6, 6], "only the images that are generated again pass the network"
+    json.dumps(later.metrics)

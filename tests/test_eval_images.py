@@ -4,6 +4,7 @@ import base64
 import io
 import math
 import re
+import weakref
 from html.parser import HTMLParser
 
 import numpy as np
@@ -11,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from unified_eval import captioned_grid, in_rows, psnr, psnr_summary, reconstruct, write_report
+from unified_eval import Results, captioned_grid, in_rows, psnr, psnr_summary, reconstruct, write_report
+from unified_eval.reconstruction import add_tokenizer_psnr, stream_reconstructions
 from unified_eval.report import format_value
 from unified_tokenizers.images import to_pil, to_tensor
 
@@ -79,6 +81,32 @@ def test_reconstruction_goes_through_the_codes_in_order():
         reconstruct(Halving(), [flat(0), flat(0, (8, 8))])
 
 
+def test_a_stream_of_images_is_measured_one_batch_at_a_time():
+    originals, rebuilt = [], []
+
+    def stream():
+        for value in range(0, 240, 12):
+            image = flat(value)
+            originals.append(weakref.ref(image))
+            yield image
+
+    for _, again in stream_reconstructions(Halving(), stream(), batch_size=4):
+        rebuilt.append(weakref.ref(again))
+        assert max(sum(image() is not None for image in images) for images in (originals, rebuilt)) <= 8
+    assert len(rebuilt) == 20
+    images = [flat(value) for value in range(0, 240, 12)]
+    results = Results(["a", "b"])
+    add_tokenizer_psnr(results, Halving(), stream(), "greys", batch_size=4)
+    expected = psnr_summary(images, reconstruct(Halving(), images))
+    assert results.metrics == {
+        "tokenizer_psnr_db": expected["mean_db"],
+        "tokenizer_psnr_pooled_db": expected["pooled_db"],
+    }
+    assert results.recipes["tokenizer_psnr_db"]["n"] == 20 and results.values["tokenizer_psnr_db"].given
+    with pytest.raises(ValueError, match="images: there is none"):
+        add_tokenizer_psnr(results, Halving(), iter([]), "none")
+
+
 def test_a_real_tokenizer_gives_its_own_decoding(image_tokenizer):
     images = [flat(20), flat(230)]
     expected = to_pil(image_tokenizer.decode(image_tokenizer.encode(to_tensor(images))))
@@ -106,7 +134,7 @@ def test_grid_places_images_and_captions():
 def test_grid_titles_make_room():
     row = [[flat(0), flat(99)]]
     plain = captioned_grid(row)
-    titled = captioned_grid(row, column_titles=["real", "generated"], row_titles=["red apple"], title="Pictures")
+    titled = captioned_grid(row, column_titles=["real", "generated"], row_titles=["red apple"], title="Images")
     assert titled.width == max(plain.width + 128 + 14, 320 + 28) and titled.height > plain.height + 30
     left = np.asarray(titled)[-128 - 14 : -14, : 128 + 14]
     assert (left < 128).any() and not (np.asarray(captioned_grid(row, row_titles=[""]))[:, :140] < 128).any()
@@ -165,15 +193,15 @@ class Page(HTMLParser):
 
 
 def test_report_holds_everything_it_was_given(tmp_path):
-    picture = flat(77, (5, 4))
+    image = flat(77, (5, 4))
     file = tmp_path / "curve.png"
     flat(33).save(file)
     out = write_report(
         tmp_path / "new" / "report.html",
         "Apples & <pears>",
-        figures=[("FD-EffLite0", 12.3456, "N=64"), ("R@1", 0.5, "chance 1/64")],
+        metrics=[("FD-EffLite0", 12.3456, "N=64"), ("R@1", 0.5, "chance 1/64")],
         tables={"Training": [{"step": 1000, "stage": "patch <4>"}, {"step": 2000, "stage": "patch 1"}]},
-        pictures=[(picture, "one grey"), (file, "another")],
+        images=[(image, "one grey"), (file, "another")],
         commands=["python eval/evaluate.py --out 'a' && echo"],
         notes=["Art: CC BY-SA 4.0"],
     )
@@ -186,7 +214,7 @@ def test_report_holds_everything_it_was_given(tmp_path):
     assert page.texts["figcaption"] == ["one grey", "another"]
     assert page.texts["pre"] == ["python eval/evaluate.py --out 'a' && echo"]
     embedded = [Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))) for source in page.sources]
-    assert np.array_equal(np.asarray(embedded[0].convert("RGB")), np.asarray(picture))
+    assert np.array_equal(np.asarray(embedded[0].convert("RGB")), np.asarray(image))
     assert embedded[1].getpixel((0, 0)) == (33, 33, 33)
     assert not re.search(r"https?://|src=\"(?!data:)", out.read_text(encoding="utf-8"))  # nothing is fetched
     assert [path.name for path in out.parent.iterdir()] == ["report.html"]
@@ -197,8 +225,8 @@ def test_report_errors(tmp_path):
         write_report(tmp_path / "report.txt", "x")
     with pytest.raises(ValueError, match=r"tables: row 1 of 'T' has the keys \['b'\], the first has \['a'\]"):
         write_report(tmp_path / "report.html", "x", tables={"T": [{"a": 1}, {"b": 1}]})
-    with pytest.raises(ValueError, match=r"pictures: '.*absent.png' is missing"):
-        write_report(tmp_path / "report.html", "x", pictures=[(tmp_path / "absent.png", "x")])
+    with pytest.raises(ValueError, match=r"images: '.*absent.png' is missing"):
+        write_report(tmp_path / "report.html", "x", images=[(tmp_path / "absent.png", "x")])
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,28 +1,34 @@
-"""Drawing the images that are measured: seeded one by one, resumable, shared among processes."""
+"""Generation of the images that are measured: each from its own seed, resumable, shared among processes."""
 
-import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL import Image
 from tqdm import tqdm
 
+from unified import UnifiedPipeline
 from unified_eval.extraction import batches, process_state
-from unified_eval.features import file_sha256
-
-if TYPE_CHECKING:
-    from unified import UnifiedPipeline
+from unified_eval.files import write_image, write_json
 
 
-def stream_drawings(
-    pipeline: "UnifiedPipeline", prompts: Sequence[str], seeds: Sequence[int], batch_size: int = 64, **sampling: Any
+def square_side(pipeline: UnifiedPipeline) -> int:
+    """Side in pixels of the images of a pipeline. Raises ValueError if they are no squares."""
+    height, width = pipeline.default_size
+    if height != width:
+        raise ValueError(
+            f"pipeline: generates {height}x{width} images; real ones are cropped to squares to be compared."
+        )
+    return width
+
+
+def stream_images(
+    pipeline: UnifiedPipeline, prompts: Sequence[str], seeds: Sequence[int], batch_size: int = 64, **sampling: Any
 ) -> Iterator[Image.Image]:
-    """Yield an image for each prompt, batch by batch; each depends on its own seed only, not on its batch.
+    """Generate an image for each prompt, batch by batch; each depends on its own seed only, not on its batch.
 
     Args:
         pipeline: the pipeline; its progress bar is switched off.
@@ -40,8 +46,8 @@ def stream_drawings(
         yield from pipeline([prompt for prompt, _ in pairs], generator=generators, **sampling).images
 
 
-def draw_images(
-    pipeline: "UnifiedPipeline",
+def generate_images(
+    pipeline: UnifiedPipeline,
     captions: Sequence[str],
     folder: str | Path,
     samples: int = 1,
@@ -52,11 +58,11 @@ def draw_images(
     progress: bool = False,
     file_name: Callable[[int], str] = "{:03d}.png".format,
 ) -> tuple[list[Image.Image], dict[str, Any]]:
-    """Draw ``samples`` images for each caption into a folder, or continue what an earlier call began there.
+    """Generate ``samples`` images for each caption into a folder, or continue an earlier call that was interrupted.
 
     Image i, for caption ``i // samples``, has the seed ``seed + i`` and the file ``file_name(i)``. If captions, seeds,
     sampling and ``identity`` are those of the ``.json`` beside the folder, the images that are there are kept; else they
-    are removed. Under ``accelerate launch`` every process samples its share, and all return all images.
+    are removed. Under ``accelerate launch`` every process generates its share, and all return all images.
 
     Args:
         pipeline: the pipeline.
@@ -66,13 +72,13 @@ def draw_images(
         seed: seed of the first image.
         batch_size: images generated at once.
         sampling: arguments of the pipeline.
-        identity: what tells this pipeline from others, such as :func:`content_hash` of its folder.
+        identity: tells this pipeline from others, such as the :func:`unified_eval.content_hash` of its folder.
         progress: show a progress bar.
         file_name: maps i to a name in the folder that begins with a digit; ``NNN.png`` without it.
 
     Returns:
-        The N * samples images, those of a caption adjacent; and ``drawn`` (by this process, now), ``kept`` and
-        ``seconds_per_picture`` (of this process; None if it sampled none).
+        The N * samples images, those of a caption adjacent; and ``generated`` (by this process, now), ``kept`` and
+        ``seconds_per_image`` (of this process; None if it generated none).
 
     Raises:
         ValueError: if ``samples`` or ``batch_size`` is below 1, or as for the pipeline.
@@ -91,40 +97,19 @@ def draw_images(
     state.wait_for_everyone()  # before anybody writes
     mine = missing[state.process_index :: state.num_processes]
     start = time.perf_counter()
-    with tqdm(
-        total=len(mine), desc="generate", unit="picture", disable=not progress or not state.is_main_process
-    ) as bar:
-        drawings = stream_drawings(
-            pipeline, [prompts[n] for n in mine], [seed + n for n in mine], batch_size, **sampling
-        )
-        for number, image in zip(mine, drawings, strict=True):
-            files[number].parent.mkdir(parents=True, exist_ok=True)
-            beside = files[number].with_suffix(".writing")
-            image.save(beside, format="PNG")
-            os.replace(beside, files[number])
-            bar.update()
+    stream = stream_images(pipeline, [prompts[n] for n in mine], [seed + n for n in mine], batch_size, **sampling)
+    hidden = not progress or not state.is_main_process
+    for number, image in tqdm(zip(mine, stream, strict=True), "generate", len(mine), unit="image", disable=hidden):
+        write_image(files[number], image)
     seconds = (time.perf_counter() - start) / len(mine) if mine else None
     state.wait_for_everyone()
-    pictures = [Image.open(file).convert("RGB") for file in files]
-    return pictures, {"drawn": len(mine), "kept": len(files) - len(missing), "seconds_per_picture": seconds}
+    images = [Image.open(file).convert("RGB") for file in files]
+    return images, {"generated": len(mine), "kept": len(files) - len(missing), "seconds_per_image": seconds}
 
 
 def geneval_name(samples: int) -> Callable[[int], str]:
     """Names of images as GenEval's evaluator expects them: ``00007/samples/00002.png``."""
     return lambda number: f"{number // samples:05d}/samples/{number % samples:05d}.png"
-
-
-def content_hash(path: str | Path) -> str:
-    """Hexadecimal SHA-256 of a file, or of the names and contents of all files in a folder; else of the name itself."""
-    path = Path(path)
-    if path.is_file():
-        return file_sha256(path)
-    digest = hashlib.sha256()
-    if not path.is_dir():
-        return hashlib.sha256(str(path).encode()).hexdigest()  # a name on the Hub
-    for file in sorted(file for file in path.rglob("*") if file.is_file()):
-        digest.update(f"{file.relative_to(path)}\0{file_sha256(file)}\n".encode())
-    return digest.hexdigest()
 
 
 def _prepare(folder: Path, settings: dict[str, Any]) -> None:
@@ -137,4 +122,4 @@ def _prepare(folder: Path, settings: dict[str, Any]) -> None:
     record.unlink(missing_ok=True)
     for old in folder.rglob("[0-9]*.png"):
         old.unlink()
-    record.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(record, settings)

@@ -1,0 +1,54 @@
+"""Parts that the command lines of the evaluation share."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p")
+
+
+def device(name: str) -> str:
+    """The name of a device that is there, as a type of argparse."""
+    try:
+        torch.zeros((), device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return name
+
+
+def add_generation_arguments(parser: Any) -> None:
+    """Add the options of generation, among them :data:`SAMPLING`, to a parser or a group of it."""
+    parser.add_argument(
+        "--guidance-scale", type=float, default=3.0, help="classifier-free guidance (default: %(default)s)"
+    )
+    parser.add_argument("--temperature", type=float, default=1.0, help="sampling temperature (default: %(default)s)")
+    parser.add_argument(
+        "--top-k", type=int, default=0, help="codes kept for sampling, 0 for all (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, help="probability mass kept for sampling (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="image i has the seed SEED + i (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=64, help="images at once (default: %(default)s)")
+    parser.add_argument("--device", type=device, default="cpu", help="device of all networks (default: %(default)s)")
+
+
+def check_counts(args: argparse.Namespace, *names: str) -> None:
+    """Raise ValueError if an argument is below 1."""
+    for name in names:
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')}: {getattr(args, name)} is below 1.")
+
+
+def check_folder(field: str, folder: Path | None) -> None:
+    """Raise ValueError if a folder to write is, or lies in, a file."""
+    for place in () if folder is None else (folder, *folder.parents):
+        if place.exists() and not place.is_dir():
+            raise ValueError(f"{field}: {str(place)!r} is a file; choose another folder.")
+
+
+def plain_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Parsed arguments as JSON can hold them."""
+    return {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
