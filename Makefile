@@ -7,16 +7,20 @@ BIN := .venv/bin
 # On busy cores, torch's threads would otherwise spin in wait for one another: up to 30 times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
+# Test files share the cores; a test starts with one thread.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
 .PHONY: quickstart check test lint clean
 
 quickstart: .venv/quickstart.installed
 	$(BIN)/python recipes/quickstart.py $(if $(FRESH),--fresh)
 
 check: lint
-	$(BIN)/python -m pytest -m "not process"
+	$(PYTEST) -m "not process"
 
 test: lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 lint: .venv/dev.installed
 	$(BIN)/ruff check .

@@ -25,6 +25,13 @@ LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_pr
 CAPTIONS = ["red apple", "blue car", "a green tree", "the small dog", "a cat and a dog", "yellow sun"]
 
 
+def pytest_collection_modifyitems(items):
+    """Tests on a run that is launched as a user launches it start a process, too."""
+    for item in items:
+        if "finished" in item.fixturenames:
+            item.add_marker(pytest.mark.process)
+
+
 def tiny_config(**changes) -> UnifiedConfig:
     text = {
         "model_type": "llama", "vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,

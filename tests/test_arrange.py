@@ -255,6 +255,7 @@ def test_forward_with_loss_depends_on_no_values(family, p, pack_length):
     assert loss.shape == ()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("p", "pack_length"), [(1, None), (2, None), (2, 40)])
 def test_forward_with_loss_compiles_to_one_graph(p, pack_length):
     torch._dynamo.reset()

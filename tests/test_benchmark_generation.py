@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "eval"))
 
 
+@pytest.mark.process
 def test_it_runs(tmp_path):
     command = [sys.executable, ROOT / "eval" / "benchmark_generation.py", "--rounds", "1", "--grid", "4", "--codebook", "64",
                "--json", tmp_path / "out.json"]  # fmt: skip
@@ -91,6 +92,7 @@ def test_a_wrong_checkout_is_named(tmp_path):
         load_llamagen(str(tmp_path), 64, 2, 1, 64, 4)
 
 
+@pytest.mark.process
 def test_trained_pipeline_is_measured_in_every_mode(pipeline, tmp_path):
     """Codes a pass are at least those of plain decoding, and as many as there are where one pass settles all."""
     from benchmark_generation import EXACT, MODES, measure_trained

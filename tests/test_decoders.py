@@ -85,6 +85,7 @@ def test_building_leaves_the_model_alone():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.process
 def test_compiled_equals_eager(monkeypatch):
     """The step as the compiler traces it, in one graph and without a recompilation per column; code generation left out."""
     compiled, graphs = torch.compile, []

@@ -140,6 +140,7 @@ def test_bad_adapters_are_refused(pipeline, tmp_path):
         load_adapters(pipeline, [tmp_path / "a"])
 
 
+@pytest.mark.process
 def test_command_line_offers_adapters_by_name(pipeline, tmp_path, monkeypatch):
     """--lora is listed under its folder's name and chosen, --loras are listed; max_rows and queue reach the engine."""
     need_gradio()

@@ -15,6 +15,8 @@ from unified.data.crops import fit
 from unified.serving.engine import Engine
 from unified.serving.web import build_demo, launch, load_adapters
 
+pytestmark = pytest.mark.process
+
 OPTIONS = {"guidance_scale": 1.5, "temperature": 0.85}
 WAIT = 60_000  # ms, for a busy machine
 

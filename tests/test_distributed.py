@@ -23,6 +23,8 @@ from unified.training.loop import train
 from unified.training.sharding import check_sharding, configure_deepspeed
 from unified.training.tracking import read_log
 
+pytestmark = pytest.mark.process
+
 # Both directions, so that the parts of a batch weigh differently; token-wise weights differ most.
 OPTIONS = ["steps=6", "validate_every=6", "checkpoint_every=null", "data.captioning=0.5", "data.caption_dropout=0",
            "schedule.patch_sizes=[2,1]", "schedule.shares=[0.5,0.5]", "optimizer.ema_decay=null",

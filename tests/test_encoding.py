@@ -148,6 +148,7 @@ def test_a_killed_run_goes_on_without_loss_or_duplicates(image_tokenizer, mixed_
     assert sorted(path.name for path in tmp_path.iterdir()) == ["codes", "p.parquet", "whole"]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("streamed", [False, True])
 def test_two_processes_equal_one(image_tokenizer, mixed_source, tmp_path, streamed):
     """The recipe in two processes on one source, and the function alone; each row is encoded once."""

@@ -55,6 +55,7 @@ def test_all_recipes_explain_errors():
     assert len(scripts) >= 10 and all(text.endswith("    explain_errors(main)\n") for text in scripts)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("quiet", [True, False])
 def test_accelerate_launch_shows_the_line(quiet):
     """The launcher's own traceback and exit code are all that it adds; --quiet leaves the traceback out."""

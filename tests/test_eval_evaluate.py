@@ -257,6 +257,7 @@ def refused(monkeypatch, capsys, name: str, *arguments: object) -> str:
     return capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.process
 def test_scripts_from_data_to_metrics(pipeline, picture_source, tmp_path, monkeypatch, capsys):
     pipeline.save_pretrained(tmp_path / "pipeline")
     run_script(monkeypatch, "train_clip.py", "--data", picture_source, "--max-samples", 6, "--steps", 2,
@@ -357,6 +358,7 @@ def test_corrupt_images_are_left_out_everywhere(pipeline, photos, tmp_path, monk
     assert f"in place of rows [{first}], whose images are corrupt" in said and "37 rows used, 3 corrupt images" in said
 
 
+@pytest.mark.process
 def test_comparison_of_two_pipelines(pipeline, picture_source, tmp_path, monkeypatch, capsys):
     pipeline.save_pretrained(tmp_path / "one")
     with torch.no_grad():

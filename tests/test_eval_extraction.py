@@ -108,6 +108,7 @@ for index, part in enumerate(rows):
 """
 
 
+@pytest.mark.process
 def test_two_processes_equal_one(tmp_path):
     """Seven images in batches of 3 leave one process with two batches, of which one is short; two images, one."""
     (tmp_path / "script.py").write_text(SCRIPT)

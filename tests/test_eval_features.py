@@ -80,6 +80,7 @@ def test_efficientnet_recipe_and_normalisation(efficientnet):
     np.testing.assert_allclose(efficientnet([Image.new("RGB", (64, 64), (127, 127, 127))]), expected, atol=1e-5)
 
 
+@pytest.mark.process
 def test_fid_agrees_with_torchmetrics(random_inception_file):
     real, fake = noise(3, seed=1), [image.resize((12, 12)).resize((24, 24)) for image in noise(4, seed=2)]
     extractor = load_extractor("inception", random_inception_file)
@@ -93,6 +94,7 @@ def test_fid_agrees_with_torchmetrics(random_inception_file):
     assert ours == pytest.approx(float(oracle.compute()), rel=1e-5)
 
 
+@pytest.mark.process
 def test_all_inception_metrics_agree_with_torch_fidelity(random_inception_file, tmp_path):
     """FID, KID, precision, recall and Inception Score of two folders, with one weights file."""
     folders = {}

@@ -50,6 +50,7 @@ def test_definitions_are_those_of_the_recipe():
     assert recipe.RADII["small"][0] == shapes.SMALLEST_RADIUS
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("side", [32, 64])
 def test_at_least_99_percent_of_ground_truth_is_read_exactly(side):
     """Every claim holds, and every object is found where it is: 200 scenes of all tasks."""

@@ -28,6 +28,7 @@ FLOORS = [
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("how", [["-c", "from transformers import AutoTokenizer; import datasets; print(datasets.__version__)"],
                                  ["-m", "pytest", "--version"]])  # fmt: skip
 def test_transformers_imports_from_the_root(how):

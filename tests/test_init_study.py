@@ -26,6 +26,7 @@ def test_table_of_means_and_spreads():
     assert init_study.table(RESULTS[:2]).splitlines()[2] == "| a/b | 3.000 | **2.000** |"
 
 
+@pytest.mark.process
 def test_runs_once_and_keeps_losses_alone(config_file, on_a_backbone, tmp_path, monkeypatch):
     overrides = [*on_a_backbone, "steps=4", "validate_every=2", "schedule.patch_sizes=[1]", "schedule.shares=[1.0]",
                  "lora.rank=2", "lora.train_image_tables=true", "optimizer.ema_decay=null"]  # fmt: skip

@@ -65,6 +65,7 @@ os._exit(0)
 """
 
 
+@pytest.mark.process
 def test_all_processes_stop_at_the_same_step(tmp_path):
     (tmp_path / "script.py").write_text(ONE_OF_TWO)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

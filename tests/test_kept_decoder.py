@@ -149,6 +149,7 @@ def test_moving_frees_the_decoder_at_once(pipeline, monkeypatch):
     assert held == [None]
 
 
+@pytest.mark.process
 def test_compiled_decoding_is_what_samples(pipeline, monkeypatch):
     """The decoder's step goes through the compiler, and samples the same; code generation is left out."""
     compiled, graphs = torch.compile, []

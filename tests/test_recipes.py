@@ -10,6 +10,8 @@ import pytest
 from unified.data.code_cache import load_codes
 from unified_tokenizers import AutoImageTokenizer, load_text_tokenizer
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCH = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1",
           "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip

@@ -79,6 +79,7 @@ def test_resumed_run_of_every_kind_equals_uninterrupted(options, finished, confi
         assert not kept.with_name("model.safetensors").exists()
 
 
+@pytest.mark.process
 def test_killed_run_continues(finished, config_file, tmp_path):
     """kill -9 in the middle of a step, a checkpoint at every step, resume in a new process."""
     options = [
@@ -151,6 +152,7 @@ train(load_config(config, [f"output_dir={output}"]))
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("point", "kept"), [("save", [5]), ("rename", [5]), ("remove", [10, 12])])
 def test_kill_while_checkpoints_are_written(finished, config_file, tmp_path, point, kept):
     """kill -9 with files half written, not renamed or half removed: every checkpoint is whole; the rest is removed."""

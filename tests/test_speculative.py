@@ -87,6 +87,7 @@ def samples(decoder, sampling, count, **options):
     return (codes * torch.tensor([64, 16, 4, 1])).sum(1)
 
 
+@pytest.mark.process
 def test_sjd_samples_the_distribution_and_the_test_can_fail(monkeypatch):
     decoder, sampling, probability = tiny_world()
     assert float(probability.sum()) == pytest.approx(1, abs=1e-5)

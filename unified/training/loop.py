@@ -6,7 +6,6 @@ from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 
-from accelerate import PartialState
 from peft import PeftModel
 from tqdm import tqdm
 
@@ -18,7 +17,7 @@ from unified.training.card import run_card
 from unified.training.checkpoint import save_checkpoint
 from unified.training.config import TrainConfig
 from unified.training.interrupt import catch_signals
-from unified.training.setup import Run, set_up
+from unified.training.setup import Run, make_accelerator, set_up
 from unified.training.step import check_skipped, kept_on_failure, train_step
 from unified.training.tracking import LossMeter, check_trackers
 
@@ -40,9 +39,10 @@ def train(config: TrainConfig, measure: Measure | None = None) -> Path:
         SystemExit: after a signal.
     """
     check_trackers(config.track_with)
-    with locked(config.output_dir) if PartialState().is_main_process else nullcontext():
-        run = set_up(config)
-        with catch_signals(run.accelerator) as stopped:
+    accelerator = make_accelerator(config)
+    with locked(config.output_dir) if accelerator.is_main_process else nullcontext():
+        run = set_up(config, accelerator)
+        with catch_signals(accelerator) as stopped:
             train_steps(run, measure, stopped)
         return save(run)
 

@@ -86,7 +86,7 @@ class Run:
             self.average.update_parameters(self.accelerator.unwrap_model(self.model))
 
 
-def set_up(config: TrainConfig) -> Run:
+def set_up(config: TrainConfig, accelerator: Accelerator) -> Run:
     """Build everything that a run needs; whatever is wrong shows here, before the first step.
 
     Raises:
@@ -94,7 +94,6 @@ def set_up(config: TrainConfig) -> Run:
     """
     # 1. Processes, and the checkpoint to resume
     output = Path(config.output_dir)
-    accelerator = make_accelerator(config)
     check_sharding(accelerator, config)
     checkpoint = start_checkpoint(config.resume, output / "checkpoints")
     if checkpoint:
