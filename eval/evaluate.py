@@ -27,6 +27,7 @@ from unified import UnifiedPipeline
 from unified.data.sources import SkipReport, fit_square
 from unified.decoding import DECODING_MODES
 from unified.errors import explain_errors
+from unified.files import write_json
 from unified_eval.command_line import (
     SAMPLING,
     add_generation_arguments,
@@ -46,7 +47,7 @@ from unified_eval.evaluation_report import (
 )
 from unified_eval.extraction import process_state
 from unified_eval.features import EXTRACTORS
-from unified_eval.files import content_hash, write_image, write_json
+from unified_eval.files import content_hash, write_image
 from unified_eval.generation import generate_images, square_side
 from unified_eval.inputs import Inputs, load_networks
 from unified_eval.metrics import (

@@ -22,10 +22,11 @@ from tqdm import tqdm
 
 from unified.data.sources import SkipReport, fit_square
 from unified.errors import explain_errors
+from unified.files import write_json, write_text
 from unified_eval.command_line import check_counts, check_folder, device
 from unified_eval.extraction import batches
 from unified_eval.features import EXTRACTORS, Extractor, load_extractor
-from unified_eval.files import write_image, write_json, write_text
+from unified_eval.files import write_image
 from unified_eval.frechet import frechet_distance
 from unified_eval.reconstruction import image_errors, summarise_errors
 from unified_eval.selection import choose_evenly, first_usable_rows, usable_images

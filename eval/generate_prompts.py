@@ -19,6 +19,7 @@ from PIL import Image
 
 from unified import UnifiedPipeline
 from unified.errors import explain_errors
+from unified.files import write_json, write_text
 from unified_eval.clip import (
     Clip,
     caption_rows,
@@ -38,7 +39,7 @@ from unified_eval.command_line import (
 )
 from unified_eval.evaluation_report import shown
 from unified_eval.extraction import extract_features, process_state
-from unified_eval.files import content_hash, write_json, write_text
+from unified_eval.files import content_hash
 from unified_eval.generation import generate_images, geneval_name
 from unified_eval.prompts import Prompt, read_prompts
 from unified_eval.results import Results

@@ -17,11 +17,12 @@ from PIL import Image
 from unified import PatchSchedule, UnifiedPipeline
 from unified.data.sources import SkipReport, captioned_images, load_source
 from unified.errors import explain_errors
+from unified.files import write_json
 from unified.settings import load_settings
 from unified.training.config import TrainConfig
 from unified.training.tracking import read_log
 from unified_eval.curves import plot_loss
-from unified_eval.files import write_image, write_json
+from unified_eval.files import write_image
 from unified_eval.reconstruction import reconstruct
 from unified_eval.report import write_report
 from unified_eval.results import recipe_line

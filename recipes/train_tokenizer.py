@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from unified.data.sources import SkipReport, captioned_images, fit_square, load_source
 from unified.errors import explain_errors
+from unified.files import write_text
 from unified.settings import dump_settings, load_settings, parse_command_line
 from unified.training.checkpoint import (
     check_inputs,
@@ -31,7 +32,6 @@ from unified.training.checkpoint import (
     remove_stale,
     save_checkpoint,
     start_checkpoint,
-    write_whole,
 )
 from unified_tokenizers import VQGAN, AutoImageTokenizer, VQConfig, VQModel
 from unified_tokenizers.images import to_tensor, to_uint8
@@ -252,14 +252,14 @@ def main() -> None:
                 figures["discriminator_loss"] = float(judge_loss)
             log.append(figures)
             if accelerator.is_main_process:
-                write_whole(output / "training_log.json", json.dumps(log, indent=2))
+                write_text(output / "training_log.json", json.dumps(log, indent=2))
             bar.set_postfix(psnr=f"{figures['psnr_db']:.2f} dB", codes=f"{figures['codes_used']:.0%}",
                             perplexity=f"{figures['perplexity']:.0f}")  # fmt: skip
         if settings.checkpoint_every and (step % settings.checkpoint_every == 0 or step == settings.steps):
             save_checkpoint(accelerator, output / "checkpoints", step, 0, settings.keep_checkpoints, settings, inputs)
     if accelerator.is_main_process:
         current().save_pretrained(output)
-        write_whole(output / "training_log.json", json.dumps(log, indent=2))
+        write_text(output / "training_log.json", json.dumps(log, indent=2))
         last = log[-1]
         print(
             f"saved {output}: held-out PSNR {last['psnr_db']:.2f} dB, {last['codes_used']:.0%} of the codes in use, "

@@ -15,6 +15,7 @@ from PIL import Image, ImageFile
 
 import unified_eval
 from unified.data.sources import SkipReport
+from unified.files import write_json, write_whole
 from unified_eval import (
     Clip,
     Extractor,
@@ -27,7 +28,6 @@ from unified_eval import (
     load_extractor,
     measure_images,
 )
-from unified_eval.files import write_json, write_whole
 from unified_eval.results import recipe_line
 from unified_eval.selection import choose_usable, unique_captions, usable_images
 

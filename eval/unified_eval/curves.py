@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from unified_eval.files import write_whole
+from unified.files import write_whole
 
 STAGE_COLORS = ("#e3eef9", "#fdf1dc", "#e6f4e6", "#f6e7f2")
 

@@ -19,8 +19,8 @@ from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
 from unified.data.sources import load_source, open_rgb
+from unified.files import write_whole
 from unified_eval.features import Extractor
-from unified_eval.files import write_whole
 from unified_eval.npz import load_npz
 
 # An image, or a function that loads it: a process opens only the images whose features are its share.

@@ -1,44 +1,11 @@
-"""Files: written whole or not at all, and told apart by their content."""
+"""Images as files, and files told apart by their content."""
 
 import hashlib
-import json
-import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
-
-def write_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
-    """Write a file under another name beside ``path`` and rename it, so that no reader ever sees half of it.
-
-    Args:
-        path: the file; its folder is made.
-        write: writes to the path that it is given.
-
-    Returns:
-        ``path``.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.writing")  # processes may write the same file at once
-    try:
-        write(beside)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-    return path
-
-
-def write_text(path: str | Path, text: str) -> Path:
-    """Write a text in UTF-8, whole."""
-    return write_whole(path, lambda beside: beside.write_text(text, encoding="utf-8"))
-
-
-def write_json(path: str | Path, content: Any) -> Path:
-    """Write JSON, whole. Raises ValueError if a number is not finite."""
-    return write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+from unified.files import write_whole
 
 
 def write_image(path: str | Path, image: Image.Image) -> Path:

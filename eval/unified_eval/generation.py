@@ -11,8 +11,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from unified import UnifiedPipeline
+from unified.files import write_json
 from unified_eval.extraction import batches, process_state
-from unified_eval.files import write_image, write_json
+from unified_eval.files import write_image
 
 
 def square_side(pipeline: UnifiedPipeline) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from unified_eval.files import write_whole
+from unified.files import write_whole
 
 MEMBER = "arr_0.npy"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from unified_eval.files import write_text
+from unified.files import write_text
 
 MEDIA_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".svg": "image/svg+xml"}
 

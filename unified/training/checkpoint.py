@@ -1,7 +1,6 @@
 """Checkpoints that appear whole or not at all: safetensors and JSON (see ``state.py``), written beside and renamed."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import yaml
 from accelerate import Accelerator
 
+from unified.files import sync
 from unified.settings import differences, dump_settings, flat
 from unified.training.state import read_state, write_state
 
@@ -62,9 +62,9 @@ def save_checkpoint(
         state = {"step": step, "positions": positions, "inputs": inputs, "numbers": numbers, "files": sizes}
         (partial / _STATE_FILE).write_text(json.dumps(state))
         for path in [*partial.rglob("*"), partial]:
-            _sync(path)
+            sync(path)
         partial.rename(final)
-        _sync(folder)
+        sync(folder)
         for old in list_checkpoints(folder)[:-keep]:
             _discard(old)
     accelerator.wait_for_everyone()
@@ -175,15 +175,6 @@ def _check_same(what: str, path: Path, before: dict[str, Any], now: dict[str, An
         )
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replace a text file at once: a kill leaves the old one or the new one."""
-    beside = path.with_name(f".new-{path.name}")
-    beside.write_text(text)
-    _sync(beside)
-    os.replace(beside, path)
-    _sync(path.parent)
-
-
 def _state_of(path: Path) -> dict[str, Any]:
     return json.loads((path / _STATE_FILE).read_text())
 
@@ -205,15 +196,6 @@ def _damage(path: Path) -> str | None:
 
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _discard(path: Path) -> None:

@@ -15,9 +15,9 @@ from PIL.Image import Image
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid, save_image
 
+from unified.files import write_text
 from unified.pipeline.pipeline import UnifiedPipeline
 from unified.settings import flat
-from unified.training.checkpoint import write_whole
 from unified.training.config import SampleConfig, TrainConfig
 
 LOG_FILE = "log.jsonl"
@@ -50,7 +50,7 @@ class RunLog:
         if accelerator.is_main_process:
             # A resumed run continues its log; it writes lines past the checkpoint again.
             kept = [line for line in read_log(output_dir) if line["step"] <= resumed_at] if resumed_at else []
-            write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, step: int, **values: Any) -> None:
         """Record metrics after ``step`` steps."""
