@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from unified import UnifiedPipeline
-from unified.data.sources import SkipReport, fit_square
+from unified.data import SkipReport
+from unified.data.crops import fit
 from unified.decoding import DECODING_MODES
 from unified.errors import explain_errors
 from unified.files import write_json
@@ -255,7 +256,7 @@ def evaluate(args: argparse.Namespace, task: Task, system: System, networks: dic
     if task.claims is not None:
         check_size(side, side)
     captions = [row.caption for row in task.chosen]
-    real, others = ([fit_square(row.image, side) for row in rows] for rows in (task.chosen, task.others))
+    real, others = ([fit(row.image, side) for row in rows] for rows in (task.chosen, task.others))
     rebuilt = reconstruct(tokenizer, real, args.batch_size)
 
     # 2. Generate.
@@ -273,7 +274,7 @@ def evaluate(args: argparse.Namespace, task: Task, system: System, networks: dic
             if row.row > task.training[-1].row:
                 break
             seen.append(row.row)
-            yield fit_square(row.image, side)
+            yield fit(row.image, side)
 
     through = (again for _, again in stream_reconstructions(tokenizer, training_images(), args.batch_size, progress))
     inputs = Inputs(
@@ -285,7 +286,7 @@ def evaluate(args: argparse.Namespace, task: Task, system: System, networks: dic
     if args.psnr_split != "none":
         source, report = args.psnr_data or args.data, SkipReport()
         held_out = usable_images(source, args.psnr_split, **columns, report=report)
-        squares = (fit_square(row.image, side) for row in held_out)
+        squares = (fit(row.image, side) for row in held_out)
         reference = f"split {args.psnr_split} of {source}"
         add_tokenizer_psnr(results, tokenizer, squares, reference, args.batch_size, progress)
         say(f"{source} [{args.psnr_split}]: {report.summary()}")
@@ -311,7 +312,7 @@ def nearest_training_images(
     found, distances = nearest_neighbours(inputs.features("generated"), inputs.features("training"))
     order = sorted(range(len(found)), key=lambda number: distances[number, 0])[:most]
     rows = [training[found[number, 0]] for number in order]
-    images = reconstruct(pipeline.image_tokenizer, [fit_square(row.image, square_side(pipeline)) for row in rows])
+    images = reconstruct(pipeline.image_tokenizer, [fit(row.image, square_side(pipeline)) for row in rows])
     return [
         Neighbour(number, image, row.caption, float(distances[number, 0]))
         for number, image, row in zip(order, images, rows, strict=True)

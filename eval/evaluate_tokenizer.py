@@ -20,7 +20,8 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from unified.data.sources import SkipReport, fit_square
+from unified.data import SkipReport
+from unified.data.crops import fit
 from unified.errors import explain_errors
 from unified.files import write_json, write_text
 from unified_eval.command_line import check_counts, check_folder, device
@@ -133,7 +134,7 @@ class Measurement:
 def square_images(args: argparse.Namespace, report: SkipReport) -> Iterator[tuple[int, str, Image.Image]]:
     """Number, caption and square image of every usable row."""
     rows = usable_images(args.data, args.split, args.max_samples, args.image_column, args.caption_column, report)
-    return ((row.row, row.caption, fit_square(row.image, args.image_size)) for row in rows)
+    return ((row.row, row.caption, fit(row.image, args.image_size)) for row in rows)
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:

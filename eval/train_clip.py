@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from unified.data.sources import SkipReport
+from unified.data import SkipReport
 from unified.errors import explain_errors
 from unified_eval.clip import caption_key
 from unified_eval.command_line import check_folder

@@ -4,8 +4,9 @@
     python recipes/encode_images.py --image-tokenizer runs/tokenizer --source articles.parquet --segments-column segments \\
         --buckets 64x64 64x96 96x64 --out data/article-codes
 
-The cache carries the tokenizer's fingerprint: training refuses codes of another tokenizer. Run the same command again after a
-kill and it goes on. Several processes share the work under ``accelerate launch recipes/encode_images.py ...``.
+The cache carries the tokenizer's fingerprint: training refuses codes of another tokenizer. It also carries a digest of the
+captions and of the image files' names, sizes and times, by which a run notices that they have changed. Run the same command
+again after a kill and it goes on. Several processes share the work under ``accelerate launch recipes/encode_images.py ...``.
 """
 
 import argparse
@@ -49,10 +50,11 @@ def parse_arguments() -> argparse.Namespace:
         "--segments-column",
         help="column with lists of {text, image}: encode interleaved rows in place of captioned ones",
     )
-    parser.add_argument("--batch-size", type=int, default=64, help="pictures per encoder call")
+    parser.add_argument("--batch-size", type=int, default=64, help="images per encoder call")
     parser.add_argument(
-        "--block-rows", type=int, default=1024, help="rows between two writes; a kill loses at most these"
+        "--block-rows", type=int, default=1024, help="rows between two writes; a run that is killed loses at most these"
     )
+    parser.add_argument("--max-rows", type=int, help="encode only the first rows of every split")
     parser.add_argument("--streaming", action="store_true", help="read rows as they come")
     view = parser.add_argument_group("views")
     view.add_argument(
@@ -73,7 +75,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def this_process() -> PartialState:
-    """This process's place among those that the launcher started; raises ValueError if they do not know of each other."""
+    """This process's place among those that the launcher started. Raises ValueError if they do not see each other."""
     process = PartialState(cpu=not torch.accelerator.is_available())
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != process.num_processes:
@@ -96,13 +98,13 @@ def main() -> None:
     if args.segments_column:
         reports = encode_interleaved(
             tokenizer, args.source, args.out, tuple(args.splits), sizes, args.segments_column, args.batch_size,
-            args.streaming, args.block_rows, process,
+            args.streaming, args.block_rows, process, max_rows=args.max_rows,
         )  # fmt: skip
     else:
         reports = encode_source(
             tokenizer, args.source, args.out, tuple(args.splits), args.image_size, args.image_column, args.caption_column,
             args.batch_size, args.streaming, Views(sizes, args.crop, args.crops, args.zoom, args.flips, args.seed),
-            args.block_rows, process, args.caption,
+            args.block_rows, process, args.caption, max_rows=args.max_rows,
         )  # fmt: skip
     if process.is_main_process:
         for split, report in reports.items():

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from npp_study_report import write_study
 from unified import UnifiedPipeline
 from unified.data.code_cache import load_codes
-from unified.data.sources import fit_square
+from unified.data.crops import fit
 from unified.errors import explain_errors
 from unified.lora.adapters import base_of
 from unified.prediction.schedule import schedule_flops
@@ -160,7 +160,7 @@ def image_quality(run: Run, pipeline: UnifiedPipeline) -> dict[str, float]:
     captioned_grid(in_rows(images[:32], 8), in_rows(captions[:32], 8)).save(Path(run.out) / "samples.png")
 
     extractor = load_extractor("efficientnet-lite0")
-    real = [fit_square(row.image, size) for row in chosen]
+    real = [fit(row.image, size) for row in chosen]
     clip = load_clip(run.clip)
     blocks = [slice(start, start + 64) for start in range(0, len(captions), 64)]
     hits = [retrieval_at_1(*clip_features(clip, images[b], captions[b]), captions[b]) for b in blocks]

@@ -3,7 +3,7 @@
     python recipes/prepare_openmoji.py --out data/openmoji --size 64
 
 Each row holds `image`, `caption`, `group` and `emoji`; the splits are `train` and `validation`. OpenMoji art is
-CC BY-SA 4.0: the attribution is written beside the data and has to travel with images and models made from it.
+CC BY-SA 4.0: the attribution is written beside the data and must stay with images and models made from it.
 """
 
 import argparse
@@ -99,8 +99,8 @@ def build(
             skipped["no OpenMoji file"] += 1
         else:
             split = "validation" if random.Random(f"{seed} {symbol}").random() < validation_share else "train"
-            picture = render(svg, size, style)
-            rows[split].append({"image": picture, "caption": caption, "group": group, "emoji": symbol})
+            image = render(svg, size, style)
+            rows[split].append({"image": image, "caption": caption, "group": group, "emoji": symbol})
     text = datasets.Value("string")
     features = datasets.Features(image=datasets.Image(), caption=text, group=text, emoji=text)
     return datasets.DatasetDict({k: datasets.Dataset.from_list(v, features=features) for k, v in rows.items()}), skipped
@@ -124,8 +124,8 @@ def main() -> None:
     """Parse the command line and write the folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--size", type=int, default=64, help="picture side in pixels")
-    parser.add_argument("--style", choices=STYLES, default="color", help="full colour, or the line sampling alone")
+    parser.add_argument("--size", type=int, default=64, help="side of the images in pixels")
+    parser.add_argument("--style", choices=STYLES, default="color", help="full colour, or the line drawing alone")
     parser.add_argument("--groups", nargs="+", choices=GROUPS, help="Unicode groups to keep (default: all of these)")
     parser.add_argument("--validation-share", type=float, default=0.1, help="share of the emoji held out")
     parser.add_argument("--seed", type=int, default=0, help="seed of order and split")

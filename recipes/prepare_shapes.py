@@ -3,7 +3,7 @@
     python recipes/prepare_shapes.py --out data/shapes --size 64 --train 4096 --validation 512
 
 Each row holds `image`, `caption`, `tag` (the task, in GenEval's terms), `include` (what the caption claims, in
-GenEval's schema) and `objects` (every shape that was sampled). Row i of a split depends on the seed, the split and i
+GenEval's schema) and `objects` (every shape in the image). Row i of a split depends on the seed, the split and i
 alone, so that a longer data set begins with the shorter one. Made by code and free to use (CC0-1.0).
 
 What a caption leaves unsaid is fixed, except colour: no size word means medium, no background means white.
@@ -124,7 +124,7 @@ def holds(relation: str, first: Thing, second: Thing) -> bool:
 
 
 def sample_scene(rng: random.Random, allowed: Sequence[tuple[str, str]] = COMBINATIONS) -> Scene:
-    """Draw a scene: a task, then (colour, shape) combinations out of ``allowed``, sizes, background and places."""
+    """Sample a scene: a task, then (colour, shape) combinations out of ``allowed``, sizes, background and places."""
     tag = rng.choice(list(PLANS))
     pair, sized, names_colours = (rng.random() < chance for chance in PLANS[tag])
     kinds: list[tuple[str, str]] = []
@@ -216,7 +216,7 @@ def held_out_combinations(number: int, seed: int) -> list[tuple[str, str]]:
 
 def rows(split: str, count: int, size: int, seed: int, allowed: Sequence[tuple[str, str]]) -> Iterator[dict[str, Any]]:
     """Yield the rows of a split. Row i has its own random stream, made from seed, split and i."""
-    for i in tqdm(range(count), desc=f"draw {split}"):
+    for i in tqdm(range(count), desc=f"render {split}"):
         scene = sample_scene(random.Random(f"{seed}/{split}/{i}"), allowed)
         png = io.BytesIO()
         draw(scene, size).save(png, format="PNG")
@@ -274,7 +274,9 @@ def main() -> None:
     """Parse the command line and write the folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--size", type=int, default=64, help=f"picture side in pixels, {MIN_SIZE} or more (default 64)")
+    parser.add_argument(
+        "--size", type=int, default=64, help=f"side of the images in pixels, {MIN_SIZE} or more (default 64)"
+    )
     parser.add_argument("--train", type=int, default=4096, help="scenes to train on (default 4096)")
     parser.add_argument("--validation", type=int, default=512, help="scenes held out (default 512)")
     parser.add_argument("--seed", type=int, default=0, help="seed of all random streams (default 0)")

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from unified import PatchSchedule, UnifiedPipeline
-from unified.data.sources import SkipReport, captioned_images, load_source
+from unified.data import SkipReport, captioned_images, load_source
 from unified.errors import explain_errors
 from unified.files import write_json
 from unified.settings import load_settings

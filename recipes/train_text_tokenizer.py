@@ -5,7 +5,8 @@ python recipes/train_text_tokenizer.py --source data/openmoji --out runs/text_to
 
 import argparse
 
-from unified.data.sources import load_source
+from unified.data import SkipReport, load_source
+from unified.data.rows import captions
 from unified.errors import explain_errors
 from unified_tokenizers import train_sentencepiece
 
@@ -19,10 +20,13 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, default=1024, help="upper bound of the vocabulary")
     parser.add_argument("--out", required=True, help="folder to write")
     args = parser.parse_args()
-    captions = [row[args.caption_column] for source in args.source for row in
-                load_source(source, args.split).select_columns(args.caption_column)]  # fmt: skip
-    tokenizer = train_sentencepiece([c for c in captions if isinstance(c, str)], args.out, args.vocab_size)
-    print(f"{args.out}: {tokenizer.vocab_size} pieces from {len(captions)} captions")
+    texts: list[str] = []
+    for source in args.source:
+        report = SkipReport()
+        texts += captions(load_source(source, args.split), report, args.caption_column)
+        print(f"{source} ({args.split}): {report.summary()}")
+    tokenizer = train_sentencepiece(texts, args.out, args.vocab_size)
+    print(f"{args.out}: {tokenizer.vocab_size} pieces from {len(texts)} captions")
 
 
 if __name__ == "__main__":

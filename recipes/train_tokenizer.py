@@ -1,13 +1,14 @@
-"""Train a convolutional VQ image tokenizer on any source of images.
+"""Train a convolutional VQ image tokenizer on any source of images. Captions are not needed.
 
     accelerate launch recipes/train_tokenizer.py --config recipes/configs/quickstart_tokenizer.yaml [key=value ...]
 
 The pixel error alone gives the best PSNR for little time. For images that look sharp, add ``perceptual`` and, late in the
-run, a ``discriminator``.
+run, a ``discriminator``. Images that do not fit into ``cache_gb`` of memory are read from their source for every batch.
+Metrics go to ``log.jsonl``, as those of ``recipes/train.py``.
 """
 
-import json
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -21,9 +22,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from unified.data.sources import SkipReport, captioned_images, fit_square, load_source
+from unified.data.images import Images, open_images
 from unified.errors import explain_errors
-from unified.files import write_text
+from unified.locks import locked
 from unified.settings import dump_settings, load_settings, parse_command_line
 from unified.training.checkpoint import (
     check_inputs,
@@ -33,8 +34,8 @@ from unified.training.checkpoint import (
     save_checkpoint,
     start_checkpoint,
 )
+from unified.training.tracking import RunLog, read_log
 from unified_tokenizers import VQGAN, AutoImageTokenizer, VQConfig, VQModel
-from unified_tokenizers.images import to_tensor, to_uint8
 from unified_tokenizers.vq_loss import PatchDiscriminator, adaptive_weight, build_perceptual, hinge_loss
 
 Tokenizer = VQModel | VQGAN
@@ -44,7 +45,7 @@ Tokenizer = VQModel | VQGAN
 class DiscriminatorSettings:
     """A patch discriminator beside the pixel error."""
 
-    start: int = MISSING  # the first step with it; give the tokenizer time to learn pixels first
+    start: int = MISSING  # steps without it, in which the tokenizer learns the pixels
     weight: float = 0.5  # of the adversarial loss, on top of the adaptive weight
     channels: int = 64
     layers: int = 2
@@ -56,12 +57,12 @@ class TokenizerTraining:
     """Settings of a tokenizer run."""
 
     output_dir: str = MISSING
-    sources: list[str] = MISSING  # images to learn from; held-out metrics come from the first one
+    sources: list[str] = MISSING  # images to train on; held-out metrics come from the first one
     train_split: str = "train"
     validation_split: str = "validation"
     image_column: str = "image"
-    caption_column: str = "caption"
     image_size: int = 64  # any multiple of the stride
+    cache_gb: float = 2.0  # images that take no more memory than this are decoded once and kept
     model: dict[str, Any] = field(default_factory=dict)  # fields of VQConfig
     init_from: str | None = None  # continue from a tokenizer (folder or published weights) instead of `model`
     steps: int = 1000
@@ -71,9 +72,8 @@ class TokenizerTraining:
     l1_weight: float = 0.1  # beside the squared error; sharpens edges
     perceptual: str | None = None  # edges (gradients at three scales, needs no weights) or lpips
     perceptual_weight: float = 0.1
-    lpips_weights: list[str] = field(
-        default_factory=list
-    )  # torchvision's vgg16 and LPIPS' linear layers: files or hf-hub:...
+    # torchvision's vgg16 and LPIPS' linear layers: files or hf-hub:...
+    lpips_weights: list[str] = field(default_factory=list)
     discriminator: DiscriminatorSettings | None = None
     ema_decay: float | None = None  # average of the weights; it is what is validated and saved
     shift: int = 6  # images are moved by up to so many pixels
@@ -99,20 +99,9 @@ def check(settings: TokenizerTraining, model: Tokenizer) -> None:
         )
 
 
-def load_images(settings: TokenizerTraining, source: str, split: str, accelerator: Accelerator) -> Tensor:
-    """All usable images of a split, ``(N, 3, H, W)`` uint8."""
-    report = SkipReport()
-    rows = captioned_images(load_source(source, split), report, settings.image_column, settings.caption_column)
-    pictures = [to_uint8(to_tensor([fit_square(row.image, settings.image_size)])) for row in rows]
-    accelerator.print(f"{source} ({split}): {report.summary()}")
-    if not pictures:
-        raise ValueError(f"sources: no usable image in split {split!r} of {source!r}.")
-    return torch.cat(pictures)
-
-
-def as_floats(pictures: Tensor) -> Tensor:
+def as_floats(pixels: Tensor) -> Tensor:
     """uint8 to floats in [-1, 1]."""
-    return pictures.float() / 127.5 - 1.0
+    return pixels.float() / 127.5 - 1.0
 
 
 def augment(images: Tensor, shift: int) -> Tensor:
@@ -125,17 +114,20 @@ def augment(images: Tensor, shift: int) -> Tensor:
 
 
 @torch.no_grad()
-def held_out(model: Tokenizer, pictures: Tensor) -> dict[str, float]:
-    """Mean PSNR in dB over uint8 images, share of the codebook in use and perplexity of the codes."""
+def held_out(model: Tokenizer, images: Images) -> dict[str, float]:
+    """Mean PSNR in dB over images, share of the codebook in use and perplexity of the codes."""
     training = model.training
     model.eval()
-    codes = torch.cat([model.encode(as_floats(batch)) for batch in pictures.split(64)])
-    decoded = torch.cat([model.decode(batch).cpu() for batch in codes.split(64)])
+    errors, counts = [], torch.zeros(model.codebook_size, dtype=torch.int64)
+    for numbers in torch.arange(len(images)).split(64):
+        batch = as_floats(images[numbers])
+        codes = model.encode(batch)
+        errors.append(((model.decode(codes).cpu() - batch) / 2).square().mean(dim=(1, 2, 3)))
+        counts += torch.bincount(codes.flatten().cpu(), minlength=model.codebook_size)
     model.train(training)
-    error = ((decoded - as_floats(pictures)) / 2).square().mean(dim=(1, 2, 3))
-    frequency = torch.bincount(codes.flatten(), minlength=model.codebook_size).float() / codes.numel()
+    frequency = counts.float() / counts.sum()
     return {
-        "psnr_db": float((-10 * error.log10()).mean()),
+        "psnr_db": float((-10 * torch.cat(errors).log10()).mean()),
         "codes_used": float((frequency > 0).float().mean()),
         "perplexity": float(torch.special.entr(frequency).sum().exp()),
     }
@@ -160,45 +152,56 @@ class Adversary:
 
     def __init__(self, settings: DiscriminatorSettings, accelerator: Accelerator):
         self.settings, self.accelerator = settings, accelerator
-        judge = PatchDiscriminator(settings.channels, settings.layers)
-        optimizer = torch.optim.AdamW(judge.parameters(), settings.learning_rate, (0.5, 0.9))
-        self.judge, self.optimizer = accelerator.prepare(judge, optimizer)
+        discriminator = PatchDiscriminator(settings.channels, settings.layers)
+        optimizer = torch.optim.AdamW(discriminator.parameters(), settings.learning_rate, (0.5, 0.9))
+        self.discriminator, self.optimizer = accelerator.prepare(discriminator, optimizer)
 
     def loss(self, decoded: Tensor, reconstruction: Tensor, last_weight: Tensor) -> Tensor:
-        """What the tokenizer pays for being found out."""
-        self.judge.requires_grad_(False)
-        adversarial = -self.judge(decoded).mean()
-        self.judge.requires_grad_(True)
+        """Adversarial loss of the tokenizer."""
+        self.discriminator.requires_grad_(False)
+        adversarial = -self.discriminator(decoded).mean()
+        self.discriminator.requires_grad_(True)
         return self.settings.weight * adaptive_weight(reconstruction, adversarial, last_weight) * adversarial
 
-    def learn(self, decoded: Tensor, images: Tensor) -> Tensor:
+    def update(self, decoded: Tensor, images: Tensor) -> Tensor:
         """One step of the discriminator; returns its loss."""
-        loss = hinge_loss(self.judge(images), self.judge(decoded.detach()))
+        loss = hinge_loss(self.discriminator(images), self.discriminator(decoded.detach()))
         self.accelerator.backward(loss)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss.detach()
 
 
+def average_of(model: nn.Module, decay: float | None) -> AveragedModel | None:
+    """A running average of the weights; buffers, such as the codebook, are those of the model."""
+    if decay is None:
+        return None
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)).eval()
+
+
 def main() -> None:
-    """Read the settings, train, save the tokenizer and its log."""
+    """Read the settings and train; one process at a time writes to an output folder."""
     settings = load_settings(TokenizerTraining, *parse_command_line(__doc__, TokenizerTraining))
     accelerator = Accelerator()
+    with locked(settings.output_dir) if accelerator.is_main_process else nullcontext():
+        train(settings, accelerator)
+
+
+def train(settings: TokenizerTraining, accelerator: Accelerator) -> None:
+    """Train, and save the tokenizer beside its log."""
+    # 1. What to continue from
     set_seed(settings.seed, device_specific=True)
     output = Path(settings.output_dir)
     checkpoint = start_checkpoint(settings.resume, output / "checkpoints")
     if checkpoint:
         check_settings(checkpoint, settings, settings.allow_changes)
-    train = torch.cat([load_images(settings, s, settings.train_split, accelerator) for s in settings.sources])
-    validation = load_images(settings, settings.sources[0], settings.validation_split, accelerator)
 
-    inputs = {"num_processes": accelerator.num_processes, "pictures": len(train)}
-    if checkpoint:
-        check_inputs(checkpoint, inputs, settings.allow_changes)
-
+    # 2. Tokenizer and losses
     model = build_model(settings)
     check(settings, model)
     perceptual = build_perceptual(settings.perceptual, settings.lpips_weights)
+    if perceptual is not None:
+        perceptual.to(accelerator.device)
     optimizer = torch.optim.AdamW(
         model.parameters(), settings.learning_rate, (0.9, 0.95), weight_decay=settings.weight_decay, fused=True
     )
@@ -209,75 +212,75 @@ def main() -> None:
     ema = average_of(accelerator.unwrap_model(model), settings.ema_decay)
     if ema is not None:
         accelerator.register_for_checkpointing(ema)
-    if perceptual is not None:
-        perceptual.to(accelerator.device)
-    output.mkdir(parents=True, exist_ok=True)
-    done = load_checkpoint(accelerator, checkpoint)[0] if checkpoint else 0
-    remove_stale(accelerator, output / "checkpoints", done)
-    log = [record for record in read_log(output) if record["step"] <= done] if done else []
-    if accelerator.is_main_process:
-        (output / "training_config.yaml").write_text(dump_settings(settings))
 
     def current() -> Tokenizer:
         return cast(Tokenizer, ema.module if ema is not None else accelerator.unwrap_model(model))
 
+    # 3. Images
+    how = (settings.image_column, settings.image_size, settings.cache_gb)
+    images = open_images(settings.sources, settings.train_split, *how)
+    validation = open_images(settings.sources[:1], settings.validation_split, *how)
+    for split, opened in ((settings.train_split, images), (settings.validation_split, validation)):
+        accelerator.print(f"{split}: {opened.summary()}")
+    inputs = {"num_processes": accelerator.num_processes, "images": len(images), "content": images.content}
+
+    # 4. State of an earlier part of the run
+    if checkpoint:
+        check_inputs(checkpoint, inputs, settings.allow_changes)
+    output.mkdir(parents=True, exist_ok=True)
+    done = load_checkpoint(accelerator, checkpoint)[0] if checkpoint else 0
+    remove_stale(accelerator, output / "checkpoints", done)
+    log = RunLog(accelerator, output, resumed_at=done)
+    if accelerator.is_main_process:
+        (output / "training_config.yaml").write_text(dump_settings(settings))
+
+    # 5. Steps
     model.train()
     bar = tqdm(range(done + 1, settings.steps + 1), initial=done, total=settings.steps, unit="step",
                disable=not accelerator.is_local_main_process)  # fmt: skip
     for step in bar:
-        batch = as_floats(train[torch.randint(len(train), (settings.batch_size,))])
-        images = augment(batch, settings.shift).to(accelerator.device)
-        decoded, _, commitment = model(images)
-        squared = F.mse_loss(decoded, images)
-        loss = squared + settings.l1_weight * F.l1_loss(decoded, images)
+        chosen = torch.randint(len(images), (settings.batch_size,))
+        batch = augment(as_floats(images[chosen]), settings.shift).to(accelerator.device)
+        decoded, _, commitment = model(batch)
+        squared = F.mse_loss(decoded, batch)
+        loss = squared + settings.l1_weight * F.l1_loss(decoded, batch)
         if perceptual is not None:
-            loss = loss + settings.perceptual_weight * perceptual(decoded, images)
-        judged = adversary is not None and step > adversary.settings.start
-        if adversary is not None and judged:
+            loss = loss + settings.perceptual_weight * perceptual(decoded, batch)
+        adversarial = adversary is not None and step > adversary.settings.start
+        if adversary is not None and adversarial:
             loss = loss + adversary.loss(decoded, loss, accelerator.unwrap_model(model).last_weight)
         accelerator.backward(loss + commitment)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        judge_loss = adversary.learn(decoded, images) if adversary is not None and judged else None
+        discriminator_loss = adversary.update(decoded, batch) if adversary is not None and adversarial else None
         if ema is not None:
             ema.update_parameters(accelerator.unwrap_model(model))
+
         if step % settings.validate_every == 0 or step == settings.steps:
             error = float(squared.detach())
             if not math.isfinite(error):
                 raise FloatingPointError(f"squared error is {error} at step {step}: lower learning_rate.")
-            figures = {"step": step, "squared_error": error, **held_out(current(), validation)}
-            if judge_loss is not None:
-                figures["discriminator_loss"] = float(judge_loss)
-            log.append(figures)
-            if accelerator.is_main_process:
-                write_text(output / "training_log.json", json.dumps(log, indent=2))
-            bar.set_postfix(psnr=f"{figures['psnr_db']:.2f} dB", codes=f"{figures['codes_used']:.0%}",
-                            perplexity=f"{figures['perplexity']:.0f}")  # fmt: skip
+            metrics = {"squared_error": error, **held_out(current(), validation)}
+            if discriminator_loss is not None:
+                metrics["discriminator_loss"] = float(discriminator_loss)
+            log.write(step, **metrics)
+            bar.set_postfix(psnr=f"{metrics['psnr_db']:.2f} dB", codes=f"{metrics['codes_used']:.0%}",
+                            perplexity=f"{metrics['perplexity']:.0f}")  # fmt: skip
         if settings.checkpoint_every and (step % settings.checkpoint_every == 0 or step == settings.steps):
             save_checkpoint(accelerator, output / "checkpoints", step, 0, settings.keep_checkpoints, settings, inputs)
+
+    # 6. The tokenizer
     if accelerator.is_main_process:
         current().save_pretrained(output)
-        write_text(output / "training_log.json", json.dumps(log, indent=2))
-        last = log[-1]
+        if images.pixels is None:  # what cannot be read is known by now
+            print(f"{settings.train_split}: {images.summary()}")
+        last = read_log(output)[-1]
         print(
             f"saved {output}: held-out PSNR {last['psnr_db']:.2f} dB, {last['codes_used']:.0%} of the codes in use, "
             f"perplexity {last['perplexity']:.0f}"
         )
-
-
-def average_of(model: nn.Module, decay: float | None) -> AveragedModel | None:
-    """A running average of the weights; buffers, such as the codebook, are those of the model."""
-    if decay is None:
-        return None
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)).eval()
-
-
-def read_log(output: Path) -> list[dict[str, Any]]:
-    """The records of an earlier part of this run."""
-    file = output / "training_log.json"
-    return json.loads(file.read_text()) if file.is_file() else []
 
 
 if __name__ == "__main__":

@@ -85,8 +85,8 @@ def test_inpaint_and_caption(pipeline, folder, tmp_path, capsys):
         (["--prompt", "red apple", "--guidance-scale", "1e39"], "guidance_scale: 1e+39 must be at most 10000"),
         (["--prompt", "red apple", "--num-images-per-prompt", "0"], "num_images_per_prompt: 0"),
         (["--prompt", "red apple", "--width", "-16"], "width: -16 must be a whole number of at least 1"),
-        (["--prompt", "red apple", "--lora", "./nowhere"], "holds no unified_base.json"),
-        (["--prompt", "red apple", "--pipeline", "./nowhere"], "has no pipeline.json"),
+        (["--prompt", "red apple", "--lora", "./nowhere"], "lora: './nowhere' does not exist"),
+        (["--prompt", "red apple", "--pipeline", "./nowhere"], "pipeline: './nowhere' does not exist"),
     ],
 )
 def test_mistakes_are_one_line(folder, tmp_path, capsys, arguments, message):

@@ -75,7 +75,7 @@ def test_huge_images_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
     Image.new("1", (5000, 4000)).save(tmp_path / "huge.png")
     assert (tmp_path / "huge.png").stat().st_size < 10_000
     monkeypatch.setattr(Image.Image, "convert", lambda *given: pytest.fail("decoded"))
-    with pytest.raises(ValueError, match="image: 5000x4000 pixels, at most 16 million are allowed here"):
+    with pytest.raises(ValueError, match="5000x4000 pixels, at most 16 million are allowed"):
         opened(tmp_path / "huge.png")
     Image.new("1", (1, 200_000)).save(tmp_path / "line.png")
     with pytest.raises(ValueError, match="image: 1x200000 pixels, at most 16384 are allowed on a side here"):

@@ -1,8 +1,14 @@
 """Codes caches: views, blocks, resume after a kill, streaming, several processes."""
 
+import io
+import itertools
 import json
+import os
+import shutil
 import subprocess
 import sys
+import tarfile
+import weakref
 from pathlib import Path
 
 import datasets
@@ -11,10 +17,15 @@ import pytest
 import torch
 from PIL import Image
 
+import unified.data.code_cache
 import unified.data.encoding
-from unified.data.code_cache import encode_source, load_codes
-from unified.data.crops import Views, cover, nearest_aspect
-from unified.data.sources import open_rgb
+import unified.data.rows
+from unified.data import open_rgb
+from unified.data.code_cache import encode_source, load_codes, source_changed
+from unified.data.crops import Views, nearest_aspect
+from unified.data.interleaved import encode_interleaved
+from unified.training.config import load_config
+from unified.training.loop import train
 from unified_tokenizers.images import to_tensor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,7 +64,6 @@ class TestViews:
         ]
         (view,) = Views(sizes)(ramp(20, 60), 0)
         assert view.size == (24, 12)
-        assert cover(ramp(20, 60), (12, 24)).size == (36, 12)
 
     @pytest.mark.parametrize(("options", "message"), [
         ({"sizes": ()}, "sizes: "), ({"crop": "middle"}, "crop: 'middle' is unknown"), ({"count": 2}, "count: 2 must be"),
@@ -77,7 +87,7 @@ def mixed_source(tmp_path):
     for i in range(10):
         height, width = [(16, 16), (12, 30), (30, 12)][i % 3]
         image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
-        rows.append({"image": image, "caption": f"picture {i}", "id": None if i == 4 else f"id-{i}"})
+        rows.append({"image": image, "caption": f"image {i}", "id": None if i == 4 else f"id-{i}"})
     table = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image(decode=False))
     broken = table.to_list()
     broken[6]["image"]["bytes"] = b"broken"
@@ -101,9 +111,9 @@ def test_views_become_rows_in_order(image_tokenizer, mixed_source, tmp_path):
     assert (report.used, report.corrupt_image) == (9, 1) and "row 6: corrupt image" in report.summary()
     rows = rows_of(tmp_path / "codes")
     assert [(row["source_row"], row["view"]) for row in rows] == [(i, v) for i in range(10) if i != 6 for v in range(4)]
-    pictures = datasets.load_dataset("parquet", data_files=mixed_source)["train"]
+    images = datasets.load_dataset("parquet", data_files=mixed_source)["train"]
     for row in rows:
-        views = list(VIEWS(open_rgb(pictures[row["source_row"]]["image"]), row["source_row"]))
+        views = list(VIEWS(open_rgb(images[row["source_row"]]["image"]), row["source_row"]))
         expected = image_tokenizer.encode(to_tensor([views[row["view"]]]))[0]
         assert torch.equal(torch.tensor(row["codes"]).reshape(row["height"], row["width"]), expected.int())
         assert row["id"] == (None if row["source_row"] == 4 else f"id-{row['source_row']}")
@@ -176,3 +186,228 @@ def test_bad_input_is_named(image_tokenizer, mixed_source, tmp_path):
     with pytest.raises(ValueError, match="no usable row in split 'train'"):
         encode(image_tokenizer, str(tmp_path / "empty.parquet"), tmp_path / "x")
     assert not (tmp_path / "x").exists() and not (tmp_path / "x.partial").exists()
+
+
+class TestContent:
+    """A cache knows what it was made from."""
+
+    @pytest.fixture(params=["folder", "csv", "jsonl", "parquet", "saved", "tar", "interleaved"])
+    def source(self, request, tmp_path):
+        """A kind of source, its path, and a function that changes one of its captions or one of its images."""
+        kind, folder = request.param, tmp_path / "source"
+        folder.mkdir()
+        state = {"captions": ["a", "b", "c"], "colors": ["red", "green", "blue"]}
+
+        def put(name, content):
+            """Write a file unless it holds this already."""
+            if not (folder / name).exists() or (folder / name).read_bytes() != content:
+                (folder / name).write_bytes(content)
+
+        def write():
+            rows = [(f"p{number}.png", *row) for number, row in enumerate(zip(*state.values(), strict=True))]
+            images = [Image.new("RGB", (16, 16), color) for color in state["colors"]]
+            if kind in ("saved", "parquet"):
+                table = datasets.Dataset.from_dict({"image": images, "caption": state["captions"]})
+                table = table.cast_column("image", datasets.Image())
+                shutil.rmtree(folder)
+                table.save_to_disk(folder) if kind == "saved" else table.to_parquet(folder / "rows.parquet")
+                return
+            content = {}
+            for (name, caption, _), image in zip(rows, images, strict=True):
+                buffer = io.BytesIO()
+                image.save(buffer, "PNG")
+                content |= {name: buffer.getvalue(), name.replace("png", "txt"): caption.encode()}
+            if kind == "tar":
+                with tarfile.open(folder / "rows.tar", "w") as tar:
+                    for name, data in content.items():
+                        member = tarfile.TarInfo(name)
+                        member.size = len(data)
+                        tar.addfile(member, io.BytesIO(data))
+                return
+            for name, data in content.items():
+                if kind == "folder" or name.endswith("png"):
+                    put(name, data)
+            lines = {
+                "folder": [],
+                "csv": ["image,caption", *(f"{name},{caption}" for name, caption, _ in rows)],
+                "jsonl": [json.dumps({"image": name, "caption": caption}) for name, caption, _ in rows],
+                "interleaved": [
+                    json.dumps({"segments": [{"text": caption, "image": None}, {"text": None, "image": name}]})
+                    for name, caption, _ in rows
+                ],
+            }[kind]
+            if lines:
+                put("rows.csv" if kind == "csv" else "rows.jsonl", "\n".join(lines).encode())
+
+        def change(name, value):
+            state[name][1] = value
+            write()
+
+        write()
+        file = {"folder": "", "saved": "", "interleaved": "/rows.jsonl"}.get(kind, f"/rows.{kind}")
+        return kind, str(folder) + file, change
+
+    def encode(self, tokenizer, kind, source, out, **options):
+        if kind == "interleaved":
+            return encode_interleaved(tokenizer, source, out, ("train",), ((16, 16),), **options)
+        return encode_source(tokenizer, source, out, ("train",), image_size=16, **options)
+
+    @pytest.mark.parametrize("streaming", [False, True])
+    @pytest.mark.parametrize("changed", [("captions", "z"), ("colors", "white")])
+    def test_changes_are_noticed(self, source, streaming, changed, image_tokenizer, tmp_path):
+        kind, source, change = source
+        self.encode(image_tokenizer, kind, source, tmp_path / "codes", streaming=streaming)
+        assert not source_changed(tmp_path / "codes")
+        change(*changed)
+        # The images that a streamed table names are not looked at before they are read.
+        unseen = streaming and kind in ("csv", "jsonl", "interleaved") and changed[0] == "colors"
+        assert source_changed(tmp_path / "codes") != unseen
+        self.encode(image_tokenizer, kind, source, tmp_path / "codes", streaming=streaming)
+        assert not source_changed(tmp_path / "codes")
+
+    @pytest.mark.process
+    def test_another_process_sees_the_same(self, source, image_tokenizer, tmp_path):
+        """The digest holds nothing that differs between two starts."""
+        kind, source, _ = source
+        self.encode(image_tokenizer, kind, source, tmp_path / "codes")
+        code = "import sys; from unified.data.code_cache import source_changed; sys.exit(source_changed(sys.argv[1]))"
+        environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "another cache")}
+        subprocess.run([sys.executable, "-c", code, tmp_path / "codes"], cwd=ROOT, env=environment, check=True)
+
+    def test_a_source_that_is_gone_leaves_the_codes(self, image_tokenizer, mixed_source, tmp_path):
+        encode(image_tokenizer, mixed_source, tmp_path / "codes")
+        Path(mixed_source).unlink()
+        assert not source_changed(tmp_path / "codes")
+
+    def test_a_begun_cache_of_other_images_is_begun_again(self, image_tokenizer, tmp_path, monkeypatch):
+        for number in range(8):
+            Image.new("RGB", (16, 16), (number * 30, 0, 0)).save(tmp_path / f"{number}.png")
+            (tmp_path / f"{number}.txt").write_text(f"before {number}")
+        write, calls = unified.data.encoding._write, []
+
+        def killed(*arguments):
+            calls.append(arguments)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            write(*arguments)
+
+        monkeypatch.setattr(unified.data.encoding, "_write", killed)
+        options = {"image_size": 16, "block_rows": 4}
+        with pytest.raises(KeyboardInterrupt):
+            encode_source(image_tokenizer, str(tmp_path), tmp_path / "out" / "codes", ("train",), **options)
+        (tmp_path / "0.txt").write_text("after 0")
+        monkeypatch.setattr(unified.data.encoding, "_write", write)
+        with pytest.warns(UserWarning, match="was begun with other images or captions"):
+            encode_source(image_tokenizer, str(tmp_path), tmp_path / "out" / "codes", ("train",), **options)
+        captions = [row["caption"] for row in rows_of(tmp_path / "out" / "codes")]
+        assert captions == ["after 0", *(f"before {number}" for number in range(1, 8))]
+
+    def test_a_run_encodes_changed_images_again(self, config_file, image_tokenizer, tmp_path):
+        images = tmp_path / "images"
+        images.mkdir()
+        for number in range(4):
+            Image.new("RGB", (16, 16), (number * 60, 0, 0)).save(images / f"{number}.png")
+            (images / f"{number}.txt").write_text("red apple")
+        options = [
+            f"output_dir={tmp_path}/run",
+            f"data.train={images}",
+            "validate_every=null",
+            "checkpoint_every=null",
+            "steps=4",
+        ]
+        train(load_config(config_file, options))
+        (images / "0.txt").write_text("blue car")
+        Image.new("RGB", (16, 16), "blue").save(images / "9.png")
+        (images / "9.txt").write_text("a cat")
+        train(load_config(config_file, options))
+        captions = [row["caption"] for row in rows_of(tmp_path / "run" / "codes")]
+        assert captions == ["blue car", *["red apple"] * 3, "a cat"]
+        before = (tmp_path / "run" / "codes" / "codes.json").stat().st_mtime_ns
+        train(load_config(config_file, options))
+        assert (tmp_path / "run" / "codes" / "codes.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_only_so_many_rows_are_read(image_tokenizer, streaming, tmp_path, monkeypatch):
+    """A stream is not read any further; the images behind the last row are never opened."""
+    lines = [json.dumps({"image": f"{number}.png", "caption": f"image {number}"}) for number in range(50)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    for number in range(50):
+        Image.new("RGB", (16, 16), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    opened, original = [], unified.data.rows.open_rgb
+    monkeypatch.setattr(unified.data.rows, "open_rgb", lambda value: opened.append(value) or original(value))
+    source = str(tmp_path / "rows.jsonl")
+    options = {"image_size": 16, "streaming": streaming, "max_rows": 3, "block_rows": 2}
+    report = encode_source(image_tokenizer, source, tmp_path / "codes", ("train",), **options)["train"]
+    assert report.used == len(opened) == 3
+    assert [row["caption"] for row in rows_of(tmp_path / "codes")] == [f"image {number}" for number in range(3)]
+    lines[9] = lines[9].replace("image 9", "changed")
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    assert source_changed(tmp_path / "codes") == streaming  # of a stream, its files are compared
+    with pytest.raises(ValueError, match="max_rows: 0 must be at least 1"):
+        encode_source(image_tokenizer, source, tmp_path / "codes", ("train",), max_rows=0)
+
+
+def test_an_endless_stream_is_read_as_far_as_it_is_needed(image_tokenizer, tmp_path, monkeypatch):
+    read = []
+
+    def endless():
+        for number in itertools.count():
+            read.append(number)
+            yield {"image": Image.new("RGB", (16, 16), (number, 0, 0)), "caption": f"image {number}"}
+
+    features = datasets.Features(image=datasets.Image(), caption=datasets.Value("string"))
+    stream = datasets.IterableDataset.from_generator(endless, features=features)
+    monkeypatch.setattr(unified.data.code_cache, "load_source", lambda *_: stream)
+    encode_source(image_tokenizer, "endless", tmp_path / "codes", ("train",), image_size=16, streaming=True, max_rows=5)
+    assert len(rows_of(tmp_path / "codes")) == 5 and max(read) <= 5
+
+
+def test_rows_of_a_stream_are_not_collected(tmp_path):
+    """A block of rows is passed on row by row, so that memory holds none of their images."""
+    alive = []
+
+    class Row(dict):
+        def __init__(self):
+            alive.append(weakref.ref(self))
+
+    numbers, most = [], 0
+    for block, numbered in unified.data.encoding._blocks((Row() for _ in range(20)), 8, 1, 2, tmp_path):
+        assert block == 1
+        for number, row in numbered:
+            del row
+            numbers.append(number)
+            most = max(most, sum(reference() is not None for reference in alive))
+    assert numbers == list(range(8, 16)) and most <= 4
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_missing_split_is_told_before_anything_is_encoded(config_file, several, tmp_path):
+    for number in range(2):
+        Image.new("RGB", (16, 16), "red").save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text("red apple")
+    options = [f"output_dir={tmp_path}/run", f"data.train={tmp_path}"]
+    if several:
+        parts = f"{{path: {tmp_path}}}, {{path: {tmp_path}, validation_split: validation}}"
+        options = [options[0], "data.train=null", f"data.sources=[{parts}]"]
+    with pytest.raises(ValueError, match=r"split: 'validation' is not in"):
+        train(load_config(config_file, options))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == []
+
+
+@pytest.mark.process
+def test_two_writers_of_one_cache_are_refused(image_tokenizer, mixed_source, tmp_path):
+    """Another process holds the begun cache; a lock that it leaves behind stops nobody."""
+    begun = tmp_path / "codes.partial"
+    code = "import sys, time\nfrom unified.locks import locked\nwith locked(sys.argv[1]):\n print(flush=True)\n time.sleep(99)"
+    child = subprocess.Popen([sys.executable, "-c", code, begun], stdout=subprocess.PIPE, cwd=ROOT)
+    child.stdout.readline()
+    try:
+        with pytest.raises(ValueError, match=rf"out: '.*codes.partial' is in use by process {child.pid} on "):
+            encode(image_tokenizer, mixed_source, tmp_path / "codes")
+    finally:
+        child.kill()
+        child.wait()
+    assert [path.name for path in begun.iterdir()] == [".lock"]
+    encode(image_tokenizer, mixed_source, tmp_path / "codes")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["codes", "p.parquet"]

@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageFile
 
 import unified_eval
-from unified.data.sources import SkipReport
+from unified.data import SkipReport
 from unified.files import write_json, write_whole
 from unified_eval import (
     Clip,
@@ -168,10 +168,12 @@ def test_choice_is_even_and_seeded():
 def photos(tmp_path):
     """A folder of 40 large photos, and one that counts how many are decoded."""
     small = Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8))
+    folder = tmp_path / "photos"
+    folder.mkdir()
     for number in range(40):
-        small.resize((1600, 1200)).save(tmp_path / f"p{number:02d}.jpg")
-        (tmp_path / f"p{number:02d}.txt").write_text(f"thing {number}")
-    return tmp_path
+        small.resize((1600, 1200)).save(folder / f"p{number:02d}.jpg")
+        (folder / f"p{number:02d}.txt").write_text(f"thing {number}")
+    return folder
 
 
 def test_choosing_decodes_no_other_images_than_the_choice(photos, monkeypatch):
@@ -312,7 +314,7 @@ def test_scripts_from_data_to_metrics(pipeline, picture_source, tmp_path, monkey
         ("weights: the inception extractor needs a weights file", "--extractor", "inception"),
         (f"out: '{tmp_path}/file' is a file", "--out", tmp_path / "file" / "inside"),
         (f"features: '{tmp_path}/file' is a file", "--features", tmp_path / "file"),
-        (f"pipeline: '{tmp_path}/absent' has no pipeline.json", "--pipeline", tmp_path / "absent"),
+        (f"pipeline: '{tmp_path}/absent' does not exist", "--pipeline", tmp_path / "absent"),
         ("clip: './absent' is neither a folder nor", "--clip", "./absent"),
         ("split: 'absent' is not in", "--psnr-split", "absent"),
         ("split: 'absent' is not in", "--metrics", "neighbours", "--training-split", "absent"),
@@ -404,7 +406,7 @@ def test_comparison_of_two_pipelines(pipeline, picture_source, tmp_path, monkeyp
     assert sides[1]["run"]["weights"] == "int8"
 
     script = ["evaluate.py", "--compare", tmp_path / "one", tmp_path / "absent", *common, "--out", tmp_path / "none"]
-    assert "absent' has no pipeline.json" in refused(monkeypatch, capsys, *script), "before the first one generates"
+    assert "absent' does not exist" in refused(monkeypatch, capsys, *script), "before the first one generates"
     assert not (tmp_path / "none").exists()
     message = refused(monkeypatch, capsys, "evaluate.py", *same, "--decoding", "plain", "sjd", "gsd")
     assert message == "evaluate.py: --decoding: 3 modes for 2 pipeline(s)."

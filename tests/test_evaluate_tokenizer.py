@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from unified.data.sources import load_source
+from unified.data import load_source
 from unified.errors import explain_errors
 from unified_eval.structural import code_statistics, ssim
 from unified_tokenizers import VQGAN, VQGANConfig

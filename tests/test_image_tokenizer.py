@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
+from unified.data import load_source
 from unified.data.code_cache import encode_source, load_codes
-from unified.data.sources import load_source
 from unified_tokenizers import AutoImageTokenizer, ImageTokenizer, VQConfig, VQModel
 from unified_tokenizers.images import to_pil, to_tensor
 
@@ -112,8 +112,11 @@ def test_bad_input_is_named(image_tokenizer, call, message):
 
 
 def test_bad_folders_and_configs_are_named(tmp_path, pipeline):
-    with pytest.raises(ValueError, match=r"has no config.json"):
+    with pytest.raises(ValueError, match=r"image_tokenizer: '.*nothing' does not exist on this machine"):
         AutoImageTokenizer.from_pretrained(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty' has no config.json and no weights file"):
+        AutoImageTokenizer.from_pretrained(tmp_path / "empty")
     pipeline.model.save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match="is a 'unified' model, not an image tokenizer"):
         AutoImageTokenizer.from_pretrained(tmp_path / "model")
@@ -127,10 +130,10 @@ def test_bad_folders_and_configs_are_named(tmp_path, pipeline):
 
 def test_images_and_tensors():
     pixels = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
-    pictures = [Image.fromarray(p) for p in pixels]
-    assert np.array_equal(np.stack([np.asarray(p) for p in to_pil(to_tensor(pictures))]), pixels)
+    images = [Image.fromarray(p) for p in pixels]
+    assert np.array_equal(np.stack([np.asarray(image) for image in to_pil(to_tensor(images))]), pixels)
     with pytest.raises(ValueError, match=r"got sizes \[\(8, 8\), \(9, 9\)\]"):
-        to_tensor([pictures[0], Image.new("RGB", (9, 9))])
+        to_tensor([images[0], Image.new("RGB", (9, 9))])
 
 
 class TestCodesCache:
@@ -138,8 +141,8 @@ class TestCodesCache:
         reports = encode_source(image_tokenizer, picture_source, tmp_path / "codes", image_size=16, batch_size=5)
         assert (reports["train"].used, reports["validation"].used) == (12, 6)
         rows = load_codes(tmp_path / "codes", "train", image_tokenizer.fingerprint)
-        pictures = load_source(picture_source)["image"]
-        expected = image_tokenizer.encode(to_tensor(list(pictures))).flatten(1)
+        images = load_source(picture_source)["image"]
+        expected = image_tokenizer.encode(to_tensor(list(images))).flatten(1)
         assert np.array_equal(np.stack(rows["codes"]), expected.numpy())
         assert set(zip(map(int, rows["height"]), map(int, rows["width"]), strict=True)) == {(4, 4)}
         assert list(rows["caption"][:2]) == ["red apple", "blue car"]

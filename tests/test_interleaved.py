@@ -16,7 +16,6 @@ from unified.data.batches import in_order
 from unified.data.code_cache import encode_source, load_codes
 from unified.data.crops import fit
 from unified.data.interleaved import encode_interleaved, interleaved_sequence
-from unified.data.sources import fit_square
 from unified.sequence import ImageSegment, TextSegment, build_sequence, split_sequence
 from unified.training.config import load_config
 from unified.training.loop import train
@@ -61,7 +60,7 @@ def test_interleaved_rows_are_encoded_once(image_tokenizer, text_tokenizer, voca
     ]
     assert (report.used, report.corrupt_image, report.empty_caption) == (4, 1, 1)
     rows = load_codes(tmp_path / "codes", "train", image_tokenizer.fingerprint, "interleaved").with_format(None)
-    codes = [image_tokenizer.encode(to_tensor([fit_square(picture, 16)]))[0] for picture in pictures]
+    codes = [image_tokenizer.encode(to_tensor([fit(picture, 16)]))[0] for picture in pictures]
     expected = [["a cat", codes[0], "and a dog", codes[1]], [codes[2], "blue car"], ["only words"], [codes[3]]]
     for row, segments in zip(rows, expected, strict=True):
         made = interleaved_sequence(row, None, text_tokenizer, vocabulary, 512)

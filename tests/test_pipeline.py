@@ -109,5 +109,7 @@ def test_parts_must_belong_together(pipeline, image_tokenizer, text_tokenizer):
 
 
 def test_missing_folder_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"has no pipeline.json"):
+    with pytest.raises(ValueError, match=r"pipeline: '.*nothing' does not exist"):
         UnifiedPipeline.from_pretrained(tmp_path / "nothing")
+    with pytest.raises(ValueError, match=r"has no pipeline.json"):
+        UnifiedPipeline.from_pretrained(tmp_path)

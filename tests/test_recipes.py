@@ -1,6 +1,5 @@
 """The recipes as commands, one after the other, each through its own command line."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from unified.data.code_cache import load_codes
+from unified.training.tracking import read_log
 from unified_tokenizers import AutoImageTokenizer, load_text_tokenizer
 
 pytestmark = pytest.mark.process
@@ -54,7 +54,7 @@ model: {{channels: 8, encoder_blocks: 1, decoder_blocks: 1, codebook_size: 16, c
 
 
 def test_tokenizer_recipe(made):
-    log = json.loads((made / "image_tokenizer" / "training_log.json").read_text())
+    log = read_log(made / "image_tokenizer")
     assert [record["step"] for record in log] == [10, 20, 30, 40]
     assert log[-1]["psnr_db"] > log[0]["psnr_db"]
     assert 1 <= log[-1]["perplexity"] <= 16

@@ -1,5 +1,6 @@
 """Sentencepiece and transformers tokenizers through one interface."""
 
+import numpy as np
 import pytest
 from conftest import CAPTIONS
 
@@ -57,3 +58,41 @@ def test_bad_input_is_named(word_tokenizer, tmp_path):
         load_text_tokenizer(tmp_path / "nothing")
     with pytest.raises(ValueError, match="captions: no text"):
         train_sentencepiece(["", "  "], tmp_path)
+    with pytest.raises(ValueError, match=r"vocab_size: 265 leaves no room beside the 262 .*; use --vocab-size 512"):
+        train_sentencepiece(CAPTIONS, tmp_path, 265)
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense", None])
+def test_damaged_tokenizer_files_are_named(content, text_tokenizer, word_tokenizer, tmp_path):
+    """One ValueError with the file's name, for a sentencepiece model cut short as well."""
+    text_tokenizer.save_pretrained(tmp_path / "pieces")
+    file = tmp_path / "pieces" / "sentencepiece.model"
+    file.write_bytes(file.read_bytes()[:-20] if content is None else content)
+    with pytest.raises(ValueError, match=r"model_file: '.*sentencepiece.model' (cannot be read|has no <boi>)"):
+        load_text_tokenizer(tmp_path / "pieces")
+    TransformersTokenizer(word_tokenizer, "<r1>", "<r2>").save_pretrained(tmp_path / "words")
+    for name in ("image_tokens.json", "tokenizer.json"):
+        file = tmp_path / "words" / name
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-5] if content is None else content)
+        with pytest.raises(ValueError, match=r"text_tokenizer: '.*words.*' (is not JSON|holds no tokenizer)"):
+            load_text_tokenizer(tmp_path / "words")
+        file.write_bytes(whole)
+
+
+@pytest.mark.parametrize("vocab_size", [300, 1024])
+def test_more_characters_than_the_vocabulary_has_room_for(vocab_size, tmp_path):
+    """The frequent ones become pieces, the rare ones bytes; every caption survives."""
+    rng = np.random.default_rng(0)
+    rare = ["".join(chr(0x4E00 + code) for code in rng.integers(0, 3000, 12)) for _ in range(400)]
+    captions = [f"一只{text}的图片" for text in rare]
+    tokenizer = train_sentencepiece(captions, tmp_path, vocab_size)
+    assert tokenizer.vocab_size <= vocab_size
+    assert all(tokenizer.decode(tokenizer.encode(caption)) == caption for caption in captions)
+    assert len(tokenizer.encode("一只")) <= 3 < len(tokenizer.encode("\u9fa5\u9fa4"))
+
+
+def test_long_captions_are_not_left_out(tmp_path):
+    """sentencepiece leaves out texts of more than 4192 bytes unless it is asked not to."""
+    tokenizer = train_sentencepiece(["zebra " * 2000] * 3 + ["a cat"], tmp_path, 300)
+    assert len(tokenizer.encode("zebra")) <= 2

@@ -87,13 +87,13 @@ def test_hinge_and_adaptive_weight_by_hand():
 @pytest.mark.parametrize(("layers", "shape"), [(2, (14, 14)), (3, (6, 6))])
 def test_discriminator_learns_to_tell(layers, shape):
     torch.manual_seed(0)
-    judge = PatchDiscriminator(channels=8, layers=layers)
+    discriminator = PatchDiscriminator(channels=8, layers=layers)
     real, fake = torch.ones(4, 3, 64, 64) * 0.5, torch.randn(4, 3, 64, 64)
-    assert judge(real).shape == (4, 1, *shape)
-    optimizer = torch.optim.AdamW(judge.parameters(), 1e-3)
+    assert discriminator(real).shape == (4, 1, *shape)
+    optimizer = torch.optim.AdamW(discriminator.parameters(), 1e-3)
     losses = []
     for _ in range(20):
-        loss = hinge_loss(judge(real), judge(fake))
+        loss = hinge_loss(discriminator(real), discriminator(fake))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

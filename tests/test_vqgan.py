@@ -152,7 +152,7 @@ def reference_decode(state, kind, codes):
     return walk(state, "decoder", kind, conv(state, "post_quant_conv", book[codes].permute(0, 3, 1, 2))).clamp(-1, 1)
 
 
-def pictures(seed=0, height=16, width=24):
+def random_images(seed=0, height=16, width=24):
     return torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
@@ -170,9 +170,9 @@ def test_codes_and_images_equal_the_reference(published, wrapper, tmp_path):
     tokenizer = AutoImageTokenizer.from_pretrained(tmp_path / "vq.pt")
     assert isinstance(tokenizer, VQGAN) and isinstance(tokenizer, ImageTokenizer)
     assert (tokenizer.downsample, tokenizer.codebook_size) == (4, CODES)
-    codes = tokenizer.encode(pictures())
+    codes = tokenizer.encode(random_images())
     assert codes.shape == (2, 4, 6) and len(codes.unique()) > 5
-    assert torch.equal(codes, reference_encode(state, kind, pictures()))
+    assert torch.equal(codes, reference_encode(state, kind, random_images()))
     torch.testing.assert_close(tokenizer.decode(codes), reference_decode(state, kind, codes), rtol=0, atol=1e-5)
     vectors = state["quantize.embedding.weight"]
     vectors = F.normalize(vectors, dim=-1) if kind == "llamagen" else vectors
@@ -186,8 +186,8 @@ def test_folder_round_trip(published, tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
     loaded = AutoImageTokenizer.from_pretrained(tmp_path)
     assert loaded.fingerprint == tokenizer.fingerprint
-    codes = loaded.encode(pictures())
-    assert torch.equal(codes, tokenizer.encode(pictures()))
+    codes = loaded.encode(random_images())
+    assert torch.equal(codes, tokenizer.encode(random_images()))
     assert torch.equal(loaded.decode(codes), tokenizer.decode(codes))
     loaded.config.normalize_codes = not loaded.config.normalize_codes
     assert loaded.fingerprint != tokenizer.fingerprint
@@ -206,7 +206,7 @@ def test_janus_prefix_and_folders(where, tmp_path):
         (path / "config.json").write_text(json.dumps({"model_type": kind}))
         save_file(inside | others if kind == "multi_modality" else state, path / "model.safetensors")
     tokenizer = AutoImageTokenizer.from_pretrained(path)
-    assert torch.equal(tokenizer.encode(pictures()), reference_encode(state, "llamagen", pictures()))
+    assert torch.equal(tokenizer.encode(random_images()), reference_encode(state, "llamagen", random_images()))
 
 
 def randomized(model, seed=0):
@@ -225,7 +225,7 @@ def test_parity_with_janus_of_transformers(tmp_path):
     theirs = randomized(JanusVQVAE(config))
     theirs.save_pretrained(tmp_path)
     ours = AutoImageTokenizer.from_pretrained(tmp_path)
-    images = pictures(height=16, width=16)
+    images = random_images(height=16, width=16)
     with torch.no_grad():
         latents = theirs.quant_conv(theirs.encode(images).last_hidden_state)
     book = theirs.quantize.embedding.weight
@@ -257,8 +257,8 @@ def test_parity_with_the_chameleon_encoder_of_transformers(attention):
         decoder |= {f"decoder.up.2.attn.{j}.{part}": value for j in range(3) for part, value in source.items()}
     ours = vqgan_from_weights(state | decoder, "vqgan.ckpt")
     with torch.no_grad():
-        expected = theirs.encode(pictures()).image_tokens.reshape(2, 4, 6)
-    assert torch.equal(ours.encode(pictures()), expected)
+        expected = theirs.encode(random_images()).image_tokens.reshape(2, 4, 6)
+    assert torch.equal(ours.encode(random_images()), expected)
     torch.testing.assert_close(
         ours.decode(expected), reference_decode(state | decoder, "taming", expected), rtol=0, atol=1e-5
     )
@@ -274,8 +274,8 @@ def test_a_chameleon_folder_with_its_decoder(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "chameleon_vqgan"}))
     save_file(renamed, tmp_path / "model.safetensors")
     tokenizer = AutoImageTokenizer.from_pretrained(tmp_path)
-    codes = tokenizer.encode(pictures())
-    assert torch.equal(codes, reference_encode(state, "taming", pictures()))
+    codes = tokenizer.encode(random_images())
+    assert torch.equal(codes, reference_encode(state, "taming", random_images()))
     torch.testing.assert_close(tokenizer.decode(codes), reference_decode(state, "taming", codes), rtol=0, atol=1e-5)
 
 
@@ -299,8 +299,8 @@ def test_parity_with_emu3_of_transformers(whole, tmp_path):
     ours = AutoImageTokenizer.from_pretrained(tmp_path)
     assert isinstance(ours, Emu3Tokenizer) and isinstance(ours, ImageTokenizer)
     with torch.no_grad():
-        expected = torch.stack(theirs.encode(pictures(), torch.tensor([[16, 24]] * 2)).image_tokens)
-        codes = ours.encode(pictures())
+        expected = torch.stack(theirs.encode(random_images(), torch.tensor([[16, 24]] * 2)).image_tokens)
+        codes = ours.encode(random_images())
         assert torch.equal(codes, expected) and codes.shape == (2, 8, 12)
         torch.testing.assert_close(ours.decode(codes), theirs.decode(expected).clamp(-1, 1), rtol=0, atol=1e-5)
     assert torch.equal(ours.codebook_vectors(), theirs.quantize.embedding.weight)
@@ -315,8 +315,8 @@ def test_training_pulls_codes_and_images():
     optimizer = torch.optim.AdamW(tokenizer.parameters(), 2e-3)
     errors = []
     for _ in range(8):
-        decoded, codes, pull = tokenizer(pictures())
-        error = (decoded - pictures()).square().mean()
+        decoded, codes, pull = tokenizer(random_images())
+        error = (decoded - random_images()).square().mean()
         (error + pull).backward()
         assert tokenizer.encoder.conv_in.weight.grad.abs().sum() > 0
         optimizer.step()
@@ -384,7 +384,7 @@ class TestBadFiles:
 
     @pytest.mark.parametrize("name", ["vq_ds16_missing.pt", "./nowhere"])
     def test_nothing_there(self, name):
-        with pytest.raises(ValueError, match=f"'{name}' has no config.json and no weights file"):
+        with pytest.raises(ValueError, match=f"image_tokenizer: '{name}' does not exist on this machine"):
             AutoImageTokenizer.from_pretrained(name)
 
     def test_two_files_in_a_folder(self, tmp_path):

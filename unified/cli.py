@@ -217,29 +217,24 @@ def _generate(args: argparse.Namespace) -> None:
 def _inpaint(args: argparse.Namespace) -> None:
     from PIL import Image
 
-    from unified_tokenizers.images import as_rgb
+    from unified_tokenizers.images import read_image
 
     arguments = _image_arguments(args)
-    with Image.open(args.image) as image, Image.open(args.mask) as mask:
-        arguments |= {"image": as_rgb(image), "mask_image": mask.convert("L")}
+    with Image.open(args.mask) as mask:
+        arguments |= {"image": read_image(args.image), "mask_image": mask.convert("L")}
     _save(_load(args).inpaint(**arguments).images, args)
 
 
 def _caption(args: argparse.Namespace) -> None:
-    from PIL import Image
-
     from unified.pipeline.arguments import check_prompt
-    from unified_tokenizers.images import as_rgb
+    from unified_tokenizers.images import read_image
 
     _check_threads(args)
     check_whole("max_new_tokens", args.max_new_tokens)
     sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     if args.prompt is not None:
         check_prompt(args.prompt)
-    images = []
-    for path in args.images:
-        with Image.open(path) as image:
-            images.append(as_rgb(image))
+    images = [read_image(path) for path in args.images]
     texts = _load(args).caption(
         images, prompt=args.prompt, max_new_tokens=args.max_new_tokens, temperature=sampling.temperature,
         top_k=sampling.top_k, top_p=sampling.top_p, generator=_generators(args.seed, len(images)),

@@ -1,13 +1,5 @@
-"""Folders that may lie on the Hub."""
+"""Is a name a path on this machine or a repository on the Hub? The answer lies in ``unified_tokenizers``, which needs it too."""
 
-from pathlib import Path
+from unified_tokenizers.hub import local_folder, local_path, on_the_hub
 
-
-def local_folder(name: str | Path) -> Path:
-    """A local folder as it is; a repository of the Hub, ``owner/name``, is downloaded."""
-    folder = Path(name)
-    if folder.exists() or str(folder).startswith((".", "/")) or str(folder).count("/") != 1:
-        return folder
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(str(name)))
+__all__ = ["local_folder", "local_path", "on_the_hub"]

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
-from unified.data.sources import load_source, open_rgb
+from unified.data import load_source, open_rgb
 from unified.files import write_whole
 from unified_eval.features import Extractor
 from unified_eval.npz import load_npz
@@ -54,7 +54,7 @@ def open_images(source: str | Path, split: str = "train", image_column: str = "i
         return
     if path.is_dir() and not any(path.iterdir()):
         raise ValueError(f"source: {str(path)!r} is an empty folder; give one with images ({', '.join(SUFFIXES)}).")
-    rows = load_source(str(source), split)
+    rows = load_source(str(source), split, image_column=image_column)
     if image_column not in (rows.column_names or [image_column]):
         raise ValueError(
             f"image_column: {image_column!r} is not a column; there are {sorted(rows.column_names or [])}."

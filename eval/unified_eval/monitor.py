@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from unified import UnifiedPipeline
-from unified.data.sources import CaptionedImage, fit_square
+from unified.data import CaptionedImage
+from unified.data.crops import fit
 from unified_eval.generation import square_side, stream_images
 from unified_eval.inputs import Inputs
 from unified_eval.metrics import DEFAULT_METRICS, measure_images
@@ -53,7 +54,7 @@ def measure_pipeline(
         ValueError: as for :func:`unified_eval.measure_images` and the pipeline.
     """
     side = square_side(pipeline)
-    captions, real = [row.caption for row in rows], [fit_square(row.image, side) for row in rows]
+    captions, real = [row.caption for row in rows], [fit(row.image, side) for row in rows]
     was_training = pipeline.model.training
     pipeline.model.eval()
     try:

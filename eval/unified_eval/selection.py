@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 import datasets
 from PIL import Image
 
-from unified.data.sources import CaptionedImage, SkipReport, captioned_images, load_source
+from unified.data import CaptionedImage, SkipReport, captioned_images, load_source
+from unified.data.rows import class_names, usable_caption
 from unified_eval.clip import caption_key
 
 T = TypeVar("T")
@@ -83,16 +84,15 @@ def first_usable_rows(
     """
     columns = (image_column, caption_column)
     rows = _open(source, split, max_samples, columns)
-    report = SkipReport()
+    report, names = SkipReport(), class_names(rows, caption_column)
     kept: list[Row] = []
-    for number, caption in enumerate(rows[caption_column]):
+    for number, value in enumerate(rows[caption_column]):
         if len(kept) == max_samples:
             break
-        if isinstance(caption, str) and caption.strip():
-            kept.append(Row(caption.strip(), number, rows, columns))
+        caption = usable_caption(value, names, report, number, "")
+        if caption is not None:
+            kept.append(Row(caption, number, rows, columns))
             report.used += 1
-        else:
-            report.skip("empty_caption", number, repr(caption))
     return kept, report
 
 
@@ -117,7 +117,7 @@ def _open(source: str, split: str, max_samples: int | None, columns: tuple[str, 
     """Open a source that has a usable row."""
     if max_samples is not None and max_samples < 1:
         raise ValueError(f"max_samples: {max_samples} is below 1; give a positive number or leave it out.")
-    rows, report = load_source(source, split), SkipReport()
+    rows, report = load_source(source, split, image_column=columns[0]), SkipReport()
     assert isinstance(rows, datasets.Dataset)  # because it is not streamed
     if next(captioned_images(rows, report, *columns), None) is None:
         raise ValueError(f"source: split {split!r} of {source!r} has no usable row.\n{report.summary()}")

@@ -7,10 +7,11 @@ from transformers import AutoConfig, AutoModel, Emu3VQVAEConfig, PreTrainedConfi
 
 from unified_tokenizers.base import ImageTokenizer
 from unified_tokenizers.emu3 import Emu3Tokenizer
+from unified_tokenizers.hub import local_folder, local_path, on_the_hub
 from unified_tokenizers.layouts import vqgan_from_weights
 from unified_tokenizers.vq_model import VQConfig, VQModel
 from unified_tokenizers.vqgan import VQGAN, VQGANConfig
-from unified_tokenizers.weights import PICKLES, cut_prefix, local_file, read_weights
+from unified_tokenizers.weights import HUB, PICKLES, cut_prefix, local_file, read_weights
 
 for _config, _model in ((VQConfig, VQModel), (VQGANConfig, VQGAN)):
     AutoConfig.register(_config.model_type, _config)
@@ -42,34 +43,31 @@ class AutoImageTokenizer:
             kwargs: options of transformers' ``from_pretrained``, for folders of a tokenizer alone.
 
         Raises:
-            ValueError: if the path does not exist, or holds something other than a known image tokenizer.
+            ValueError: if the path or the repository does not exist, or holds something other than a known image tokenizer.
         """
-        path = local_file(pretrained_model_name_or_path)
         name = str(pretrained_model_name_or_path)
-        if path.is_file():
+        path = (
+            local_file(name) if name.startswith(HUB) else local_path(pretrained_model_name_or_path, "image_tokenizer")
+        )
+        if path is not None and not (path / "config.json").is_file():
+            if path.is_dir() and not any(file.suffix in PICKLES for file in path.iterdir()):
+                raise ValueError(
+                    f"image_tokenizer: {name!r} has no config.json and no weights file; give a folder written by "
+                    "save_pretrained."
+                )
             return _from_weights_file(path)
-        if path.is_dir() and not (path / "config.json").is_file():
-            if not any(file.suffix in PICKLES for file in path.iterdir()):
-                raise ValueError(_nothing_in(name))
-            return _from_weights_file(path)
-        if not path.is_dir() and (name.startswith((".", "/")) or path.suffix in (*PICKLES, ".safetensors")):
-            raise ValueError(_nothing_in(name))
-        config, _ = PreTrainedConfig.get_config_dict(name)
+        with on_the_hub(name, "image_tokenizer"):
+            config, _ = PreTrainedConfig.get_config_dict(path or name)
         kind = config.get("model_type")
         if kind in _TOKENIZERS:
-            return _TOKENIZERS[kind].from_pretrained(name, trust_remote_code=False, **kwargs).eval()
+            return _TOKENIZERS[kind].from_pretrained(path or name, trust_remote_code=False, **kwargs).eval()
         if kind in (*_PUBLISHED, *_WHOLE_MODELS):
-            return _from_model_folder(_local(name), kind, config)
+            folder = path or local_folder(name, "image_tokenizer", ("*.json", "*.safetensors", "*.bin"))
+            return _from_model_folder(folder, kind, config)
         raise ValueError(
             f"image_tokenizer: {name!r} is a {kind!r} model, not an image tokenizer "
             f"({', '.join([*_TOKENIZERS, *_PUBLISHED, *_WHOLE_MODELS])})."
         )
-
-
-def _nothing_in(name: str) -> str:
-    return (
-        f"image_tokenizer: {name!r} has no config.json and no weights file; give a folder written by save_pretrained."
-    )
 
 
 def _from_weights_file(path: Path) -> ImageTokenizer:
@@ -83,11 +81,3 @@ def _from_model_folder(folder: Path, kind: str, config: dict[str, Any]) -> Image
     if kind == "emu3":
         return Emu3Tokenizer.from_weights(Emu3VQVAEConfig(**config.get("vq_config", {})), state, str(folder))
     return vqgan_from_weights(state, str(folder), normalize_codes=not kind.startswith("chameleon"))
-
-
-def _local(name: str) -> Path:
-    if Path(name).is_dir():
-        return Path(name)
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.bin"]))

@@ -11,12 +11,12 @@ from torch import Tensor
 
 @runtime_checkable
 class ImageTokenizer(Protocol):
-    """Pictures to grids of integer codes and back.
+    """Images to grids of integer codes and back.
 
     Attributes:
         codebook_size: number of codes K; codes are in [0, K).
         downsample: pixels per code along each side.
-        fingerprint: identifies the weights; caches and models made with one tokenizer refuse another.
+        fingerprint: identifies the weights; caches and models of one tokenizer refuse another.
     """
 
     @property

@@ -15,7 +15,7 @@ from torch import Tensor
 from unified_tokenizers.vqgan import VQGAN, VQGANConfig
 from unified_tokenizers.weights import load_exactly, shape_of
 
-# Parts of training that files carry along: usage statistics, the discriminator and the perceptual network.
+# Left over from training: usage statistics, the discriminator and the perceptual network.
 _NOT_WEIGHTS = re.compile(r"quantize\.codebook_used$|loss\.")
 _MIDDLE = {"block_1": "0", "attn_1": "1", "block_2": "2"}
 

@@ -5,16 +5,22 @@ import io
 import json
 import re
 import shutil
+import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import sentencepiece
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from unified_tokenizers.hub import local_path, on_the_hub
+
 BOI, EOI = "<boi>", "<eoi>"
 _SENTENCEPIECE_FILE = "sentencepiece.model"
 _FRAME_FILE = "image_tokens.json"
+_LONGEST = 4192  # bytes of a text that sentencepiece trains on by default
+_FIXED_PIECES = 256 + 6  # every byte, and <unk>, <s>, </s>, <pad>, <boi>, <eoi>
 
 
 class TextTokenizer(Protocol):
@@ -46,10 +52,19 @@ def _fingerprint(vocabulary: Sequence[str]) -> str:
 
 
 class SentencePieceTokenizer:
-    """A sentencepiece model with ``<boi>`` and ``<eoi>`` among its control symbols."""
+    """A sentencepiece model with ``<boi>`` and ``<eoi>`` among its control symbols.
+
+    Raises:
+        ValueError: if the file is missing, is no sentencepiece model, or lacks the two symbols.
+    """
 
     def __init__(self, model_file: str | Path):
-        self.processor = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
+        try:
+            self.processor = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
+        except (RuntimeError, OSError) as error:
+            raise ValueError(
+                f"model_file: {str(model_file)!r} cannot be read as a sentencepiece model: {error}"
+            ) from error
         self._model_file = Path(model_file)
         self.vocab_size: int = self.processor.vocab_size()
         self.bos_token_id: int | None = self.processor.bos_id()
@@ -85,7 +100,11 @@ class SentencePieceTokenizer:
 
 
 class TransformersTokenizer:
-    """A backbone's own tokenizer; two tokens that it already has (reserved or unused) frame an image."""
+    """A backbone's own tokenizer; two tokens that it already has (reserved or unused) frame an image.
+
+    Raises:
+        ValueError: if one of the two is not in the vocabulary, or they are the same.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, boi: str = BOI, eoi: str = EOI):
         self.tokenizer = tokenizer
@@ -98,7 +117,7 @@ class TransformersTokenizer:
         if boi == eoi:
             raise ValueError(f"eoi: {eoi!r} opens an image already; name another token.")
         self._frame = {"boi": boi, "eoi": eoi}
-        # The tokenizer may read a reserved token as one even so; behind its first character, it is cut in two.
+        # Some tokenizers read a reserved token as one even so; a text is split after its first character.
         cuts = (f"(?<={re.escape(token[0])})(?={re.escape(token[1:])})" for token in (boi, eoi))
         self._cuts = re.compile("|".join(cuts))
         self.vocab_size: int = len(tokenizer)
@@ -147,19 +166,29 @@ def load_text_tokenizer(path: str | Path, boi: str | None = None, eoi: str | Non
         boi, eoi: tokens that frame an image, for a transformers tokenizer that does not carry the choice yet.
 
     Raises:
-        ValueError: if the folder does not exist or the tokens are not in the vocabulary.
+        ValueError: if there is no such folder or repository, its files cannot be read, or the tokens are not in the
+            vocabulary.
     """
-    folder = Path(path)
+    folder = local_path(path, "text_tokenizer")
+    if folder is None:
+        with on_the_hub(path, "text_tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+        return TransformersTokenizer(tokenizer, boi or BOI, eoi or EOI)
     if (folder / _SENTENCEPIECE_FILE).is_file():
         return SentencePieceTokenizer(folder / _SENTENCEPIECE_FILE)
-    if not folder.exists() and (str(path).startswith((".", "/", "~")) or str(path).count("/") > 1):
-        raise ValueError(f"text_tokenizer: {str(path)!r} does not exist; give a tokenizer folder or a Hub name.")
-    frame = (
-        json.loads((folder / _FRAME_FILE).read_text()) if (folder / _FRAME_FILE).is_file() else {"boi": BOI, "eoi": EOI}
-    )
-    return TransformersTokenizer(
-        AutoTokenizer.from_pretrained(str(path), trust_remote_code=False), boi or frame["boi"], eoi or frame["eoi"]
-    )
+    frame = {"boi": BOI, "eoi": EOI}
+    if (folder / _FRAME_FILE).is_file():
+        try:
+            frame |= json.loads((folder / _FRAME_FILE).read_text())
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"text_tokenizer: {str(folder / _FRAME_FILE)!r} is not JSON of two names ({error})."
+            ) from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except Exception as error:  # a missing or damaged file raises one of many errors
+        raise ValueError(f"text_tokenizer: {str(folder)!r} holds no tokenizer that can be read ({error}).") from error
+    return TransformersTokenizer(tokenizer, boi or frame["boi"], eoi or frame["eoi"])
 
 
 def train_sentencepiece(
@@ -167,15 +196,48 @@ def train_sentencepiece(
 ) -> SentencePieceTokenizer:
     """Train a unigram sentencepiece model (arXiv 1808.06226) with byte fallback, so that any text can be encoded.
 
+    Every character of the captions becomes a piece if the vocabulary has room for all of them; otherwise the most frequent
+    ones take three quarters of the room, and rarer ones are encoded as bytes.
+
     Args:
-        captions: texts to learn from.
+        captions: texts to train on.
         output_dir: folder to write.
         vocab_size: upper bound of the vocabulary; small corpora may fill less of it.
+
+    Raises:
+        ValueError: if there is no text, or ``vocab_size`` is too small for it.
     """
     texts = [caption for caption in captions if caption.strip()]
     if not texts:
         raise ValueError("captions: no text to train on; check the caption column.")
-    buffer = io.BytesIO()
+    room = vocab_size - _FIXED_PIECES
+    if room < 8:
+        raise ValueError(
+            f"vocab_size: {vocab_size} leaves no room beside the {_FIXED_PIECES} bytes and special tokens; use --vocab-size 512 "
+            "or more."
+        )
+    characters = Counter(character for text in texts for character in unicodedata.normalize("NFKC", text))
+    rare = {ord(character): " " for character, _ in characters.most_common()[room * 3 // 4 :]}
+    try:
+        try:
+            model = _train_unigram(texts, vocab_size)
+        except RuntimeError:  # no room for all characters
+            normal = (unicodedata.normalize("NFKC", text).translate(rare) for text in texts)
+            model = _train_unigram([text for text in normal if text.strip()], vocab_size)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"vocab_size: sentencepiece cannot train {vocab_size} pieces on {len(texts)} captions with {len(characters)} different "
+            f"characters; use --vocab-size {_FIXED_PIECES + 2 * len(characters)} or more. ({error})"
+        ) from error
+    path = Path(output_dir) / _SENTENCEPIECE_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(model)
+    return SentencePieceTokenizer(path)
+
+
+def _train_unigram(texts: Sequence[str], vocab_size: int) -> bytes:
+    buffer, longest = io.BytesIO(), max(len(text.encode()) for text in texts)
+    all_of_them: Any = {"max_sentence_length": longest} if longest > _LONGEST else {}
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),
         model_writer=buffer,
@@ -190,8 +252,6 @@ def train_sentencepiece(
         pad_id=3,
         control_symbols=[BOI, EOI],
         minloglevel=2,
+        **all_of_them,
     )
-    path = Path(output_dir) / _SENTENCEPIECE_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(buffer.getvalue())
-    return SentencePieceTokenizer(path)
+    return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""What a tokenizer is trained with besides the pixel error: perceptual distances and a patch discriminator."""
+"""Losses of a tokenizer besides the pixel error: perceptual distances and a patch discriminator."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -35,7 +35,7 @@ class EdgeLoss(nn.Module):
 
 
 class LPIPS(nn.Module):
-    """Learned perceptual distance on VGG16 (arXiv 1801.03924); weights are given, never random.
+    """Perceptual distance on VGG16 features (arXiv 1801.03924); weights come from files and are never random.
 
     Args:
         backbone: file with torchvision's VGG16 (``vgg16-397923af.pth``), all of it or its ``features``.
@@ -109,11 +109,11 @@ def build_perceptual(name: str | None, weights: Sequence[str]) -> nn.Module | No
 
 
 class PatchDiscriminator(nn.Sequential):
-    """Judges overlapping patches (arXiv 1611.07004): ``(B, 3, H, W)`` to ``(B, 1, h, w)``, high for real.
+    """Scores of overlapping patches (arXiv 1611.07004): ``(B, 3, H, W)`` to ``(B, 1, h, w)``, high for real ones.
 
     Args:
         channels: width of the first layer.
-        layers: layers that halve the sides; a judged patch is about ``2 ** (layers + 2)`` pixels wide.
+        layers: layers that halve the sides; a patch is about ``2 ** (layers + 2)`` pixels wide.
     """
 
     def __init__(self, channels: int = 64, layers: int = 3):
@@ -126,12 +126,12 @@ class PatchDiscriminator(nn.Sequential):
 
 
 def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """Loss of a discriminator that should judge real patches above 1 and made ones below -1 (arXiv 1705.02894)."""
+    """Hinge loss of a discriminator: real patches should score above 1, decoded ones below -1 (arXiv 1705.02894)."""
     return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
 
 
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_weight: Tensor) -> Tensor:
     """Weight that makes both losses pull equally at the decoder's last layer (arXiv 2012.09841, equation 7); at most 1e4."""
     by_pixels = torch.autograd.grad(reconstruction, last_weight, retain_graph=True)[0].norm()
-    by_judge = torch.autograd.grad(adversarial, last_weight, retain_graph=True)[0].norm()
-    return (by_pixels / (by_judge + 1e-4)).clamp(max=1e4).detach()
+    by_discriminator = torch.autograd.grad(adversarial, last_weight, retain_graph=True)[0].norm()
+    return (by_pixels / (by_discriminator + 1e-4)).clamp(max=1e4).detach()

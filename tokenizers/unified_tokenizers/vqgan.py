@@ -1,7 +1,7 @@
 """The VQGAN design (arXiv 2012.09841) that the image tokenizers of LlamaGen, Janus and Chameleon share.
 
 A convolutional encoder halves the sides level by level, each position of its output takes the nearest entry of the
-codebook, and a mirrored decoder generates the image. :mod:`unified_tokenizers.layouts` reads the published weights.
+codebook, and a mirrored decoder turns the codes into an image. :mod:`unified_tokenizers.layouts` reads the published weights.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Weights that others saved: tensors are read, code never is."""
+"""Weights files of other projects: tensors are read, code never runs."""
 
 import json
 import zipfile
@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+
+from unified_tokenizers.hub import on_the_hub
 
 WRAPPERS = ("model", "module", "state_dict")  # LlamaGen under DDP, DeepSpeed, Lightning
 HUB = "hf-hub:"
@@ -44,17 +46,18 @@ def local_file(path: str | Path) -> Path:
     """The path itself, or the download of a file named ``hf-hub:owner/name/file``.
 
     Raises:
-        ValueError: if the name is not of that form.
+        ValueError: if the name is not of that form, or the Hub has no such file.
     """
     name = str(path)
     if not name.startswith(HUB):
-        return Path(path)
+        return Path(path).expanduser()
     parts = name.removeprefix(HUB).split("/", 2)
     if len(parts) < 3:
         raise ValueError(f"weights: {name!r} is not of the form {HUB}owner/name/file.")
     from huggingface_hub import hf_hub_download
 
-    return Path(hf_hub_download("/".join(parts[:2]), parts[2]))
+    with on_the_hub(name, "weights"):
+        return Path(hf_hub_download("/".join(parts[:2]), parts[2]))
 
 
 def cut_prefix(names: Iterable[str], prefixes: tuple[str, ...]) -> dict[str, str]:

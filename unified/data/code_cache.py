@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,13 +12,17 @@ from typing import Any
 import datasets
 from accelerate import PartialState
 
+from unified.data.content import content_of, was_streamed
 from unified.data.crops import Size, Views
-from unified.data.encoding import MakeRecords, Rows, captioned_records, encode_blocks, read_blocks
-from unified.data.sources import SkipReport, load_source, terms_of, undecoded_rows, with_caption
+from unified.data.encoding import MakeRecords, captioned_records, encode_blocks, read_blocks
+from unified.data.rows import Rows, SkipReport, undecoded_rows, with_caption
+from unified.data.sources import load_source, terms_of
+from unified.locks import LOCK_FILE, locked
 from unified.settings import refuse_other
 from unified_tokenizers.base import ImageTokenizer
 
 CACHE_FILE = "codes.json"
+Prepared = tuple[Rows, MakeRecords, datasets.Features]  # undecoded rows, how they become records, columns of these
 
 
 def is_codes_cache(path: str | Path) -> bool:
@@ -39,12 +45,14 @@ def encode_source(
     process: PartialState | None = None,
     caption: str | None = None,
     storage_options: dict[str, Any] | None = None,
+    max_rows: int | None = None,
 ) -> dict[str, SkipReport]:
     """Encode the images of a source and write an Arrow data set of codes, grids and captions.
 
     The folder appears only when it is complete. Until then ``<out>.partial`` collects blocks of rows; a run that was killed
-    goes on from there. Rows that cannot be used are skipped and reported per split. Licence and attribution of the source
-    (see :func:`unified.data.sources.terms_of`) are kept beside the codes.
+    goes on from there, or starts again if the images or captions have changed. Rows that cannot be used are skipped and
+    reported per split. Licence and attribution of the source (see :func:`unified.data.sources.terms_of`) and a digest of
+    what it held (see :func:`unified.data.content.content_of`) are kept beside the codes.
 
     Args:
         tokenizer: any image tokenizer.
@@ -60,14 +68,17 @@ def encode_source(
         process: this process's place among several, from Accelerate; without it there is one.
         caption: caption of all images, for a source that has none.
         storage_options: as in :func:`unified.data.sources.load_source`.
+        max_rows: read only so many rows of every split; a stream is not read any further.
 
     Returns:
         What was used and skipped, by split.
 
     Raises:
-        ValueError: if a size does not divide by the tokenizer's stride, a split or column is missing, no row is left, or the
-            begun ``<out>.partial`` is of other settings.
+        ValueError: if a size does not divide by the tokenizer's stride, a split or column is missing, no row is left, the
+            begun ``<out>.partial`` is of other settings, or another process writes to ``out``.
     """
+    if max_rows is not None and max_rows < 1:
+        raise ValueError(f"max_rows: {max_rows} must be at least 1; leave it out for all rows.")
     views = views or Views(((image_size, image_size),))
     settings = {
         "source": source,
@@ -76,16 +87,19 @@ def encode_source(
         "block_rows": block_rows,
         "columns": [image_column, caption_column],
         "caption": caption,
+        "max_rows": max_rows,
     }
 
-    def rows_and_records(split: str) -> tuple[Rows, MakeRecords, datasets.Features]:
-        rows = load_source(source, split, streaming, storage_options)
+    def load(split: str) -> Rows:
+        return first_rows(load_source(source, split, streaming, storage_options, image_column), max_rows)
+
+    def prepare(rows: Rows) -> Prepared:
         if caption is not None:
             rows = with_caption(rows, caption, caption_column)
         rows = undecoded_rows(rows, image_column, caption_column)
         return rows, *captioned_records(tokenizer, rows, views, image_column, caption_column, batch_size)
 
-    return write_cache(tokenizer, out, splits, views.sizes, settings, rows_and_records, block_rows, batch_size, process)
+    return write_cache(tokenizer, out, splits, views.sizes, settings, load, prepare, block_rows, batch_size, process)
 
 
 def write_cache(
@@ -94,18 +108,20 @@ def write_cache(
     splits: tuple[str, ...],
     sizes: Sequence[Size],
     settings: dict[str, Any],
-    rows_and_records: Callable[[str], tuple[Rows, MakeRecords, datasets.Features]],
+    load: Callable[[str], Rows],
+    prepare: Callable[[Rows], Prepared],
     block_rows: int,
     batch_size: int,
     process: PartialState | None,
 ) -> dict[str, SkipReport]:
-    """Write a codes cache of any layout; :func:`encode_source` and :func:`unified.data.interleaved.encode_interleaved` use it.
+    """Write a codes cache; :func:`encode_source` and :func:`unified.data.interleaved.encode_interleaved` say of what.
 
     Args:
         tokenizer, out, splits, block_rows, batch_size, process: as in :func:`encode_source`.
         sizes: sizes of the encoded images.
-        settings: what the cache depends on; a begun cache of other settings is refused.
-        rows_and_records: for a split its rows, how they become records, and the columns of these.
+        settings: what the cache depends on, with ``source`` and ``columns``; a begun cache of other settings is refused.
+        load: opens a split of the source.
+        prepare: turns its rows into undecoded ones, and says how these become records of which columns.
 
     Raises:
         ValueError: as :func:`encode_source`.
@@ -124,33 +140,80 @@ def write_cache(
         "downsample": tokenizer.downsample,
         **settings,
     }
-    opened = {
-        split: rows_and_records(split) for split in splits
-    }  # what is wrong with them shows before anything is written
+    opened = {split: load(split) for split in splits}
+    prepared = {split: prepare(rows) for split, rows in opened.items()}  # errors show before anything is written
     index, count = (process.process_index, process.num_processes) if process is not None else (0, 1)
-    if index == 0:
-        _begin(partial, settings)
-    if process is not None:
-        process.wait_for_everyone()
-    for split in splits:
-        encode_blocks(*opened[split], partial / "blocks" / split, block_rows, index, count, split)
-    if process is not None:
-        process.wait_for_everyone()
-    if index == 0:
-        _finish(out, partial, splits, settings | terms_of(settings["source"], opened[splits[-1]][0].info))
-    if process is not None:
-        process.wait_for_everyone()
+
+    def wait() -> None:
+        if process is not None:
+            process.wait_for_everyone()
+
+    with locked(partial, "out") if index == 0 else nullcontext():
+        if index == 0:
+            digests = {
+                split: content_of(settings["source"], rows, _covered(settings)) for split, rows in opened.items()
+            }
+            settings["content"] = digests
+            _begin(partial, settings)
+        wait()
+        for split in splits:
+            encode_blocks(*prepared[split], partial / "blocks" / split, block_rows, index, count, split)
+        wait()
+        if index == 0:
+            _finish(out, partial, splits, settings | terms_of(settings["source"], opened[splits[-1]].info))
+    wait()
     reports = json.loads((out / CACHE_FILE).read_text())["rows"]
     return {split: SkipReport(**reports[split]) for split in splits}
+
+
+def source_changed(out: str | Path, storage_options: dict[str, Any] | None = None) -> bool:
+    """Whether the source of a finished cache holds other images or captions than when it was encoded.
+
+    False if nothing can be compared: the source cannot be opened any more, or an earlier version wrote the cache.
+    """
+    made = json.loads((Path(out) / CACHE_FILE).read_text())
+    for split, before in made.get("content", {}).items():
+        try:
+            rows = load_source(made["source"], split, was_streamed(before), storage_options, made["columns"][0])
+        except ValueError:
+            continue
+        if (
+            before is not None
+            and content_of(made["source"], first_rows(rows, made.get("max_rows")), _covered(made)) != before
+        ):
+            return True
+    return False
+
+
+def first_rows(rows: Rows, count: int | None) -> Rows:
+    """The first ``count`` rows, all of them for None."""
+    if count is None:
+        return rows
+    return rows.select(range(min(count, len(rows)))) if isinstance(rows, datasets.Dataset) else rows.take(count)
+
+
+def _covered(settings: dict[str, Any]) -> list[str]:
+    """Columns that the digest of the content covers: not that of a caption that the settings hold."""
+    return settings["columns"][: 1 if settings.get("caption") is not None else None]
 
 
 def _begin(partial: Path, settings: dict[str, Any]) -> None:
     """Record what the blocks are made with, or compare with what was recorded."""
     record = partial / CACHE_FILE
     if record.is_file():
-        refuse_other("out", partial, json.loads(record.read_text()), settings)
-        return
-    partial.mkdir(parents=True, exist_ok=True)
+        before = json.loads(record.read_text())
+        refuse_other("out", partial, before, {name: value for name, value in settings.items() if name != "content"})
+        if before.get("content") == settings["content"]:
+            return
+        warnings.warn(
+            f"{str(partial)!r} was begun with other images or captions of {settings['source']!r}; they are encoded again",
+            stacklevel=2,
+        )
+        for path in partial.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != LOCK_FILE:
+                path.unlink()
     beside = record.with_suffix(".new")
     beside.write_text(json.dumps(settings, indent=2))
     beside.rename(record)

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageOps
 
-from unified.data.sources import fit_square
-
 Size = tuple[int, int]  # height, width in pixels
 CROPS = ("center", "random", "ten")
+_LARGE = 2**22  # pixels of a scaled image, from where on only those that are kept are computed if they are few
 
 
 @dataclass(frozen=True)
@@ -18,8 +17,8 @@ class Views:
 
     Args:
         sizes: sizes ``(height, width)``; an image goes to the one with the most similar aspect ratio.
-        crop: ``center``, ``random`` (places and scales generated per row) or ``ten`` (corners and centre, each mirrored, as
-            LlamaGen encodes ImageNet).
+        crop: ``center``, ``random`` (random places and scales for every row) or ``ten`` (corners and centre, each mirrored,
+            as LlamaGen encodes ImageNet).
         count: random crops per image.
         zoom: ``ten`` and ``random`` resize an image to this factor above what the size needs (``random``: up to).
         flips: also encode every view mirrored; ``ten`` does so anyway.
@@ -58,14 +57,13 @@ class Views:
         if self.crop == "center":
             yield fit(image, size)
         elif self.crop == "ten":
-            whole = cover(image, size, self.zoom)
             for x, y in ((0, 0), (1, 0), (0, 1), (1, 1), (0.5, 0.5)):
-                yield cut(whole, size, x, y)
+                yield fit(image, size, self.zoom, x, y)
         else:
             rng = np.random.default_rng((self.seed, row))
             for _ in range(self.count):
                 zoom, x, y = rng.uniform(1, self.zoom), rng.random(), rng.random()
-                yield cut(cover(image, size, float(zoom)), size, float(x), float(y))
+                yield fit(image, size, zoom, x, y)
 
 
 def nearest_aspect(image: Image.Image, sizes: Sequence[Size]) -> Size:
@@ -74,19 +72,25 @@ def nearest_aspect(image: Image.Image, sizes: Sequence[Size]) -> Size:
     return min(sizes, key=lambda size: abs(np.log(size[0] / size[1]) - wanted))
 
 
-def cover(image: Image.Image, size: Size, zoom: float = 1.0) -> Image.Image:
-    """Resize (antialiased, proportions kept) to cover ``zoom`` times ``size``."""
-    scale = zoom * max(size[0] / image.height, size[1] / image.width)
-    height, width = max(size[0], round(image.height * scale)), max(size[1], round(image.width * scale))
-    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
+def fit(image: Image.Image, size: Size | int, zoom: float = 1.0, x: float = 0.5, y: float = 0.5) -> Image.Image:
+    """Scale an image (antialiased, proportions kept) to cover ``zoom`` times ``size``, and cut ``size`` out of it.
 
-
-def cut(image: Image.Image, size: Size, x: float, y: float) -> Image.Image:
-    """Cut ``size`` out of an image at least as large; (0, 0) is its upper left corner, (1, 1) its lower right."""
-    left, top = int((image.width - size[1]) * x), int((image.height - size[0]) * y)
-    return image.crop((left, top, left + size[1], top + size[0]))
-
-
-def fit(image: Image.Image, size: Size) -> Image.Image:
-    """Resize and crop the centre to ``size``."""
-    return fit_square(image, size[0]) if size[0] == size[1] else cut(cover(image, size), size, 0.5, 0.5)
+    Args:
+        image: any image.
+        size: height and width in pixels, or the side of a square.
+        zoom: at least 1.
+        x, y: where to cut: (0, 0) is the upper left corner, (1, 1) the lower right one, the default the centre.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    scale = zoom * max(height / image.height, width / image.width)
+    whole_height, whole_width = max(height, round(image.height * scale)), max(width, round(image.width * scale))
+    left, top = int((whole_width - width) * x), int((whole_height - height) * y)
+    lanczos = Image.Resampling.LANCZOS
+    if whole_height * whole_width > max(_LARGE, 16 * zoom**2 * height * width):
+        # A line of 1 x 200,000 pixels would be scaled to gigabytes. Values may differ by 2 of 255 from the way below.
+        across, down = image.width / whole_width, image.height / whole_height
+        right, bottom = min((left + width) * across, image.width), min((top + height) * down, image.height)
+        return image.resize((width, height), lanczos, (left * across, top * down, right, bottom))
+    if image.size != (whole_width, whole_height):
+        image = image.resize((whole_width, whole_height), lanczos)
+    return image.crop((left, top, left + width, top + height))

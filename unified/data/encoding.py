@@ -9,7 +9,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
-from itertools import islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -20,11 +20,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from unified.data.crops import Views
-from unified.data.sources import SkipReport, usable_rows
+from unified.data.rows import Rows, SkipReport, class_names, first_row, usable_rows
 from unified_tokenizers.base import ImageTokenizer
 from unified_tokenizers.images import to_tensor
 
-Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
 Numbered: TypeAlias = Iterable[tuple[int, dict[str, Any]]]
 MakeRecords: TypeAlias = Callable[[Numbered, SkipReport], Iterable[dict[str, Any]]]
 _COLUMNS = {
@@ -64,11 +63,11 @@ def encode_blocks(
 def captioned_records(
     tokenizer: ImageTokenizer, rows: Rows, views: Views, image_column: str, caption_column: str, batch_size: int
 ) -> tuple[MakeRecords, datasets.Features]:
-    """How rows of :func:`unified.data.sources.undecoded_rows` become records of views with captions, and their columns."""
-    text = _text_columns(rows, image_column, caption_column)
+    """How rows of :func:`unified.data.rows.undecoded_rows` become records of views with captions, and their columns."""
+    text, names = _text_columns(rows, image_column, caption_column), class_names(rows, caption_column)
 
     def make(numbered: Numbered, report: SkipReport) -> Iterator[dict[str, Any]]:
-        usable = usable_rows(numbered, report, image_column, caption_column)
+        usable = usable_rows(numbered, report, image_column, caption_column, names)
         return _encode(tokenizer, usable, views, batch_size, text)
 
     return make, datasets.Features(_COLUMNS | {name: datasets.Value("string") for name in text})
@@ -79,12 +78,10 @@ def read_blocks(folder: Path) -> tuple[datasets.Dataset, SkipReport]:
     files = sorted(folder.glob("block-*.arrow"))
     total = SkipReport()
     for file in files:
-        report = SkipReport(**json.loads(file.with_suffix(".json").read_text()))
-        total.used += report.used
-        total.corrupt_image += report.corrupt_image
-        total.empty_caption += report.empty_caption
-        total.examples = (total.examples + report.examples)[:10]
+        total.add(SkipReport(**json.loads(file.with_suffix(".json").read_text())))
     parts = [datasets.Dataset.from_file(str(file)) for file in files]
+    if not parts:
+        return datasets.Dataset.from_dict({}), total
     return datasets.concatenate_datasets([part for part in parts if len(part)] or parts[:1]), total
 
 
@@ -100,11 +97,16 @@ def _blocks(rows: Rows, block_rows: int, process: int, processes: int, folder: P
                 start = block * block_rows
                 yield block, enumerate(rows.select(range(start, min(start + block_rows, len(rows)))), start)
         return
-    stream, block = iter(enumerate(rows)), 0
-    while numbered := list(islice(stream, block_rows)):  # undecoded, so passing over a block is cheap
+    stream = iter(enumerate(rows))
+    for block in count():
+        first = next(stream, None)
+        if first is None:
+            return
+        numbered = chain([first], islice(stream, block_rows - 1))
         if block % processes == process and not _file(folder, block).exists():
             yield block, numbered
-        block += 1
+        for _ in numbered:  # undecoded, so passing over the rows of a block is cheap
+            pass
 
 
 def _text_columns(rows: Rows, image_column: str, caption_column: str) -> list[str]:
@@ -113,7 +115,7 @@ def _text_columns(rows: Rows, image_column: str, caption_column: str) -> list[st
     if rows.features is not None:
         names = [name for name, kind in rows.features.items() if getattr(kind, "dtype", None) == "string"]
     else:
-        names = [name for name, value in next(iter(rows)).items() if isinstance(value, str)]
+        names = [name for name, value in (first_row(rows) or {}).items() if isinstance(value, str)]
     return [name for name in names if name not in taken]
 
 

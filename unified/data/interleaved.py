@@ -9,13 +9,14 @@ import datasets
 import numpy as np
 import torch
 from accelerate import PartialState
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from unified.config import Vocabulary
-from unified.data.code_cache import write_cache
+from unified.data.code_cache import Prepared, first_rows, write_cache
 from unified.data.crops import Size, fit, nearest_aspect
-from unified.data.encoding import MakeRecords, Numbered, Rows
-from unified.data.sources import SkipReport, load_source, open_rgb
+from unified.data.encoding import Numbered
+from unified.data.rows import Rows, SkipReport, check_column, open_rgb
+from unified.data.sources import load_source
 from unified.sequence import ImageSegment, Segment, TextSegment, TokenSequence, build_sequence
 from unified_tokenizers import TextTokenizer
 from unified_tokenizers.base import ImageTokenizer
@@ -45,6 +46,7 @@ def encode_interleaved(
     block_rows: int = 256,
     process: PartialState | None = None,
     storage_options: dict[str, Any] | None = None,
+    max_rows: int | None = None,
 ) -> dict[str, SkipReport]:
     """Encode the images of interleaved rows and write an Arrow data set of texts, codes and grids.
 
@@ -52,7 +54,7 @@ def encode_interleaved(
     out; a row with a broken image, or with nothing in it, is skipped and reported.
 
     Args:
-        tokenizer, source, out, splits, batch_size, streaming, block_rows, process, storage_options: as in
+        tokenizer, source, out, splits, batch_size, streaming, block_rows, process, storage_options, max_rows: as in
             :func:`unified.data.code_cache.encode_source`.
         sizes: sizes ``(height, width)``; an image is fitted to the one with the most similar aspect ratio.
         segments_column: column with the lists.
@@ -62,16 +64,19 @@ def encode_interleaved(
     """
     settings = {
         "kind": "interleaved", "source": source, "sizes": [list(size) for size in sizes], "block_rows": block_rows,
-        "columns": [segments_column],
+        "columns": [segments_column], "max_rows": max_rows,
     }  # fmt: skip
 
     def make(numbered: Numbered, report: SkipReport) -> list[dict[str, Any]]:
         return _records(tokenizer, numbered, report, sizes, segments_column, batch_size)
 
-    def rows_and_records(split: str) -> tuple[Rows, MakeRecords, datasets.Features]:
-        return _undecoded(load_source(source, split, streaming, storage_options), segments_column), make, _FEATURES
+    def load(split: str) -> Rows:
+        return first_rows(load_source(source, split, streaming, storage_options, segments_column), max_rows)
 
-    return write_cache(tokenizer, out, splits, sizes, settings, rows_and_records, block_rows, batch_size, process)
+    def prepare(rows: Rows) -> Prepared:
+        return _undecoded(rows, segments_column), make, _FEATURES
+
+    return write_cache(tokenizer, out, splits, sizes, settings, load, prepare, block_rows, batch_size, process)
 
 
 def interleaved_sequence(
@@ -115,13 +120,13 @@ def _images(row: dict[str, Any]) -> Iterator[torch.Tensor]:
 
 
 def _undecoded(rows: Rows, column: str) -> Rows:
-    features = rows.features or {name: None for name in next(iter(rows))}
-    if column not in features:
-        raise ValueError(f"segments_column: {column!r} is not a column of the source; it has {sorted(features)}.")
-    inner = getattr(features[column], "feature", None)
-    if features[column] is not None and (not isinstance(inner, dict) or set(inner) != {"text", "image"}):
+    check_column(rows, "segments_column", column)
+    if rows.features is None:
+        return rows  # a stream that finds its columns out as it goes, and decodes nothing
+    inner = getattr(rows.features[column], "feature", None)
+    if not isinstance(inner, dict) or set(inner) != {"text", "image"}:
         raise ValueError(
-            f"segments_column: {column!r} must hold lists of {{text, image}}, it holds {features[column]}."
+            f"segments_column: {column!r} must hold lists of {{text, image}}, it holds {rows.features[column]}."
         )
     segment = {"text": datasets.Value("string"), "image": datasets.Image(decode=False)}
     return rows.cast_column(column, datasets.List(segment))
@@ -146,10 +151,14 @@ def _records(
             places[place] = grid
 
     for number, row in rows:
+        damaged = [s["text"] for s in row[column] or () if "\N{REPLACEMENT CHARACTER}" in (s["text"] or "")]
+        if damaged:
+            report.skip("unreadable_caption", number, f"{damaged[0]!r:.60} was not UTF-8")
+            continue
         try:
             texts, views = _read(row[column], sizes)
-        except (UnidentifiedImageError, OSError, SyntaxError, TypeError, ValueError) as error:
-            report.skip("corrupt_image", number, str(error) or type(error).__name__)
+        except ValueError as error:
+            report.skip("corrupt_image", number, str(error))
             continue
         if not texts:
             report.skip("empty_caption", number, "no text and no image")
@@ -191,5 +200,5 @@ def _read(
             views.append((size, fit(image, size)))
             texts.append(None)
         elif segment["text"] is not None and segment["text"].strip():
-            texts.append(segment["text"])
+            texts.append(segment["text"].lstrip("\ufeff"))
     return texts, views

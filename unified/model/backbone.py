@@ -13,6 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from unified.hub import local_path, on_the_hub
+
 
 def load_language_model(path: str | Path, dtype: torch.dtype, attn_implementation: str | None = None) -> Any:
     """Load a checkpoint as ``AutoModelForCausalLM``; of a composite one (Gemma 3, LLaVA), the language part alone.
@@ -23,9 +25,11 @@ def load_language_model(path: str | Path, dtype: torch.dtype, attn_implementatio
         ValueError: if the tensors of the checkpoint are not those of the model, the folder holds an adapter, or transformers
             has no causal language model for the language part of a composite checkpoint.
     """
+    path = local_path(path, "backbone") or path
     _check_no_adapter(path)
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    with on_the_hub(path, "backbone"):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     text = config.get_text_config()
     if text is config:
         return load_whole(AutoModelForCausalLM.from_pretrained, path, **options)[0]

@@ -103,5 +103,5 @@ def check_sizes(images: Sequence[Image.Image], config: UnifiedConfig, stride: in
         if known and (image.height, image.width) not in known:
             raise ValueError(
                 f"image: {image.height}x{image.width} is not a size that the model was trained on "
-                f"({', '.join(f'{h}x{w}' for h, w in known)}); see unified.data.sources.fit_square."
+                f"({', '.join(f'{h}x{w}' for h, w in known)}); see unified.data.crops.fit."
             )

@@ -125,7 +125,7 @@ class UnifiedPipeline:
         Raises:
             ValueError: if a local folder is not a pipeline.
         """
-        folder = local_folder(pretrained_model_name_or_path)
+        folder = local_folder(pretrained_model_name_or_path, "pipeline")
         if not (folder / PIPELINE_FILE).is_file():
             raise ValueError(
                 f"pipeline: {str(folder)!r} has no {PIPELINE_FILE}; give a folder written by save_pretrained."
@@ -539,7 +539,7 @@ class UnifiedPipeline:
         taken = self.model.peft_config if isinstance(self.model, PeftModel) else {}
         numbered = ("default" if i == 0 else f"default_{i}" for i in count())
         name = next(free for free in numbered if free not in taken) if adapter_name is None else adapter_name
-        folder = local_folder(pretrained_model_name_or_path)
+        folder = local_folder(pretrained_model_name_or_path, "lora")
         self.model = load_lora(self.model, folder, name).eval()
         self._adapter_cards[name] = read_card(folder)
 

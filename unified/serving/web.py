@@ -20,7 +20,7 @@ from unified.lora.adapters import base_of, check_base
 from unified.pipeline.options import GenerationOptions
 from unified.pipeline.pipeline import UnifiedPipeline, UnifiedPipelineOutput
 from unified.serving.engine import Engine, Job
-from unified_tokenizers.images import as_rgb
+from unified_tokenizers.images import as_rgb, read_image
 
 PROMPT_LIMIT = 300  # characters
 PATIENCE = 0.5  # seconds after which a page that was stopped is let go
@@ -366,7 +366,10 @@ def opened(file: str | Path | None) -> Image.Image:
         raise ValueError("image: none given; upload an image.")
     with opened_lazily(file) as image:
         check_pixels(image)
-        return as_rgb(ImageOps.exif_transpose(image))
+    try:
+        return read_image(Path(file).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"image: cannot be read ({error}); upload a PNG, JPEG or WebP file.") from error
 
 
 @contextmanager

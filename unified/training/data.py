@@ -13,12 +13,12 @@ from accelerate import Accelerator, PartialState
 from torch import nn
 
 from unified.config import UnifiedConfig
+from unified.data import SkipReport, load_source
 from unified.data.batches import Batches, Source, in_order
 from unified.data.captioned import captioned_sequence, text_sequence
-from unified.data.code_cache import CACHE_FILE, encode_source, is_codes_cache, load_codes
+from unified.data.code_cache import CACHE_FILE, encode_source, is_codes_cache, load_codes, source_changed
 from unified.data.crops import Views
 from unified.data.interleaved import encode_interleaved, interleaved_sequence
-from unified.data.sources import SkipReport, load_source
 from unified.prediction.merge import Grid, Merge, patches
 from unified.settings import refuse_other
 from unified.training.config import SourceConfig, TrainConfig
@@ -68,6 +68,7 @@ def open_data(context: Context) -> TrainingData:
     """
     config, data, output = context.config, context.config.data, Path(context.config.output_dir)
     several = bool(data.sources)
+    _check_splits(context)
     sources: list[Source] = []
     checks: dict[str, Check] = {}
     rows: dict[str, datasets.Dataset] = {}
@@ -100,6 +101,24 @@ def open_data(context: Context) -> TrainingData:
     shares = zip(sources, batches.shares, strict=True)
     summary = ", ".join(f"{share / 10:g} % {source.name} ({len(source.rows)} rows)" for source, share in shares)
     return TrainingData(batches, checks, rows, sorted(grids), summary)
+
+
+def _check_splits(context: Context) -> None:
+    """Open what is not encoded yet, so that a missing file or split shows before the images of another are encoded.
+
+    Raises:
+        ValueError: naming the source.
+    """
+    config, data, output = context.config, context.config.data, Path(context.config.output_dir)
+    for number, settings in enumerate(data.sources or [train_source(config)]):
+        folder = f"codes-{number}" if data.sources else "codes"
+        held_out = settings.path if data.sources else data.validation or settings.path
+        parts = [(settings.path, settings.split, folder)]
+        if config.validate_every and settings.validation_split:
+            parts.append((held_out, settings.validation_split, f"{folder}-validation"))
+        for path, split, encoded in parts:
+            if not is_codes_cache(path) and not is_codes_cache(output / encoded):
+                load_source(path, split, data.streaming and settings.kind != "text", data.storage_options or None)
 
 
 def train_source(config: TrainConfig) -> SourceConfig:
@@ -163,16 +182,19 @@ def _captioned_rows(context: Context, source: SourceConfig, split: str, folder: 
     if not clean:
         views = Views(size, "center" if data.crops is None else "random", data.crops or 1, flips=data.flips)
 
+    max_rows = None if clean else data.max_samples
+
     def encode() -> dict[str, SkipReport]:
         return encode_source(
             tokenizer, path, folder, (split,), data.image_size, source.image_column, source.caption_column,
             streaming=data.streaming, views=views, process=PartialState(), caption=source.caption,
-            storage_options=data.storage_options or None,
+            storage_options=data.storage_options or None, max_rows=max_rows,
         )  # fmt: skip
 
     wanted = {
         "source": path, "image_size": data.image_size, "columns": [source.image_column, source.caption_column],
         "views": {**asdict(views), "sizes": [list(s) for s in size]}, "caption": source.caption,
+        "max_rows": max_rows,
     }  # fmt: skip
     return load_codes(encode_once(context, folder, wanted, encode), split, tokenizer.fingerprint)
 
@@ -196,10 +218,16 @@ def _interleaved_rows(context: Context, source: SourceConfig, split: str, folder
 def encode_once(
     context: Context, folder: Path, wanted: dict[str, Any], encode: Callable[[], dict[str, SkipReport]]
 ) -> Path:
-    """Encode into ``folder`` unless an earlier run did. Raises ValueError if that one's codes are not ``wanted``."""
+    """Encode into ``folder`` unless an earlier run did and the source still holds the same images and captions.
+
+    Raises:
+        ValueError: if the earlier codes are not what is ``wanted``.
+    """
     if is_codes_cache(folder):
         refuse_other("data", folder, json.loads((folder / CACHE_FILE).read_text()), wanted)
-        return folder
+        if not source_changed(folder, context.config.data.storage_options or None):
+            return folder
+        context.accelerator.print(f"{wanted['source']} has changed since {folder} was encoded; it is encoded again")
     for split, report in encode().items():
         context.accelerator.print(f"{wanted['source']} ({split}): {report.summary()}")
     return folder

@@ -1,0 +1,71 @@
+"""Is a name a path on this machine or a repository on the Hub? One answer for everything that takes either."""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_OUR_FOLDERS = ("runs", "data")  # where the recipes write
+_FILES = (
+    ".arrow", ".bin", ".ckpt", ".csv", ".gguf", ".json", ".jsonl", ".model", ".npz", ".parquet", ".pt", ".pth",
+    ".safetensors", ".tar", ".txt", ".yaml", ".zip",
+)  # fmt: skip
+
+
+def local_path(name: str | Path, field: str) -> Path | None:
+    """The path that a name stands for, with ``~`` expanded; None for a name that only the Hub can know.
+
+    What exists here is a path. So is what does not look like ``name`` or ``owner/name``, ends as a data file does, or lies
+    in a folder that exists or that the recipes write to: ``runs/nope`` is never looked up on the Hub.
+
+    Args:
+        name: path or name of a repository.
+        field: what it was given as, for errors.
+
+    Raises:
+        ValueError: if it is a path and does not exist.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    text = str(name)
+    owner, slash, _ = text.partition("/")
+    inside = slash and (owner in _OUR_FOLDERS or Path(owner).is_dir())
+    if isinstance(name, str) and _REPOSITORY.fullmatch(text) and not inside and path.suffix not in _FILES:
+        return None
+    raise ValueError(f"{field}: {text!r} does not exist on this machine; correct the path, or give a name on the Hub.")
+
+
+def local_folder(name: str | Path, field: str = "folder", allow_patterns: Sequence[str] | None = None) -> Path:
+    """A local folder as it is; a repository of the Hub is downloaded, or the files of it that match ``allow_patterns``.
+
+    Raises:
+        ValueError: as :func:`local_path`, or if the Hub does not have it either.
+    """
+    path = local_path(name, field)
+    if path is not None:
+        return path
+    from huggingface_hub import snapshot_download
+
+    options: dict[str, Any] = {} if allow_patterns is None else {"allow_patterns": list(allow_patterns)}
+    with on_the_hub(name, field):
+        return Path(snapshot_download(str(name), **options))
+
+
+@contextmanager
+def on_the_hub(name: str | Path, field: str) -> Iterator[None]:
+    """Turn what a failed look-up raises into one ValueError that says where the name was looked for.
+
+    Errors over a folder that exists here pass unchanged.
+    """
+    try:
+        yield
+    except OSError as error:
+        if Path(name).expanduser().exists():
+            raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{field}: {str(name)!r} is neither a path on this machine nor to be had from the Hub ({reason})."
+        ) from error
