@@ -62,7 +62,7 @@ class TokenizerTraining:
     validation_split: str = "validation"
     image_column: str = "image"
     image_size: int = 64  # any multiple of the stride
-    cache_gb: float = 2.0  # images that take no more memory than this are decoded once and kept
+    cache_gb: float = 0.5  # images that take no more memory than this are decoded once and kept
     model: dict[str, Any] = field(default_factory=dict)  # fields of VQConfig
     init_from: str | None = None  # continue from a tokenizer (folder or published weights) instead of `model`
     steps: int = 1000
