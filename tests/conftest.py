@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -13,15 +14,38 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 from unified import UnifiedConfig, UnifiedForCausalLM, UnifiedPipeline
-from unified.data.batches import make_batch
+from unified.data.batches import Source, make_batch
+from unified.data.captioned import text_sequence
 from unified.data.code_cache import encode_source
+from unified.decoding.sampling import filter_logits, guide, gumbel_noise
+from unified.lora.adapters import attach_lora, base_of, save_lora, unload_lora
 from unified.prediction.merge import patches
-from unified.sequence import TokenSequence
+from unified.sequence import ImageSegment, TextSegment, TokenSequence, build_sequence
 from unified_tokenizers import SentencePieceTokenizer, VQConfig, VQModel, train_sentencepiece
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1",
           "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
+TEXTS = ["the small dog and a cat", "a green tree and a red apple", "blue car", "yellow sun", "a blue dog"]
+# Sizes of tiny backbones, and the families that they are built in.
+SIZES = {
+    "vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    "max_position_embeddings": 128, "initializer_range": 0.2,
+}  # fmt: skip
+FAMILIES = {
+    "llama": {"model_type": "llama"},
+    "smollm2": {"model_type": "llama", "tie_word_embeddings": True},
+    "smollm3": {"model_type": "smollm3"},
+    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3"},
+    "mistral": {"model_type": "mistral", "sliding_window": 8},
+    "gemma": {"model_type": "gemma"},
+    "gemma2": {"model_type": "gemma2", "sliding_window": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 5.0},
+    "gemma3": {"model_type": "gemma3_text", "sliding_window": 8, "query_pre_attn_scalar": 8},
+    "olmo2": {"model_type": "olmo2"},
+    "granite": {"model_type": "granite", "logits_scaling": 8.0, "embedding_multiplier": 12.0},
+}
 CAPTIONS = ["red apple", "blue car", "a green tree", "the small dog", "a cat and a dog", "yellow sun"]
 
 
@@ -61,6 +85,60 @@ def full_forward(model, ids, grids, **arguments):
     sequences = [TokenSequence(row, row, [tuple(map(int, grid)) for grid in grids]) for row in rows]
     inputs = inputs_of(model.config, *sequences)
     return model(**{name: inputs[name] for name in ("input_ids", "positions", "image_inputs")}, **arguments)
+
+
+def text_config(text_tokenizer):
+    return tiny_config(
+        text={"vocab_size": text_tokenizer.vocab_size},
+        boi_token_id=text_tokenizer.boi_token_id,
+        eoi_token_id=text_tokenizer.eoi_token_id,
+    )
+
+
+def text_source(text_tokenizer, config, weight=1.0, **options):
+    sequence = partial(text_sequence, text_tokenizer=text_tokenizer, vocabulary=config.vocabulary, **options)
+    return Source("texts", datasets.Dataset.from_dict({"text": TEXTS}), sequence, weight)
+
+
+def noisy_adapter(model, folder, seed, **options):
+    """Save an adapter with random weights; the model is left as it was."""
+    adapted = attach_lora(model, rank=4, **options)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for weight in adapted.parameters():
+            if weight.requires_grad:
+                weight.normal_(0, 0.3)
+    save_lora(adapted, folder)
+    return unload_lora(adapted)
+
+
+@torch.no_grad()
+def logits(model):
+    vocabulary = base_of(model).config.vocabulary
+    segments = [TextSegment([5, 6]), ImageSegment(torch.arange(16).reshape(4, 4)), TextSegment([7])]
+    sequence = build_sequence(segments, vocabulary)
+    output = full_forward(base_of(model), sequence.input_ids, sequence.image_grids)
+    return torch.cat([output.logits, output.image_logits], dim=-1)
+
+
+def bits(model):
+    return {name: value.clone() for name, value in base_of(model).state_dict().items()}
+
+
+def naive_codes(model, prompt, negative, grid, sampling, generator, known=None):
+    """Full forward over the whole sequence for every code, one row at a time, no cache; ``known (h*w,)`` is forced."""
+    steps, codes = grid[0] * grid[1], []
+    for step in range(steps):
+        sides = []
+        for ids in (prompt, negative):
+            rest = [50 + c for c in codes] + [50] * (steps - step)  # codes to come are hidden by causality
+            output = full_forward(model, [*ids, *rest], [grid])
+            sides.append(output.image_logits[:, len(ids) - 1 + step])
+        logits = guide(*sides, sampling.guidance_scale) if sampling.guidance_scale > 1 else sides[0]
+        noise = gumbel_noise([generator], 20, logits.device)
+        sampled = int((filter_logits(logits, sampling) + noise).argmax())
+        codes.append(sampled if known is None or known[step] < 0 else int(known[step]))
+    return codes
 
 
 @pytest.fixture(scope="session")

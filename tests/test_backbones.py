@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import full_forward, inputs_of, tiny_config
+from conftest import FAMILIES, SIZES, full_forward, inputs_of, tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, JanusForConditionalGeneration
 
 from unified import UnifiedConfig, UnifiedForCausalLM
@@ -16,25 +16,6 @@ from unified.prediction.merge import patches
 from unified.sequence import ImageSegment, TextSegment, build_sequence
 from unified.training.config import load_config
 from unified.training.setup import build_parts
-
-SIZES = {
-    "vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-    "max_position_embeddings": 128, "initializer_range": 0.2,
-}  # fmt: skip
-FAMILIES = {
-    "llama": {"model_type": "llama"},
-    "smollm2": {"model_type": "llama", "tie_word_embeddings": True},
-    "smollm3": {"model_type": "smollm3"},
-    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
-    "qwen3": {"model_type": "qwen3"},
-    "mistral": {"model_type": "mistral", "sliding_window": 8},
-    "gemma": {"model_type": "gemma"},
-    "gemma2": {"model_type": "gemma2", "sliding_window": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 5.0},
-    "gemma3": {"model_type": "gemma3_text", "sliding_window": 8, "query_pre_attn_scalar": 8},
-    "olmo2": {"model_type": "olmo2"},
-    "granite": {"model_type": "granite", "logits_scaling": 8.0, "embedding_multiplier": 12.0},
-}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -7,33 +7,18 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import TEXTS, text_config, text_source
 
 from unified.data.batches import Batches, Source, block_shares, bucketed_order, loader
-from unified.data.captioned import captioned_sequence, text_sequence
+from unified.data.captioned import captioned_sequence
 from unified.data.code_cache import load_codes
 from unified.prediction.merge import patches
-
-TEXTS = ["the small dog and a cat", "a green tree and a red apple", "blue car", "yellow sun", "a blue dog"]
-
-
-def text_config(text_tokenizer):
-    return tiny_config(
-        text={"vocab_size": text_tokenizer.vocab_size},
-        boi_token_id=text_tokenizer.boi_token_id,
-        eoi_token_id=text_tokenizer.eoi_token_id,
-    )
 
 
 def image_source(rows, text_tokenizer, config, weight=1.0, **options):
     vocabulary = config.vocabulary
     sequence = partial(captioned_sequence, text_tokenizer=text_tokenizer, vocabulary=vocabulary, **options)
     return Source("images", rows, sequence, weight)
-
-
-def text_source(text_tokenizer, config, weight=1.0, **options):
-    sequence = partial(text_sequence, text_tokenizer=text_tokenizer, vocabulary=config.vocabulary, **options)
-    return Source("texts", datasets.Dataset.from_dict({"text": TEXTS}), sequence, weight)
 
 
 def captioned(

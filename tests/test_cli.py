@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import generators
+from conftest import generators, noisy_adapter
 from PIL import Image
-from test_lora import noisy_adapter
 from torch._inductor.exc import InductorError
 
 import unified

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from conftest import generators, tiny_model
-from test_decoding import naive_codes
+from conftest import generators, naive_codes, tiny_model
 
 from unified.decoding import Sampling, generate_codes, make_decoder
 from unified.decoding.cpu_kernels import LEVELS, Dense, Int8, Packed

@@ -2,28 +2,12 @@
 
 import pytest
 import torch
-from conftest import full_forward, generators, tiny_model
+from conftest import generators, naive_codes, tiny_model
 
 from unified.decoding import DECODING_MODES, Prompt, Sampling, generate_codes, generate_conditioned, make_decoder
 from unified.decoding import sampling as sampling_module
 from unified.decoding.continuous_batching import Batcher, Request
 from unified.decoding.sampling import LogitFilter, filter_logits, guide, gumbel_noise, sample_codes, sample_gumbel
-
-
-def naive_codes(model, prompt, negative, grid, sampling, generator, known=None):
-    """Full forward over the whole sequence for every code, one row at a time, no cache; ``known (h*w,)`` is forced."""
-    steps, codes = grid[0] * grid[1], []
-    for step in range(steps):
-        sides = []
-        for ids in (prompt, negative):
-            rest = [50 + c for c in codes] + [50] * (steps - step)  # codes to come are hidden by causality
-            output = full_forward(model, [*ids, *rest], [grid])
-            sides.append(output.image_logits[:, len(ids) - 1 + step])
-        logits = guide(*sides, sampling.guidance_scale) if sampling.guidance_scale > 1 else sides[0]
-        noise = gumbel_noise([generator], 20, logits.device)
-        sampled = int((filter_logits(logits, sampling) + noise).argmax())
-        codes.append(sampled if known is None or known[step] < 0 else int(known[step]))
-    return codes
 
 
 @pytest.mark.parametrize("positions", ["1d", "2d"])

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 from browsing import need_gradio
+from conftest import noisy_adapter
 from PIL import Image
-from test_lora import noisy_adapter
 
 from unified.cli import main
 from unified.data.crops import fit

@@ -7,9 +7,8 @@ import time
 
 import pytest
 from browsing import chromium, need_gradio
-from conftest import generators, tiny_pipeline
+from conftest import generators, noisy_adapter, tiny_pipeline
 from PIL import Image
-from test_lora import noisy_adapter
 
 from unified.data.crops import fit
 from unified.serving.engine import Engine

@@ -7,9 +7,8 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TEXTS, text_config, text_source
 from PIL import Image
-from test_batches import TEXTS, text_config, text_source
 
 from unified import UnifiedPipeline
 from unified.data.batches import in_order

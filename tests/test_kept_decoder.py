@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from conftest import generators
+from conftest import generators, noisy_adapter
 from peft.tuners.lora import LoraLayer
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
-from test_lora import noisy_adapter
 
 from unified.decoding import make_decoder
 from unified.lora.adapters import attach_lora, base_of

@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from conftest import CAPTIONS, generators, inputs_of, tiny_model
+from conftest import CAPTIONS, generators, inputs_of, noisy_adapter, tiny_model
 
 from unified import UnifiedPipeline
-from unified.lora.adapters import attach_lora, base_of, check_base, load_lora, save_lora, unload_lora
+from unified.lora.adapters import attach_lora, base_of, check_base, load_lora, save_lora
 from unified.sequence import ImageSegment, TextSegment, build_sequence
 from unified_tokenizers import train_sentencepiece
 
@@ -16,18 +16,6 @@ PROMPTS = ["red apple", "blue car"]
 
 def sample(pipe):
     return pipe(PROMPTS, generator=generators(1, 2), guidance_scale=2.0).codes
-
-
-def noisy_adapter(model, folder, seed, **options):
-    """Save an adapter with random weights; the model is left as it was."""
-    adapted = attach_lora(model, rank=4, **options)
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for weight in adapted.parameters():
-            if weight.requires_grad:
-                weight.normal_(0, 0.3)
-    save_lora(adapted, folder)
-    return unload_lora(adapted)
 
 
 def test_pipeline_load_switch_weight_unload(pipeline, tmp_path):

@@ -2,9 +2,7 @@
 
 import pytest
 import torch
-from conftest import inputs_of, tiny_model
-from test_backbones import FAMILIES, SIZES
-from test_lora_switching import logits
+from conftest import FAMILIES, SIZES, inputs_of, logits, tiny_model
 
 from unified.lora.adapters import attach_lora, base_of, load_lora, save_lora
 from unified.sequence import ImageSegment, TextSegment, build_sequence

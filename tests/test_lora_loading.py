@@ -5,11 +5,9 @@ import shutil
 
 import pytest
 import torch
-from conftest import generators, tiny_model
+from conftest import bits, generators, logits, noisy_adapter, tiny_model
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_lora import noisy_adapter
-from test_lora_switching import bits, logits
 
 from unified import UnifiedForCausalLM, UnifiedPipeline
 from unified.lora.adapters import attach_lora, base_of, load_lora, save_lora

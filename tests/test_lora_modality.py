@@ -2,11 +2,17 @@
 
 import pytest
 import torch
-from conftest import full_forward, generators, inputs_of, tiny_model
-from test_backbones import FAMILIES, SIZES
-from test_decoding import naive_codes
-from test_lora import noisy_adapter
-from test_lora_switching import logits
+from conftest import (
+    FAMILIES,
+    SIZES,
+    full_forward,
+    generators,
+    inputs_of,
+    logits,
+    naive_codes,
+    noisy_adapter,
+    tiny_model,
+)
 
 from unified.decoding import Prompt, Sampling, generate_codes, make_decoder
 from unified.decoding.decoder import BackboneDecoder

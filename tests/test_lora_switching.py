@@ -2,30 +2,15 @@
 
 import pytest
 import torch
-from conftest import full_forward, tiny_model
+from conftest import bits, logits, noisy_adapter, tiny_model
 from huggingface_hub import ModelCard
 from peft import PeftModel
-from test_lora import noisy_adapter
 
 from unified import UnifiedForCausalLM, UnifiedPipeline
 from unified.lora.adapters import attach_lora, base_of, load_lora, save_lora, unload_lora
 from unified.lora.switching import adapter_state, fuse_lora, plain_state, set_adapters, unfuse_lora
-from unified.sequence import ImageSegment, TextSegment, build_sequence
 
 KINDS = [{}, {"use_rslora": True}, {"use_dora": True}, {"train_image_tables": True}]
-
-
-@torch.no_grad()
-def logits(model):
-    vocabulary = base_of(model).config.vocabulary
-    segments = [TextSegment([5, 6]), ImageSegment(torch.arange(16).reshape(4, 4)), TextSegment([7])]
-    sequence = build_sequence(segments, vocabulary)
-    output = full_forward(base_of(model), sequence.input_ids, sequence.image_grids)
-    return torch.cat([output.logits, output.image_logits], dim=-1)
-
-
-def bits(model):
-    return {name: value.clone() for name, value in base_of(model).state_dict().items()}
 
 
 def with_adapters(tmp_path, *kinds):

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from conftest import generators, tiny_model
-from test_lora import noisy_adapter
+from conftest import generators, noisy_adapter, tiny_model
 
 from unified.decoding import Sampling
 

@@ -8,8 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import generators
-from test_lora import noisy_adapter
+from conftest import generators, noisy_adapter
 
 from unified.pipeline.options import GenerationOptions
 from unified.serving.engine import Engine

@@ -6,9 +6,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, tiny_model
+from conftest import ROOT, noisy_adapter, tiny_model
 from safetensors.torch import load_file, save_file
-from test_lora import noisy_adapter
 from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
 from unified import UnifiedForCausalLM, UnifiedPipeline

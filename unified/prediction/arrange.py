@@ -85,7 +85,7 @@ def arrange(
             the merge does not divide a grid.
     """
     ids, labels = sequence.input_ids.numpy(), sequence.labels.numpy()
-    spans = find_spans(ids, sequence.image_grids, vocabulary)
+    spans = image_spans(ids, sequence.image_grids, vocabulary)
     images = [_image(grid, order, merge, coordinates) for _, grid in spans]
     length = len(ids) + sum(len(index) - index.size for index, _, _ in images)
     shape = (length, merge.side**2 if spans else 1)
@@ -123,7 +123,7 @@ def _image(grid: Grid, order: str, merge: Merge, coordinates: Coordinates) -> tu
     return index.numpy(), offsets[cells].numpy(), advance
 
 
-def find_spans(ids: np.ndarray, grids: Sequence[Grid], vocabulary: Vocabulary) -> list[tuple[int, Grid]]:
+def image_spans(ids: np.ndarray, grids: Sequence[Grid], vocabulary: Vocabulary) -> list[tuple[int, Grid]]:
     """First index and grid of every image span of a sequence.
 
     Raises:
