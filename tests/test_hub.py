@@ -52,7 +52,8 @@ def test_what_looks_like_a_path_is_never_looked_up(hub, tmp_path, field, name):
 
 @pytest.mark.parametrize("field", OPEN)
 @pytest.mark.parametrize("name", ["owner/name", "name"])
-def test_what_the_hub_does_not_have_either_says_both(hub, field, name):
+def test_what_the_hub_does_not_have_either_says_both(hub, field, name, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no look at the network, and no retries
     with pytest.raises(ValueError, match=rf"{field}: '{name}' is neither a path on this machine nor .* from the Hub"):
         OPEN[field](name)
     assert hub == [name]
