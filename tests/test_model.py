@@ -222,3 +222,9 @@ def test_nothing_supervised_is_named():
 def test_bad_config_is_named(field, value):
     with pytest.raises(ValueError, match=f"{field}: .*{value}"):
         tiny_config(**{field: value})
+
+
+def test_codes_without_their_positions_are_named():
+    model = tiny_model()
+    with pytest.raises(ValueError, match="input_ids: ids beyond the 50 of the text vocabulary; image codes come with"):
+        model(torch.tensor([[1, 3, 55, 56, 4]]))

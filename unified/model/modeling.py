@@ -171,7 +171,13 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
         flat, vocab_size = ids.flatten(0, 1), self.config.text_config.vocab_size
         text = flat[:, 0]
         if image_inputs is None or not len(image_inputs):
-            return self.get_input_embeddings()(text).view(*ids.shape[:2], -1)
+            try:
+                return self.get_input_embeddings()(text).view(*ids.shape[:2], -1)
+            except IndexError as error:  # on a CPU
+                raise ValueError(
+                    f"input_ids: ids beyond the {vocab_size} of the text vocabulary; image codes come with image_inputs and "
+                    "positions, which unified.prediction.arrange makes."
+                ) from error
         # One row more, for the indices that stand for none.
         text = F.pad(text.masked_fill(text >= vocab_size, 0), (0, 1))
         codes = F.pad(flat, (0, 0, 0, 1), value=vocab_size)[image_inputs] - vocab_size
@@ -194,7 +200,7 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> Any:
         """Run the backbone on ``(B, S, D)`` embeddings with explicit rotary coordinates ``(B, S, 2)``.
 
-        ``image_positions``, True on image patches, broadcasts to ``(B, S)``; adapters of one kind of positions need it.
+        ``image_positions``, True on image patches, broadcasts to ``(B, S)``; adapters of one modality need it.
         """
         decoder = self.backbone.base_model
         if self.modality_gate is not None:
