@@ -90,7 +90,7 @@ def test_grouped_loss_equals_slot_by_slot_reference(p, positions):
         span, after = [(4 + i, 4 + i) for i in corner], 4 + 16
     places = [(i, i) for i in range(4)] + span + [(after + i, after + i) for i in range(3)]
     hidden = model.run_backbone(embeds, torch.tensor(places).float()[None]).last_hidden_state[0]
-    # Slot 3 is <boi>; it predicts patch 0. The last patch predicts <eoi>.
+    # Position 3 is <boi>; it predicts patch 0. The last patch predicts <eoi>.
     per_patch = []
     for j in range(n):
         r, c = divmod(j, side)
