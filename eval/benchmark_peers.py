@@ -93,7 +93,7 @@ def load_peer(
 def transformers_generate(
     llama: Any, special: int, start: list[int], nothing: list[int], grid: int, sampling: Sampling, batch: int = 1
 ) -> Callable[[], Tensor]:
-    """Draw by transformers: one joint table, ``generate()`` with its own guidance; the ``special`` text ids suppressed."""
+    """Sample by transformers: one joint table, ``generate()`` with its own guidance; the ``special`` text ids suppressed."""
     ids = torch.tensor([start] * batch)
     options = {
         "attention_mask": torch.ones_like(ids), "negative_prompt_ids": torch.tensor([nothing] * batch),

@@ -29,7 +29,7 @@ from unified_tokenizers import VQConfig, VQModel, train_sentencepiece
 
 CAPTIONS = ["red apple", "a green tree", "the small dog", "blue car", "a cat and a dog", "yellow sun over the sea"]
 OPTIONS = GenerationOptions(guidance_scale=3.0)
-Draw = Callable[[int], Tensor]  # number of a request to its codes
+Sample = Callable[[int], Tensor]  # number of a request to its codes
 
 
 def random_pipeline(grid: int, width: int, layers: int) -> UnifiedPipeline:
@@ -54,13 +54,13 @@ def arrivals(count: int, load: float, service: float, seed: int) -> list[float]:
     return (gaps.cumsum() - gaps[0]).tolist()
 
 
-def serve(draw: Draw, times: list[float], workers: int) -> list[float]:
+def serve(sample: Sample, times: list[float], workers: int) -> list[float]:
     """Seconds at which requests are answered that come at ``times``; ``workers`` of them may be under way."""
     start = time.perf_counter()
 
     def answer(number: int) -> float:
         time.sleep(max(0.0, times[number] - (time.perf_counter() - start)))
-        draw(number)
+        sample(number)
         return time.perf_counter() - start
 
     with ThreadPoolExecutor(workers) as pool:

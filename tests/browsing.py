@@ -26,7 +26,7 @@ def need_gradio() -> None:
 
 @contextmanager
 def chromium(profile: Path) -> Iterator[Any]:
-    """A headless browser of the system with a user data directory of its own."""
+    """A headless browser of the system with a fresh user data directory."""
     if importlib.util.find_spec("playwright") is None:
         missing("the browser test needs playwright: pip install -e '.[dev]'")
     program = shutil.which("chromium")

@@ -23,8 +23,8 @@ def test_it_runs(tmp_path):
     result = json.loads((tmp_path / "out.json").read_text())
     assert set(result["goals"]) == {"G1", "G5"}
     for goal in result["goals"].values():
-        for figures in (goal, goal["cpu"]):
-            assert figures["spread"][0] == figures["ratio"] == figures["spread"][1] > 0
+        for timing in (goal, goal["cpu"]):
+            assert timing["spread"][0] == timing["ratio"] == timing["spread"][1] > 0
         assert goal["goal"] > 1
     assert {"batch 4 against transformers", "batch 16 against transformers"} <= set(result["others"])
     assert result["conditions"]["threads"] == 1
@@ -101,7 +101,7 @@ def test_trained_pipeline_is_measured_in_every_mode(pipeline, tmp_path):
     result = measure_trained(str(tmp_path / "pipeline"), 1, None, tmp_path / "modes.png")
     modes = result["modes against plain"]
     assert set(modes) == {f"{m} {w}" for m in MODES for w in (8, 16)} | {"gsd 8 int8", "gsd 16 int8"}
-    assert all(1 <= figures["codes_per_pass"] <= 4 * 16 for figures in modes.values())
+    assert all(1 <= metrics["codes_per_pass"] <= 4 * 16 for metrics in modes.values())
     assert set(result["goals"]) == {"G4"} and result["goals"]["G4"]["codes_per_pass"] == modes[EXACT]["codes_per_pass"]
     assert 0 <= result["int8 quality"]["kl_nats_per_code"] < 0.05
     with Image.open(tmp_path / "modes.png") as sheet:

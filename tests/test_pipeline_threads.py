@@ -24,7 +24,7 @@ def slow(pipeline):
 
 
 def in_threads(work, count=4):
-    """Results of ``work(0)``, ``work(1)``, ..., each in a thread of its own."""
+    """Results of ``work(0)``, ``work(1)``, ..., each in its own thread."""
     results, errors = {}, []
 
     def run(index):

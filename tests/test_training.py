@@ -110,12 +110,12 @@ def test_figures_are_measured_while_training(config_file, tmp_path):
 
     def measure(pipeline):
         sizes.append(pipeline("red apple", generator=generators(0)).images[0].size)
-        return {"figure": float(len(sizes))}
+        return {"metric": float(len(sizes))}
 
     options = ["evaluation.every=2", "evaluation.data=d", "evaluation.clip=c", "checkpoint_every=null"]
     train(load_config(config_file, [f"output_dir={tmp_path}/measured", *options]), measure)
     log = read_log(tmp_path / "measured")
-    assert [(r["step"], r["figure"]) for r in log if "figure" in r] == [(8, 1.0), (10, 2.0), (12, 3.0)]
+    assert [(r["step"], r["metric"]) for r in log if "metric" in r] == [(8, 1.0), (10, 2.0), (12, 3.0)]
     assert sizes == [(16, 16)] * 3
     train(load_config(config_file, [f"output_dir={tmp_path}/plain", "checkpoint_every=null"]))
     ours, plain = (load_file(tmp_path / name / "pipeline/model/model.safetensors") for name in ("measured", "plain"))

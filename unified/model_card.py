@@ -64,9 +64,9 @@ def model_card(
 
 
 def combined_card(base: str | None, adapters: Mapping[str, str | None]) -> str | None:
-    """Text of a ``README.md`` for a model with fused adapters, given the texts of its own and of theirs.
+    """Text of a ``README.md`` for a model with fused adapters, given the text of its card and the texts of theirs.
 
-    Without adapters it is the model's own. A part without a card or a known licence makes the licence ``unknown``.
+    Without adapters it is the model's card. A part without a card or a known licence makes the licence ``unknown``.
     """
     if not adapters:
         return base

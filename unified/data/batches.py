@@ -218,6 +218,6 @@ def bucketed_order(grids: np.ndarray, batch_size: int, begun: int, rng: np.rando
 
 
 def loader(batches: Batches, start: int = 0, num_workers: int = 0) -> DataLoader:
-    """Iterate over batches from index ``start`` on. The global random stream, which dropout draws from, is left alone."""
+    """Iterate over batches from index ``start`` on. The global random stream, which dropout uses, is left alone."""
     indices, generator = range(start, len(batches)), torch.Generator()
     return DataLoader(batches, batch_size=None, sampler=indices, num_workers=num_workers, generator=generator)

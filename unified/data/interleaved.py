@@ -96,9 +96,9 @@ def interleaved_sequence(
     """
     room = max_length - (vocabulary.bos_token_id is not None)
     segments: list[Segment] = []
-    pictures = _images(row)
+    images = _images(row)
     for text in row["texts"]:
-        segment = TextSegment(text_tokenizer.encode(str(text))) if text is not None else ImageSegment(next(pictures))
+        segment = TextSegment(text_tokenizer.encode(str(text))) if text is not None else ImageSegment(next(images))
         size = len(segment.ids) if isinstance(segment, TextSegment) else segment.codes.numel() + 2
         if size > room:
             if isinstance(segment, TextSegment):

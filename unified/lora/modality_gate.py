@@ -15,7 +15,7 @@ class ModalityGate:
     """Multiplies the updates of partial adapters by 0 on positions of the other modality.
 
     Which positions are images travels to every attention module as the keyword ``image_positions (B, T)``. That module
-    takes it for its whole layer, so that a layer that is computed again for its gradients finds those of its own batch.
+    takes it for its whole layer, so that a layer that is computed again for its gradients finds those of its batch.
 
     Args:
         layers: the layers of the backbone, each with a ``self_attn``.
