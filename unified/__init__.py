@@ -3,8 +3,9 @@
 The names below are imported on first use, so that ``import unified`` and ``unified --help`` load no torch.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from unified.lazy import on_first_use
 
 if TYPE_CHECKING:
     from unified.config import UnifiedConfig, Vocabulary
@@ -55,9 +56,4 @@ __all__ = [
     "patch_cross_entropy",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """Import a public name from its module when it is first asked for."""
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module 'unified' has no attribute {name!r}")
-    return getattr(import_module(f"unified.{_MODULE_OF[name]}"), name)
+__getattr__ = on_first_use(__name__, _MODULE_OF)

@@ -1,7 +1,8 @@
 """Decoding: samplers, decoders and the cached loops. The names below are imported on first use."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from unified.lazy import on_first_use
 
 if TYPE_CHECKING:
     from unified.decoding.config import DECODING_MODES, Sampling
@@ -29,9 +30,4 @@ __all__ = [
     "make_decoder",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """Import a public name from its module when it is first asked for."""
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module 'unified.decoding' has no attribute {name!r}")
-    return getattr(import_module(f"unified.decoding.{_MODULE_OF[name]}"), name)
+__getattr__ = on_first_use(__name__, _MODULE_OF)
