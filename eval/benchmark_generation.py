@@ -1,10 +1,10 @@
 """Generation speed side by side: ours against transformers' `generate()` with guidance, and against LlamaGen's.
 
-    python eval/benchmark_generation.py --json generation.json [--llamagen DIR] [--pipeline DIR] [--pictures FILE] [--sweep]
+    python eval/benchmark_generation.py --json generation.json [--llamagen DIR] [--pipeline DIR] [--images FILE] [--sweep]
 
 One process, shared weights, interleaved rounds, warm-up dropped; ratios are medians of paired rounds with their range.
 Codes are compared with the peers' before any time is printed. Speculative decoding needs a trained model: `--pipeline`
-measures it there, and `--pictures` shows what its modes draw. Absolute times are not reported: they belong to the machine.
+measures it there, and `--images` shows what its modes sample. Absolute times are not reported: they belong to the machine.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from unified.decoding.prefill import causal_bias, prefill
 from unified.decoding.sampling import PositionNoise, filter_logits, guide, sample_gumbel
 from unified.decoding.speculative import MODES, speculate_codes
 from unified.lora.adapters import base_of
+from unified.pipeline.arguments import image_prompt
 from unified.sequence import ImageSegment, TokenSequence
 from unified_eval.sheets import captioned_grid
 from unified_eval.timing import compared, interleaved
@@ -50,7 +51,7 @@ def seeds(count: int) -> list[torch.Generator]:
 
 
 def ours(decoder: Any, grid: int, batch: int = 1, sampling: Sampling = SAMPLING) -> Callable[[], Tensor]:
-    """Draw ``batch`` images after a short prompt."""
+    """Sample ``batch`` images after a short prompt."""
     return lambda: generate_codes(decoder, [START] * batch, [NOTHING] * batch, (grid, grid), sampling, seeds(batch))
 
 
@@ -111,7 +112,7 @@ def int8_quality(model: Any, rows: list[Any], grid: tuple[int, int], sampling: S
 
 
 def compiled(steps: dict[str, Callable[[], Tensor]]) -> dict[str, float]:
-    """First calls of steps that compile, in seconds; the only absolute times, each on a line of its own."""
+    """First calls of steps that compile, in seconds; the only absolute times, one to a line."""
     seconds = {}
     for name, step in steps.items():
         begin = time.perf_counter()
@@ -221,7 +222,7 @@ def vq_share(timings: Any, rounds: int) -> dict[str, Any]:
     return {"ratio": round(ratio, 3)}
 
 
-def measure_trained(folder: str, rounds: int, llamagen: str | None, pictures: Path | None) -> dict[str, Any]:
+def measure_trained(folder: str, rounds: int, llamagen: str | None, sheet: Path | None) -> dict[str, Any]:
     """Goals that need a trained model: G4 and, against LlamaGen at its size, G6."""
     pipe = UnifiedPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
@@ -229,9 +230,8 @@ def measure_trained(folder: str, rounds: int, llamagen: str | None, pictures: Pa
     config = model.config
     height, width = (side // pipe.image_tokenizer.downsample for side in pipe.default_size)
     sampling, captions = Sampling(1.5, 0.85), ["red apple", "penguin", "house", "airplane"]
-    start = [] if config.vocabulary.bos_token_id is None else [config.vocabulary.bos_token_id]
-    rows = [Prompt((*start, *pipe.text_tokenizer.encode(c), config.boi_token_id)) for c in captions]
-    nothing = [Prompt((*start, config.boi_token_id))] * len(rows)
+    rows = [image_prompt(caption, pipe.text_tokenizer, config) for caption in captions]
+    nothing = [image_prompt("", pipe.text_tokenizer, config)] * len(rows)
     decoders = {"": make_decoder(model), " int8": make_decoder(model, int8=True)}
     size = (height, width)
 
@@ -268,8 +268,8 @@ def measure_trained(folder: str, rounds: int, llamagen: str | None, pictures: Pa
     goals = {"G4": {**modes[EXACT], "mode and window": EXACT}}
     if llamagen:
         goals["G6"] = {**compared(timings, "llamagen", PARALLEL), "mode and window": PARALLEL}
-    if pictures:
-        save_modes(pipe, captions, pictures)
+    if sheet:
+        save_modes(pipe, captions, sheet)
     quality = int8_quality(model, [rows[0], nothing[0]], size, sampling)
     return {"goals": goals, "modes against plain": modes, "prompts": captions, "int8 quality": quality}
 
@@ -277,14 +277,14 @@ def measure_trained(folder: str, rounds: int, llamagen: str | None, pictures: Pa
 def save_modes(pipe: UnifiedPipeline, captions: list[str], path: Path) -> None:
     """A sheet with one row of images for each decoding mode, and one with 8-bit weights."""
 
-    def draw(mode: str) -> Any:
+    def sample(mode: str) -> Any:
         return pipe(
             captions, generator=seeds(len(captions)), decoding=mode, guidance_scale=1.5, temperature=0.85
         ).images
 
-    rows = [draw(mode) for mode in ("plain", *MODES)]
+    rows = [sample(mode) for mode in ("plain", *MODES)]
     pipe.enable_fast_decoding(int8=True)
-    rows += [draw("plain"), draw("gsd")]
+    rows += [sample("plain"), sample("gsd")]
     names = ["plain", *MODES, "plain, int8", "gsd, int8"]
     captioned_grid(rows, column_titles=captions, row_titles=names).save(path)
 
@@ -293,8 +293,8 @@ def sweep(rounds: int, grids: Sequence[int] = (8, 16, 32, 64)) -> list[dict[str,
     """Time per code over the side of the grid, one image; the first row is 1."""
     rows = []
     for grid in grids:
-        draw = ours(make_decoder(our_model(1024, width=256, layers=4, grid=grid).eval()), grid)
-        seconds = median(wall for wall, _ in interleaved({"draw": draw}, rounds)["draw"]) / grid**2
+        sample = ours(make_decoder(our_model(1024, width=256, layers=4, grid=grid).eval()), grid)
+        seconds = median(wall for wall, _ in interleaved({"ours": sample}, rounds)["ours"]) / grid**2
         rows.append({"grid": grid, "time_per_code": seconds})
     return [{**row, "time_per_code": round(row["time_per_code"] / rows[0]["time_per_code"], 3)} for row in rows]
 
@@ -305,7 +305,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file to write")
     parser.add_argument("--llamagen", help="checkout of FoundationVision/LlamaGen to compare with")
     parser.add_argument("--pipeline", help="trained pipeline, for speculative decoding")
-    parser.add_argument("--pictures", type=Path, help="with --pipeline: sheet of what the decoding modes draw")
+    parser.add_argument("--images", type=Path, help="with --pipeline: sheet of what the decoding modes sample")
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default: %(default)s)")
     parser.add_argument("--grid", type=int, default=16, help="side of the code grid (default: %(default)s)")
@@ -327,7 +327,7 @@ def main() -> None:
         **measure(args.rounds, args.llamagen, args.grid, args.codebook, not args.no_compile),
     }  # fmt: skip
     if args.pipeline:
-        trained = measure_trained(args.pipeline, args.rounds, args.llamagen, args.pictures)
+        trained = measure_trained(args.pipeline, args.rounds, args.llamagen, args.images)
         result["goals"] |= trained.pop("goals")
         result["trained"] = trained
         if "G3" in result["goals"]:

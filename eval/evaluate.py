@@ -31,6 +31,7 @@ from unified.errors import explain_errors
 from unified.files import write_json
 from unified_eval.command_line import (
     SAMPLING,
+    add_column_arguments,
     add_generation_arguments,
     check_counts,
     check_folder,
@@ -48,8 +49,8 @@ from unified_eval.evaluation_report import (
 )
 from unified_eval.extraction import process_state
 from unified_eval.features import EXTRACTORS
-from unified_eval.files import content_hash, write_image
-from unified_eval.generation import generate_images, square_side
+from unified_eval.files import write_image
+from unified_eval.generation import generate_images, load_system, square_side
 from unified_eval.inputs import Inputs, load_networks
 from unified_eval.metrics import (
     DEFAULT_METRICS,
@@ -120,8 +121,7 @@ def parse_arguments() -> argparse.Namespace:
         default="validation",
         help="split for the tokenizer's PSNR; 'none' skips it (default: %(default)s)",
     )
-    task.add_argument("--image-column", default="image", help="column of the images (default: %(default)s)")
-    task.add_argument("--caption-column", default="caption", help="column of the captions (default: %(default)s)")
+    add_column_arguments(task)
     measure = parser.add_argument_group("measurement")
     measure.add_argument(
         "--metrics", nargs="+", choices=METRICS, default=list(DEFAULT_METRICS), metavar="NAME",
@@ -233,11 +233,7 @@ def choose_task(args: argparse.Namespace) -> Task:
 
 def open_pipeline(system: System, device: str) -> tuple[UnifiedPipeline, dict[str, str]]:
     """Load a system; return it with the hashes that identify it."""
-    pipeline = UnifiedPipeline.from_pretrained(system.pipeline)
-    identity = {"pipeline_sha256": content_hash(system.pipeline)}
-    if system.lora:
-        pipeline.load_lora_weights(system.lora)
-        identity["lora_sha256"] = content_hash(system.lora)
+    pipeline, identity = load_system(system.pipeline, system.lora)
     pipeline.to(device)
     if system.decoding.endswith(INT8):
         identity["weights"] = "int8"

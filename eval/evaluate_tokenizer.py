@@ -24,7 +24,7 @@ from unified.data import SkipReport
 from unified.data.crops import fit
 from unified.errors import explain_errors
 from unified.files import write_json, write_text
-from unified_eval.command_line import check_counts, check_folder, device
+from unified_eval.command_line import add_column_arguments, check_counts, check_folder, device
 from unified_eval.extraction import batches
 from unified_eval.features import EXTRACTORS, Extractor, load_extractor
 from unified_eval.files import write_image
@@ -45,8 +45,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--names", nargs="+", help="names for the table (default: their last path part)")
     parser.add_argument("--data", required=True, help="data folder, file or Hub name with captioned images")
     parser.add_argument("--split", default="validation", help="split to measure on (default: %(default)s)")
-    parser.add_argument("--image-column", default="image", help="column of the images (default: %(default)s)")
-    parser.add_argument("--caption-column", default="caption", help="column of the captions (default: %(default)s)")
+    add_column_arguments(parser)
     parser.add_argument("--image-size", type=int, required=True, help="side in pixels; must divide by every stride")
     parser.add_argument("--max-samples", type=int, help="use the first this many usable rows (default: all)")
     parser.add_argument("--extractor", choices=EXTRACTORS, default=EXTRACTORS[0], help="features of rFID and its kin")

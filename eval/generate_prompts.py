@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from unified import UnifiedPipeline
 from unified.errors import explain_errors
 from unified.files import write_json, write_text
 from unified_eval.clip import (
@@ -26,9 +25,7 @@ from unified_eval.clip import (
     clip_extractor,
     clip_recipe,
     clip_text_features,
-    left_out_note,
     load_clip,
-    readable_captions,
 )
 from unified_eval.command_line import (
     SAMPLING,
@@ -40,7 +37,8 @@ from unified_eval.command_line import (
 from unified_eval.evaluation_report import shown
 from unified_eval.extraction import extract_features, process_state
 from unified_eval.files import content_hash
-from unified_eval.generation import generate_images, geneval_name
+from unified_eval.generation import generate_images, geneval_name, load_system
+from unified_eval.metrics import readable_places
 from unified_eval.prompts import Prompt, read_prompts
 from unified_eval.results import Results
 from unified_eval.shapes import add_records, check_size, read_claims, scene_records
@@ -80,20 +78,18 @@ def add_clip_scores(
         cache: folder of cached features.
     """
     texts = [prompt.text for prompt in prompts]
-    readable = readable_captions(clip.tokenizer, texts)
-    if len(readable) < len(texts):
-        results.note(left_out_note(clip, texts, readable))
-    if len(readable) < 2:
+    place = readable_places(clip, texts, results)
+    if not place:
         return
-    place = {owner: number for number, owner in enumerate(readable)}
     each = len(images) // len(prompts)
     kept = [number for number in range(len(images)) if number // each in place]
     owners, chosen = [number // each for number in kept], [images[number] for number in kept]
-    vectors = extract_features(clip_extractor(clip), chosen, batch_size, cache, progress=True)
-    text_features = clip_text_features(clip, [texts[owner] for owner in readable])
+    base = clip_recipe(clip)
+    vectors = extract_features(clip_extractor(clip, base), chosen, batch_size, cache, progress=True)
+    text_features = clip_text_features(clip, [texts[owner] for owner in place])
     own = 100 * caption_rows(torch.from_numpy(vectors), text_features, [place[owner] for owner in owners])["own"]
-    recipe = {"formula": "100 * mean(cos), unclamped", **clip_recipe(clip)}
-    for tag in [None, *sorted({prompts[owner].tag for owner in readable})]:
+    recipe = {"formula": "100 * mean(cos), unclamped", **base}
+    for tag in [None, *sorted({prompts[owner].tag for owner in place})]:
         mask = np.array([tag in (None, prompts[owner].tag) for owner in owners])
         name = "clip_score" if tag is None else f"clip_score_{tag}"
         label = f"CLIP score ({clip.name}), {tag or 'all prompts'}"
@@ -113,11 +109,7 @@ def main() -> None:
         raise ValueError(f"--clip: {len(prompts)} prompt; a score needs 2 or more.")
     claims = [read_claims(prompt.metadata["include"]) for prompt in prompts] if args.shapes else []
     clip = load_clip(args.clip) if args.clip else None
-    pipeline = UnifiedPipeline.from_pretrained(args.pipeline)
-    identity = {"pipeline_sha256": content_hash(args.pipeline)}
-    if args.lora:
-        pipeline.load_lora_weights(args.lora)
-        identity["lora_sha256"] = content_hash(args.lora)
+    pipeline, identity = load_system(args.pipeline, args.lora)
     if args.shapes:
         check_size(*pipeline.default_size)
 

@@ -15,7 +15,7 @@ from PIL import Image
 from unified.data import SkipReport
 from unified.errors import explain_errors
 from unified_eval.clip import caption_key
-from unified_eval.command_line import check_folder
+from unified_eval.command_line import add_column_arguments, check_folder
 from unified_eval.nano_clip import check_nano_clip_folder, grouped_retrieval, save_nano_clip, shrink, train_nano_clip
 from unified_eval.selection import usable_images
 
@@ -31,8 +31,7 @@ def parse_arguments() -> argparse.Namespace:
         default="validation",
         help="split to measure on; 'none' for no such split (default: %(default)s)",
     )
-    parser.add_argument("--image-column", default="image", help="column of the images (default: %(default)s)")
-    parser.add_argument("--caption-column", default="caption", help="column of the captions (default: %(default)s)")
+    add_column_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--name", required=True, help="name its scores carry, for example openmoji-nano")
     parser.add_argument("--steps", type=int, default=180, help="optimizer steps (default: %(default)s)")

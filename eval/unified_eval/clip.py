@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from unified_eval.features import Extractor
+from unified_eval.frechet import mean_off_diagonal
 
 NANO_CLIP_FILE = "nano_clip.json"
 CONFIG_FILE = "open_clip_config.json"
@@ -133,7 +134,8 @@ def readable_captions(tokenizer: Any, captions: Sequence[str]) -> list[int]:
 
 def left_out_note(clip: Clip, captions: Sequence[str], readable: Sequence[int]) -> str:
     """A note for a report on the captions that are not among the ``readable`` ones."""
-    first = shorten(next(caption for number, caption in enumerate(captions) if number not in set(readable)), 80)
+    kept = set(readable)
+    first = shorten(next(caption for number, caption in enumerate(captions) if number not in kept), 80)
     return (
         f"clip: {len(captions) - len(readable)} of {len(captions)} captions exceed the {clip.tokenizer.context_length} "
         f"tokens that {clip.name} reads and are left out of its scores; the first: {first!r}."
@@ -148,9 +150,14 @@ def _tokens_and_cut(tokenizer: Any, captions: Sequence[str]) -> tuple[Tensor, Te
     return tokens, (wider[:, :context] != tokens).any(1) | (wider[:, -1] != padding)
 
 
-def clip_extractor(clip: Clip) -> Extractor:
-    """The image tower as a feature network, for :func:`unified_eval.extract_features`; rows are not normalised."""
-    recipe = clip_recipe(clip)
+def clip_extractor(clip: Clip, recipe: Mapping[str, Any] | None = None) -> Extractor:
+    """The image tower as a feature network, for :func:`unified_eval.extract_features`; rows are not normalised.
+
+    Args:
+        clip: the model of :func:`load_clip`.
+        recipe: what :func:`clip_recipe` says of it, if that is known: it reads all weights.
+    """
+    recipe = recipe or clip_recipe(clip)
     device = next(clip.model.parameters()).device
 
     def network(images: list[Image.Image]) -> Tensor:
@@ -223,10 +230,9 @@ def shuffled_score(image_features: Tensor, text_features: Tensor) -> float:
         ValueError: as for :func:`clip_score`, or if there are fewer than 2 images.
     """
     cosines = _cosines(image_features, text_features)
-    count = len(cosines)
-    if count < 2:
+    if len(cosines) < 2:
         raise ValueError("image_features: 1 row has no other caption to be compared with; give 2 or more.")
-    return 100 * float((cosines.sum() - cosines.trace()) / (count * (count - 1)))
+    return 100 * float(mean_off_diagonal(cosines))
 
 
 def shuffled_gap(image_features: Tensor, text_features: Tensor) -> float:

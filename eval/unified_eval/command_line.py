@@ -35,6 +35,12 @@ def add_generation_arguments(parser: Any) -> None:
     parser.add_argument("--device", type=device, default="cpu", help="device of all networks (default: %(default)s)")
 
 
+def add_column_arguments(parser: Any) -> None:
+    """Add the names of the columns of a source to a parser or a group of it."""
+    parser.add_argument("--image-column", default="image", help="column of the images (default: %(default)s)")
+    parser.add_argument("--caption-column", default="caption", help="column of the captions (default: %(default)s)")
+
+
 def check_counts(args: argparse.Namespace, *names: str) -> None:
     """Raise ValueError if an argument is below 1."""
     for name in names:

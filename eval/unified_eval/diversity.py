@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unified_eval.frechet import Features, checked, checked_pair
+from unified_eval.frechet import Features, checked, checked_pair, mean_off_diagonal, squared_distances
 
 CHUNK = 512  # rows of a distance matrix at a time
 
@@ -64,12 +64,12 @@ def membership(real: Features, fake: Features, k: int = 5) -> Membership:
     precision, density, recall = [], [], []
     covered = torch.zeros(len(real_rows), dtype=torch.bool)
     for chunk in fake_rows.split(CHUNK):
-        inside = _squares(chunk, real_rows) <= real_radii
+        inside = squared_distances(chunk, real_rows) <= real_radii
         precision.append(inside.any(1))
         density.append(inside.double().sum(1) / k)
         covered |= inside.any(0)
     for chunk in real_rows.split(CHUNK):
-        recall.append((_squares(chunk, fake_rows) <= fake_radii).any(1))
+        recall.append((squared_distances(chunk, fake_rows) <= fake_radii).any(1))
     parts = (torch.cat(precision), torch.cat(recall), torch.cat(density), covered)
     return Membership(*(part.double().numpy() for part in parts))
 
@@ -122,11 +122,10 @@ def prompt_diversity(features: Features, prompts: Sequence[Hashable]) -> dict[Ha
         members.setdefault(prompt, []).append(index)
     out: dict[Hashable, float] = {}
     for prompt, indices in members.items():
-        count = len(indices)
-        if count < 2:
+        if len(indices) < 2:
             raise ValueError(f"prompts: {prompt!r} has a single image; diversity needs 2 or more of each prompt.")
         cosines = rows[indices] @ rows[indices].T
-        out[prompt] = 1 - float((cosines.sum() - cosines.trace()) / (count * (count - 1)))
+        out[prompt] = 1 - float(mean_off_diagonal(cosines))
     return out
 
 
@@ -164,16 +163,11 @@ def _unit(field: str, features: Features) -> Tensor:
     return rows / lengths
 
 
-def _squares(a: Tensor, b: Tensor) -> Tensor:
-    """Squared distances ``(N, M)`` by a matrix product; rounding leaves about 1e-12 of the squared lengths."""
-    return a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T
-
-
 def _kth_distances(rows: Tensor, k: int) -> Tensor:
     """Squared distance of every row to its k-th nearest other row, rounded up so that ties count as inside."""
     parts = []
     for start in range(0, len(rows), CHUNK):
-        squares = _squares(rows[start : start + CHUNK], rows)
+        squares = squared_distances(rows[start : start + CHUNK], rows)
         own = torch.arange(len(squares))
         squares[own, start + own] = torch.inf
         parts.append(squares.kthvalue(k, dim=1).values)

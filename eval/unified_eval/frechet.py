@@ -54,8 +54,8 @@ def kernel_distance(a: Features, b: Features) -> float:
     Source: Binkowski et al. 2018, https://arxiv.org/abs/1801.01401, section 4.
     """
     rows_a, rows_b = checked_pair(a, b)
-    within_a = _mean_off_diagonal(_cubic_kernel(rows_a, rows_a))
-    within_b = _mean_off_diagonal(_cubic_kernel(rows_b, rows_b))
+    within_a = mean_off_diagonal(_cubic_kernel(rows_a, rows_a))
+    within_b = mean_off_diagonal(_cubic_kernel(rows_b, rows_b))
     return float(within_a + within_b - 2 * _cubic_kernel(rows_a, rows_b).mean())
 
 
@@ -115,7 +115,7 @@ def cmmd(a: Features, b: Features, sigma: float = 10.0, scale: float = 1000.0) -
             raise ValueError(f"{field}: rows are not of length 1; normalise the CLIP features first.")
 
     def mean_kernel(x: Tensor, y: Tensor) -> float:
-        squares = x.square().sum(1)[:, None] + y.square().sum(1) - 2 * x @ y.T
+        squares = squared_distances(x, y)
         # The kernel is 1 less about 1 % here, so that expm1 keeps the digits that differ.
         return float(torch.expm1(-squares / (2 * sigma**2)).mean())
 
@@ -146,6 +146,11 @@ def checked(field: str, features: Features) -> Tensor:
     return rows
 
 
+def squared_distances(a: Tensor, b: Tensor) -> Tensor:
+    """Squared distances ``(N, M)`` by a matrix product; rounding leaves about 1e-12 of the squared lengths."""
+    return a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T
+
+
 def _covariance_root(centred: Tensor) -> Tensor:
     """Some R with ``R^T R`` = the covariance of the rows, at most D rows high."""
     rows, width = centred.shape
@@ -157,6 +162,7 @@ def _cubic_kernel(a: Tensor, b: Tensor) -> Tensor:
     return (a @ b.T / a.shape[1] + 1) ** 3
 
 
-def _mean_off_diagonal(kernel: Tensor) -> Tensor:
-    count = len(kernel)
-    return (kernel.sum() - kernel.trace()) / (count * (count - 1))
+def mean_off_diagonal(matrix: Tensor) -> Tensor:
+    """Mean of the entries of a square matrix that are not on its diagonal."""
+    count = len(matrix)
+    return (matrix.sum() - matrix.trace()) / (count * (count - 1))

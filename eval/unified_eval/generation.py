@@ -13,7 +13,16 @@ from tqdm import tqdm
 from unified import UnifiedPipeline
 from unified.files import write_json
 from unified_eval.extraction import batches, process_state
-from unified_eval.files import write_image
+from unified_eval.files import content_hash, write_image
+
+
+def load_system(name: str, lora: str | None = None) -> tuple[UnifiedPipeline, dict[str, str]]:
+    """A pipeline, perhaps with an adapter, and the hashes that identify both for :func:`generate_images`."""
+    pipeline, identity = UnifiedPipeline.from_pretrained(name), {"pipeline_sha256": content_hash(name)}
+    if lora:
+        pipeline.load_lora_weights(lora)
+        identity["lora_sha256"] = content_hash(lora)
+    return pipeline, identity
 
 
 def square_side(pipeline: UnifiedPipeline) -> int:

@@ -114,7 +114,7 @@ class Inputs:
     @cached_property
     def clip_extractor(self) -> Extractor:
         """The image tower of ``clip``."""
-        return clip_extractor(self.require("clip"))
+        return clip_extractor(self.require("clip"), self.clip_recipe)
 
     @cached_property
     def clip_recipe(self) -> dict[str, Any]:

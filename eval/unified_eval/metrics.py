@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from unified_eval.clip import caption_rows, clip_text_features, left_out_note, readable_captions
+from unified_eval.clip import Clip, caption_rows, clip_text_features, left_out_note, readable_captions
 from unified_eval.diversity import inception_score, membership, nearest_neighbours, prompt_diversity
 from unified_eval.features import Extractor
 from unified_eval.frechet import cmmd, frechet_distance, kernel_distance
@@ -393,6 +393,17 @@ def needs_of(metrics: Sequence[str]) -> set[Need]:
     return {need for name in metrics if name in METRICS for need in METRICS[name].needs}
 
 
+def readable_places(clip: Clip, texts: Sequence[str], results: Results) -> dict[int, int]:
+    """The captions that a CLIP reads whole, by their numbers: 0, 1, ... among themselves; a note names the others.
+
+    Empty if fewer than 2 are left.
+    """
+    readable = readable_captions(clip.tokenizer, texts)
+    if len(readable) < len(texts):
+        results.note(left_out_note(clip, texts, readable))
+    return {number: place for place, number in enumerate(readable)} if len(readable) > 1 else {}
+
+
 def _caption_rows(
     inputs: Inputs, results: Results, kinds: Sequence[ImageSet], prefix: str = ""
 ) -> Iterator[tuple[ImageSet, dict[str, np.ndarray], list[str]]]:
@@ -402,13 +413,10 @@ def _caption_rows(
     """
     clip = inputs.require("clip")
     texts = [prefix + caption for caption in inputs.captions]
-    readable = readable_captions(clip.tokenizer, texts)
-    if len(readable) < len(texts):
-        results.note(left_out_note(clip, texts, readable))
-    if len(readable) < 2:
+    place = readable_places(clip, texts, results)
+    if not place:
         return
-    text_features = clip_text_features(clip, [texts[index] for index in readable], inputs.batch_size)
-    place = {index: number for number, index in enumerate(readable)}
+    text_features = clip_text_features(clip, [texts[index] for index in place], inputs.batch_size)
     for kind in kinds:
         owners = inputs.owners if kind == "generated" else list(range(len(texts)))
         rows = [row for row, owner in enumerate(owners) if owner in place]
