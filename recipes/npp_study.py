@@ -38,6 +38,7 @@ from unified.training.validation import image_loss
 from unified_eval.clip import clip_features, load_clip, retrieval_at_1
 from unified_eval.features import load_extractor
 from unified_eval.frechet import frechet_distance
+from unified_eval.generation import stream_images
 from unified_eval.selection import choose_evenly, first_usable_rows, unique_captions
 from unified_eval.shapes import find_shapes, shapes_accuracy
 from unified_eval.sheets import captioned_grid, in_rows
@@ -149,14 +150,10 @@ def image_quality(run: Run, pipeline: UnifiedPipeline) -> dict[str, float]:
     chosen = choose_evenly(unique_captions(rows), run.num_images, 0)
     captions = [row.caption for row in chosen]
     size, _ = pipeline.default_size
-    pipeline.set_progress_bar_config(disable=True)
-    images: list[Image.Image] = []
-    for start in range(0, len(captions), 64):
-        prompts = captions[start : start + 64]
-        generators = [torch.Generator().manual_seed(start + i) for i in range(len(prompts))]
-        images += pipeline(
-            prompts, guidance_scale=run.guidance_scale, temperature=run.temperature, generator=generators
-        ).images
+    stream = stream_images(
+        pipeline, captions, range(len(captions)), guidance_scale=run.guidance_scale, temperature=run.temperature
+    )
+    images = list(stream)
     captioned_grid(in_rows(images[:32], 8), in_rows(captions[:32], 8)).save(Path(run.out) / "samples.png")
 
     extractor = load_extractor("efficientnet-lite0")

@@ -18,6 +18,7 @@ from unified import PatchSchedule, UnifiedPipeline
 from unified.data import SkipReport, captioned_images, load_source
 from unified.errors import explain_errors
 from unified.files import write_json
+from unified.pipeline.arguments import seeded
 from unified.settings import load_settings
 from unified.training.config import TrainConfig
 from unified.training.tracking import read_log
@@ -55,7 +56,7 @@ def generate(
     pipe: UnifiedPipeline, prompts: list[str], sampling: dict[str, Any], seed: int = 0
 ) -> tuple[list[Image.Image], torch.Tensor]:
     """Images and codes; prompt i has the generator of ``seed + i``."""
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
+    generators = seeded(seed, len(prompts))
     output = pipe(prompts, generator=generators, **sampling)
     return list(output.images), output.codes
 
@@ -167,7 +168,7 @@ def main() -> None:
         **lora,
         **edits,
         "image_cost_relative_to_next_token": schedule.relative_cost(),
-        "training_pictures_seen": config.steps * config.batch_size,
+        "training_images_seen": config.steps * config.batch_size,
         "final_validation": {
             k: v for k, v in [r for r in log if "validation_loss" in r][-1].items() if k.endswith("loss")
         },

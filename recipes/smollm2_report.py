@@ -28,6 +28,7 @@ from unified.training.data import Context, open_data
 from unified.training.tracking import read_log
 from unified.training.validation import image_loss
 from unified_eval.curves import plot_loss
+from unified_eval.generation import stream_images
 from unified_eval.selection import choose_evenly
 from unified_eval.sheets import captioned_grid, in_rows
 
@@ -94,12 +95,13 @@ def text_metrics(pipe: UnifiedPipeline, backbone: str, expect: str) -> tuple[dic
     }
 
 
-def draw(pipe: UnifiedPipeline, captions: list[str], guidance_scale: float, temperature: float, out: Path) -> None:
+def sample_sheet(
+    pipe: UnifiedPipeline, captions: list[str], guidance_scale: float, temperature: float, out: Path
+) -> None:
     """A sheet of one image for each caption, with fixed seeds."""
-    pipe.set_progress_bar_config(disable=True)
-    generators = [torch.Generator().manual_seed(i) for i in range(len(captions))]
-    images = pipe(captions, guidance_scale=guidance_scale, temperature=temperature, generator=generators).images
-    captioned_grid(in_rows(list(images), 8), in_rows(captions, 8)).save(out)
+    seeds = range(len(captions))
+    images = list(stream_images(pipe, captions, seeds, guidance_scale=guidance_scale, temperature=temperature))
+    captioned_grid(in_rows(images, 8), in_rows(captions, 8)).save(out)
 
 
 def report(
@@ -149,7 +151,9 @@ def report(
     (run / "report.json").write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     plot_loss(log, run / "loss.png", f"LoRA on {Path(backbone).name}: loss against cost", codebook_size)
     captions = sorted(set(train["caption"]))
-    draw(pipe, choose_evenly(captions, min(16, len(captions)), 0), guidance_scale, temperature, run / "samples.png")
+    sample_sheet(
+        pipe, choose_evenly(captions, min(16, len(captions)), 0), guidance_scale, temperature, run / "samples.png"
+    )
     return result
 
 

@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from omegaconf import MISSING
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import Tensor
 from tqdm import tqdm
 
 from unified.data.images import Images, open_images
@@ -34,6 +33,7 @@ from unified.training.checkpoint import (
     save_checkpoint,
     start_checkpoint,
 )
+from unified.training.setup import average_of
 from unified.training.tracking import RunLog, read_log
 from unified_tokenizers import VQGAN, AutoImageTokenizer, VQConfig, VQModel
 from unified_tokenizers.vq_loss import PatchDiscriminator, adaptive_weight, build_perceptual, hinge_loss
@@ -170,13 +170,6 @@ class Adversary:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss.detach()
-
-
-def average_of(model: nn.Module, decay: float | None) -> AveragedModel | None:
-    """A running average of the weights; buffers, such as the codebook, are those of the model."""
-    if decay is None:
-        return None
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)).eval()
 
 
 def main() -> None:

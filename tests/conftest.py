@@ -271,3 +271,29 @@ def threads(request):
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+def split_sequence(input_ids, image_grids, vocabulary):
+    """The inverse of ``build_sequence`` for the ids ``(T,)``: segments without ``<bos>``, ``<boi>`` and ``<eoi>``."""
+    frame = {vocabulary.boi_token_id, vocabulary.eoi_token_id}
+    segments, text = [], []
+    grids = iter(image_grids)
+    ids = input_ids.tolist()
+    position = 1 if ids and ids[0] == vocabulary.bos_token_id else 0
+    while position < len(ids):
+        token = ids[position]
+        if token < vocabulary.text_vocab_size:
+            if token not in frame:
+                text.append(token)
+            position += 1
+            continue
+        if text:
+            segments.append(TextSegment(text))
+            text = []
+        height, width = next(grids)
+        codes = input_ids[position : position + height * width] - vocabulary.text_vocab_size
+        segments.append(ImageSegment(codes.reshape(height, width)))
+        position += height * width
+    if text:
+        segments.append(TextSegment(text))
+    return segments

@@ -7,7 +7,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TEXTS, text_config, text_source
+from conftest import ROOT, TEXTS, split_sequence, text_config, text_source
 from PIL import Image
 
 from unified import UnifiedPipeline
@@ -15,7 +15,7 @@ from unified.data.batches import in_order
 from unified.data.code_cache import encode_source, load_codes
 from unified.data.crops import fit
 from unified.data.interleaved import encode_interleaved, interleaved_sequence
-from unified.sequence import ImageSegment, TextSegment, build_sequence, split_sequence
+from unified.sequence import ImageSegment, TextSegment, build_sequence
 from unified.training.config import load_config
 from unified.training.loop import train
 from unified.training.tracking import read_log

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import split_sequence, tiny_config
 
-from unified.sequence import ImageSegment, TextSegment, build_sequence, split_sequence
+from unified.sequence import ImageSegment, TextSegment, build_sequence
 
 VOCABULARY = tiny_config().vocabulary
 

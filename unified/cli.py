@@ -41,10 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def user_error(error: Exception) -> str | None:
     """One line for an error that a user can mend, None for any other."""
-    from PIL.Image import DecompressionBombError
-    from safetensors import SafetensorError
+    from unified.errors import MENDABLE
 
-    if isinstance(error, ValueError | OSError | SafetensorError | DecompressionBombError):
+    if isinstance(error, MENDABLE):
         return " ".join(str(error).splitlines())
     if isinstance(error, RuntimeError) and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"compile: {' '.join(str(error).splitlines()[:2])}; needs a C++ compiler, or leave it out."
@@ -168,23 +167,17 @@ def _check_threads(args: argparse.Namespace) -> None:
         check_whole("threads", args.threads)
 
 
-def _generators(first: int, number: int) -> "list[torch.Generator]":
-    import torch
-
-    return [torch.Generator().manual_seed(first + i) for i in range(number)]
-
-
 def _image_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of a pipeline's method, checked before the model is loaded, and the folder for its images."""
     _check_threads(args)
     given = {each.name: getattr(args, each.name) for each in fields(GenerationOptions) if hasattr(args, each.name)}
     options = GenerationOptions.from_mapping(given)
-    from unified.pipeline.arguments import as_prompts, check_unicode
+    from unified.pipeline.arguments import as_prompts, check_unicode, seeded
 
     prompts = as_prompts(args.prompt)
     check_unicode(args.negative_prompt or "", "negative_prompt")
     args.out.mkdir(parents=True, exist_ok=True)
-    generators = _generators(args.seed, len(prompts) * options.num_images_per_prompt)
+    generators = seeded(args.seed, len(prompts) * options.num_images_per_prompt)
     return {**given, "prompt": prompts, "negative_prompt": args.negative_prompt, "generator": generators}
 
 
@@ -226,7 +219,7 @@ def _inpaint(args: argparse.Namespace) -> None:
 
 
 def _caption(args: argparse.Namespace) -> None:
-    from unified.pipeline.arguments import check_prompt
+    from unified.pipeline.arguments import check_prompt, seeded
     from unified_tokenizers.images import read_image
 
     _check_threads(args)
@@ -237,7 +230,7 @@ def _caption(args: argparse.Namespace) -> None:
     images = [read_image(path) for path in args.images]
     texts = _load(args).caption(
         images, prompt=args.prompt, max_new_tokens=args.max_new_tokens, temperature=sampling.temperature,
-        top_k=sampling.top_k, top_p=sampling.top_p, generator=_generators(args.seed, len(images)),
+        top_k=sampling.top_k, top_p=sampling.top_p, generator=seeded(args.seed, len(images)),
     )  # fmt: skip
     for text in texts:
         print(" ".join(text.split()))

@@ -131,6 +131,11 @@ class UnifiedConfig(PreTrainedConfig):
         return Coordinates(self.positions, self.coarse_positions, self.normalized_range)
 
 
+def head_dim(text_config: Any) -> int:
+    """Width of an attention head of a backbone."""
+    return getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+
+
 def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name}: {value!r} is unknown; use one of {allowed}.")

@@ -1,4 +1,4 @@
-"""Segments of text and image <-> one sequence of ids.
+"""Segments of text and image -> one sequence of ids.
 
 A sequence reads ``<bos> text <boi> codes <eoi> text ...``. ``labels`` copy the ids of supervised tokens and hold -100
 elsewhere; the shift by one position happens inside the model.
@@ -87,34 +87,7 @@ def build_sequence(segments: Iterable[Segment], vocabulary: Vocabulary, end: boo
     return TokenSequence(torch.from_numpy(input_ids), torch.from_numpy(labels), grids)
 
 
-def split_sequence(input_ids: Tensor, image_grids: Sequence[tuple[int, int]], vocabulary: Vocabulary) -> list[Segment]:
-    """The inverse of :func:`build_sequence` for the ids ``(T,)``: segments without ``<bos>``, ``<boi>`` and ``<eoi>``."""
-    frame = {vocabulary.boi_token_id, vocabulary.eoi_token_id}
-    segments: list[Segment] = []
-    text: list[int] = []
-    grids = iter(image_grids)
-    ids = input_ids.tolist()
-    position = 1 if ids and ids[0] == vocabulary.bos_token_id else 0
-    while position < len(ids):
-        token = ids[position]
-        if token < vocabulary.text_vocab_size:
-            if token not in frame:
-                text.append(token)
-            position += 1
-            continue
-        if text:
-            segments.append(TextSegment(text))
-            text = []
-        height, width = next(grids)
-        codes = input_ids[position : position + height * width] - vocabulary.text_vocab_size
-        segments.append(ImageSegment(codes.reshape(height, width)))
-        position += height * width
-    if text:
-        segments.append(TextSegment(text))
-    return segments
-
-
 def _check_range(name: str, values: np.ndarray, size: int) -> None:
     if values.size and not (values.min() >= 0 and values.max() < size):
         low, high = int(values.min()), int(values.max())
-        raise ValueError(f"{name}: values {low}..{high} leave [0, {size}); made for another layout?")
+        raise ValueError(f"{name}: values {low}..{high} leave [0, {size}); made for another vocabulary?")

@@ -17,6 +17,7 @@ from unified.data.crops import Size, Views
 from unified.data.encoding import MakeRecords, captioned_records, encode_blocks, read_blocks
 from unified.data.rows import Rows, SkipReport, undecoded_rows, with_caption
 from unified.data.sources import load_source, terms_of
+from unified.files import write_text
 from unified.locks import LOCK_FILE, locked
 from unified.settings import refuse_other
 from unified_tokenizers.base import ImageTokenizer
@@ -173,14 +174,13 @@ def source_changed(out: str | Path, storage_options: dict[str, Any] | None = Non
     """
     made = json.loads((Path(out) / CACHE_FILE).read_text())
     for split, before in made.get("content", {}).items():
+        if before is None:  # a stream from elsewhere
+            continue
         try:
             rows = load_source(made["source"], split, was_streamed(before), storage_options, made["columns"][0])
         except ValueError:
             continue
-        if (
-            before is not None
-            and content_of(made["source"], first_rows(rows, made.get("max_rows")), _covered(made)) != before
-        ):
+        if content_of(made["source"], first_rows(rows, made.get("max_rows")), _covered(made)) != before:
             return True
     return False
 
@@ -214,9 +214,7 @@ def _begin(partial: Path, settings: dict[str, Any]) -> None:
                 shutil.rmtree(path)
             elif path.name != LOCK_FILE:
                 path.unlink()
-    beside = record.with_suffix(".new")
-    beside.write_text(json.dumps(settings, indent=2))
-    beside.rename(record)
+    write_text(record, json.dumps(settings, indent=2))
 
 
 def _finish(out: Path, partial: Path, splits: tuple[str, ...], settings: dict[str, Any]) -> None:

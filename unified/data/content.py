@@ -24,28 +24,29 @@ def content_of(source: str, rows: Rows, columns: Sequence[str]) -> str | None:
     """
     digest = hashlib.sha256()
     if not isinstance(rows, datasets.Dataset):
-        files = _local_files(source)
-        for file in files:
-            digest.update(_stamp(file))
-        return _FILES + digest.hexdigest()[:16] if files else None
+        return _FILES + digest.hexdigest()[:16] if _add_files(digest, source) else None
     embedded = False
     known = [column for column in columns if column in rows.column_names]
     for batch in rows.select_columns(known).with_format("arrow").iter(1000):
         for column in known:
             for chunk in batch[column].chunks:
                 embedded |= _add(digest, chunk, column == columns[0])
-    if embedded:
-        files = _local_files(source)
-        for file in files:
-            digest.update(_stamp(file))
-        if not files:
-            digest.update(rows._fingerprint.encode())
+    if embedded and not _add_files(digest, source):
+        digest.update(rows._fingerprint.encode())
     return _ROWS + digest.hexdigest()[:16]
 
 
-def was_streamed(content: str | None) -> bool:
+def was_streamed(content: str) -> bool:
     """Whether :func:`content_of` had a stream before it."""
-    return content is None or content.startswith(_FILES)
+    return content.startswith(_FILES)
+
+
+def _add_files(digest: "hashlib._Hash", source: str) -> bool:
+    """Add path, size and time of change of the files of a local source; whether there are any."""
+    files = _local_files(source)
+    for file in files:
+        digest.update(_stamp(file))
+    return bool(files)
 
 
 def _add(digest: "hashlib._Hash", values: pa.Array, paths: bool) -> bool:

@@ -88,9 +88,7 @@ class _Row:
     def close_image(self) -> None:
         config = self.decoder.model.config
         self.segments.append(ImageSegment(torch.tensor(self.codes).reshape(self.request.grid)))
-        _, advance = span_offsets(
-            self.request.grid, 1, config.positions, config.coarse_positions, config.normalized_range
-        )
+        _, advance = span_offsets(self.request.grid, 1, *config.coordinates)
         self.position[0] += advance
         self.span = None
         self.images += 1

@@ -214,8 +214,7 @@ def paired_prompts(
 
 def span_coordinates(model: UnifiedForCausalLM, position: Tensor, grid: Grid) -> Tensor:
     """``(B, h*w, 2)`` rows and columns of a span whose first code sits at ``position (B,)``."""
-    config = model.config
-    offsets, _ = span_offsets(grid, 1, config.positions, config.coarse_positions, config.normalized_range)
+    offsets, _ = span_offsets(grid, 1, *model.config.coordinates)
     return position[:, None, None] + offsets.to(position.device)
 
 

@@ -13,11 +13,11 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from unified.config import head_dim
 from unified.lora.modality_gate import check_modality, forget_gates, gate_adapter
-from unified.lora.switching import adapter_state, apply_weights, check_not_fused, switch, unfuse_lora
+from unified.lora.switching import adapter_state, apply_weights, check_not_fused, switch, unfuse_lora, wrapped_tables
 from unified.model.backbone import check_names, decoder_layers
 from unified.model.modeling import UnifiedForCausalLM
 from unified_tokenizers import read_weights
@@ -85,7 +85,7 @@ def linear_layers(model: UnifiedForCausalLM) -> list[str]:
     layers but one tensor for all.
     """
     config = model.config.text_config
-    narrow = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    narrow = head_dim(config)
     found: dict[str, None] = {}  # in order of appearance
     for layer in decoder_layers(model.backbone):
         for name, module in layer.named_modules():
@@ -201,7 +201,7 @@ def unload_lora(model: PeftModel) -> UnifiedForCausalLM:
     base = base_of(model)
     forget_gates(base, list(model.peft_config))
     # peft leaves the active adapter's copies of the image tables in place of the originals.
-    originals = {n: m.original_module for n, m in base.named_modules() if isinstance(m, ModulesToSaveWrapper)}
+    originals = {name: wrapper.original_module for name, wrapper in wrapped_tables(base).items()}
     unloaded = cast(UnifiedForCausalLM, model.unload())
     for name, module in originals.items():
         unloaded.set_submodule(name, module)

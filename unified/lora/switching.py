@@ -205,10 +205,15 @@ def unfuse_lora(model: PeftModel) -> None:
     apply_weights(model, weights)
 
 
+def wrapped_tables(base: nn.Module) -> dict[str, ModulesToSaveWrapper]:
+    """The image tables that adapters bring copies of, by name."""
+    return {name: module for name, module in base.named_modules() if isinstance(module, ModulesToSaveWrapper)}
+
+
 def plain_state(model: PeftModel) -> dict[str, Tensor]:
     """Weights of a fused model under the names of a model without adapters."""
     base = cast(UnifiedForCausalLM, model.get_base_model())
-    tables = {name: module for name, module in base.named_modules() if isinstance(module, ModulesToSaveWrapper)}
+    tables = wrapped_tables(base)
     wrapped = tuple(f"{name}." for name in tables)
     state = {
         name.replace(".base_layer.", "."): value

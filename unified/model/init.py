@@ -51,15 +51,16 @@ def initialize_image_tables(
             _noise(image_embed, generator) if image_init == "text" else _turned(codebook, image_embed, generator)
         )
         image_embed.copy_(text.mean(dim=0) + directions * text.std(dim=0))
-    text_rows = text_head.float()
     if head_init == "zero":
         image_head.zero_()
     elif head_init == "normal":
         image_head.normal_(0, initializer_range, generator=generator)
-    elif head_init == "text":
-        image_head.copy_(text_rows.mean(dim=0) + _noise(image_head, generator) * text_rows.std(dim=0))
     else:
-        image_head.copy_(_standard(image_embed.float()) * text_rows.std(dim=0))
+        text_rows = text_head.float()  # made only where it is read: a text head may have gigabytes
+        if head_init == "text":
+            image_head.copy_(text_rows.mean(dim=0) + _noise(image_head, generator) * text_rows.std(dim=0))
+        else:
+            image_head.copy_(_standard(image_embed.float()) * text_rows.std(dim=0))
 
 
 def _noise(like: Tensor, generator: torch.Generator | None) -> Tensor:

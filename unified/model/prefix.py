@@ -4,6 +4,7 @@ A conditioned sequence reads ``<pad> ... <pad> <boi> codes <eoi>``. The output o
 ``length`` embeddings, of which ``<boi>`` is the last; that position predicts the first code.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -68,15 +69,18 @@ def build_condition(description: dict[str, Any], width: int) -> ClassCondition |
     Raises:
         ValueError: if ``kind`` is unknown or a size is missing.
     """
+    kinds: dict[Any, tuple[Callable[..., ClassCondition | FeatureCondition], tuple[str, ...]]] = {
+        "class": (ClassCondition, ("classes",)),
+        "features": (FeatureCondition, ("length", "features")),
+    }
     kind = description.get("kind")
-    sizes = {"class": ("classes",), "features": ("length", "features")}
-    if kind not in sizes:
-        raise ValueError(f"conditioning: kind {kind!r} is unknown; use one of {sorted(sizes)}.")
-    missing = [name for name in sizes[kind] if name not in description]
+    if kind not in kinds:
+        raise ValueError(f"conditioning: kind {kind!r} is unknown; use one of {sorted(kinds)}.")
+    module, sizes = kinds[kind]
+    missing = [name for name in sizes if name not in description]
     if missing:
         raise ValueError(f"conditioning: {missing} missing for kind {kind!r}.")
-    given = {name: description[name] for name in sizes[kind]}
-    return ClassCondition(width, **given) if kind == "class" else FeatureCondition(width, **given)
+    return module(width, **{name: description[name] for name in sizes})
 
 
 def condition_positions(length: int, vocabulary: Vocabulary) -> TextSegment:

@@ -135,6 +135,11 @@ def code_grid(config: UnifiedConfig, stride: int, height: int | None, width: int
 # Generators and known codes
 
 
+def seeded(first: int, count: int) -> list[torch.Generator]:
+    """Generators with the seeds ``first``, ``first + 1``, ..."""
+    return [torch.Generator().manual_seed(first + i) for i in range(count)]
+
+
 def per_image(
     generator: torch.Generator | Sequence[torch.Generator] | None, prompts: int, images_per_prompt: int = 1
 ) -> list[torch.Generator]:

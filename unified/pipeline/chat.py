@@ -10,7 +10,7 @@ from unified.config import UnifiedConfig
 from unified.decoding import Prompt, Sampling
 from unified.decoding.continuous_batching import Batcher, Request
 from unified.decoding.decoder import Decoder
-from unified.pipeline.arguments import check_unicode
+from unified.pipeline.arguments import check_unicode, image_prompt, trained_grids
 from unified.pipeline.options import check_whole
 from unified.prediction.merge import Grid
 from unified.sequence import ImageSegment, Segment, TextSegment, build_sequence
@@ -60,8 +60,7 @@ def continue_conversations(
     check_whole("max_new_tokens", max_new_tokens)
     check_whole("max_images", max_images, least=0)
     config = decoder.model.config
-    start = [] if config.vocabulary.bos_token_id is None else [config.vocabulary.bos_token_id]
-    negative = Prompt((*start, config.boi_token_id))
+    negative = image_prompt("", text_tokenizer, config)
     requests = []
     for segments, generator in zip(conversations, generators, strict=True):
         sequence = build_sequence(segments, config.vocabulary)
@@ -98,7 +97,7 @@ def as_messages(
 
 def check_sizes(images: Sequence[Image.Image], config: UnifiedConfig, stride: int) -> None:
     """Refuse images whose grid the model was not trained on."""
-    known = [(int(h) * stride, int(w) * stride) for h, w in config.image_grids or []]
+    known = [(h * stride, w * stride) for h, w in trained_grids(config)] if config.image_grids else []
     for image in images:
         if known and (image.height, image.width) not in known:
             raise ValueError(

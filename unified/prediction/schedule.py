@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from unified.config import UnifiedConfig
+from unified.config import UnifiedConfig, head_dim
 from unified.prediction.merge import Grid, merged_grid
 
 
@@ -132,9 +132,9 @@ def training_flops(config: UnifiedConfig, text_positions: float, image_positions
         image_positions: image positions, ``h*w/p^2`` for every span.
     """
     c = config.text_config
-    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    queries = c.num_attention_heads * head_dim
-    keys = (getattr(c, "num_key_value_heads", None) or c.num_attention_heads) * head_dim
+    width = head_dim(c)
+    queries = c.num_attention_heads * width
+    keys = (getattr(c, "num_key_value_heads", None) or c.num_attention_heads) * width
     matrices = c.hidden_size * (2 * queries + 2 * keys + 3 * c.intermediate_size)
     positions = text_positions + image_positions
     attention = queries * positions  # scores and values, each over half of the positions on average

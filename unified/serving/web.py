@@ -17,6 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from unified.data.crops import fit
 from unified.decoding import DECODING_MODES
 from unified.lora.adapters import base_of, check_base
+from unified.pipeline.arguments import seeded
 from unified.pipeline.options import GenerationOptions
 from unified.pipeline.pipeline import UnifiedPipeline, UnifiedPipelineOutput
 from unified.serving.engine import Engine, Job
@@ -90,7 +91,7 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER) -> Any:
             options = GenerationOptions(
                 guidance_scale=guidance, num_images_per_prompt=int(count), temperature=temperature, decoding=decoding
             )
-            generators = seeded(seed, count)
+            generators = seeded(int(seed), int(count))
             job = engine.submit(prompt, options, adapter_of(lora), negative or None, generators)
             captions = [f"seed {int(seed) + i}" for i in range(int(count))]
             about = f"guidance {guidance:g}, temperature {temperature:g}, LoRA {lora}"
@@ -110,7 +111,7 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER) -> Any:
             check_request(prompt, "", seed, 1)
             engine.check_length([prompt])
             image, mask = image_and_mask(layers, (height, width))
-            generators = seeded(seed, 1)
+            generators = seeded(int(seed), 1)
 
             def work() -> Iterator[UnifiedPipelineOutput]:
                 return pipe.stream(prompt, image=image, mask_image=mask, generator=generators,
@@ -126,7 +127,7 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER) -> Any:
         try:
             check_request("", "", seed, 1)
             image = fit_upload(opened(file), (height, width))
-            generators = seeded(seed, 1)
+            generators = seeded(int(seed), 1)
             job = engine.alone(
                 lambda: pipe.caption(image, temperature=temperature, generator=generators), adapter_of(lora)
             )
@@ -218,7 +219,7 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER) -> Any:
                             type="pil", label="Image", sources=["upload", "clipboard"],
                             layers=False, transforms=[], height=420, elem_id="canvas",
                         )  # fmt: skip
-                        # On the instance: a subclass would need a front end of its own.
+                        # On the instance: a subclass would need a custom front end.
                         decode_canvas = canvas.preprocess
                         canvas.preprocess = read_canvas  # type: ignore[method-assign]
                         edited = gradio.Image(
@@ -322,11 +323,6 @@ def check_request(prompt: str, negative: str, seed: float, count: float) -> None
         raise ValueError(f"images: {count} must be a whole number from 1 to {IMAGES_LIMIT}.")
     if seed is None or not 0 <= seed < 2**63 or seed != int(seed):
         raise ValueError(f"seed: {seed} must be a whole number that is not negative.")
-
-
-def seeded(seed: float, count: float) -> list[torch.Generator]:
-    """Generators with ``seed``, ``seed + 1``, ..."""
-    return [torch.Generator().manual_seed(int(seed) + i) for i in range(int(count))]
 
 
 def check_pixels(image: Image.Image) -> None:

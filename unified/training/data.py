@@ -20,6 +20,7 @@ from unified.data.code_cache import CACHE_FILE, encode_source, is_codes_cache, l
 from unified.data.crops import Views
 from unified.data.interleaved import encode_interleaved, interleaved_sequence
 from unified.prediction.merge import Grid, Merge, patches
+from unified.prediction.schedule import PatchSchedule
 from unified.settings import refuse_other
 from unified.training.config import SourceConfig, TrainConfig
 from unified.training.inputs import check_lengths, code_grids
@@ -96,7 +97,7 @@ def open_data(context: Context) -> TrainingData:
     batches = Batches(
         sources, context.model_config, config.batch_size, config.steps * config.gradient_accumulation_steps, config.seed,
         context.accelerator.process_index, context.accelerator.num_processes, data.pack, data.bucket,
-        partial(merge_of_batch, config),
+        partial(merge_of_batch, config, config.patch_schedule()),
     )  # fmt: skip
     shares = zip(sources, batches.shares, strict=True)
     summary = ", ".join(f"{share / 10:g} % {source.name} ({len(source.rows)} rows)" for source, share in shares)
@@ -130,9 +131,9 @@ def train_source(config: TrainConfig) -> SourceConfig:
     )  # fmt: skip
 
 
-def merge_of_batch(config: TrainConfig, index: int) -> Merge:
+def merge_of_batch(config: TrainConfig, schedule: PatchSchedule, index: int) -> Merge:
     """How codes are merged in micro-batch ``index``: by the patch size of its step."""
-    return patches(config.patch_schedule().patch_size(index // config.gradient_accumulation_steps, config.steps))
+    return patches(schedule.patch_size(index // config.gradient_accumulation_steps, config.steps))
 
 
 def open_source(context: Context, source: SourceConfig, split: str, folder: Path, clean: bool = False) -> Source:

@@ -16,6 +16,7 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid, save_image
 
 from unified.files import write_text
+from unified.pipeline.arguments import seeded
 from unified.pipeline.pipeline import UnifiedPipeline
 from unified.settings import flat
 from unified.training.config import SampleConfig, TrainConfig
@@ -64,7 +65,7 @@ class RunLog:
         if not self.accelerator.is_main_process:
             return
         pipeline.set_progress_bar_config(disable=True)
-        generators = [torch.Generator().manual_seed(config.seed + i) for i in range(len(config.prompts))]
+        generators = seeded(config.seed, len(config.prompts))
         images = pipeline(
             config.prompts, guidance_scale=config.guidance_scale, generator=generators, output_type="pt"
         ).images
