@@ -198,7 +198,7 @@ def test_patches_that_do_not_divide_missing_boi_and_foreign_ids_are_named():
 
 
 def test_bad_merges_packing_and_mixed_rows_are_named():
-    with pytest.raises(ValueError, match=r"merge: 'sum' is unknown; use one of \('one', 'mean'\)"):
+    with pytest.raises(ValueError, match=r"merge: 'sum' is unknown; use one of \('one', 'mean', 'channel'\)"):
         Merge("sum", 2)
     with pytest.raises(ValueError, match="merge: 'one' cannot have windows of side 2"):
         Merge("one", 2)

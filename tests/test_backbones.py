@@ -309,7 +309,7 @@ def test_packing_is_tried_before_it_is_used(backbone, tmp_path, monkeypatch):
     models = [model.backbone, unified(backbone[1]).backbone]
     for each in models:
         check_packing(each)
-    leaking = lambda ids: torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool).tril()  # noqa: E731
+    leaking = lambda ids, causal: torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool).tril()  # noqa: E731
     monkeypatch.setattr("unified.model.masks.document_mask", leaking)
     for each in models:
         with pytest.raises(ValueError, match=r"data\.pack: \w+ForCausalLM does not keep packed documents apart"):

@@ -55,6 +55,8 @@ class UnifiedConfig(PreTrainedConfig):
         text_loss_weight, image_loss_weight: weights of the two parts in the mean.
         conditioning: the condition in front of an image that is no text (see :mod:`unified.model.prefix`):
             ``{"kind": "class", "classes": N}`` or ``{"kind": "features", "length": P, "features": F}``; None without.
+        prediction: order and merge of image codes (see :class:`unified.prediction.plan.Prediction`): a mapping with ``order``,
+            ``size``, ``merge`` and ``window``; None for next-token prediction.
     """
 
     model_type = "unified"
@@ -77,6 +79,7 @@ class UnifiedConfig(PreTrainedConfig):
     text_loss_weight: float = 1.0
     image_loss_weight: float = 1.0
     conditioning: dict[str, Any] | None = None
+    prediction: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: object) -> None:
         """Build the backbone's config and refuse values that are out of range."""

@@ -37,11 +37,15 @@ Segment = TextSegment | ImageSegment
 
 @dataclass
 class TokenSequence:
-    """``input_ids`` and ``labels`` of shape ``(T,)``, and the grid of every image span."""
+    """``input_ids`` and ``labels`` of shape ``(T,)``, and the grid of every image span.
+
+    ``seed`` chooses the permutation of codes, for a model that predicts them in any order.
+    """
 
     input_ids: Tensor
     labels: Tensor
     image_grids: list[tuple[int, int]]
+    seed: int = 0
 
 
 def build_sequence(segments: Iterable[Segment], vocabulary: Vocabulary, end: bool = False) -> TokenSequence:

@@ -11,11 +11,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from unified.config import UnifiedConfig
 from unified.prediction.arrange import Batch, arrange, collate, pack
-from unified.prediction.merge import ONE, Merge
+from unified.prediction.merge import Merge
+from unified.prediction.plan import Prediction
 from unified.sequence import TokenSequence
 
 BLOCK = 1000
-_MIX, _SHUFFLE, _CHOICE = 10, 11, 12  # independent random streams of one seed
+_MIX, _SHUFFLE, _CHOICE, _ORDER = 10, 11, 12, 13  # independent random streams of one seed
 
 
 @dataclass
@@ -51,7 +52,7 @@ class Batches(Dataset):
         seed, rank, world_size: of the run and of this process.
         pack_length: put the sequences of a batch together into rows (see :func:`make_batch`).
         bucket: batches of one code grid each, for a single source of captioned images (see :func:`bucketed_order`).
-        merge_of: how codes are merged in batch i; default one position each.
+        merge_of: how codes are merged in batch i; None, as the default, for the model's own way.
 
     Raises:
         ValueError: if a source has no rows, or ``bucket`` is set for several sources.
@@ -68,7 +69,7 @@ class Batches(Dataset):
         world_size: int = 1,
         pack_length: int | None = None,
         bucket: bool = False,
-        merge_of: Callable[[int], Merge] | None = None,
+        merge_of: Callable[[int], Merge | None] | None = None,
     ):
         for source in sources:
             if len(source.rows) == 0:
@@ -92,7 +93,7 @@ class Batches(Dataset):
     def __getitem__(self, index: int) -> Batch:
         if not 0 <= index < self.num_batches:
             raise IndexError(index)
-        merge = ONE if self.merge_of is None else self.merge_of(index)
+        merge = None if self.merge_of is None else self.merge_of(index)
         return make_batch(self.sequences(index), self.config, merge, self.pack_length)
 
     def sequences(self, index: int) -> list[TokenSequence]:
@@ -106,9 +107,12 @@ class Batches(Dataset):
             columns = self.sources[source].rows[wanted]
             rows |= {(source, row): {n: column[k] for n, column in columns.items()} for k, row in enumerate(wanted)}
         generators = [np.random.default_rng((self.seed, _CHOICE, number)) for number in numbers]
-        return [
+        made = [
             self.sources[place[0]].sequence(rows[place], rng) for place, rng in zip(places, generators, strict=True)
         ]
+        for number, sequence in zip(numbers, made, strict=True):
+            sequence.seed = int(np.random.default_rng((self.seed, _ORDER, number)).integers(2**62))
+        return made
 
     def place(self, number: int) -> tuple[int, int]:
         """Source and row of sequence ``number``."""
@@ -136,9 +140,14 @@ class Batches(Dataset):
 
 
 def make_batch(
-    sequences: Sequence[TokenSequence], config: UnifiedConfig, merge: Merge = ONE, pack_length: int | None = None
+    sequences: Sequence[TokenSequence],
+    config: UnifiedConfig,
+    merge: Merge | None = None,
+    pack_length: int | None = None,
 ) -> Batch:
     """Arrange sequences, pack them if a length is given, and put them side by side.
+
+    ``merge`` is how codes enter in an earlier stage of training; None for the model's own way.
 
     Rows are packed to ``pack_length`` codes: windows of s x s codes take rows of ``pack_length / s^2`` positions (or of the
     longest sequence), because the cost of attention grows with their square.
@@ -146,13 +155,13 @@ def make_batch(
     Raises:
         ValueError: if a sequence does not fit into a packed row, and as :func:`unified.prediction.arrange.arrange`.
     """
-    vocabulary, coordinates = config.vocabulary, config.coordinates
-    rows = [arrange(sequence, vocabulary, coordinates, merge=merge) for sequence in sequences]
+    vocabulary, coordinates, prediction = config.vocabulary, config.coordinates, Prediction.of(config)
+    rows = [arrange(sequence, vocabulary, coordinates, prediction, merge) for sequence in sequences]
     if pack_length is not None:
         longest = max(map(len, rows))
         if longest > pack_length:
             raise ValueError(f"data.pack: {pack_length} is shorter than a sequence of {longest} tokens; raise it.")
-        rows = pack(rows, max(longest, pack_length // merge.side**2))
+        rows = pack(rows, max(longest, pack_length // (merge or prediction.merge).side ** 2))
     return collate(rows, config)
 
 

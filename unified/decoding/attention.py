@@ -25,7 +25,7 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> 
     if width == 1 and _waits_for_memory(query):
         attended = _attend_by_rows(query, keys, values, bias)
     else:
-        if shared > 1 and bias is not None and width > 1:
+        if shared > 1 and bias is not None and bias.shape[2] > 1:
             bias = bias.repeat(1, 1, shared, 1)
         attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=bias)
     return attended.reshape(batch, heads, width, dim).transpose(1, 2)

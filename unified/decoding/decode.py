@@ -1,4 +1,4 @@
-"""Decoding image spans code by code with a key-value cache."""
+"""Decoding images with a key-value cache, group by group in the order of the model."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -8,11 +8,13 @@ from torch import Tensor
 from unified.decoding.config import Sampling
 from unified.decoding.decoder import Decoder
 from unified.decoding.fused_llama import make_decoder
-from unified.decoding.prefill import Prefilled, Prompt, causal_bias, prefill, read
+from unified.decoding.passes import Group, Passes, image_passes
+from unified.decoding.prefill import Prefilled, Prompt, bias_among, prefill, read
 from unified.decoding.sampling import PositionNoise, guide, sample_codes
 from unified.model.modeling import UnifiedForCausalLM
 from unified.prediction.coordinates import span_offsets
 from unified.prediction.merge import Grid
+from unified.prediction.plan import Prediction
 
 
 def generate_codes(
@@ -28,7 +30,7 @@ def generate_codes(
     """Decode one image span after every prompt; see :func:`iterate_codes`.
 
     Args:
-        on_code: called after every code with its index and the codes so far ``(B, h*w)``.
+        on_code: called after every pass with its index and the codes so far.
 
     Returns:
         Codes ``(B, h, w)``.
@@ -50,7 +52,7 @@ def iterate_codes(
     generators: Sequence[torch.Generator],
     known: Tensor | None = None,
 ) -> Iterator[Tensor]:
-    """Decode one image span after every prompt, all rows together, one code at a time.
+    """Decode one image after every prompt, all rows together, pass by pass; in raster order that is code by code.
 
     Only image codes can be sampled: the text head is never evaluated inside a span. Conditional and unconditional rows
     run in one batch; equal prompts are read once.
@@ -62,19 +64,41 @@ def iterate_codes(
         grid: code grid ``(h, w)``.
         sampling: guidance and filters.
         generators: one per row.
-        known: ``(B, h, w)`` codes that are forced, -1 where the model samples.
+        known: ``(B, h, w)`` codes that are forced, -1 where the model samples. If queries predict all codes, known ones are
+            given first, so that what is sampled follows all of them.
 
     Yields:
-        The codes so far, ``(B, 1)`` to ``(B, h*w)``, row by row through the grid.
+        The codes so far, ``(B, n)`` up to ``(B, h*w)``: the first n in raster order, as far as any is sampled; -1 where
+        none is yet.
 
     Raises:
         ValueError: if the model takes a condition instead of a prompt, or a list has another length.
     """
     rows = paired_prompts(decoder.model, prompts, negative_prompts, sampling, generators)
     forced = forced_codes(known, len(prompts), grid, decoder.model)
-    state = prefill(decoder, rows, grid[0] * grid[1])
-    coordinates = span_coordinates(decoder.model, state.position, grid)
-    yield from continue_span(decoder, state, coordinates, sampling, generators, forced)
+    parts, whole, reach = _alike(decoder.model.prediction, forced), torch.full_like(forced, -1), 0
+    for part in parts:
+        own = [generators[row] for row in part]
+        passes = image_passes(decoder.model, grid, own, forced[part])
+        state = prefill(
+            decoder, [rows[start + row] for start in range(0, len(rows), len(forced)) for row in part], passes.room
+        )
+        coordinates = state.position[:, None, None] + passes.offsets_of(len(state.position))
+        for codes in continue_image(decoder, state, passes, coordinates, sampling, own, forced[part]):
+            if len(parts) == 1:
+                yield codes
+                continue
+            whole[part, : codes.shape[1]] = codes
+            reach = max(reach, codes.shape[1])
+            yield whole[:, :reach]
+
+
+def _alike(prediction: Prediction, known: Tensor) -> list[list[int]]:
+    """Rows that can be decoded together: all, unless the codes that are given first differ."""
+    rows: dict[bytes, list[int]] = {}
+    for row, given in enumerate((known >= 0).cpu().numpy()):
+        rows.setdefault(given.tobytes() if prediction.known_first else b"", []).append(row)
+    return list(rows.values())
 
 
 @torch.inference_mode()
@@ -120,52 +144,91 @@ def generate_conditioned(
         real = condition_mask.to(model.device).bool().repeat(rows // count, 1)
     nowhere = torch.full((rows, length, 2), -1.0, device=model.device)
     each, no_images = torch.arange(rows, device=model.device), torch.zeros_like(real)
-    state = read(decoder, prefix, nowhere, real, no_images, each, grid[0] * grid[1])
-    offsets, _ = span_offsets(grid, 1, "2d", "unit", 0.0)
-    coordinates = offsets.to(model.device).expand(rows, -1, -1)
     forced = forced_codes(None, count, grid, model)
-    *_, codes = continue_span(decoder, state, coordinates, sampling, generators, forced)
+    passes = image_passes(model, grid, generators, forced)
+    state = read(decoder, prefix, nowhere, real, no_images, each, passes.room)
+    coordinates = passes.offsets_of(rows)
+    *_, codes = continue_image(decoder, state, passes, coordinates, sampling, generators, forced)
     return codes.reshape(count, *grid)
 
 
-def continue_span(
+def continue_image(
     decoder: Decoder,
     state: Prefilled,
+    passes: Passes,
     coordinates: Tensor,
     sampling: Sampling,
     generators: Sequence[torch.Generator],
     known: Tensor,
 ) -> Iterator[Tensor]:
-    """The loop itself: codes at ``coordinates (B, n, 2)`` after what ``state`` has read, ``known (B, n)`` forced.
+    """The loop itself: an image after what ``state`` has read, ``known (B, h*w)`` codes forced; see :func:`iterate_codes`.
 
-    Codes that are known in every row follow in the forward pass of the code before them.
+    ``coordinates (R, L, 2)`` are those of the positions of ``passes``, for all rows. The positions of a group that is known
+    in every row run together with those of the next one.
     """
-    steps, device = coordinates.shape[1], coordinates.device
-    cache, hidden, scales = state.cache, state.hidden, sampling.scales(steps)
+    cache, device, sides = state.cache, known.device, len(state.hidden) // len(known)
+    scales, codes, model = sampling.scales(known.shape[1]), known.clone(), decoder.model
     positions = decoder.positions(coordinates)
-    noise = PositionNoise(generators, decoder.model.config.codebook_size, device)
-    codes = known.clone()
-    fixed = (codes >= 0).all(dim=0).tolist()
+    noise = PositionNoise(generators, model.config.codebook_size, device)
     everywhere = torch.ones(1, 1, dtype=torch.bool, device=device)
-    step = 0
-    while True:
-        if not fixed[step]:
-            sampled = sample_next(decoder, hidden, sampling, scales[step], noise.at(step)[:, 0])
-            codes[:, step] = torch.where(codes[:, step] < 0, sampled, codes[:, step])
-        first, step = step, step + 1
-        yield codes[:, :step]
-        while step < steps and fixed[step]:
-            step += 1
-            yield codes[:, :step]
-        if step == steps:
-            return
-        embeds = decoder.embed(codes[:, first:step])
-        if sampling.guided:
-            embeds = embeds.repeat(2, 1, 1)
-        bias = causal_bias(state, step - first) if step - first > 1 else state.bias
-        if bias is not None:
-            bias = bias[..., : cache.column + step - first]
-        hidden = decoder(embeds, positions[:, first:step], cache, bias, everywhere)[:, -1]
+    hidden, waiting, reach = state.hidden[:, None], torch.empty(0, dtype=torch.long, device=device), 0
+    fixed = [bool((known.gather(1, g.codes.expand(len(known), -1)) >= 0).all()) for g in passes.groups]
+    for group, skipped in zip(passes.groups, fixed, strict=True):
+        reach = max(reach, group.reach)
+        entering = torch.cat([waiting, torch.arange(*group.entering, device=device)])
+        if skipped:
+            waiting = entering
+            yield codes[:, :reach]
+            continue
+        # 1. Run the codes that were sampled last, and the queries for those to come
+        asking = torch.arange(*group.asking, device=device)
+        running = torch.cat([entering, asking])
+        if len(running):
+            embeds = _entering(decoder, codes, passes.entered[:, entering])
+            if len(asking):
+                query = model.image_query.weight.to(embeds.dtype)  # type: ignore[union-attr]
+                embeds = torch.cat([embeds, query.expand(len(embeds), len(asking), -1)], dim=1)
+            visible, width = passes.visible(running), len(running)
+            if visible is not None:
+                bias: Tensor | None = bias_among(state, visible)
+            else:
+                bias = None if state.bias is None else state.bias[..., : cache.column + width]
+            hidden = decoder(embeds.repeat(sides, 1, 1), positions[:, running], cache, bias, everywhere)
+            if len(asking):
+                cache.rewind(cache.column - len(asking))  # nobody sees a query
+        # 2. Sample the group
+        states = hidden[:, group.sources + len(waiting)].unflatten(1, (len(group.codes[0]) // passes.per_cell, -1))
+        sampled = _sample_group(decoder, states, sampling, scales[int(group.ranks[0])], noise, group)
+        index = group.codes.expand(len(codes), -1)
+        before = codes.gather(1, index)
+        codes.scatter_(1, index, torch.where(before < 0, sampled, before))
+        waiting = waiting[:0]
+        yield codes[:, :reach]
+
+
+def _entering(decoder: Decoder, codes: Tensor, index: Tensor) -> Tensor:
+    """Embeddings ``(B, T, D)`` of the codes at ``index (B or 1, T, P)`` of ``codes (B, h*w)``."""
+    index = index.expand(len(codes), -1, -1)
+    embeds = decoder.embed(codes.gather(1, index.flatten(1)).view(index.shape))
+    merge = decoder.model.image_merge
+    return embeds[:, :, 0] if merge is None else merge(embeds)
+
+
+def _sample_group(
+    decoder: Decoder, states: Tensor, sampling: Sampling, scale: float, noise: PositionNoise, group: Group
+) -> Tensor:
+    """Codes ``(B, n * P)`` of n cells from the final states ``(R, n, m, D)`` of their sources."""
+    rows = len(states)
+    missing = None if group.missing is None else group.missing.repeat(rows, 1)
+    merge = "mean" if decoder.model.image_split is None else "channel"
+    scored = decoder.model.image_states(states.flatten(0, 1), missing, merge)
+    scored = scored.reshape(rows, -1, scored.shape[-1])
+    first, last = int(group.ranks[0]), int(group.ranks[-1])
+    own = noise.at(first, last - first + 1)
+    if len(group.ranks) < own.shape[1]:  # some in between are known
+        own = own[:, group.ranks.to(own.device) - first]
+    logits = guided_logits(decoder, scored, sampling, scale)
+    return sample_codes(logits.flatten(0, 1), sampling, own.reshape(-1, own.shape[-1])).view(len(logits), -1)
 
 
 def sample_next(decoder: Decoder, hidden: Tensor, sampling: Sampling, scale: float | Tensor, noise: Tensor) -> Tensor:

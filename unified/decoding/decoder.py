@@ -23,8 +23,8 @@ class Decoder(Protocol):
     ) -> Tensor:
         """Run T new positions ``(B, T, D)`` and write them to the cache; returns final hidden states ``(B, T, D)``.
 
-        ``bias`` ``(B, 1, T, end)`` is added to the attention scores, -inf hides a column; None shows all columns up to
-        the end and is for T = 1. ``image_positions``, True on codes, broadcasts to ``(B, T)``.
+        ``bias`` ``(B or 1, 1, T or 1, end)`` is added to the attention scores, -inf hides a column; None shows all columns
+        up to the end, those of all new positions included. ``image_positions``, True on codes, broadcasts to ``(B, T)``.
         """
 
     def image_logits(self, hidden: Tensor) -> Tensor:
@@ -70,6 +70,9 @@ class BackboneDecoder(Decoder):
     ) -> Tensor:
         """See :class:`Decoder`."""
         cache.open(embeds.shape[1])
+        if embeds.shape[1] > 1:  # a backbone would be causal without, or with one row for all
+            shown = embeds.new_zeros(1, 1, embeds.shape[1], cache.end)
+            bias = shown if bias is None else bias + shown if bias.shape[2] == 1 else bias
         mask: Tensor | dict[str, Tensor | None] | None = bias
         if self._window is not None:
             sliding = self._sliding(embeds, cache, bias)

@@ -101,10 +101,16 @@ def read(
 
 def causal_bias(state: Prefilled, width: int) -> Tensor:
     """``(B or 1, 1, width, end)`` for the next ``width`` positions: each sees the columns up to its own, but no padding."""
-    start, end, device = state.cache.column, state.cache.column + width, state.hidden.device
-    shown = torch.arange(end, device=device) <= torch.arange(start, end, device=device)[:, None]
+    return bias_among(state, torch.ones(width, width, dtype=torch.bool, device=state.hidden.device).tril())
+
+
+def bias_among(state: Prefilled, visible: Tensor) -> Tensor:
+    """``(B or 1, 1, T, end)`` for the next T positions: all see what has been written, but no padding, and one another
+    where ``visible (T, T)``.
+    """
+    shown = torch.nn.functional.pad(visible, (state.cache.column, 0), value=True)
     bias = as_bias(shown[None, None], state.hidden.dtype)
-    return bias if state.bias is None else bias + state.bias[..., :end]
+    return bias if state.bias is None else bias + state.bias[..., : shown.shape[1]]
 
 
 def as_bias(visible: Tensor, dtype: torch.dtype) -> Tensor:

@@ -23,7 +23,7 @@ from unified.model.modeling import UnifiedForCausalLM
 from unified_tokenizers import read_weights
 
 BASE_FILE = "unified_base.json"
-IMAGE_TABLES = ("image_embed", "image_head")
+IMAGE_MODULES = ("image_embed", "image_head", "image_query", "image_merge", "image_split")
 _CONFIG_FILE, _WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _SHAPES = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 _INITS = (True, False, "gaussian", "orthogonal")  # the others of peft change the base, or need data
@@ -70,7 +70,7 @@ def attach_lora(
         "lora_alpha": rank if alpha is None else alpha,
         "lora_dropout": dropout,
         "target_modules": linear_layers(model) if target_modules is None else target_modules,
-        "modules_to_save": list(IMAGE_TABLES) if train_image_tables else None,
+        "modules_to_save": list(model.image_modules()) if train_image_tables else None,
         **options,
     }
     config = _lora_config(fields, model)
@@ -110,6 +110,7 @@ def base_description(model: UnifiedForCausalLM) -> dict[str, Any]:
         "eoi_token_id": config.eoi_token_id,
         "positions": config.positions,
         "coarse_positions": config.coarse_positions,
+        **({"prediction": config.prediction} if config.prediction else {}),
         **{name: value for name, value in optional.items() if value is not None},
     }
 
@@ -293,7 +294,7 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "lora_dropout": ("a number in [0, 1)", lambda v: type(v) in (int, float) and 0 <= v < 1),
     "target_modules": ("a list of names of modules", lambda v: _is_names(v) and len(v) > 0),
     "exclude_modules": ("a list of names of modules", lambda v: v is None or _is_names(v)),
-    "modules_to_save": (f"null or a list of {IMAGE_TABLES}", lambda v: v is None or (_is_names(v) and {*v} <= {*IMAGE_TABLES})),
+    "modules_to_save": (f"null or a list of {IMAGE_MODULES}", lambda v: v is None or (_is_names(v) and {*v} <= {*IMAGE_MODULES})),
     "use_rslora": ("true or false", lambda v: isinstance(v, bool)),
     "use_dora": ("true or false", lambda v: isinstance(v, bool)),
     "init_lora_weights": (f"one of {_INITS}; the others change the base", lambda v: type(v) in (bool, str) and v in _INITS),

@@ -71,7 +71,14 @@ def _set_table(wrapper: ModulesToSaveWrapper, weights: dict[str, float], trainab
         combined = copy.deepcopy(original)
         with torch.no_grad():
             for name, weight in weights.items():
-                combined.weight += weight * (wrapper.modules_to_save[name].weight - original.weight)
+                parts = zip(
+                    combined.parameters(),
+                    wrapper.modules_to_save[name].parameters(),
+                    original.parameters(),
+                    strict=True,
+                )
+                for own, theirs, before in parts:
+                    own += weight * (theirs - before)
         wrapper.modules_to_save[_COMBINED] = combined
         wrapper._adapters.add(_COMBINED)
         wrapper.set_adapter([_COMBINED], inference_mode=True)

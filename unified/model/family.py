@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from unified.model.masks import packed_arguments
+from unified.model.masks import masked_arguments
 
 
 class _KeysAndValues(Cache):
@@ -91,7 +91,7 @@ def check_packing(backbone: Any) -> None:
         documents = torch.tensor([[0, 1]], device=ids.device).repeat_interleave(ids.shape[1], dim=1)
         arguments = {
             "position_ids": index.repeat(2)[None],
-            **packed_arguments(decoder.config, documents, decoder.dtype),
+            **masked_arguments(decoder.config, decoder.dtype, None, documents),
         }
         packed = decoder(input_ids=rows, use_cache=False, **arguments).last_hidden_state
         alone = decoder(input_ids=ids, use_cache=False).last_hidden_state

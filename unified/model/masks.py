@@ -9,11 +9,12 @@ from transformers import Cache, PreTrainedConfig
 ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 
 
-def document_mask(document_ids: Tensor) -> Tensor:
-    """``(B, 1, S, S)``, True where a position attends: to itself and to what is before it in its document."""
-    length = document_ids.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=document_ids.device).tril()
-    return ((document_ids[:, :, None] == document_ids[:, None]) & causal)[:, None]
+def document_mask(document_ids: Tensor, causal: bool = True) -> Tensor:
+    """``(B, 1, S, S)``, True where a position attends: inside its document; ``causal``, to itself and what is before it."""
+    same = document_ids[:, :, None] == document_ids[:, None]
+    if causal:
+        same &= torch.ones(document_ids.shape[1:] * 2, dtype=torch.bool, device=document_ids.device).tril()
+    return same[:, None]
 
 
 def by_layer(config: PreTrainedConfig, visible: Tensor, age: Tensor) -> Tensor | dict[str, Tensor]:
@@ -31,27 +32,56 @@ def by_layer(config: PreTrainedConfig, visible: Tensor, age: Tensor) -> Tensor |
     return {"full_attention": visible, "sliding_attention": sliding} if kinds else sliding
 
 
-def packed_arguments(config: PreTrainedConfig, document_ids: Tensor, dtype: torch.dtype) -> dict[str, Any]:
-    """Arguments of a backbone that keep the documents of packed rows apart.
+def step_mask(steps: Tensor) -> Tensor:
+    """``(B, 1, S, S)``, True where a position attends by its ``steps (B, S, 2)``: to itself, and to what is seen by then.
 
-    Its ``sdpa`` and ``eager`` attention take a mask; other kinds read position ids that restart with every document.
+    ``steps`` are those of :class:`unified.prediction.arrange.Row`.
+    """
+    seen, sees = steps.unbind(dim=-1)
+    itself = torch.eye(steps.shape[1], dtype=torch.bool, device=steps.device)
+    return ((seen[:, None] <= sees[:, :, None]) | itself)[:, None]
+
+
+def masked_arguments(
+    config: PreTrainedConfig, dtype: torch.dtype, steps: Tensor | None, document_ids: Tensor | None
+) -> dict[str, Any]:
+    """Arguments of a backbone that keep the documents of packed rows apart, and images to their order.
+
+    ``sdpa`` and ``eager`` attention take a mask; other kinds read position ids that restart with every document.
+
+    Args:
+        config: of the backbone.
+        dtype: of the activations.
+        steps: ``(B, S, 2)`` of :class:`unified.prediction.arrange.Row`; None where each position sees all before it.
+        document_ids: ``(B, S)`` of packed rows, or None.
 
     Raises:
-        ValueError: for flash attention over several rows, which would mix them.
+        ValueError: for steps under attention that takes no mask, or flash attention over several rows, which would mix them.
     """
-    attention, length = str(config._attn_implementation), document_ids.shape[1]
-    index = torch.arange(length, device=document_ids.device)
-    if attention in ("sdpa", "eager"):
-        mask = by_layer(config, document_mask(document_ids), index[:, None] - index)
-        if attention == "eager":
-            mask = (
-                {k: _additive(m, dtype) for k, m in mask.items()} if isinstance(mask, dict) else _additive(mask, dtype)
-            )
-        return {"attention_mask": mask}
+    attention = str(config._attn_implementation)
+    if attention not in ("sdpa", "eager"):
+        if steps is not None:
+            raise ValueError(f"prediction.order: {attention} attention takes no mask; use attn_implementation='sdpa'.")
+        assert document_ids is not None
+        return _restarted_positions(attention, document_ids)
+    visible = None if steps is None else step_mask(steps)
+    if document_ids is not None:
+        of_documents = document_mask(document_ids, causal=steps is None)
+        visible = of_documents if visible is None else visible & of_documents
+    assert visible is not None
+    index = torch.arange(visible.shape[-1], device=visible.device)
+    mask = by_layer(config, visible, index[:, None] - index)
+    if attention == "eager":
+        mask = {k: _additive(m, dtype) for k, m in mask.items()} if isinstance(mask, dict) else _additive(mask, dtype)
+    return {"attention_mask": mask}
+
+
+def _restarted_positions(attention: str, document_ids: Tensor) -> dict[str, Any]:
     if attention.startswith("flash") and len(document_ids) > 1:
         raise ValueError(f"document_ids: {attention} keeps documents apart in a batch of one row only; use sdpa.")
     first = torch.ones_like(document_ids, dtype=torch.bool)
     first[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    index = torch.arange(document_ids.shape[1], device=document_ids.device)
     start = torch.where(first, index, 0).cummax(dim=1).values
     return {"attention_mask": None, "position_ids": index - start}
 

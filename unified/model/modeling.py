@@ -11,14 +11,16 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from unified.config import UnifiedConfig
 from unified.model.backbone import load_language_model, load_whole
+from unified.model.channel_merge import WindowMerge, WindowSplit, initialize_merge
 from unified.model.family import check_family
 from unified.model.image_head import ImageHead, patch_losses
 from unified.model.init import initialize_image_tables
-from unified.model.masks import NoCache, packed_arguments
+from unified.model.masks import NoCache, masked_arguments
 from unified.model.prefix import build_condition
 from unified.model.rotary import GridRotary
 from unified.model.text_loss import text_cross_entropy
 from unified.prediction.npp import mean_embedding
+from unified.prediction.plan import Prediction
 from unified.sequence import IGNORE
 
 LOGIT_SCALES = ("logits_scaling", "logit_scale", "final_logit_softcapping")  # of Granite, Cohere and Gemma
@@ -32,7 +34,8 @@ class UnifiedOutput(CausalLMOutputWithPast):
         loss: weighted mean over all supervised positions, in nats.
         text_loss, image_loss: means over the positions whose target is text, or image codes; None without any.
         logits: ``(B, S, V_text)``, only without labels.
-        image_logits: ``(B, S, K)``, only without labels and with ``image_inputs``.
+        image_logits: ``(B, S, K)``, only without labels and with ``image_inputs``, of a model whose positions predict one code
+            each by one head.
     """
 
     text_loss: Tensor | None = None
@@ -64,12 +67,29 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
                 module._is_hf_initialized = True  # or post_init samples its weights again
         self.backbone: Any = backbone
         width = self.backbone.config.hidden_size
+        prediction = Prediction.of(config)
+        side = prediction.merge.side
         self.image_embed = nn.Embedding(config.codebook_size, width)
-        self.image_head = ImageHead(width, config.codebook_size)
+        self.image_head = ImageHead(width * prediction.way.heads, config.codebook_size)  # several heads side by side
+        self.image_query = nn.Embedding(1, width) if prediction.has_queries else None
+        self.image_merge = WindowMerge(width, side) if side > 1 else None
+        self.image_split = WindowSplit(width, side) if side > 1 else None
+        self._heads, self._window = prediction.way.heads, side
         self.condition = None if config.conditioning is None else build_condition(config.conditioning, width)
         self.modality_gate: Any = None  # of unified.lora, while an adapter is loaded that acts on one modality only
         self._wrap_rotary()
+        if prediction.has_queries:
+            _check_no_window(self.backbone.config)
         self.post_init()
+
+    @property
+    def prediction(self) -> Prediction:
+        """How the model predicts images."""
+        return Prediction.of(self.config)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if not initialize_merge(module):
+            super()._init_weights(module)
 
     def _wrap_rotary(self) -> None:
         decoder = self.backbone.base_model
@@ -136,7 +156,7 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
         unified = UnifiedConfig(text_config=backbone.config, **config)
         unified._attn_implementation = attention
         model = cls(unified, backbone)
-        for part in (model.image_embed, model.image_head, model.condition):
+        for part in (*model.image_modules().values(), model.condition):
             if part is not None:  # the backbone has its dtype, and keeps rotary frequencies in float32
                 part.to(dtype=backbone.dtype)
         model.generation_config = backbone.generation_config
@@ -162,10 +182,22 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
         """The backbone's text head."""
         return self.backbone.get_output_embeddings()
 
-    def embed(self, input_ids: Tensor, image_inputs: Tensor | None = None) -> Tensor:
-        """Embeddings ``(B, S, D)`` of ids ``(B, S)`` or ``(B, S, P)``: text ids, and codes merged by their mean.
+    def image_modules(self) -> dict[str, nn.Module]:
+        """The modules that the model has for images beside the backbone, by name."""
+        names = ("image_embed", "image_head", "image_query", "image_merge", "image_split")
+        return {name: module for name in names if (module := getattr(self, name)) is not None}
 
-        ``image_inputs`` are flat indices of the positions that codes enter; B * S stands for none.
+    def embed(
+        self,
+        input_ids: Tensor,
+        image_inputs: Tensor | None = None,
+        query_inputs: Tensor | None = None,
+        merge: str = "mean",
+    ) -> Tensor:
+        """Embeddings ``(B, S, D)`` of ids ``(B, S)`` or ``(B, S, P)``: text ids, merged codes, and queries.
+
+        ``image_inputs`` and ``query_inputs`` are flat indices of the positions that codes enter, and of queries; B * S
+        stands for none. ``merge`` is ``mean`` or ``channel``.
         """
         ids = input_ids if input_ids.ndim == 3 else input_ids[..., None]
         flat, vocab_size = ids.flatten(0, 1), self.config.text_config.vocab_size
@@ -179,11 +211,39 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
                     "positions, which unified.prediction.arrange makes."
                 ) from error
         # One row more, for the indices that stand for none.
-        text = F.pad(text.masked_fill(text >= vocab_size, 0), (0, 1))
+        text = F.pad(text.masked_fill((text >= vocab_size) | (text < 0), 0), (0, 1))
         codes = F.pad(flat, (0, 0, 0, 1), value=vocab_size)[image_inputs] - vocab_size
         embeds = self.get_input_embeddings()(text)
-        embeds = embeds.index_copy(0, image_inputs, mean_embedding(self.image_embed, codes).to(embeds.dtype))
+        embeds = embeds.index_copy(0, image_inputs, self.embed_codes(codes, merge).to(embeds.dtype))
+        if query_inputs is not None:
+            assert self.image_query is not None
+            query = self.image_query(torch.zeros_like(query_inputs)).to(embeds.dtype)
+            embeds = embeds.index_copy(0, query_inputs, query)
         return embeds[:-1].view(*ids.shape[:2], -1)
+
+    def embed_codes(self, codes: Tensor, merge: str = "mean") -> Tensor:
+        """Codes ``(N, P)`` that enter one position each, to ``(N, D)``."""
+        if merge == "channel":
+            assert self.image_merge is not None
+            return self.image_merge(self.image_embed(codes))
+        return mean_embedding(self.image_embed, codes)
+
+    def image_states(self, hidden: Tensor, missing: Tensor | None = None, merge: str = "mean") -> Tensor:
+        """What the image head scores, ``(N, P, m * D)``, of the final states ``(N, m, D)`` of N cells' sources.
+
+        P is 1, or with ``channel`` merges the number of codes of a cell. ``missing (N, m)`` is True for sources that a cell
+        does not have; the logits of the others are averaged.
+        """
+        if merge == "channel":
+            assert self.image_split is not None
+            states = self.image_split(hidden)  # (N, m, P, D)
+        else:
+            states = hidden[:, :, None]
+        if hidden.shape[1] > 1:
+            assert missing is not None
+            there = (~missing).to(states.dtype)
+            states = states * (there / there.sum(dim=1, keepdim=True).clamp_min(1))[:, :, None, None]
+        return states.transpose(1, 2).flatten(2)
 
     def text_logits(self, hidden: Tensor) -> Tensor:
         """``(..., D)`` to ``(..., V_text)`` through the backbone's own head."""
@@ -219,6 +279,10 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
         image_inputs: Tensor | None = None,
         text_targets: Tensor | None = None,
         image_targets: Tensor | None = None,
+        image_sources: Tensor | None = None,
+        query_inputs: Tensor | None = None,
+        steps: Tensor | None = None,
+        merge: str = "mean",
         document_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
@@ -238,6 +302,11 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
             positions: ``(B, S, 2)`` rotary coordinates; None for the running index.
             image_inputs, text_targets, image_targets: flat indices of the positions that codes enter, and of the
                 supervised positions; B * S stands for none. Without them all is text.
+            image_sources: ``(N, m)`` flat indices of the positions that predict each of ``image_targets``; B * S stands for
+                none. None: the position before.
+            query_inputs: flat indices of positions that no code enters and that predict one.
+            steps: ``(B, S, 2)``: position i sees j if ``steps[j, 0] <= steps[i, 1]``, and itself. None: all before it.
+            merge: ``channel`` where windows enter by the learned merge of the model.
             document_ids: ``(B, S)`` for packed rows, -1 on padding: no attention across documents.
             attention_mask: ``(B, S)``, 0 on padding; padding on the right needs none.
             position_ids, cache, use_cache, logits_to_keep: as in transformers, for text generation.
@@ -253,37 +322,43 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"condition: {needed} (conditioning {self.config.conditioning}).")
         if condition is not None and document_ids is not None:
             raise ValueError("condition: not possible in packed rows; leave data.pack out.")
-        embeds = self.embed(input_ids, image_inputs)
+        embeds = self.embed(input_ids, image_inputs, query_inputs, merge)
         if self.condition is not None:
             embeds = torch.cat([self.condition(condition).to(embeds.dtype), embeds[:, self.condition.length :]], dim=1)
-        image_positions = None if self.modality_gate is None else self._image_positions(embeds, image_inputs)
+        image_positions = None
+        if self.modality_gate is not None:
+            image_positions = self._image_positions(embeds, image_inputs, query_inputs)
         if labels is not None and embeds.shape[1] > 1:  # the last position predicts nothing
             embeds = embeds[:, :-1].contiguous()
-            positions, image_positions, document_ids, attention_mask, position_ids = (
+            positions, image_positions, steps, document_ids, attention_mask, position_ids = (
                 None if each is None else each[:, :-1]
-                for each in (positions, image_positions, document_ids, attention_mask, position_ids)
+                for each in (positions, image_positions, steps, document_ids, attention_mask, position_ids)
             )
         arguments: dict[str, Any] = {"attention_mask": attention_mask, "position_ids": position_ids, "cache": cache}
         config = self.backbone.base_model.config
-        if document_ids is not None:
-            arguments |= packed_arguments(config, document_ids, embeds.dtype)
+        if document_ids is not None or steps is not None:
+            arguments |= masked_arguments(config, embeds.dtype, steps, document_ids)
         elif labels is not None and cache is None and attention_mask is None and NoCache.fits(config):
             arguments["cache"] = None if self.backbone.is_activation_checkpointing else NoCache()
         use_cache = bool(use_cache) and labels is None
         outputs = self.run_backbone(embeds, positions, image_positions, use_cache=use_cache, **arguments, **kwargs)
         if labels is not None:
             hidden = outputs.last_hidden_state
-            return self._losses(hidden, labels, text_targets, image_targets, num_items_in_batch)
+            return self._losses(
+                hidden, labels, text_targets, image_targets, image_sources, query_inputs, merge, num_items_in_batch
+            )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         kept = outputs.last_hidden_state[:, keep]
-        image_logits = None if image_inputs is None else self.image_head(kept)
+        plain = self._heads == self._window == 1
+        image_logits = self.image_head(kept) if image_inputs is not None and plain else None
         return UnifiedOutput(logits=self.text_logits(kept), image_logits=image_logits, cache=outputs.cache)
 
-    def _image_positions(self, embeds: Tensor, image_inputs: Tensor | None) -> Tensor:
-        """``(B, S)``, True on positions that codes enter."""
+    def _image_positions(self, embeds: Tensor, *inputs: Tensor | None) -> Tensor:
+        """``(B, S)``, True on positions that codes enter, and on queries."""
         found = torch.zeros(embeds.shape[0] * embeds.shape[1] + 1, dtype=torch.bool, device=embeds.device)
-        if image_inputs is not None:
-            found = found.index_fill(0, image_inputs, True)
+        for each in inputs:
+            if each is not None:
+                found = found.index_fill(0, each, True)
         return found[:-1].view(embeds.shape[:2])
 
     def _losses(
@@ -292,9 +367,12 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
         labels: Tensor,
         text_targets: Tensor | None,
         image_targets: Tensor | None,
+        image_sources: Tensor | None,
+        query_inputs: Tensor | None,
+        merge: str,
         num_items: float | Tensor | None,
     ) -> UnifiedOutput:
-        """Score position i + 1 from the hidden state of position i, each over the vocabulary of its target.
+        """Score every target from its sources, text from the position before it, each over the vocabulary of the target.
 
         ``hidden`` is ``(B, S - 1, D)``.
         """
@@ -307,21 +385,24 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(
                 "labels: no position of the batch is supervised; label at least one token (-100 means not)."
             )
+        none = len(ids)
         ids = F.pad(ids, (0, 0, 0, 1), value=IGNORE)  # one row more, for the indices that stand for none
         text_ids, codes = ids[text_targets, 0], ids[image_targets]
         codes = torch.where(codes == IGNORE, IGNORE, codes - config.text_config.vocab_size)
-        text_states, image_states = (
-            states[targets - 1 - targets // length] for targets in (text_targets, image_targets)
-        )
+        text_states = states[text_targets - 1 - text_targets // length]
         text = text_cross_entropy(self.text_logits, text_states, text_ids, config.text_config.vocab_size)
         image, weights = text.new_zeros(()), (codes != IGNORE).sum(dim=1)
         if config.loss_normalization == "position":
             weights = weights.clamp_max(1)
         if len(image_targets):
-            image = patch_losses(self.image_head, image_states, codes, weights)
-        elif self.training:  # zeros for both image tables: DDP waits for a gradient of every weight
-            none = text_ids[:0]
-            image = patch_losses(self.image_head, states[:0], none[:, None], none) + self.image_embed(none).sum()
+            if image_sources is None:
+                sources, missing = (image_targets - 1)[:, None], None
+            else:
+                sources, missing = image_sources, image_sources == none
+            found = states[(sources - sources // length).clamp_max(len(states) - 1)]
+            image = self._image_loss(self.image_states(found, missing, merge), codes, weights)
+        if self.training:
+            image = image + self._unused(states[:0], len(image_targets) > 0, query_inputs is not None, merge)
         texts, images = (text_ids != IGNORE).sum(), weights.sum()
         if num_items is None:
             num_items = config.text_loss_weight * texts + config.image_loss_weight * images
@@ -329,6 +410,43 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
             loss=(config.text_loss_weight * text + config.image_loss_weight * image) / num_items,
             text_loss=text / texts if len(text_targets) else None,
             image_loss=image / images if len(image_targets) else None,
+        )
+
+    def _image_loss(self, states: Tensor, codes: Tensor, weights: Tensor) -> Tensor:
+        """Weighted sum of the losses of N cells: ``states (N, P or 1, m * D)``, ``codes (N, P)``, ``weights (N,)``."""
+        if states.shape[1] > 1:  # a distribution for each code
+            weights = (weights[:, None] / codes.shape[1]).expand_as(codes).flatten()
+            codes = codes.reshape(-1, 1)
+        return patch_losses(self.image_head, states.flatten(0, 1), codes, weights)
+
+    def _unused(self, nothing: Tensor, images: bool, queries: bool, merge: str) -> Tensor:
+        """Zero, with a gradient of zeros for the image modules that a batch does not use: DDP waits for all of them."""
+        no_ids = torch.empty(0, dtype=torch.long, device=nothing.device)
+        total = nothing.sum()
+        if not images:
+            wide = nothing.new_empty(0, self._heads * nothing.shape[-1])
+            total = (
+                total + patch_losses(self.image_head, wide, no_ids[:, None], no_ids) + self.image_embed(no_ids).sum()
+            )
+        if self.image_query is not None and not (images and queries):
+            total = total + self.image_query(no_ids).sum()
+        if self.image_merge is not None and self.image_split is not None and not (images and merge == "channel"):
+            windows = nothing.new_empty(0, self._window**2, nothing.shape[-1])
+            total = total + self.image_merge(windows).sum() + self.image_split(nothing).sum()
+        return total
+
+
+def _check_no_window(config: Any) -> None:
+    """Raises ValueError if layers see a window of positions: queries stand between codes, and no code sees them."""
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    if (
+        window is not None
+        and "sliding_attention" in (kinds or ["sliding_attention"])
+        and window < config.max_position_embeddings
+    ):
+        raise ValueError(
+            f"prediction.order: {config.model_type} sees windows of {window} positions, which an order with queries cannot keep; "
+            "use raster, rows or diagonals."
         )
 
 

@@ -1,14 +1,14 @@
 """From sequences to the positions that a model is fed: the data layer's last step, on the CPU, before collation.
 
 A position of the backbone holds a text token or a window of image codes. Everything that a forward pass needs is decided
-here, so that nothing in it depends on the values of its input: which ids enter a position, what is predicted for it, its
-rotary coordinates, and flat indices of the image positions and of the supervised ones.
+here, so that nothing in it depends on the values of its input: which ids enter a position, what is predicted and from
+where, what a position sees, its rotary coordinates, and flat indices of the image positions and of the supervised ones.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from unified.config import Coordinates, UnifiedConfig, Vocabulary
 from unified.prediction.coordinates import span_offsets
-from unified.prediction.merge import ONE, Grid, Merge, merged_grid, windows
-from unified.prediction.order import ORDERS
+from unified.prediction.merge import Grid, Merge, merged_grid, windows
+from unified.prediction.order import NONE, START
+from unified.prediction.plan import NEVER, RASTER, Plan, Prediction
 from unified.sequence import IGNORE, TokenSequence
 
 
@@ -27,11 +28,15 @@ class Row:
     """Positions of one sequence, or of several that are packed; S positions of at most P ids each.
 
     Attributes:
-        input_ids: ``(S, P)``, the text id in column 0 or the codes of a window; -100 in unused columns.
-        labels: ``(S, P)``, the ids to be predicted for each position (by the one before it); -100 where there are none.
+        input_ids: ``(S, P)``, the text id in column 0 or the codes of a window; -100 in unused columns, and for queries.
+        labels: ``(S, P)``, the ids to be predicted for each position; -100 where there are none.
         positions: ``(S, 2)`` float row and column for the rotary embedding.
-        is_image: ``(S,)``, True where codes enter.
+        is_image: ``(S,)``, True in images: where codes enter, and queries.
         images: number of images.
+        merge: how codes enter.
+        sources: ``(S, m)``, the positions that predict each label, -1 for none; None where it is the one before.
+        steps: ``(S, 2)``, from which step on others see a position, and up to which step it sees others; None where each
+            sees all before it.
         document_ids: ``(S,)`` for packed rows.
     """
 
@@ -40,6 +45,9 @@ class Row:
     positions: Tensor
     is_image: Tensor
     images: int
+    merge: str = "one"
+    sources: Tensor | None = None
+    steps: Tensor | None = None
     document_ids: Tensor | None = None
 
     def __len__(self) -> int:
@@ -59,68 +67,109 @@ class Counts(NamedTuple):
 class Batch(NamedTuple):
     """Keyword arguments of the model, and what the batch holds."""
 
-    inputs: dict[str, Tensor]
+    inputs: dict[str, Any]
     counts: Counts
+
+
+class _Image(NamedTuple):
+    """An image of a grid: its plan, the codes ``(L, s^2)`` of each position's cell, coordinates, advance of the text, codes."""
+
+    plan: Plan
+    entered: np.ndarray
+    offsets: np.ndarray
+    advance: float
+    codes: int
 
 
 def arrange(
     sequence: TokenSequence,
     vocabulary: Vocabulary,
     coordinates: Coordinates,
-    order: str = "raster",
-    merge: Merge = ONE,
+    prediction: Prediction = RASTER,
+    merge: Merge | None = None,
 ) -> Row:
-    """Turn a sequence into positions: text as it is, every image in the given order with its codes merged.
+    """Turn a sequence into positions: text as it is, every image in the order of ``prediction``.
 
     A window is supervised if all of its codes are. Nothing predicts the first position.
 
     Args:
         sequence: ids, labels and the grid of every image.
         vocabulary, coordinates: of the model.
-        order: a name in :data:`unified.prediction.order.ORDERS`.
-        merge: how codes enter.
+        prediction: the order of cells, and how codes enter.
+        merge: how codes enter in an earlier stage of training.
 
     Raises:
         ValueError: if image spans and grids disagree, a span has no ``<boi>`` before it, an id lies beyond the codebook, or
-            the merge does not divide a grid.
+            the merge or the order does not fit a grid.
     """
+    merge = prediction.merge if merge is None else merge
     ids, labels = sequence.input_ids.numpy(), sequence.labels.numpy()
     spans = image_spans(ids, sequence.image_grids, vocabulary)
-    images = [_image(grid, order, merge, coordinates) for _, grid in spans]
-    length = len(ids) + sum(len(index) - index.size for index, _, _ in images)
+    images = _images([grid for _, grid in spans], prediction, merge, coordinates, sequence.seed)
+    length = len(ids) + sum(len(image.entered) - image.codes for image in images)
     shape = (length, merge.side**2 if spans else 1)
     row_ids, row_labels = np.full(shape, IGNORE), np.full(shape, IGNORE)
     positions, is_image = np.full((length, 2), -1.0, dtype=np.float32), np.zeros(length, dtype=bool)
-    cursor, end, base = 0, 0, 0.0  # in the sequence, in the row, and the index of the text
+    sources, steps = np.full((length, prediction.way.heads), -1), np.empty((length, 2), dtype=np.int64)
+    cursor, end, step, base = 0, 0, 0, 0.0  # in the sequence, in the row, the next step, and the index of the text
     for number in range(len(spans) + 1):
         stop = spans[number][0] if number < len(spans) else len(ids)
         text = slice(end, end + stop - cursor)
         row_ids[text, 0], row_labels[text, 0] = ids[cursor:stop], labels[cursor:stop]
+        sources[text, 0], steps[text] = np.arange(text.start, text.stop) - 1, step + np.arange(stop - cursor)[:, None]
         if coordinates.positions != "llamagen":
             positions[text] = base + np.arange(stop - cursor)[:, None]
-        base, end = base + stop - cursor, text.stop
+        step, base, end = step + stop - cursor, base + stop - cursor, text.stop
         if number == len(spans):
             break
-        index, offsets, advance = images[number]
-        image, targets = slice(end, end + len(index)), labels[stop + index]
+        plan, index, offsets, advance, codes = images[number]
+        image, entering = slice(end, end + len(index)), plan.cells >= 0
+        values, targets = np.where(entering[:, None], ids[stop + index], IGNORE), labels[stop + index]
         targets[(targets == IGNORE).any(axis=1)] = IGNORE
-        row_ids[image], row_labels[image], is_image[image] = ids[stop + index], targets, True
+        # A cell is a target at the position that it enters first.
+        first = np.flatnonzero(entering)[np.unique(plan.cells[entering], return_index=True)[1]]
+        repeated = np.ones(len(index), dtype=bool)
+        repeated[first] = False
+        targets[repeated] = IGNORE
+        row_ids[image], row_labels[image], is_image[image] = values, targets, True
+        found = np.where(plan.sources == START, end - 1, np.where(plan.sources == NONE, -1, plan.sources + end))
+        sources[end + first] = found[plan.cells[first]]
+        steps[image, 0], steps[image, 1] = np.minimum(plan.seen + step, NEVER), plan.sees + step
         positions[image] = offsets if coordinates.positions == "llamagen" else base + offsets
-        cursor, end, base = stop + index.size, image.stop, base + advance
+        cursor, end, base = stop + codes, image.stop, base + advance
+        step += 1 + int(plan.sees.max())
     row_labels[:1] = IGNORE
     tensor = torch.from_numpy
-    return Row(tensor(row_ids), tensor(row_labels), tensor(positions), tensor(is_image), len(spans))
+    row = Row(tensor(row_ids), tensor(row_labels), tensor(positions), tensor(is_image), len(spans), merge.kind)
+    if not prediction.is_raster:
+        row.sources, row.steps = tensor(sources), tensor(steps)
+    return row
+
+
+def _images(
+    grids: Sequence[Grid], prediction: Prediction, merge: Merge, coordinates: Coordinates, seed: int
+) -> list[_Image]:
+    if not prediction.way.any_order:
+        return [_image(grid, prediction, merge, coordinates) for grid in grids]
+    seeds = np.random.default_rng(seed).integers(2**32, size=len(grids)).tolist()
+    plans = [prediction.training_plan(merged_grid(g, merge.side), own) for g, own in zip(grids, seeds, strict=True)]
+    return [_placed(plan, grid, merge, coordinates) for plan, grid in zip(plans, grids, strict=True)]
 
 
 @lru_cache(maxsize=256)
-def _image(grid: Grid, order: str, merge: Merge, coordinates: Coordinates) -> tuple[np.ndarray, np.ndarray, float]:
-    """Of an image: which of its codes enter each position ``(n, s^2)``, where those sit ``(n, 2)``, and how far the index of
-    the text moves on.
-    """
-    cells = ORDERS[order](merged_grid(grid, merge.side)).argsort(stable=True)
-    index = windows(torch.arange(grid[0] * grid[1])[None], grid, merge.side)[0, cells]
+def _image(grid: Grid, prediction: Prediction, merge: Merge, coordinates: Coordinates) -> _Image:
+    return _placed(prediction.plan(merged_grid(grid, merge.side)), grid, merge, coordinates)
+
+
+def _placed(plan: Plan, grid: Grid, merge: Merge, coordinates: Coordinates) -> _Image:
     offsets, advance = span_offsets(grid, merge.side, *coordinates)
-    return index.numpy(), offsets[cells].numpy(), advance
+    index = cell_codes(grid, merge.side)
+    return _Image(plan, index[plan.places], offsets.numpy()[plan.places], advance, index.size)
+
+
+def cell_codes(grid: Grid, side: int) -> np.ndarray:
+    """``(n, s^2)``: which codes of a grid, counted row by row, belong to each of its n cells of s x s codes."""
+    return windows(torch.arange(grid[0] * grid[1])[None], grid, side)[0].numpy()
 
 
 def image_spans(ids: np.ndarray, grids: Sequence[Grid], vocabulary: Vocabulary) -> list[tuple[int, Grid]]:
@@ -178,14 +227,37 @@ def pack(rows: Iterable[Row], max_length: int) -> list[Row]:
 
 def _concatenate(documents: list[Row]) -> Row:
     columns = max(document.input_ids.shape[1] for document in documents)
+    starts = np.cumsum([0, *map(len, documents)]).tolist()
     return Row(
         torch.cat([F.pad(d.input_ids, (0, columns - d.input_ids.shape[1]), value=IGNORE) for d in documents]),
         torch.cat([F.pad(d.labels, (0, columns - d.labels.shape[1]), value=IGNORE) for d in documents]),
         torch.cat([document.positions for document in documents]),
         torch.cat([document.is_image for document in documents]),
         sum(document.images for document in documents),
+        _one_merge(documents),
+        _joined(
+            [None if d.sources is None else _shifted(d.sources, s) for d, s in zip(documents, starts, strict=False)]
+        ),
+        _joined([document.steps for document in documents]),
         torch.cat([torch.full((len(document),), number) for number, document in enumerate(documents)]),
     )
+
+
+def _joined(parts: list[Tensor | None]) -> Tensor | None:
+    given = [part for part in parts if part is not None]
+    return torch.cat(given) if given else None
+
+
+def _shifted(sources: Tensor, start: int) -> Tensor:
+    return torch.where(sources < 0, sources, sources + start)
+
+
+def _one_merge(rows: Sequence[Row]) -> str:
+    """How codes enter in all rows. Raises ValueError where a learned merge stands beside another one."""
+    kinds = {row.merge for row in rows if row.images}
+    if "channel" in kinds and len(kinds) > 1:
+        raise ValueError(f"rows: merges {sorted(kinds)} cannot stand in one batch.")
+    return "channel" if "channel" in kinds else "mean"
 
 
 def collate(rows: Sequence[Row], config: UnifiedConfig, multiple: int = 1) -> Batch:
@@ -203,10 +275,12 @@ def collate(rows: Sequence[Row], config: UnifiedConfig, multiple: int = 1) -> Ba
     Returns:
         ``input_ids`` and ``labels`` of shape ``(B, S)``, or ``(B, S, P)`` where windows enter; ``positions (B, S, 2)``; flat
         indices into ``B * S``: ``image_inputs``, the positions that codes enter, ``text_targets`` and ``image_targets``, the
-        supervised ones (B * S stands for none); ``document_ids (B, S)`` (-1 on padding) if the rows are packed.
+        supervised ones (B * S stands for none). Unless codes come in raster order: ``image_sources (N, m)``, what predicts
+        each of ``image_targets``; ``query_inputs``, flat indices of queries; ``steps (B, S, 2)``. ``document_ids (B, S)`` (-1
+        on padding) if the rows are packed. ``merge`` if it is a learned one.
 
     Raises:
-        ValueError: if some rows are packed and others are not.
+        ValueError: if some rows are packed and others are not, or a learned merge stands beside another one.
     """
     longest, vocabulary = max(map(len, rows)), config.vocabulary
     length, columns = longest + -longest % multiple, max(row.input_ids.shape[1] for row in rows)
@@ -218,8 +292,9 @@ def collate(rows: Sequence[Row], config: UnifiedConfig, multiple: int = 1) -> Ba
         input_ids[number, :size, :taken], labels[number, :size, :taken] = row.input_ids, row.labels
         positions[number, :size], is_image[number, :size] = row.positions, row.is_image
     supervised, of_image = labels != IGNORE, labels[..., 0] >= vocabulary.text_vocab_size
+    queries = is_image & (input_ids[..., 0] == IGNORE)
     marks = {
-        "image_inputs": is_image,
+        "image_inputs": is_image & ~queries,
         "text_targets": supervised[..., 0] & ~of_image,
         "image_targets": of_image,
     }
@@ -228,15 +303,41 @@ def collate(rows: Sequence[Row], config: UnifiedConfig, multiple: int = 1) -> Ba
     codes = int(supervised[of_image].sum()) if config.loss_normalization == "token" else images
     weight = config.text_loss_weight * texts + config.image_loss_weight * codes
     counts = Counts(sum(row.images for row in rows), sum(map(len, rows)), texts, images, weight)
-    inputs = {
+    inputs: dict[str, Any] = {
         "input_ids": input_ids if columns > 1 else input_ids[..., 0],
         "labels": labels if columns > 1 else labels[..., 0],
         "positions": positions,
         **{name: F.pad(index, (0, -len(index) % multiple), value=is_image.numel()) for name, index in found.items()},
     }
+    if _one_merge(rows) == "channel":
+        inputs["merge"] = "channel"
+    if any(row.steps is not None for row in rows):
+        inputs |= _order_inputs(rows, length, found["image_targets"], queries, multiple)
     packed = [row.document_ids for row in rows if row.document_ids is not None]
     if packed:
         if len(packed) != len(rows):
             raise ValueError(f"rows: {len(packed)} of {len(rows)} are packed; pack all of them or none.")
         inputs["document_ids"] = torch.stack([F.pad(ids, (0, length - len(ids)), value=-1) for ids in packed])
     return Batch(inputs, counts)
+
+
+def _order_inputs(
+    rows: Sequence[Row], length: int, targets: Tensor, queries: Tensor, multiple: int
+) -> dict[str, Tensor]:
+    """What a batch holds beside the inputs of raster order; see :func:`collate`."""
+    none = len(rows) * length
+    sources, steps = [], []
+    for number, row in enumerate(rows):
+        if row.sources is None or row.steps is None:
+            raise ValueError("rows: raster order cannot stand beside another order in one batch.")
+        missing, flat = length - len(row), row.sources + number * length
+        sources.append(F.pad(torch.where(row.sources < 0, none, flat), (0, 0, 0, missing), value=none))
+        steps.append(F.pad(row.steps, (0, 0, 0, missing), value=NEVER))
+    inputs = {
+        "steps": torch.stack(steps),
+        "image_sources": F.pad(torch.cat(sources)[targets], (0, 0, 0, -len(targets) % multiple), value=none),
+    }
+    asking = queries.flatten().nonzero().flatten()
+    if len(asking):
+        inputs["query_inputs"] = F.pad(asking, (0, -len(asking) % multiple), value=none)
+    return inputs

@@ -5,6 +5,9 @@
 ``mean``
     The mean of the embeddings of a window (next-patch prediction, arXiv 2412.15321): training only, because the codes of
     a window are predicted by one distribution.
+``channel``
+    A learned merge of a window, which has one distribution for each of its codes (Token-Shuffle, arXiv 2504.17789): training
+    and sampling, with s^2 times fewer positions.
 """
 
 from dataclasses import dataclass
@@ -12,7 +15,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 Grid = tuple[int, int]
-MERGES = ("one", "mean")
+MERGES = ("one", "mean", "channel")
 
 
 @dataclass(frozen=True)

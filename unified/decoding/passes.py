@@ -1,0 +1,142 @@
+"""The forward passes of an image: a plan in tensors, for one image or for several whose plans differ in their cells."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unified.model.modeling import UnifiedForCausalLM
+from unified.prediction.arrange import cell_codes
+from unified.prediction.coordinates import span_offsets
+from unified.prediction.merge import Grid, merged_grid
+from unified.prediction.order import NONE, START
+from unified.prediction.plan import NEVER, Plan, Prediction
+
+
+@dataclass(frozen=True)
+class Group:
+    """Cells that are sampled together, and the positions that run before.
+
+    Attributes:
+        entering, asking: positions ``[start, stop)`` of codes and of queries that run in its pass.
+        sources: ``(n * m,)``, the positions that predict its n cells, counted from the first of its pass.
+        missing: ``(n, m)``, True for sources that a cell does not have; None if m = 1.
+        codes: ``(B or 1, n * P)``, the codes of its cells, counted row by row in the image.
+        ranks: ``(n * P,)``, when they come, counted in codes.
+        reach: 1 + the last of its codes.
+    """
+
+    entering: tuple[int, int]
+    asking: tuple[int, int]
+    sources: Tensor
+    missing: Tensor | None
+    codes: Tensor
+    ranks: Tensor
+    reach: int
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What decoding runs, for B images or alike for all (1).
+
+    Attributes:
+        groups: in the order of sampling.
+        entered: ``(B or 1, L, P)``, which codes enter each position, counted row by row in the image; 0 for a query.
+        offsets: ``(B or 1, L, 2)`` coordinates.
+        seen, sees: ``(L,)`` of :class:`unified.prediction.plan.Plan`.
+        room: columns that a cache needs.
+        per_cell: P, codes of a cell.
+    """
+
+    groups: list[Group]
+    entered: Tensor
+    offsets: Tensor
+    seen: Tensor
+    sees: Tensor
+    room: int
+    per_cell: int
+
+    def offsets_of(self, rows: int) -> Tensor:
+        """``(rows, L, 2)`` for the rows of a batch, whose unconditional sides follow the conditional ones."""
+        return self.offsets.repeat(rows // len(self.offsets), 1, 1)
+
+    def visible(self, positions: Tensor) -> Tensor | None:
+        """``(T, T)``, which of the positions that run together see which; None if all see all."""
+        if len(positions) == 1:
+            return None
+        mask = self.seen[positions] <= self.sees[positions, None]
+        mask |= torch.eye(len(positions), dtype=torch.bool, device=mask.device)
+        return None if bool(mask.all()) else mask
+
+
+def image_passes(model: UnifiedForCausalLM, grid: Grid, generators: Sequence[torch.Generator], known: Tensor) -> Passes:
+    """The passes of images of a grid of codes; ``known (B, h*w)`` is not negative for given codes, alike in all rows.
+
+    Raises:
+        ValueError: if the order does not fit the grid.
+    """
+    prediction, coordinates = model.prediction, model.config.coordinates
+    if coordinates.positions == "llamagen":
+        coordinates = coordinates._replace(positions="2d", coarse_positions="unit")
+    given = None
+    if prediction.known_first and bool((known[0] >= 0).any()):
+        index = torch.from_numpy(cell_codes(grid, prediction.merge.side))
+        given = (known[0].cpu() >= 0)[index].all(dim=1).numpy()
+    if given is None and not prediction.way.any_order:
+        return _alike(prediction, grid, coordinates, str(model.device))
+    cells = merged_grid(grid, prediction.merge.side)
+    seeds = [_order_seed(generator) for generator in generators] if prediction.way.any_order else [None]
+    return _passes([prediction.plan(cells, seed, given) for seed in seeds], prediction, grid, coordinates, model.device)
+
+
+def _order_seed(generator: torch.Generator) -> int:
+    """The third number of a generator, which stays: decoding and edits seed their own choices with the first two."""
+    return int(torch.randint(2**63 - 1, (3,), generator=generator.clone_state(), device=generator.device)[2])
+
+
+@lru_cache(maxsize=64)
+def _alike(prediction: Prediction, grid: Grid, coordinates: tuple[str, str, float], device: str) -> Passes:
+    plan = prediction.plan(merged_grid(grid, prediction.merge.side))
+    return _passes([plan], prediction, grid, coordinates, torch.device(device))
+
+
+def _passes(
+    plans: list[Plan], prediction: Prediction, grid: Grid, coordinates: tuple[str, str, float], device: torch.device
+) -> Passes:
+    first, side = plans[0], prediction.merge.side
+    offsets, _ = span_offsets(grid, side, *coordinates)
+    index, per_cell = cell_codes(grid, side), side**2
+    is_query = first.seen >= NEVER
+    groups, width = [], 0
+    for number in range(int(first.groups.max()) + 1):
+        here = np.flatnonzero(first.passes == number)
+        start = int(here[0]) if len(here) else int((first.passes < number).sum())
+        stop = start + len(here)
+        middle = start + int((~is_query[here]).sum())
+        # The cells of a group by their rank, which is the order of their queries too.
+        cells = [np.flatnonzero(plan.groups == number) for plan in plans]
+        cells = [found[plan.ranks[found].argsort()] for found, plan in zip(cells, plans, strict=True)]
+        sources = first.sources[cells[0]]
+        relative = np.where((sources == START) | (sources == NONE), 0, sources - start)
+        ranks = first.ranks[cells[0]][:, None] * per_cell + np.arange(per_cell)
+        codes = np.stack([index[found].reshape(-1) for found in cells])
+        groups.append(
+            Group(
+                (start, middle),
+                (middle, stop),
+                torch.from_numpy(relative.reshape(-1)).to(device),
+                torch.from_numpy(sources == NONE).to(device) if sources.shape[1] > 1 else None,
+                torch.from_numpy(codes).to(device),
+                torch.from_numpy(ranks.reshape(-1)),
+                int(codes.max()) + 1,
+            )
+        )
+        width = max(width, stop - middle)
+    entered = np.stack([np.where((plan.cells >= 0)[:, None], index[plan.places], 0) for plan in plans])
+    places = torch.from_numpy(np.stack([plan.places for plan in plans]))
+    seen, sees = (torch.from_numpy(np.ascontiguousarray(steps)).to(device) for steps in (first.seen, first.sees))
+    room = int((~is_query).sum()) + width
+    return Passes(groups, torch.from_numpy(entered).to(device), offsets[places].to(device), seen, sees, room, per_cell)

@@ -1,0 +1,69 @@
+"""A learned merge of s x s codes into one position, and back (Token-Shuffle, arXiv 2504.17789, section 3.2)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization
+
+
+class _Residual(nn.Module):
+    """A gated MLP of the width, added to its input."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.gate_up = nn.Linear(width, 2 * width, bias=False)
+        self.down = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(self.norm(x)).chunk(2, dim=-1)
+        return x + self.down(F.silu(gate) * up)
+
+
+class WindowMerge(nn.Module):
+    """Embeddings of the codes of a window to one: each to D / s^2 numbers, side by side, through an MLP.
+
+    Raises:
+        ValueError: if s^2 does not divide the width.
+    """
+
+    def __init__(self, width: int, side: int):
+        super().__init__()
+        if width % side**2:
+            raise ValueError(f"prediction.window: {side}^2 does not divide the width of {width}; use a smaller window.")
+        self.narrow = nn.Linear(width, width // side**2, bias=False)
+        self.mlp = _Residual(width)
+
+    def forward(self, embeds: Tensor) -> Tensor:
+        """``(..., s^2, D)`` to ``(..., D)``."""
+        return self.mlp(self.narrow(embeds).flatten(-2))
+
+
+class WindowSplit(nn.Module):
+    """A final state to one for each code of the window that it predicts: an MLP, then a matrix for each code."""
+
+    def __init__(self, width: int, side: int):
+        super().__init__()
+        self.codes = side**2
+        self.mlp = _Residual(width)
+        self.widen = nn.Linear(width, self.codes * width, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """``(..., D)`` to ``(..., s^2, D)``."""
+        return self.widen(self.mlp(hidden)).unflatten(-1, (self.codes, -1))
+
+
+@torch.no_grad()
+def initialize_merge(module: nn.Module) -> bool:
+    """Give a module of this file its first weights, which keep the size of what passes; False for any other module."""
+    if isinstance(module, WindowMerge):
+        initialization.orthogonal_(module.narrow.weight)
+    elif isinstance(module, WindowSplit):
+        initialization.normal_(module.widen.weight, 0.0, module.widen.in_features**-0.5)
+    elif isinstance(module, _Residual):
+        initialization.ones_(module.norm.weight)
+        initialization.normal_(module.gate_up.weight, 0.0, module.gate_up.in_features**-0.5)
+        initialization.zeros_(module.down.weight)
+    else:
+        return False
+    return True
