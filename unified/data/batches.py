@@ -144,10 +144,12 @@ def make_batch(
     config: UnifiedConfig,
     merge: Merge | None = None,
     pack_length: int | None = None,
+    as_sampled: bool = False,
 ) -> Batch:
     """Arrange sequences, pack them if a length is given, and put them side by side.
 
-    ``merge`` is how codes enter in an earlier stage of training; None for the model's own way.
+    ``merge`` is how codes enter in an earlier stage of training; None for the model's own way. ``as_sampled`` is that of
+    :func:`unified.prediction.arrange.arrange`.
 
     Rows are packed to ``pack_length`` codes: windows of s x s codes take rows of ``pack_length / s^2`` positions (or of the
     longest sequence), because the cost of attention grows with their square.
@@ -156,7 +158,7 @@ def make_batch(
         ValueError: if a sequence does not fit into a packed row, and as :func:`unified.prediction.arrange.arrange`.
     """
     vocabulary, coordinates, prediction = config.vocabulary, config.coordinates, Prediction.of(config)
-    rows = [arrange(sequence, vocabulary, coordinates, prediction, merge) for sequence in sequences]
+    rows = [arrange(sequence, vocabulary, coordinates, prediction, merge, as_sampled) for sequence in sequences]
     if pack_length is not None:
         longest = max(map(len, rows))
         if longest > pack_length:
@@ -166,11 +168,14 @@ def make_batch(
 
 
 def in_order(source: Source, config: UnifiedConfig, batch_size: int) -> Iterator[Batch]:
-    """Every row once and in order, a position for every code; the last batch may be smaller."""
+    """Every row once and in order, images as they are sampled; the last batch may be smaller."""
     rng = np.random.default_rng(0)
     for start in range(0, len(source.rows), batch_size):
         rows = range(start, min(start + batch_size, len(source.rows)))
-        yield make_batch([source.sequence(source.rows[row], rng) for row in rows], config)
+        sequences = [source.sequence(source.rows[row], rng) for row in rows]
+        for row, sequence in zip(rows, sequences, strict=True):
+            sequence.seed = row
+        yield make_batch(sequences, config, as_sampled=True)
 
 
 def block_shares(weights: Sequence[float]) -> list[int]:

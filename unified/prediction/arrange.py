@@ -87,6 +87,7 @@ def arrange(
     coordinates: Coordinates,
     prediction: Prediction = RASTER,
     merge: Merge | None = None,
+    as_sampled: bool = False,
 ) -> Row:
     """Turn a sequence into positions: text as it is, every image in the order of ``prediction``.
 
@@ -97,6 +98,7 @@ def arrange(
         vocabulary, coordinates: of the model.
         prediction: the order of cells, and how codes enter.
         merge: how codes enter in an earlier stage of training.
+        as_sampled: an image of any order in the groups in which it is sampled; training predicts its cells one by one.
 
     Raises:
         ValueError: if image spans and grids disagree, a span has no ``<boi>`` before it, an id lies beyond the codebook, or
@@ -105,7 +107,8 @@ def arrange(
     merge = prediction.merge if merge is None else merge
     ids, labels = sequence.input_ids.numpy(), sequence.labels.numpy()
     spans = image_spans(ids, sequence.image_grids, vocabulary)
-    images = _images([grid for _, grid in spans], prediction, merge, coordinates, sequence.seed)
+    seed = None if not prediction.way.any_order else sequence.seed
+    images = _images([grid for _, grid in spans], prediction, merge, coordinates, seed, as_sampled)
     length = len(ids) + sum(len(image.entered) - image.codes for image in images)
     shape = (length, merge.side**2 if spans else 1)
     row_ids, row_labels = np.full(shape, IGNORE), np.full(shape, IGNORE)
@@ -147,12 +150,18 @@ def arrange(
 
 
 def _images(
-    grids: Sequence[Grid], prediction: Prediction, merge: Merge, coordinates: Coordinates, seed: int
+    grids: Sequence[Grid],
+    prediction: Prediction,
+    merge: Merge,
+    coordinates: Coordinates,
+    seed: int | None,
+    as_sampled: bool,
 ) -> list[_Image]:
-    if not prediction.way.any_order:
+    if seed is None:
         return [_image(grid, prediction, merge, coordinates) for grid in grids]
     seeds = np.random.default_rng(seed).integers(2**32, size=len(grids)).tolist()
-    plans = [prediction.training_plan(merged_grid(g, merge.side), own) for g, own in zip(grids, seeds, strict=True)]
+    plan = prediction.plan if as_sampled else prediction.training_plan
+    plans = [plan(merged_grid(grid, merge.side), own) for grid, own in zip(grids, seeds, strict=True)]
     return [_placed(plan, grid, merge, coordinates) for plan, grid in zip(plans, grids, strict=True)]
 
 
