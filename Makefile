@@ -1,6 +1,8 @@
 # make quickstart [FRESH=1]  data, tokenizers, model, LoRA, images, report in runs/quickstart/
 # make check                 lint, types and fast tests: under two minutes on two cores
 # make test                  lint, types and all tests
+# make lock [UPGRADE=1]      write requirements/ from pyproject.toml; with UPGRADE, newest versions
+# make audit                 known vulnerabilities of requirements/; asks PyPI's database
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -11,7 +13,11 @@ export OMP_WAIT_POLICY ?= PASSIVE
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: quickstart check test lint clean
+# One lock for all platforms and for Python 3.11 and newer.
+LOCK := $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --quiet \
+	--custom-compile-command "make lock" $(if $(UPGRADE),--upgrade)
+
+.PHONY: quickstart check test lint lock audit clean
 
 quickstart: .venv/quickstart.installed
 	$(BIN)/python recipes/quickstart.py $(if $(FRESH),--fresh)
@@ -27,12 +33,21 @@ lint: .venv/dev.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+lock: .venv/dev.installed
+	$(LOCK) --extra dev --output-file requirements/dev.txt
+	$(LOCK) --extra quickstart --constraints requirements/dev.txt --output-file requirements/quickstart.txt
+
+audit: .venv/dev.installed
+	$(BIN)/uv tool run pip-audit --strict --disable-pip --requirement requirements/dev.txt
+
 clean:
 	rm -rf .venv runs data
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
-.venv/%.installed: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --editable ".[$*]"
+# setuptools, which builds the project, is in the lock too.
+.venv/%.installed: pyproject.toml requirements/%.txt | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --require-hashes --requirement requirements/$*.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
