@@ -1,7 +1,7 @@
 """The forward passes of an image: a plan in tensors, for one image or for several whose plans differ in their cells."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -135,6 +135,7 @@ def _passes(
             )
         )
         width = max(width, stop - middle)
+    groups[-1] = replace(groups[-1], reach=index.size)  # known ones behind the last included
     entered = np.stack([np.where((plan.cells >= 0)[:, None], index[plan.places], 0) for plan in plans])
     places = torch.from_numpy(np.stack([plan.places for plan in plans]))
     seen, sees = (torch.from_numpy(np.ascontiguousarray(steps)).to(device) for steps in (first.seen, first.sees))
