@@ -165,7 +165,7 @@ def measure(rounds: int, llamagen: str | None, npp: str | None) -> dict[str, dic
         "cost": round(sorted(cost)[len(cost) // 2], 3),
         "ratio": round(1 / sorted(cost)[len(cost) // 2], 3),
         "spread": [round(1 / max(cost), 3), round(1 / min(cost), 3)],
-        "meaning": "CPU cost of next-token training over that of p=2 then p=1, half and half; quality: npp_study.py",
+        "meaning": "CPU cost of next-token training over that of p=2 then p=1, half and half; quality: next_x_study.py",
     }
     goals["T6"] = cached_against_in_loop(model, rounds)
     del steps, timings

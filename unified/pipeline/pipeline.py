@@ -234,9 +234,9 @@ class UnifiedPipeline:
                 images. Image i depends on its generator alone, not on the batch; the same generator with another caption
                 meets the same noise.
             output_type: ``pil``; ``np``, ``(N, H, W, 3)``, or ``pt``, ``(N, 3, H, W)``, floats in [0, 1]; or ``codes``.
-            callback_on_step_end: called as ``f(pipeline, step, timestep, {"codes": (N, step + 1)})`` after every code, with
-                speculative decoding after every pass; -1 stands for codes that an image does not have yet. Timestep and
-                step are the same here, and its result is ignored: codes that are sampled stay.
+            callback_on_step_end: called as ``f(pipeline, step, timestep, {"codes": (N, n)})`` after every pass, which is every
+                code in plain decoding in raster order; -1 stands for codes that an image does not have yet. Step and
+                timestep are the number of the last code; the result is ignored: codes that are sampled stay.
             known: ``(N, h, w)`` codes that are forced, -1 where the model samples; one for all, per prompt or per image.
 
         Raises:
@@ -396,7 +396,7 @@ class UnifiedPipeline:
                     self._calls = [*(call for call in self._calls if call is not batch), batch]
                     bar.update(int((codes >= 0).sum()) - bar.n)
                     if on_step is not None:
-                        step = codes.shape[1] - 1
+                        step = int((codes >= 0).sum(dim=1).max()) - 1
                         on_step(self, step, step, {"codes": codes.clone()})  # decoding goes on writing to its own
                     yield codes
                     if batch.interrupted:

@@ -1,5 +1,6 @@
 """From an order to the positions of an image: what enters each, what it sees, when it runs, and what predicts each cell."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -67,12 +68,16 @@ class Prediction:
 
     @classmethod
     def of(cls, config: UnifiedConfig) -> "Prediction":
-        """What ``UnifiedConfig.prediction`` says, a mapping with ``order``, ``size``, ``merge`` and ``window``.
+        """What ``UnifiedConfig.prediction`` says; next-token prediction for None."""
+        return cls.from_mapping(config.prediction or {})
+
+    @classmethod
+    def from_mapping(cls, given: Mapping[str, Any]) -> "Prediction":
+        """From a mapping with ``order``, ``size``, ``merge`` and ``window``, each with a default.
 
         Raises:
             ValueError: for unknown keys, and as the class.
         """
-        given: dict[str, Any] = dict(config.prediction or {})
         unknown = sorted(set(given) - {"order", "size", "merge", "window"})
         if unknown:
             raise ValueError(f"prediction: {unknown} unknown; use order, size, merge and window.")

@@ -4,7 +4,8 @@ import math
 from dataclasses import dataclass
 
 from unified.config import UnifiedConfig, head_dim
-from unified.prediction.merge import Grid, merged_grid
+from unified.prediction.merge import Grid, merged_grid, patches
+from unified.prediction.plan import Prediction
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,9 @@ class PatchSchedule:
         return sum(share / size**2 for size, share in self.size_shares().items())
 
 
-def training_flops(config: UnifiedConfig, text_positions: float, image_positions: float) -> float:
+def training_flops(
+    config: UnifiedConfig, text_positions: float, image_positions: float, scored: float | None = None
+) -> float:
     """FLOPs of one training step on one sequence: forward and backward, two per multiply-add (arXiv 2001.08361).
 
     Counts the decoder's matrices, causal attention and the image head; a gated MLP is assumed. Embeddings, norms and the
@@ -129,7 +132,8 @@ def training_flops(config: UnifiedConfig, text_positions: float, image_positions
     Args:
         config: the model's configuration.
         text_positions: text tokens of the sequence, frame tokens included.
-        image_positions: image positions, ``h*w/p^2`` for every span.
+        image_positions: image positions, ``h*w/p^2`` for every image.
+        scored: states that the image head scores, counted for each of its heads; default ``image_positions``.
     """
     c = config.text_config
     width = head_dim(c)
@@ -138,17 +142,32 @@ def training_flops(config: UnifiedConfig, text_positions: float, image_positions
     matrices = c.hidden_size * (2 * queries + 2 * keys + 3 * c.intermediate_size)
     positions = text_positions + image_positions
     attention = queries * positions  # scores and values, each over half of the positions on average
-    forward = (
-        c.num_hidden_layers * positions * (matrices + attention)
-        + image_positions * c.hidden_size * config.codebook_size
-    )
+    scored = image_positions if scored is None else scored
+    forward = c.num_hidden_layers * positions * (matrices + attention) + scored * c.hidden_size * config.codebook_size
     return 6.0 * forward
+
+
+def image_flops(config: UnifiedConfig, grid: Grid, text_positions: float, patch_size: int = 1) -> float:
+    """FLOPs of one training step on one image of ``grid`` codes behind a text, in the order and with the merge of a model.
+
+    The merge's own matrices are counted too.
+    """
+    prediction = Prediction.of(config)
+    merge = prediction.merge if patch_size == 1 else patches(patch_size)
+    cells = merged_grid(grid, merge.side)
+    plan = prediction.training_plan(cells, 0)
+    count, heads, learned = cells[0] * cells[1], prediction.way.heads, merge.kind == "channel"
+    codes = merge.side**2 if learned else 1
+    flops = training_flops(config, text_positions, len(plan.cells), count * codes * heads)
+    if (
+        learned
+    ):  # of unified/model/channel_merge.py, in squares of the width: for each position, and for each source of a cell
+        squares = 4 * int((plan.cells >= 0).sum()) + (3 + codes) * count * heads
+        flops += 6.0 * squares * config.text_config.hidden_size**2
+    return flops
 
 
 def schedule_flops(schedule: PatchSchedule, config: UnifiedConfig, grid: Grid, text_positions: float) -> float:
     """Mean FLOPs per image of ``grid`` codes over a whole patch schedule."""
-    total = 0.0
-    for size, share in schedule.size_shares().items():
-        rows, columns = merged_grid(grid, size)
-        total += share * training_flops(config, text_positions, rows * columns)
-    return total
+    shares = schedule.size_shares().items()
+    return sum(share * image_flops(config, grid, text_positions, size) for size, share in shares)

@@ -16,6 +16,7 @@ from unified.config import UnifiedConfig
 from unified.decoding import Sampling
 from unified.lora.modality_gate import check_modality
 from unified.model.init import EMBED_KINDS, HEAD_KINDS
+from unified.prediction.plan import Prediction
 from unified.prediction.schedule import PatchSchedule
 from unified.settings import check_choice, check_range, did_you_mean, load_settings
 
@@ -23,7 +24,7 @@ KINDS = ("image", "text", "interleaved")
 # Fields of UnifiedConfig that come from the tokenizers and the backbone, so that `model.options` cannot set them.
 _DERIVED = {
     "text_config", "codebook_size", "boi_token_id", "eoi_token_id", "image_tokenizer_fingerprint",
-    "text_tokenizer_fingerprint", "new_image_tables",
+    "text_tokenizer_fingerprint", "new_image_tables", "prediction",
 }  # fmt: skip
 
 
@@ -223,6 +224,22 @@ class ScheduleConfig:
 
 
 @dataclass
+class PredictionConfig:
+    """How images are predicted: the order of their codes, and how codes enter. With ``model.pipeline``, the new way of it."""
+
+    order: str = "raster"  # or rows, rows_at_once, diagonals, regions, cells, spread, locality, random
+    size: int = 0  # cells a side, regions a side or passes, for orders that take a number; 0 for the order's default
+    merge: str = "one"  # or channel: windows of codes share a position, also in sampling (Token-Shuffle)
+    window: int | None = None  # side of the windows of channel; default 2
+
+    def build(self) -> dict[str, Any]:
+        """The value of ``UnifiedConfig.prediction``. Raises ValueError for a field that is unknown or out of range."""
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        Prediction.from_mapping(given)
+        return given
+
+
+@dataclass
 class OptimizerConfig:
     """Optimizer, clipping and average of the weights."""
 
@@ -310,6 +327,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraSettings | None = None
+    prediction: PredictionConfig | None = None  # default: raster order, or that of model.pipeline
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
@@ -329,6 +347,8 @@ class TrainConfig:
         for part in (self.model, self.data, self.lora, self.optimizer, self.sample, self.evaluation):
             if part is not None:
                 part.check()
+        if self.prediction is not None:
+            self.prediction.build()
         self.patch_schedule().stages(self.steps)
         if self.checkpoint_every and self.checkpoint_every % self.log_every:
             # A logged loss is a mean over log_every steps; a resumed run starts its mean at the checkpoint.

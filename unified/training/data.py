@@ -131,9 +131,10 @@ def train_source(config: TrainConfig) -> SourceConfig:
     )  # fmt: skip
 
 
-def merge_of_batch(config: TrainConfig, schedule: PatchSchedule, index: int) -> Merge:
-    """How codes are merged in micro-batch ``index``: by the patch size of its step."""
-    return patches(schedule.patch_size(index // config.gradient_accumulation_steps, config.steps))
+def merge_of_batch(config: TrainConfig, schedule: PatchSchedule, index: int) -> Merge | None:
+    """How codes are merged in micro-batch ``index``: by the patch size of its step; None for the model's own way."""
+    patch_size = schedule.patch_size(index // config.gradient_accumulation_steps, config.steps)
+    return None if patch_size == 1 else patches(patch_size)
 
 
 def open_source(context: Context, source: SourceConfig, split: str, folder: Path, clean: bool = False) -> Source:

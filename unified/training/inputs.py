@@ -11,6 +11,7 @@ from torch import nn
 
 from unified.config import UnifiedConfig
 from unified.prediction.merge import Grid
+from unified.prediction.plan import Prediction
 from unified_tokenizers import TextTokenizer
 
 
@@ -21,9 +22,18 @@ def code_grids(rows: datasets.Dataset) -> list[Grid]:
     return [(int(height), int(width)) for height, width in unique]
 
 
-def check_grids(grids: Iterable[Grid], patch_sizes: Iterable[int]) -> None:
-    """Raises ValueError if a patch size of the schedule does not divide a grid of the data."""
+def check_grids(grids: Iterable[Grid], patch_sizes: Iterable[int], prediction: Prediction) -> None:
+    """Raises ValueError if a patch size of the schedule or a window of the merge does not divide a grid of the data, or the
+    order does not fit it.
+    """
+    side = prediction.merge.side
     for height, width in grids:
+        if height % side or width % side:
+            raise ValueError(
+                f"prediction.window: {side} does not divide the code grid {height}x{width} of the data; use a divisor of its "
+                "sides, or encode the images at another size."
+            )
+        prediction.plan((height // side, width // side))
         for size in patch_sizes:
             if height % size or width % size:
                 raise ValueError(

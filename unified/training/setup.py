@@ -17,8 +17,10 @@ from unified.config import UnifiedConfig
 from unified.lora.adapters import attach_lora, base_of
 from unified.model.family import check_family, check_packing
 from unified.model.modeling import UnifiedForCausalLM
+from unified.model.retrofit import change_prediction
 from unified.pipeline.arguments import as_prompts, check_room
 from unified.pipeline.pipeline import UnifiedPipeline
+from unified.prediction.plan import Prediction
 from unified.prediction.schedule import PatchSchedule
 from unified.settings import dump_settings, refuse_other
 from unified.training.card import run_card
@@ -108,7 +110,7 @@ def set_up(config: TrainConfig, accelerator: Accelerator) -> Run:
     data = open_data(Context(accelerator, config, image_tokenizer, text_tokenizer, base.config))
     run_card(config, "pipeline", image_tokenizer.fingerprint)  # fails here rather than after the training
     schedule = config.patch_schedule()
-    check_grids(data.grids, schedule.patch_sizes)
+    check_grids(data.grids, schedule.patch_sizes, Prediction.of(base.config))
     add_grids(base.config, data.grids, fixed=config.lora is not None and config.model.pipeline is not None)
     check_samples(config, base.config, text_tokenizer)
     model: nn.Module = adapt(config, base, image_tokenizer, text_tokenizer)
@@ -182,6 +184,10 @@ def build_parts(config: TrainConfig) -> Parts:
         image_tokenizer = AutoImageTokenizer.from_pretrained(folder / "image_tokenizer")
         text_tokenizer = load_text_tokenizer(folder / "text_tokenizer")
         model = UnifiedForCausalLM.from_pretrained(folder / "model", **source.options)
+        if config.prediction is not None and Prediction.of(model.config) != Prediction.from_mapping(
+            config.prediction.build()
+        ):
+            model = change_prediction(model, config.prediction.build())
         model.name_or_path = source.pipeline  # what the adapter names as its base
         if model.config.text_tokenizer_fingerprint is None:
             model.config.text_tokenizer_fingerprint = text_tokenizer.fingerprint
@@ -209,7 +215,7 @@ def adapt(
     if config.lora is None:
         model.config.new_image_tables = False  # they are about to be trained
         return model
-    if not config.model.pipeline:
+    if not config.model.pipeline or (config.prediction is not None and model.config.new_image_tables):
         model.name_or_path = str(Path(config.output_dir) / "base")
         if PartialState().is_main_process:
             _keep_base(config, UnifiedPipeline(model, image_tokenizer, text_tokenizer))
@@ -231,6 +237,8 @@ def _keep_base(config: TrainConfig, pipeline: UnifiedPipeline) -> None:
     """Write ``<output_dir>/base`` beside and rename it, or compare with what is there."""
     source = {name: value for name, value in asdict(config.model).items() if name != "gradient_checkpointing"}
     origin = {**source, "image_tokenizer": pipeline.image_tokenizer.fingerprint, "seed": config.seed}
+    if config.prediction is not None:
+        origin["prediction"] = config.prediction.build()
     folder = Path(config.output_dir) / "base"
     if folder.is_dir():
         record = folder / BASE_FILE
@@ -252,6 +260,7 @@ def _new_model(
         "eoi_token_id": text_tokenizer.eoi_token_id,
         "image_tokenizer_fingerprint": image_tokenizer.fingerprint,
         "text_tokenizer_fingerprint": text_tokenizer.fingerprint,
+        "prediction": None if config.prediction is None else config.prediction.build(),
         **config.model.options,
     }
     if config.model.backbone:

@@ -8,15 +8,45 @@ from conftest import generators, inputs_of, tiny_config
 from torch.utils.flop_counter import FlopCounterMode
 
 import unified_eval
-from npp_study import VARIANTS, parse_arguments, plan, train_and_measure
-from npp_study_report import relative_to_baseline, summarise, table, write_study
+from next_x_study import VARIANTS, flops_per_image, parse_arguments, plan, train_and_measure
+from next_x_study_report import relative_to_baseline, summarise, table, write_study
 from unified import PatchSchedule, UnifiedForCausalLM, UnifiedPipeline
+from unified.data.batches import make_batch
 from unified.data.code_cache import load_codes
-from unified.prediction.schedule import schedule_flops, training_flops
+from unified.prediction.schedule import image_flops, schedule_flops, training_flops
 from unified.sequence import ImageSegment, TextSegment, build_sequence
+from unified.training.config import load_config
 from unified.training.validation import image_loss
 from unified_eval.clip import clip_features, load_clip, retrieval_at_1
 from unified_eval.selection import choose_evenly, first_usable_rows, unique_captions
+
+
+@pytest.mark.parametrize("prediction", [
+    {"order": "diagonals"}, {"order": "spread", "size": 2}, {"merge": "channel"}, {"order": "rows", "merge": "channel"},
+    {"order": "random", "size": 4},
+], ids=str)  # fmt: skip
+def test_formula_of_an_image_agrees_with_counted_matrix_products(prediction):
+    torch.manual_seed(0)
+    config = tiny_config(
+        text={"hidden_size": 64, "intermediate_size": 192},
+        codebook_size=512,
+        image_grids=[[8, 8]],
+        prediction=prediction,
+    )
+    model = UnifiedForCausalLM(config)
+    model.set_attn_implementation("eager")
+    sequence = build_sequence(
+        [TextSegment([9, 8, 7], loss=False), ImageSegment(torch.randint(512, (8, 8)))], config.vocabulary
+    )
+    inputs = make_batch([sequence], config).inputs
+    with FlopCounterMode(display=False) as counter:
+        model(**inputs).loss.backward()
+    positions = inputs["input_ids"].shape[1] - 1
+    attention, head = 6 * 2 * 64 * positions**2, 6 * 64 * 50
+    scored = 64 * model.image_head.in_features // 64
+    in_place = 2 * scored * 64 * 512
+    expected = image_flops(config, (8, 8), 5) + attention + head - in_place
+    assert counter.get_total_flops() == pytest.approx(expected, rel=2e-3)
 
 
 @pytest.mark.parametrize("p", [1, 2])
@@ -120,18 +150,20 @@ def test_study_writes_plot_and_table(tmp_path):
     assert "| fast |" in (tmp_path / "table.md").read_text()
 
 
-def test_stopped_variant_gets_the_steps_it_can_pay(tmp_path):
-    arguments = [
-        "--config",
-        "recipes/configs/npp_study_shapes.yaml",
-        "--data",
-        "d",
-        "--clip",
-        "c",
-        "--out",
-        str(tmp_path),
-    ]
-    runs = plan(parse_arguments(["steps=1000", *arguments, "--seeds", "3"]))
-    stopped = next(run for run in runs if run.variant == "next-token, cost of (2,1)")
-    assert stopped.seed == 3 and stopped.overrides[-1] == "steps=625"
+def test_a_variant_stops_at_the_cost_of_another(config_file, picture_source, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    arguments = ["--config", str(config_file), "--data", picture_source, "--clip", "none", "--out", str(tmp_path),
+                 "--num-images", "0", "steps=8", "validate_every=null", "checkpoint_every=null"]  # fmt: skip
+    names = ["next-token, cost of (2,1)", "channel diagonals"]
+    stopped, channel = plan(parse_arguments([*arguments, "--seeds", "3", "--variants", *names]))
+    one, two = (load_config(config_file, [*VARIANTS[name][0], "output_dir=x"]) for name in ("next-token", "(2,1)"))
+    result = train_and_measure(stopped)
+    assert result["steps"] == round(8 * flops_per_image(two) / flops_per_image(one)) < 8
+    assert result["passes"] == 16
+    result = train_and_measure(channel)
+    own = load_config(config_file, [*VARIANTS["channel diagonals"][0], "output_dir=x"])
+    assert result["steps"] == round(8 * flops_per_image(one) / flops_per_image(own)) > 8
+    assert result["passes"] == 3 and result["seconds_of_16"] > 0
+    pipe = UnifiedPipeline.from_pretrained(f"{channel.out}/pipeline")
+    assert pipe.model.prediction.order == "diagonals" and pipe.model.prediction.merge.side == 2
     assert len({run.out for run in plan(parse_arguments([*arguments, "--variants", *VARIANTS]))}) == 3 * len(VARIANTS)

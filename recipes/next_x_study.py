@@ -1,11 +1,12 @@
-"""Next-patch prediction against next-token prediction: the same data, captions and seeds, quality beside cost.
+"""Ways to predict an image side by side: orders, merges and patch schedules on the same data, captions and seeds.
 
-    python recipes/npp_study.py --config recipes/configs/npp_study_shapes.yaml --data data/shapes --split validation \\
-        --clip runs/npp_study/shapes_clip --out runs/npp_study/shapes
+    python recipes/next_x_study.py --config recipes/configs/npp_study_shapes.yaml --data data/shapes --split validation \\
+        --clip runs/npp_study/shapes_clip --out runs/next_x/shapes --variants next-token diagonals channel
 
-Trains every variant with every seed, generates images for the same captions and measures them. A finished run is not run
-again. Writes `study.json` (every run), `table.md` (mean and spread) and `study.png` (quality against cost). The top of each
-config lists the commands to run before: tokenizers, codes, a small CLIP.
+Trains every variant with every seed, generates images for the same captions and measures them: quality, held-out nats a code
+in the variant's own factorisation, passes and CPU seconds an image. A finished run is not run again. Writes `study.json`
+(every run), `table.md` (mean and spread) and `study.png` (quality against cost and against passes). The top of each config
+lists the commands to run before: tokenizers, codes, a small CLIP. `--variants` without names lists them all.
 """
 
 import argparse
@@ -24,12 +25,13 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from npp_study_report import write_study
-from unified import UnifiedPipeline
+from next_x_study_report import write_study
+from unified import UnifiedConfig, UnifiedPipeline
 from unified.data.code_cache import load_codes
 from unified.data.crops import fit
 from unified.errors import explain_errors
 from unified.lora.adapters import base_of
+from unified.prediction.merge import merged_grid
 from unified.prediction.schedule import schedule_flops
 from unified.settings import dump_settings, refuse_other
 from unified.training.config import TrainConfig, load_config
@@ -42,28 +44,48 @@ from unified_eval.generation import stream_images
 from unified_eval.selection import choose_evenly, first_usable_rows, unique_captions
 from unified_eval.shapes import find_shapes, shapes_accuracy
 from unified_eval.sheets import captioned_grid, in_rows
+from unified_tokenizers import AutoImageTokenizer, load_text_tokenizer
 
+ONES = ["schedule.patch_sizes=[1]", "schedule.shares=[1.0]"]
 HALVES = ["schedule.patch_sizes=[2,1]", "schedule.shares=[0.5,0.5]"]
+CHANNEL = "prediction.merge=channel"
 BASELINE = "next-token"
 
-# Overrides of the config, and None or the variant whose cost (image positions) the training stops at.
+# Overrides of the config, and None or the variant at whose training FLOPs the training stops.
 VARIANTS: dict[str, tuple[list[str], str | None]] = {
-    BASELINE: (["schedule.patch_sizes=[1]", "schedule.shares=[1.0]"], None),
-    "next-token, cost of (2,1)": (["schedule.patch_sizes=[1]", "schedule.shares=[1.0]"], "(2,1)"),
+    BASELINE: (ONES, None),
+    # Orders, at the cost of next-token training
+    "rows": ([*ONES, "prediction.order=rows"], BASELINE),
+    "rows at once": ([*ONES, "prediction.order=rows_at_once"], BASELINE),
+    "diagonals": ([*ONES, "prediction.order=diagonals"], BASELINE),
+    "regions": ([*ONES, "prediction.order=regions"], BASELINE),
+    "cells": ([*ONES, "prediction.order=cells"], BASELINE),
+    "spread": ([*ONES, "prediction.order=spread"], BASELINE),
+    "locality": ([*ONES, "prediction.order=locality"], BASELINE),
+    "random": ([*ONES, "prediction.order=random"], BASELINE),
+    # Merges
+    "channel": ([*ONES, CHANNEL], BASELINE),
+    "channel 4": ([*ONES, CHANNEL, "prediction.window=4"], BASELINE),
+    "channel, as many images": ([*ONES, CHANNEL], None),
+    "channel diagonals": ([*ONES, CHANNEL, "prediction.order=diagonals"], BASELINE),
+    # Next-patch prediction, and before another last stage
+    "next-token, cost of (2,1)": (ONES, "(2,1)"),
     "(2,1)": (HALVES, None),
+    "(2,1) diagonals": ([*HALVES, "prediction.order=diagonals"], None),
+    "(2,1) channel": ([*HALVES, CHANNEL], BASELINE),
     "(2,1) unit": ([*HALVES, "model.options.coarse_positions=unit"], None),
     "(2,1) normalized": ([*HALVES, "model.options.coarse_positions=normalized"], None),
     "(2,1) 1d": ([*HALVES, "model.options.positions=1d"], None),
     "(2,1) per token": ([*HALVES, "model.options.loss_normalization=token"], None),
     "(2,1) one schedule": ([*HALVES, "schedule.restart=false"], None),
     "(2,1) mixed": ([*HALVES, "schedule.mixed=0.2"], None),
-    "next-token 1d": (["schedule.patch_sizes=[1]", "schedule.shares=[1.0]", "model.options.positions=1d"], None),
+    "next-token 1d": ([*ONES, "model.options.positions=1d"], None),
     "(4,2,1)": (["schedule.patch_sizes=[4,2,1]", "schedule.shares=[0.4,0.3,0.3]"], None),
     "(4,1)": (["schedule.patch_sizes=[4,1]", "schedule.shares=[0.4,0.6]"], None),
     "(4,2,1) halves": (["schedule.levels=3"], None),
 }
 MEASURED_WITH = ("data", "split", "clip", "num_images", "guidance_scale", "temperature")
-MAIN = [BASELINE, "next-token, cost of (2,1)", "(2,1)", "(4,2,1)", "(4,1)"]
+MAIN = [BASELINE, "diagonals", "rows", "regions", "spread", "channel", "channel diagonals", "(2,1)", "(2,1) diagonals"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +96,7 @@ class Run:
     seed: int
     config: str
     overrides: tuple[str, ...]
+    like: tuple[str, ...] | None  # overrides of the variant at whose FLOPs the training stops
     data: str
     clip: str
     split: str
@@ -92,6 +115,9 @@ def train_and_measure(run: Run) -> dict[str, Any]:
     out = Path(run.out)
     cost_file, result_file = out / "cost.json", out / "result.json"
     config = load_config(run.config, [*run.overrides, f"output_dir={out}", f"seed={run.seed}"])
+    if run.like is not None:
+        other = load_config(run.config, [*run.like, f"output_dir={out}"])
+        config.steps = round(other.steps * flops_per_image(other) / flops_per_image(config))
     settings = {name: getattr(run, name) for name in MEASURED_WITH}
     if cost_file.is_file() and (out / "config.yaml").read_text() != dump_settings(config):
         raise ValueError(f"out: {run.out!r} was trained with other settings; choose another folder, or remove it.")
@@ -113,27 +139,60 @@ def train_and_measure(run: Run) -> dict[str, Any]:
         "images": config.steps * config.batch_size,
         "measured_with": settings,
         **json.loads(cost_file.read_text()),
-        "flops": training_flops(config, pipeline),
+        "flops": flops_per_image(config) * config.steps * config.batch_size,
+        "passes": passes(pipeline),
         **losses(config, pipeline),
+        **sampling_seconds(run, pipeline),
         **(image_quality(run, pipeline) if run.num_images else {}),
     }
     result_file.write_text(json.dumps(result, indent=2))
     return result
 
 
-def training_flops(config: TrainConfig, pipeline: UnifiedPipeline) -> float:
-    """FLOPs of the whole training by the formula of ``unified.prediction.schedule``, with the captions' mean length."""
-    captions = load_codes(str(config.data.train), config.data.train_split, None)["caption"]
-    lengths = [len(pipeline.text_tokenizer.encode(caption)) for caption in captions]
+def flops_per_image(config: TrainConfig) -> float:
+    """Mean training FLOPs an image by the formula of ``unified.prediction.schedule``, with the captions' mean length."""
+    rows = load_codes(str(config.data.train), config.data.train_split, None)
+    tokenizer = load_text_tokenizer(str(config.model.text_tokenizer))
+    lengths = [len(tokenizer.encode(caption)) for caption in rows["caption"]]
+    grids = {(int(h), int(w)) for h, w in zip(rows["height"], rows["width"], strict=True)}
+    if len(grids) > 1:
+        raise ValueError(f"data.train: images of several grids {sorted(grids)}; a study needs one.")
+    model_config = UnifiedConfig(
+        text_config={**(config.model.architecture or {}), "vocab_size": tokenizer.vocab_size},
+        codebook_size=AutoImageTokenizer.from_pretrained(str(config.model.image_tokenizer)).codebook_size,
+        boi_token_id=tokenizer.boi_token_id,
+        eoi_token_id=tokenizer.eoi_token_id,
+        prediction=None if config.prediction is None else config.prediction.build(),
+    )
     text_positions = sum(lengths) / len(lengths) + 2  # <bos>, <boi>
-    model_config = base_of(pipeline.model).config
-    ((height, width),) = model_config.image_grids or []
-    per_image = schedule_flops(config.patch_schedule(), model_config, (height, width), text_positions)
-    return per_image * config.steps * config.batch_size
+    return schedule_flops(config.patch_schedule(), model_config, grids.pop(), text_positions)
+
+
+def passes(pipeline: UnifiedPipeline) -> int:
+    """Forward passes of an image in plain decoding, its prompt's included."""
+    model = base_of(pipeline.model)
+    ((height, width),) = model.config.image_grids or []
+    return int(model.prediction.plan(merged_grid((height, width), model.prediction.merge.side)).groups.max()) + 1
+
+
+def sampling_seconds(run: Run, pipeline: UnifiedPipeline) -> dict[str, float]:
+    """CPU seconds an image on one thread, one at a time and 16 together: the least of three."""
+    pipeline.set_progress_bar_config(disable=True)
+    seconds = {}
+    for count in (1, 16):
+        taken = []
+        for _ in range(4):  # the first one prepares the decoder
+            started = time.process_time()
+            pipeline(
+                "a red circle", num_images_per_prompt=count, guidance_scale=run.guidance_scale, output_type="codes"
+            )
+            taken.append((time.process_time() - started) / count)
+        seconds[f"seconds_of_{count}"] = min(taken[1:])
+    return seconds
 
 
 def losses(config: TrainConfig, pipeline: UnifiedPipeline) -> dict[str, float]:
-    """Next-token losses in nats a code, on held-out rows and on as many training rows."""
+    """Losses in nats a code in the model's own factorisation, on held-out rows and on as many training rows."""
     held_out = load_codes(str(config.data.validation or config.data.train), config.data.validation_split, None)
     seen = load_codes(str(config.data.train), config.data.train_split, None)
     seen = seen.select(range(min(len(seen), len(held_out))))
@@ -191,16 +250,13 @@ def plan(args: argparse.Namespace) -> list[Run]:
     runs = []
     for seed in args.seeds:
         for variant in args.variants:
-            overrides, like = VARIANTS[variant]
-            overrides = [*overrides, *args.overrides]
-            if like is not None:  # as many steps as give the other variant's number of image positions
-                config = load_config(args.config, [*overrides, "output_dir=unused"])
-                other = load_config(args.config, [*VARIANTS[like][0], *args.overrides, "output_dir=unused"])
-                overrides.append(f"steps={round(config.steps * other.patch_schedule().relative_cost())}")
+            own, like = VARIANTS[variant]
+            overrides = (*own, *args.overrides)
+            other = None if like is None else (*VARIANTS[like][0], *args.overrides)
             folder = "".join(c if c.isalnum() else "-" for c in variant).strip("-")
             out = f"{args.out}/{folder}/seed-{seed}"
             runs.append(
-                Run(variant, seed, args.config, tuple(overrides), args.data, args.clip, args.split, args.num_images,
+                Run(variant, seed, args.config, overrides, other, args.data, args.clip, args.split, args.num_images,
                     args.guidance_scale, args.temperature, out)
             )  # fmt: skip
     return runs

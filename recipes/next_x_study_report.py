@@ -10,6 +10,9 @@ from typing import Any
 METRICS = {
     "flops": ("FLOPs", 3, False),
     "cpu_seconds": ("CPU time", 3, False),
+    "passes": ("passes", 0, False),
+    "seconds_of_1": ("CPU time, 1 image", 3, False),
+    "seconds_of_16": ("of 16", 3, False),
     "training_loss": ("training loss", 3, False),
     "validation_loss": ("held-out loss", 3, False),
     "fd_efflite0": ("FD-EffLite0", 1, False),
@@ -17,7 +20,8 @@ METRICS = {
     "colours": ("colours", 3, True),
     "agreement": ("agreement", 3, True),
 }
-COSTS = ("flops", "cpu_seconds")
+COSTS = ("flops", "cpu_seconds", "seconds_of_1", "seconds_of_16")  # relative to the baseline
+NOT_QUALITY = (*COSTS, "passes")
 
 
 def relative_to_baseline(results: Sequence[dict[str, Any]], baseline: str) -> list[dict[str, Any]]:
@@ -32,7 +36,10 @@ def relative_to_baseline(results: Sequence[dict[str, Any]], baseline: str) -> li
         raise ValueError(
             f"variants: seeds {missing} lack {baseline!r}, the variant that costs are relative to; add it."
         )
-    return [{**result, **{cost: result[cost] / base[result["seed"]][cost] for cost in COSTS}} for result in results]
+    return [
+        {**result, **{cost: result[cost] / base[result["seed"]][cost] for cost in COSTS if cost in result}}
+        for result in results
+    ]
 
 
 def summarise(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, tuple[float, float]]]:
@@ -51,11 +58,11 @@ def table(summary: dict[str, dict[str, tuple[float, float]]], seeds: int) -> str
     best = {
         name: (max if METRICS[name][2] else min)(row[name][0] for row in summary.values())
         for name in names
-        if name not in COSTS
+        if name not in NOT_QUALITY
     }
     lines = [
         f"Mean ± standard deviation over {seeds} seed{'s' * (seeds > 1)}; costs relative to next-token training; losses "
-        "in nats a code, next-token mode.",
+        "in nats a code, each in its variant's own factorisation.",
         "",
         "| variant | " + " | ".join(METRICS[name][0] for name in names) + " |",
         "|---" * (len(names) + 1) + "|",
@@ -65,39 +72,47 @@ def table(summary: dict[str, dict[str, tuple[float, float]]], seeds: int) -> str
         for name in names:
             mean, spread = row[name]
             digits = METRICS[name][1]
-            text = f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if seeds > 1 and name != "flops" else "")
+            text = f"{mean:.{digits}f}" + (
+                f" ± {spread:.{digits}f}" if seeds > 1 and name not in ("flops", "passes") else ""
+            )
             cells.append(f"**{text}**" if best.get(name) == mean else text)
         lines.append(f"| {variant} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def plot(summary: dict[str, dict[str, tuple[float, float]]], baseline: str, out: Path) -> None:
-    """Every quality metric against FLOPs, one panel each, with bars for the spread over seeds. A line joins the runs of the
-    baseline, whole and stopped early: variants on its better side gain something.
+    """Every quality metric, one column each, against training FLOPs above and against passes of sampling below; bars are the
+    spread over seeds. A line joins the runs of the baseline, whole and stopped early: variants on its better side gain
+    something.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = [name for name in METRICS if name not in COSTS and all(name in row for row in summary.values())]
-    columns = 2 if len(names) == 4 else min(3, len(names))
-    rows = -(-len(names) // columns)
-    figure, grid = plt.subplots(rows, columns, figsize=(4.4 * columns, 3.6 * rows), dpi=120, squeeze=False)
+    names = [name for name in METRICS if name not in NOT_QUALITY and all(name in row for row in summary.values())]
+    costs = {"flops": "training FLOPs, next-token = 1"}
+    if all("passes" in row for row in summary.values()) and len({row["passes"] for row in summary.values()}) > 1:
+        costs["passes"] = "forward passes of an image"
+    figure, grid = plt.subplots(
+        len(costs), len(names), figsize=(4.4 * len(names), 3.6 * len(costs)), dpi=120, squeeze=False
+    )
     colors = plt.get_cmap("tab10").colors + plt.get_cmap("Set2").colors  # type: ignore[attr-defined]
-    for axes, name in zip(grid.flat, names, strict=False):
-        for color, (variant, row) in zip(colors, summary.items(), strict=False):
-            mean, spread = row[name]
-            axes.errorbar(row["flops"][0], mean, yerr=spread, fmt="o", ms=6, color=color, capsize=3, label=variant)
-        plain = sorted((row["flops"][0], row[name][0]) for variant, row in summary.items()
-                       if variant.split(",")[0] == baseline)  # fmt: skip
-        axes.plot(*zip(*plain, strict=True), color="gray", lw=1, ls="--", zorder=0)
-        better = "higher" if METRICS[name][2] else "lower"
-        axes.set(title=f"{METRICS[name][0]} ({better} is better)", xlabel="FLOPs, next-token = 1")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25)
-    for axes in list(grid.flat)[len(names) :]:
-        axes.axis("off")
+    for panels, (cost, label) in zip(grid, costs.items(), strict=True):
+        for axes, name in zip(panels, names, strict=True):
+            for color, (variant, row) in zip(colors, summary.items(), strict=False):
+                mean, spread = row[name]
+                axes.errorbar(row[cost][0], mean, yerr=spread, fmt="o", ms=6, color=color, capsize=3, label=variant)
+            if cost == "flops":
+                plain = sorted((row[cost][0], row[name][0]) for variant, row in summary.items()
+                               if variant.split(",")[0] == baseline)  # fmt: skip
+                axes.plot(*zip(*plain, strict=True), color="gray", lw=1, ls="--", zorder=0)
+            else:
+                axes.set_xscale("log")
+            better = "higher" if METRICS[name][2] else "lower"
+            axes.set(title=f"{METRICS[name][0]} ({better} is better)", xlabel=label)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.grid(alpha=0.25)
     handles, labels = grid.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=min(4, len(labels)), frameon=False, fontsize=9)
     figure.tight_layout(rect=(0, 0.05 + 0.03 * (-(-len(labels) // 4)), 1, 1))

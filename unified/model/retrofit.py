@@ -1,0 +1,39 @@
+"""A trained model with another way to predict images, to be fine-tuned."""
+
+import copy
+from typing import Any
+
+import torch
+
+from unified.model.modeling import UnifiedForCausalLM
+from unified.prediction.plan import Prediction
+
+
+def change_prediction(model: UnifiedForCausalLM, prediction: dict[str, Any]) -> UnifiedForCausalLM:
+    """A model of another order or merge around the same backbone, with the same image embedding.
+
+    Each of its heads starts as the image head of the model, because it scores the same codes. Queries and merges start
+    untrained. The model that is given must not be used any more.
+
+    Args:
+        model: a trained model, without adapters.
+        prediction: as ``UnifiedConfig.prediction``.
+
+    Raises:
+        ValueError: for a prediction that is unknown, or that the backbone does not allow.
+    """
+    wanted = Prediction.from_mapping(prediction)
+    config = copy.deepcopy(model.config)
+    config.prediction, config.new_image_tables = prediction, True
+    decoder = model.backbone.base_model
+    decoder.rotary_emb = decoder.rotary_emb.rotary
+    changed = UnifiedForCausalLM(config, model.backbone)
+    with torch.no_grad():
+        changed.image_embed.weight.copy_(model.image_embed.weight)
+        head = model.image_head.weight[:, : model.config.text_config.hidden_size]
+        changed.image_head.weight.copy_(head.repeat(1, wanted.way.heads))
+    changed.condition = model.condition
+    for part in changed.image_modules().values():
+        part.to(device=model.device, dtype=model.dtype)
+    changed.generation_config = model.generation_config
+    return changed.train(model.training)
