@@ -4,9 +4,12 @@ import pytest
 import torch
 from conftest import full_forward, generators, tiny_model
 
-from unified.decoding import Prompt, Sampling, generate_codes, make_decoder
+from unified.decoding import Prompt, Sampling, generate_codes, make_decoder, passes
 from unified.decoding.continuous_batching import Batcher, Request
+from unified.decoding.passes import image_columns
+from unified.decoding.prefill import prefill
 from unified.decoding.sampling import PositionNoise, filter_logits, sample_gumbel
+from unified.prediction.plan import Prediction
 from unified.sequence import ImageSegment, TextSegment, build_sequence
 
 PROMPTS = [[1, 5, 6, 7, 3], [1, 8, 3], [1, 9, 10, 3], [1, 11, 12, 13, 14, 3], [1, 3]]
@@ -46,8 +49,9 @@ def test_a_long_prompt_joins_a_row_that_has_just_begun(monkeypatch):
     """Columns move on to make room before it, and back when the last one is written."""
     decoder = make_decoder(tiny_model(positions="2d"))
     batcher, sampling, grid = Batcher(decoder, max_rows=4, length=36), Sampling(guidance_scale=2.0), (4, 4)
-    moved, move = [], batcher._move
-    monkeypatch.setattr(batcher, "_move", lambda by: moved.append(by) or move(by))
+    moved, move, compact = [], batcher._move, batcher._compact
+    monkeypatch.setattr(batcher, "_move", lambda by: moved.append("on") or move(by))
+    monkeypatch.setattr(batcher, "_compact", lambda: moved.append("together") or compact())
     prompts = [(1, 3), (1, *range(5, 20), 3), (1, 6, 3), (1, 7, 8, 3)]
     requests = [
         Request(Prompt(p), grid, *generators(i), image_sampling=sampling, negative=Prompt((1, 3)))
@@ -58,7 +62,7 @@ def test_a_long_prompt_joins_a_row_that_has_just_begun(monkeypatch):
         if step in (0, 1, 12, 20):
             batcher.submit(requests[(0, 1, 12, 20).index(step)])
         results.update(batcher.step())
-    assert [by > 0 for by in moved] == [True, True, False] and not batcher.busy
+    assert moved == ["on", "on", "together"] and not batcher.busy
     for i, (prompt, request) in enumerate(zip(prompts, requests, strict=True)):
         (segment,) = results[request]
         alone = generate_codes(decoder, [prompt], [[1, 3]], grid, sampling, generators(i))
@@ -151,7 +155,7 @@ def test_guided_images_inside_text():
 
 def test_bad_requests_are_named():
     batcher = Batcher(make_decoder(tiny_model()), max_rows=1, length=20)
-    with pytest.raises(ValueError, match=r"request: 5 tokens and up to 18 new ones, a row holds 20"):
+    with pytest.raises(ValueError, match=r"request: 5 positions and up to 18 new ones, a row holds 20"):
         batcher.submit(Request(Prompt((1, 5, 6, 7, 3)), (4, 4), *generators(0)))
     guided = Request(Prompt((1, 3)), (2, 2), *generators(0), image_sampling=Sampling(guidance_scale=2.0))
     with pytest.raises(ValueError, match="negative: guidance needs an unconditional row"):
@@ -186,3 +190,58 @@ def test_free_rows_cost_nothing():
     batcher.submit(first)
     batcher.step()
     assert widths[-1] == 4 and len(batcher.rows) == 2
+
+
+ORDERS = [
+    {"order": "diagonals"}, {"order": "rows"}, {"order": "spread", "size": 2}, {"order": "random", "size": 5},
+    {"merge": "channel"}, {"order": "diagonals", "merge": "channel"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("sampling", [Sampling(top_k=8), Sampling(guidance_scale=2.0, guidance_schedule="cosine")])
+@pytest.mark.parametrize("prediction", ORDERS, ids=str)
+def test_images_of_every_order_are_those_of_the_plain_loop_whenever_they_arrive(prediction, sampling, monkeypatch):
+    """Rows at different places of their order share passes of several positions; the columns are put together in between."""
+    decoder = make_decoder(tiny_model(prediction=prediction))
+    length = 6 + image_columns(decoder.model, (4, 4))
+    batcher = Batcher(decoder, max_rows=2 * (1 + sampling.guided), length=length)
+    together, compact = [], batcher._compact
+    monkeypatch.setattr(batcher, "_compact", lambda: together.append(1) or compact())
+    requests, results = image_requests(sampling) * 1, {}
+    requests += [
+        Request(Prompt((1, 7, 8, 3)), (4, 4), *generators(i), sampling, negative=Prompt((1, 3))) for i in range(5, 12)
+    ]
+    for step in range(200):
+        if step % 2 == 0 and step // 2 < len(requests):
+            batcher.submit(requests[step // 2])
+        results.update(batcher.step())
+        if step > 2 * len(requests) and not batcher.busy:
+            break
+    assert len(results) == len(requests) and together
+    for i, request in enumerate(requests):
+        (segment,) = results[request]
+        alone = generate_codes(decoder, [request.prompt], [[1, 3]], (4, 4), sampling, generators(i))
+        assert torch.equal(segment.codes, alone[0])
+
+
+@pytest.mark.parametrize("prediction", [None, *ORDERS], ids=str)
+def test_text_that_follows_an_image_has_read_all_of_it(prediction, monkeypatch):
+    """The state behind an image that was sampled is that of a prompt which holds the image, up to its last code."""
+    model = tiny_model(prediction=prediction)
+    vocabulary, decoder = model.config.vocabulary, make_decoder(model)
+    request = Request(Prompt((1, 5, 3)), (4, 4), *generators(1), max_new_tokens=6)
+    other = Request(Prompt((1, 6, 7, 3)), (4, 4), *generators(2), max_new_tokens=6)
+    batcher = Batcher(decoder, 2, 60)
+    batcher.submit(other)
+    batcher.step()
+    batcher.submit(request)
+    (row,) = (batcher.step(), [row for row in batcher.rows if row.request is request])[1]
+    while not (row.segments and row.image is None and row.next is None):
+        batcher.step()
+    image = row.segments[0]
+    ids = (1, 5, 3, *(image.codes.flatten() + vocabulary.text_vocab_size).tolist(), vocabulary.eoi_token_id)
+    if model.prediction.way.any_order:  # the prompt's image in the permutation of the request
+        seed = passes._order_seed(*generators(1))
+        monkeypatch.setattr(Prediction, "training_plan", lambda self, grid, own: self.plan(grid, seed))
+    wanted = prefill(decoder, [Prompt(ids, ((4, 4),))], 0).hidden[0]
+    torch.testing.assert_close(row.states[0, -1], wanted, rtol=1e-4, atol=1e-4)

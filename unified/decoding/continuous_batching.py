@@ -1,23 +1,27 @@
-"""Continuous batching: requests join and leave a running batch, each row in its own modality.
+"""Continuous batching: requests join and leave a running batch, each row in its own modality and at its own place.
 
 All rows share the cache column that is written next. A request may join at any step: its prompt is copied to the columns
 just before, and a bias hides what other requests left there. A step reads the columns from the oldest running request on;
-when the last column is written, those move back to the front. A guided request holds a second row for its unconditional
-side.
+when the last column is written, the columns in use move together at the front. A guided request holds a second row for its
+unconditional side.
+
+In a step every row runs what it has to: a text token, the codes that it has sampled, queries. Rows that run less than
+others leave columns empty, which nobody sees; queries stand behind all, in columns that are written again.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from unified.decoding.config import Sampling
-from unified.decoding.decode import sample_next, span_coordinates
+from unified.decoding.decode import entering_embeddings, noise_of, query_embeddings, sample_cells
 from unified.decoding.decoder import Decoder
 from unified.decoding.kv_cache import KeyValueCache
-from unified.decoding.prefill import Prompt, prefill
+from unified.decoding.passes import image_columns, image_passes
+from unified.decoding.prefill import Prompt, prefill, prompt_columns
 from unified.decoding.sampling import PositionNoise, sample_codes
 from unified.prediction.coordinates import span_offsets
 from unified.prediction.merge import Grid
@@ -64,41 +68,92 @@ class _Row:
         seed = int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
         text_ids = decoder.model.config.vocabulary.text_vocab_size
         self.text_noise = PositionNoise([torch.Generator().manual_seed(seed)], text_ids, decoder.model.device)
-        self.image_noise: PositionNoise | None = None
+        self.image: _Image | None = None  # being generated
         self.segments: list[Segment] = []
         self.text: list[int] = []
-        self.codes: list[int] = []
         self.written = self.images = 0
         self.first = 0  # column of the cache where it begins
         self.position = [0.0, 0.0]  # next coordinate of the row and of its unconditional side
-        self.span: Tensor | None = None  # (rows, h*w, ...) positions of the image being generated
-        self.scales: list[float] = []  # guidance of its codes
+        self.states = torch.empty(0)  # (sides, T, D) final states of what it ran last
         self.next: int | None = None  # a token that has to follow
         self.finished = False
 
     def open_image(self) -> None:
-        self.codes = []
-        grid, sampling = self.request.grid, self.request.image_sampling
-        self.scales = sampling.scales(grid[0] * grid[1])
-        size = self.decoder.model.config.codebook_size
-        self.image_noise = PositionNoise([self.request.generator], size, self.decoder.model.device)
-        start = torch.tensor(self.position[: len(self.indices)], device=self.decoder.model.device)
-        self.span = self.decoder.positions(span_coordinates(self.decoder.model, start, grid))
+        self.image = _Image(self.request, self.decoder, self.position[: len(self.indices)])
+
+    def end_image(self) -> None:
+        """All codes are sampled; they still have to run if something follows."""
+        assert self.image is not None
+        codes = self.image.codes[0].cpu().reshape(self.request.grid)
+        self.segments.append(ImageSegment(codes))
+        self.images += 1
+        self.finished = self.written >= self.request.max_new_tokens
 
     def close_image(self) -> None:
+        """All codes have run."""
         config = self.decoder.model.config
-        self.segments.append(ImageSegment(torch.tensor(self.codes).reshape(self.request.grid)))
-        _, advance = span_offsets(self.request.grid, 1, *config.coordinates)
+        _, advance = span_offsets(self.request.grid, self.decoder.model.prediction.merge.side, *config.coordinates)
         self.position[0] += advance
-        self.span = None
-        self.images += 1
+        self.image = None
         self.next = config.eoi_token_id
-        self.finished = self.written >= self.request.max_new_tokens
 
     def close_text(self) -> None:
         if self.text:
             self.segments.append(TextSegment(self.text))
         self.text = []
+
+
+class _Image:
+    """An image of a row: its passes, and its codes ``(1, h*w)``, -1 where none is yet."""
+
+    def __init__(self, request: Request, decoder: Decoder, starts: list[float]):
+        model, steps = decoder.model, request.grid[0] * request.grid[1]
+        self.codes = torch.full((1, steps), -1, device=model.device)
+        self.passes = image_passes(model, request.grid, [request.generator], self.codes)
+        self.scales = request.image_sampling.scales(steps)
+        self.noise = PositionNoise([request.generator], model.config.codebook_size, model.device)
+        start = torch.tensor(starts, device=model.device)[:, None, None]
+        self.places = decoder.positions(start + self.passes.offsets)  # (sides, L, ...)
+        self.group = 0  # the group that is sampled next
+        self.ran = 0  # positions that have run
+
+    @property
+    def complete(self) -> bool:
+        """Whether all codes are sampled."""
+        return self.group == len(self.passes.groups)
+
+    @property
+    def ready(self) -> bool:
+        """Whether the next group can be sampled: its positions have run."""
+        return not self.complete and self.ran == self.passes.groups[self.group].asking[1]
+
+    def running(self) -> tuple[range, range]:
+        """Positions of codes and of queries that run next."""
+        if self.complete:
+            return range(self.ran, len(self.passes.seen)), range(0)
+        group = self.passes.groups[self.group]
+        return range(*group.entering), range(*group.asking)
+
+
+@dataclass
+class _Feed:
+    """What a row runs in a step.
+
+    Attributes:
+        row: the row.
+        embeds: ``(1, T, D)``, of codes or a token and then of queries.
+        places: ``(sides or 1, T, ...)``, their positions for the decoder.
+        asking: how many of them are queries.
+        visible: ``(T, T)``, which of them see which; None if all see all.
+        is_image: whether they are an image's.
+    """
+
+    row: _Row
+    embeds: Tensor
+    places: Tensor
+    asking: int = 0
+    visible: Tensor | None = None
+    is_image: bool = True
 
 
 class Batcher:
@@ -107,7 +162,8 @@ class Batcher:
     Args:
         decoder: from :func:`unified.decoding.make_decoder`.
         max_rows: rows of the batch.
-        length: maximal number of tokens of a request, prompt included.
+        length: columns that a request may fill at most: its text tokens, prompt included, and
+            :func:`unified.decoding.passes.image_columns` of its images.
     """
 
     def __init__(self, decoder: Decoder, max_rows: int, length: int):
@@ -117,12 +173,14 @@ class Batcher:
         self.waiting: deque[Request] = deque()
         self.rows: list[_Row] = []
         self.failed: dict[Request, ValueError] = {}  # requests that :meth:`step` gave up
-        self._cache = KeyValueCache(length + max(1, length // 4))  # columns move back every length // 4 steps or later
+        spare = (
+            length // 4 if decoder.model.prediction.is_raster else length
+        )  # rows of other orders leave columns empty
+        self._cache = KeyValueCache(length + max(1, spare))
         self._column = 0
         dtype, device = decoder.model.dtype, decoder.model.device
         self._bias = torch.full((max_rows, 1, 1, self._cache.length), float("-inf"), dtype=dtype, device=device)
-        self._hidden = torch.zeros(max_rows, decoder.model.backbone.config.hidden_size, dtype=dtype, device=device)
-        self._nowhere = decoder.positions(torch.zeros(max_rows, 1, 2, device=device))
+        self._nowhere = decoder.positions(torch.zeros(1, 1, 2, device=device))
 
     def submit(self, request: Request) -> None:
         """Queue a request. Raises ValueError as :meth:`check`."""
@@ -140,19 +198,21 @@ class Batcher:
             raise ValueError("negative: guidance needs an unconditional row ending with <boi>.")
         if request.max_images:
             request.image_sampling.check_schedule(request.grid[0] * request.grid[1])
-        images = request.max_images * (request.grid[0] * request.grid[1] + 2)
-        longest = max(len(request.prompt.ids), len(request.negative.ids) if guided and request.negative else 0)
+        images = request.max_images and request.max_images * image_columns(self.decoder.model, request.grid)
+        rows = [request.prompt, request.negative] if guided and request.negative else [request.prompt]
+        longest = max(prompt_columns(self.decoder.model, row) for row in rows)
         if longest + images + request.max_new_tokens > self.length:
             raise ValueError(
-                f"request: {longest} tokens and up to {images + request.max_new_tokens} new ones, a row holds {self.length}; "
+                f"request: {longest} positions and up to {images + request.max_new_tokens} new ones, a row holds {self.length}; "
                 "shorten the prompt or lower max_new_tokens or max_images."
             )
         if request.rows > self.max_rows:
             raise ValueError(f"max_rows: {self.max_rows} cannot hold a guided request, which takes 2.")
 
-    def partial(self, request: Request) -> list[int]:
-        """Codes so far of the image that a request generates; empty before it has begun."""
-        return next((list(row.codes) for row in self.rows if row.request is request), [])
+    def partial(self, request: Request) -> Tensor | None:
+        """Codes ``(h, w)`` so far of the image that a request generates, -1 where none is yet; None before it has begun."""
+        image = next((row.image for row in self.rows if row.request is request), None)
+        return None if image is None else image.codes.reshape(request.grid).cpu()
 
     def cancel(self, request: Request) -> None:
         """Forget a request, waiting or running; its rows are free for the next one."""
@@ -183,15 +243,13 @@ class Batcher:
 
     @torch.inference_mode()
     def step(self) -> list[tuple[Request, list[Segment]]]:
-        """Admit waiting requests, give every row one token; returns the requests that are finished by it.
+        """Admit waiting requests, give every row one token or group of codes; returns the requests that are finished by it.
 
         A request whose logits are not finite moves to :attr:`failed`; the others go on.
         """
         self._admit()
-        for kind in (True, False):
-            rows = [row for row in self.rows if (row.span is not None) is kind and row.next is None]
-            if rows:
-                (self._sample_codes if kind else self._sample_text)(rows)
+        self._sample_codes([row for row in self.rows if row.image is not None and row.image.ready])
+        self._sample_text([row for row in self.rows if row.image is None and row.next is None])
         done = [row for row in self.rows if row.finished]
         for row in done:
             row.close_text()
@@ -229,11 +287,11 @@ class Batcher:
         if not self._cache.keys:
             for mine, theirs in ((self._cache.keys, state.cache.keys), (self._cache.values, state.cache.values)):
                 mine += [t.new_zeros(self.max_rows, t.shape[1], self._cache.length, t.shape[3]) for t in theirs]
-        longest = max(len(prompt.ids) for _, _, prompt in placed)
+        longest = max(state.lengths)
         if longest > self._column:
             self._move(longest - self._column)
-        for i, (row, side, prompt) in enumerate(placed):
-            index, count = row.indices[side], len(prompt.ids)
+        for i, (row, side, _) in enumerate(placed):
+            index, count = row.indices[side], state.lengths[i]
             columns = slice(self._column - count, self._column)
             row.first = columns.start if side == 0 else min(row.first, columns.start)
             for mine, theirs in ((self._cache.keys, state.cache.keys), (self._cache.values, state.cache.values)):
@@ -241,7 +299,8 @@ class Batcher:
                     target[index, :, columns] = source[i, :, end - count : end]
             self._bias[index] = float("-inf")
             self._bias[index, :, :, columns] = 0.0
-            self._hidden[index] = state.hidden[i]
+            states = state.hidden[i][None, None]
+            row.states = states if side == 0 else torch.cat([row.states[:1, -1:], states])
             row.position[side] = float(state.position[i])
 
     @property
@@ -250,7 +309,9 @@ class Batcher:
         return min((row.first for row in self.rows), default=self._column)
 
     def _move(self, by: int) -> None:
-        """Move the columns that are still read."""
+        """Move the columns that are still read on, if there is room; else together first."""
+        if self._column + by > self._cache.length:
+            self._compact()
         first, stop = self._first, self._column
         bias = self._bias[..., first:stop].clone()
         self._bias.fill_(float("-inf"))
@@ -261,30 +322,63 @@ class Batcher:
             row.first += by
         self._column += by
 
+    def _compact(self) -> None:
+        """Leave out the columns that nobody sees: those of every row end together, as far in front as possible."""
+        used = {index: (self._bias[index, 0, 0] == 0).nonzero().flatten() for row in self.rows for index in row.indices}
+        end = max(map(len, used.values()))
+        self._bias.fill_(float("-inf"))
+        for index, columns in used.items():
+            place = slice(end - len(columns), end)
+            for kept in (*self._cache.keys, *self._cache.values):
+                kept[index, :, place] = kept[index][:, columns]
+            self._bias[index, :, :, place] = 0.0
+        for row in self.rows:
+            row.first = end - max(len(used[index]) for index in row.indices)
+        self._column = end
+
     def _sample_codes(self, rows: list[_Row]) -> None:
-        for sampling, alike in _grouped(rows, lambda row: row.request.image_sampling):
+        def alike(row: _Row) -> Hashable:
+            assert row.image is not None
+            group = row.image.passes.groups[row.image.group]
+            return (
+                row.request.image_sampling,
+                group.shape,
+                None if group.missing is None else row.image.group,
+                row.request.grid,
+            )
+
+        for group in _grouped(rows, alike):
             try:
-                self._sample_alike(alike, sampling)
+                self._sample_alike(group)
             except ValueError:  # of one row or more, which shall not take the others with it
-                for row in alike:
+                for row in group:
                     try:
-                        self._sample_alike([row], sampling)
+                        self._sample_alike([row])
                     except ValueError as error:
                         self._give_up(row, error)
 
-    def _sample_alike(self, rows: list[_Row], sampling: Sampling) -> None:
-        sides = 2 if sampling.guided else 1
-        hidden = self._hidden[[row.indices[side] for side in range(sides) for row in rows]]
-        scales = torch.tensor([row.scales[len(row.codes)] for row in rows], device=hidden.device)
-        noise = []
+    def _sample_alike(self, rows: list[_Row]) -> None:
+        sampling = rows[0].request.image_sampling
+        states: list[list[Tensor]] = [[], []]
+        noise, scales, groups = [], [], []
         for row in rows:
-            assert row.image_noise is not None  # set when the image opened
-            noise.append(row.image_noise.at(len(row.codes))[:, 0])
-        codes = sample_next(self.decoder, hidden, sampling, scales[:, None], torch.cat(noise))
-        for row, code in zip(rows, codes.tolist(), strict=True):
-            row.codes.append(code)
-            if len(row.codes) == len(row.scales):
-                row.close_image()
+            assert row.image is not None
+            group = row.image.passes.groups[row.image.group]
+            own = row.states[:, group.sources].unflatten(1, group.shape)
+            for side in range(1 + sampling.guided):
+                states[side].append(own[side])
+            noise.append(noise_of(row.image.noise, group)[0])
+            scales.append(row.image.scales[int(group.ranks[0])])
+            groups.append(group)
+        scale = torch.tensor(scales, device=noise[0].device)[:, None, None]
+        stacked = torch.stack([*states[0], *states[1]])
+        codes = sample_cells(self.decoder, stacked, groups[0].missing, sampling, scale, torch.stack(noise))
+        for row, group, own in zip(rows, groups, codes, strict=True):
+            assert row.image is not None
+            row.image.codes[0, group.codes[0]] = own
+            row.image.group += 1
+            if row.image.complete:
+                row.end_image()
 
     def _give_up(self, row: _Row, error: ValueError) -> None:
         self.failed[row.request] = error
@@ -298,8 +392,9 @@ class Batcher:
             *vocabulary.eos_token_ids,
             None,
         }
-        for sampling, alike in _grouped(rows, lambda row: row.request.text_sampling):
-            logits = self.decoder.text_logits(self._hidden[[row.indices[0] for row in alike]]).float()
+        for alike in _grouped(rows, lambda row: row.request.text_sampling):
+            sampling = alike[0].request.text_sampling
+            logits = self.decoder.text_logits(torch.stack([row.states[0, -1] for row in alike])).float()
             logits[:, list(never)] = float("-inf")
             for own, row in zip(logits, alike, strict=True):
                 if row.images >= row.request.max_images:
@@ -318,56 +413,96 @@ class Batcher:
                     row.finished = row.written >= row.request.max_new_tokens
 
     def _advance(self) -> None:
-        """Run the token that every row has just got and write it to the next column."""
-        model, device = self.decoder.model, self._hidden.device
-        writing = [(row, row.next) for row in self.rows if row.next is not None]
-        sampling = [row for row in self.rows if row.next is None]
-        text, coordinates = torch.zeros(self.max_rows, dtype=torch.int64), torch.zeros(self.max_rows, 1, 2)
-        opening = []
-        for row, token in writing:
-            text[row.indices[0]] = token
-            coordinates[row.indices[0]] = row.position[0]
-            row.position[0] += 1
-            if token == model.config.boi_token_id:
-                row.close_text()
-                opening.append(row)
-            row.next = None
-        embeds = model.get_input_embeddings()(text.to(device))
-        positions = self.decoder.positions(coordinates.to(device)) if writing else self._nowhere.clone()
-        image_positions = torch.zeros(self.max_rows, 1, dtype=torch.bool, device=device)
-        if sampling:
-            indices, codes, placed = [], [], []
-            for row in sampling:
-                assert row.span is not None
-                indices += row.indices
-                codes += row.codes[-1:] * len(row.indices)
-                placed.append(row.span[:, len(row.codes) - 1])
-            embeds[indices] = self.decoder.embed(torch.tensor(codes, device=device)).to(embeds.dtype)
-            positions[indices] = torch.cat(placed)[:, None]
-            image_positions[indices] = True
-        if self._column == self._cache.length:
-            self._move(-self._first)
-        first = self._first
-        self._bias[..., self._column] = 0.0
+        """Run what every row has to run and write it to the next columns."""
+        model = self.decoder.model
+        feeds = [self._token(row) if row.image is None else self._codes(row) for row in self.rows]
+        asking = max(feed.asking for feed in feeds)
+        kept = max(feed.embeds.shape[1] - feed.asking for feed in feeds)
+        if self._column + kept + asking > self._cache.length:
+            self._compact()
+        first, column, end = self._first, self._column, self._column + kept + asking
         used = 1 + max(index for row in self.rows for index in row.indices)  # the free rows above cost nothing
-        read = (slice(used), slice(None), slice(first, self._column + 1))
-        cache = KeyValueCache(self.length)
+        embeds = feeds[0].embeds.new_zeros(used, kept + asking, feeds[0].embeds.shape[2])
+        places = self._nowhere.expand(used, kept + asking, *self._nowhere.shape[2:]).clone()
+        image_positions = torch.zeros(used, kept + asking, dtype=torch.bool, device=embeds.device)
+        windows = [self._window(feed, kept, embeds.device) for feed in feeds]
+        for feed, window in zip(feeds, windows, strict=True):
+            for side, index in enumerate(feed.row.indices):
+                embeds[index, window], image_positions[index, window] = feed.embeds[0], feed.is_image
+                places[index, window] = feed.places[side % len(feed.places)]
+        cache = KeyValueCache(end - first)
+        read = (slice(used), slice(None), slice(first, end))
         cache.keys, cache.values = [k[read] for k in self._cache.keys], [v[read] for v in self._cache.values]
-        cache.column = self._column - first
-        bias = self._bias[:used, ..., first : self._column + 1]
-        hidden = self.decoder(embeds[:used, None], positions[:used], cache, bias, image_positions[:used])
-        self._hidden[:used] = hidden[:, -1]
-        self._column += 1
+        cache.column = column - first
+        bias = self._among(feeds, windows, used, kept, kept + asking)
+        hidden = self.decoder(embeds, places, cache, bias, image_positions)
+        self._column += kept
+        opening = []
+        for feed, window in zip(feeds, windows, strict=True):
+            row = feed.row
+            row.states = hidden[row.indices][:, window]
+            if row.image is not None:
+                row.image.ran += feed.embeds.shape[1]
+                if row.image.complete:
+                    row.close_image()
+            else:
+                row.position[0] += 1
+                if row.next == model.config.boi_token_id:
+                    row.close_text()
+                    opening.append(row)
+                row.next = None
         self._place(
             [(row, 1, row.request.negative) for row in opening if len(row.indices) == 2 and row.request.negative]
         )
         for row in opening:
             row.open_image()
 
+    def _token(self, row: _Row) -> _Feed:
+        model = self.decoder.model
+        token = torch.tensor([[row.next]], device=model.device)
+        place = torch.tensor([[[row.position[0]] * 2]], device=model.device)
+        return _Feed(row, model.get_input_embeddings()(token), self.decoder.positions(place), is_image=False)
 
-def _grouped(rows: list[_Row], sampling: Callable[[_Row], Sampling]) -> Iterable[tuple[Sampling, list[_Row]]]:
+    def _codes(self, row: _Row) -> _Feed:
+        image = row.image
+        assert image is not None
+        entering, asking = image.running()
+        positions = torch.tensor([*entering, *asking], device=image.codes.device)
+        index = image.passes.entered[:, entering.start : entering.stop]
+        embeds = entering_embeddings(self.decoder, image.codes, index)
+        if asking:
+            embeds = torch.cat([embeds, query_embeddings(self.decoder, 1, len(asking))], dim=1)
+        return _Feed(row, embeds, image.places[:, positions], len(asking), image.passes.visible(positions))
+
+    @staticmethod
+    def _window(feed: _Feed, kept: int, device: torch.device) -> Tensor:
+        """Columns that a row writes, counted from the first of this step: queries behind those of all rows."""
+        own = feed.embeds.shape[1] - feed.asking
+        return torch.tensor([*range(own), *range(kept, kept + feed.asking)], device=device)
+
+    def _among(self, feeds: list[_Feed], windows: list[Tensor], used: int, kept: int, width: int) -> Tensor:
+        """The bias of a step ``(used, 1, width, columns)``; columns that are kept are shown from the next step on."""
+        first, column = self._first, self._column
+        if width == 1:
+            self._bias[..., column] = 0.0
+            return self._bias[:used, ..., first : column + 1]
+        hidden = float("-inf")
+        self._bias[..., column : column + width] = hidden
+        bias = self._bias[:used, ..., first : column + width].repeat(1, 1, width, 1)
+        bias[..., column - first :].diagonal(dim1=-2, dim2=-1).zero_()  # a position without any column would be NaN
+        for feed, window in zip(feeds, windows, strict=True):
+            shown = torch.zeros(len(window), len(window), dtype=bias.dtype, device=bias.device)
+            if feed.visible is not None:
+                shown = shown.masked_fill(~feed.visible, hidden)
+            for index in feed.row.indices:
+                bias[index, 0, window[:, None], window + column - first] = shown
+                self._bias[index, ..., column : column + feed.embeds.shape[1] - feed.asking] = 0.0
+        return bias
+
+
+def _grouped(rows: list[_Row], key: Callable[[_Row], Hashable]) -> list[list[_Row]]:
     """Rows that are sampled alike, to be sampled together."""
-    groups: dict[Sampling, list[_Row]] = {}
+    groups: dict[Hashable, list[_Row]] = {}
     for row in rows:
-        groups.setdefault(sampling(row), []).append(row)
-    return groups.items()
+        groups.setdefault(key(row), []).append(row)
+    return list(groups.values())

@@ -184,10 +184,9 @@ def continue_image(
         asking = torch.arange(*group.asking, device=device)
         running = torch.cat([entering, asking])
         if len(running):
-            embeds = _entering(decoder, codes, passes.entered[:, entering])
+            embeds = entering_embeddings(decoder, codes, passes.entered[:, entering])
             if len(asking):
-                query = model.image_query.weight.to(embeds.dtype)  # type: ignore[union-attr]
-                embeds = torch.cat([embeds, query.expand(len(embeds), len(asking), -1)], dim=1)
+                embeds = torch.cat([embeds, query_embeddings(decoder, len(embeds), len(asking))], dim=1)
             visible, width = passes.visible(running), len(running)
             if visible is not None:
                 bias: Tensor | None = bias_among(state, visible)
@@ -197,46 +196,61 @@ def continue_image(
             if len(asking):
                 cache.rewind(cache.column - len(asking))  # nobody sees a query
         # 2. Sample the group
-        states = hidden[:, group.sources + len(waiting)].unflatten(1, (len(group.codes[0]) // passes.per_cell, -1))
-        sampled = _sample_group(decoder, states, sampling, scales[int(group.ranks[0])], noise, group)
-        index = group.codes.expand(len(codes), -1)
+        states = hidden[:, group.sources + len(waiting)].unflatten(1, group.shape)
+        scale, index = scales[int(group.ranks[0])], group.codes.expand(len(codes), -1)
+        sampled = sample_cells(decoder, states, group.missing, sampling, scale, noise_of(noise, group))
         before = codes.gather(1, index)
         codes.scatter_(1, index, torch.where(before < 0, sampled, before))
         waiting = waiting[:0]
         yield codes[:, :reach]
 
 
-def _entering(decoder: Decoder, codes: Tensor, index: Tensor) -> Tensor:
-    """Embeddings ``(B, T, D)`` of the codes at ``index (B or 1, T, P)`` of ``codes (B, h*w)``."""
+def entering_embeddings(decoder: Decoder, codes: Tensor, index: Tensor) -> Tensor:
+    """Embeddings ``(B, T, D)`` of the codes at ``index (B or 1, T, P)`` of ``codes (B, h*w)``, merged as the model does."""
     index = index.expand(len(codes), -1, -1)
     embeds = decoder.embed(codes.gather(1, index.flatten(1)).view(index.shape))
     merge = decoder.model.image_merge
     return embeds[:, :, 0] if merge is None else merge(embeds)
 
 
-def _sample_group(
-    decoder: Decoder, states: Tensor, sampling: Sampling, scale: float, noise: PositionNoise, group: Group
-) -> Tensor:
-    """Codes ``(B, n * P)`` of n cells from the final states ``(R, n, m, D)`` of their sources."""
-    rows = len(states)
-    missing = None if group.missing is None else group.missing.repeat(rows, 1)
-    merge = "mean" if decoder.model.image_split is None else "channel"
-    scored = decoder.model.image_states(states.flatten(0, 1), missing, merge)
-    scored = scored.reshape(rows, -1, scored.shape[-1])
+def query_embeddings(decoder: Decoder, rows: int, count: int) -> Tensor:
+    """``(rows, count, D)`` of positions that ask for a code and hold none."""
+    assert decoder.model.image_query is not None
+    zeros = torch.zeros(rows, count, dtype=torch.long, device=decoder.model.device)
+    return decoder.model.image_query(zeros)
+
+
+def noise_of(noise: PositionNoise, group: Group) -> Tensor:
+    """Noise ``(B, n * P, K)`` of the codes of a group; it belongs to a code's rank, whatever else is known."""
     first, last = int(group.ranks[0]), int(group.ranks[-1])
-    own = noise.at(first, last - first + 1)
-    if len(group.ranks) < own.shape[1]:  # some in between are known
-        own = own[:, group.ranks.to(own.device) - first]
-    logits = guided_logits(decoder, scored, sampling, scale)
-    return sample_codes(logits.flatten(0, 1), sampling, own.reshape(-1, own.shape[-1])).view(len(logits), -1)
+    found = noise.at(first, last - first + 1)
+    return found if len(group.ranks) == found.shape[1] else found[:, group.ranks.to(found.device) - first]
 
 
-def sample_next(decoder: Decoder, hidden: Tensor, sampling: Sampling, scale: float | Tensor, noise: Tensor) -> Tensor:
-    """Codes ``(B,)`` that follow final hidden states: guide, image logits, filter, sample with ``noise (B, K)``.
+def sample_cells(
+    decoder: Decoder,
+    states: Tensor,
+    missing: Tensor | None,
+    sampling: Sampling,
+    scale: float | Tensor,
+    noise: Tensor,
+) -> Tensor:
+    """Codes ``(B, n * P)`` of n cells: guide, image logits, filter, sample with ``noise (B, n * P, K)``.
 
-    ``hidden`` and ``scale`` are those of :func:`guided_logits`.
+    Args:
+        decoder: of the model.
+        states: ``(R, n, m, D)`` final states of the cells' sources, of the conditional rows and then of the others.
+        missing: ``(n, m)``, True for sources that a cell does not have.
+        sampling: guidance and filters.
+        scale: of the guidance; broadcasts to ``(B, n * P, 1)``.
+        noise: standard Gumbel noise.
     """
-    return sample_codes(guided_logits(decoder, hidden, sampling, scale), sampling, noise)
+    rows, model = len(states), decoder.model
+    everywhere = None if missing is None else missing.repeat(rows, 1)
+    merge = "mean" if model.image_split is None else "channel"
+    scored = model.image_states(states.flatten(0, 1), everywhere, merge)
+    logits = guided_logits(decoder, scored.reshape(rows, -1, scored.shape[-1]), sampling, scale)
+    return sample_codes(logits.flatten(0, 1), sampling, noise.flatten(0, 1)).view(len(logits), -1)
 
 
 def guided_logits(decoder: Decoder, hidden: Tensor, sampling: Sampling, scale: float | Tensor) -> Tensor:

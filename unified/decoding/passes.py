@@ -23,6 +23,7 @@ class Group:
     Attributes:
         entering, asking: positions ``[start, stop)`` of codes and of queries that run in its pass.
         sources: ``(n * m,)``, the positions that predict its n cells, counted from the first of its pass.
+        shape: n and m.
         missing: ``(n, m)``, True for sources that a cell does not have; None if m = 1.
         codes: ``(B or 1, n * P)``, the codes of its cells, counted row by row in the image.
         ranks: ``(n * P,)``, when they come, counted in codes.
@@ -32,6 +33,7 @@ class Group:
     entering: tuple[int, int]
     asking: tuple[int, int]
     sources: Tensor
+    shape: tuple[int, int]
     missing: Tensor | None
     codes: Tensor
     ranks: Tensor
@@ -47,8 +49,8 @@ class Passes:
         entered: ``(B or 1, L, P)``, which codes enter each position, counted row by row in the image; 0 for a query.
         offsets: ``(B or 1, L, 2)`` coordinates.
         seen, sees: ``(L,)`` of :class:`unified.prediction.plan.Plan`.
-        room: columns that a cache needs.
-        per_cell: P, codes of a cell.
+        columns: of the cache that an image fills; none for queries.
+        room: columns that a pass may need for its queries, too.
     """
 
     groups: list[Group]
@@ -56,8 +58,8 @@ class Passes:
     offsets: Tensor
     seen: Tensor
     sees: Tensor
+    columns: int
     room: int
-    per_cell: int
 
     def offsets_of(self, rows: int) -> Tensor:
         """``(rows, L, 2)`` for the rows of a batch, whose unconditional sides follow the conditional ones."""
@@ -90,6 +92,13 @@ def image_passes(model: UnifiedForCausalLM, grid: Grid, generators: Sequence[tor
     cells = merged_grid(grid, prediction.merge.side)
     seeds = [_order_seed(generator) for generator in generators] if prediction.way.any_order else [None]
     return _passes([prediction.plan(cells, seed, given) for seed in seeds], prediction, grid, coordinates, model.device)
+
+
+def image_columns(model: UnifiedForCausalLM, grid: Grid) -> int:
+    """Columns of the cache that an image of a grid of codes fills, ``<boi>`` and ``<eoi>`` included."""
+    prediction = model.prediction
+    plan = prediction.plan(merged_grid(grid, prediction.merge.side))
+    return int((plan.seen < NEVER).sum()) + 2
 
 
 def _order_seed(generator: torch.Generator) -> int:
@@ -128,6 +137,7 @@ def _passes(
                 (start, middle),
                 (middle, stop),
                 torch.from_numpy(relative.reshape(-1)).to(device),
+                sources.shape,
                 torch.from_numpy(sources == NONE).to(device) if sources.shape[1] > 1 else None,
                 torch.from_numpy(codes).to(device),
                 torch.from_numpy(ranks.reshape(-1)),
@@ -139,5 +149,7 @@ def _passes(
     entered = np.stack([np.where((plan.cells >= 0)[:, None], index[plan.places], 0) for plan in plans])
     places = torch.from_numpy(np.stack([plan.places for plan in plans]))
     seen, sees = (torch.from_numpy(np.ascontiguousarray(steps)).to(device) for steps in (first.seen, first.sees))
-    room = int((~is_query).sum()) + width
-    return Passes(groups, torch.from_numpy(entered).to(device), offsets[places].to(device), seen, sees, room, per_cell)
+    columns = int((~is_query).sum())
+    return Passes(
+        groups, torch.from_numpy(entered).to(device), offsets[places].to(device), seen, sees, columns, columns + width
+    )

@@ -1,16 +1,19 @@
 """Prompts into the cache: every distinct prompt once, padded on the left so that all end in the same column."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from unified.decoding.decoder import Decoder
 from unified.decoding.kv_cache import KeyValueCache
-from unified.prediction.arrange import arrange
+from unified.decoding.passes import image_columns
+from unified.model.masks import step_mask
+from unified.model.modeling import UnifiedForCausalLM
+from unified.prediction.arrange import Row, arrange
 from unified.prediction.merge import Grid
-from unified.sequence import TokenSequence
+from unified.sequence import IGNORE, TokenSequence
 
 
 @dataclass(frozen=True)
@@ -30,12 +33,20 @@ class Prefilled:
         hidden: ``(B, D)`` final state of the last token.
         position: ``(B,)`` coordinate of the next token.
         bias: ``(B, 1, 1, length)`` that hides the padding, or None without any.
+        lengths: columns of each row that are no padding.
     """
 
     cache: KeyValueCache
     hidden: Tensor
     position: Tensor
     bias: Tensor | None
+    lengths: list[int]
+
+
+def prompt_columns(model: UnifiedForCausalLM, prompt: Prompt) -> int:
+    """Columns of the cache that a prompt fills: one for a text token, and those of its images."""
+    codes = sum(height * width for height, width in prompt.grids)
+    return len(prompt.ids) - codes + sum(image_columns(model, grid) - 2 for grid in prompt.grids)
 
 
 def prefill(decoder: Decoder, prompts: Sequence[Prompt], room: int) -> Prefilled:
@@ -47,29 +58,60 @@ def prefill(decoder: Decoder, prompts: Sequence[Prompt], room: int) -> Prefilled
     if not prompts or not all(prompt.ids for prompt in prompts):
         raise ValueError("prompts: need one or more rows of at least one id.")
     distinct = list(dict.fromkeys(prompts))
-    config, device = decoder.model.config, decoder.model.device
-    rows = [arrange(_sequence(prompt), config.vocabulary, config.coordinates) for prompt in distinct]
-    length = max(map(len, rows))
-    ids = torch.full((len(rows), length), config.vocabulary.pad_token_id)
+    model = decoder.model
+    config, prediction, device = model.config, model.prediction, model.device
+    rows = [
+        _without_queries(arrange(_sequence(prompt), config.vocabulary, config.coordinates, prediction))
+        for prompt in distinct
+    ]
+    length, columns = max(map(len, rows)), max(row.input_ids.shape[1] for row in rows)
+    ids = torch.full((len(rows), length, columns), IGNORE)
+    ids[..., 0] = config.vocabulary.pad_token_id
     coordinates, is_image = torch.zeros(len(rows), length, 2), torch.zeros(len(rows), length, dtype=torch.bool)
+    visible = torch.zeros(len(rows), length, length, dtype=torch.bool)
     for number, row in enumerate(rows):  # padding stands on the left
-        ids[number, length - len(row) :] = row.input_ids[:, 0]
-        coordinates[number, length - len(row) :] = row.positions
-        is_image[number, length - len(row) :] = row.is_image
-    padding = torch.tensor([length - len(row) for row in rows])
-    real = torch.arange(length) >= padding[:, None]
+        start = length - len(row)
+        ids[number, start:, : row.input_ids.shape[1]] = row.input_ids
+        coordinates[number, start:], is_image[number, start:] = row.positions, row.is_image
+        visible[number, start:, start:] = _visible(row)
+    real = torch.arange(length) >= length - torch.tensor([len(row) for row in rows])[:, None]
     image_inputs = is_image.flatten().nonzero().flatten()
     place = {prompt: i for i, prompt in enumerate(distinct)}
     owners = torch.tensor([place[prompt] for prompt in prompts])
-    ids, image_inputs, coordinates, real, is_image, owners = (
-        each.to(device) for each in (ids, image_inputs, coordinates, real, is_image, owners)
+    ids, image_inputs, coordinates, visible, real, is_image, owners = (
+        each.to(device) for each in (ids, image_inputs, coordinates, visible, real, is_image, owners)
     )
-    return read(decoder, decoder.model.embed(ids, image_inputs), coordinates, real, is_image, owners, room)
+    embeds = model.embed(ids if columns > 1 else ids[..., 0], image_inputs, merge=prediction.merge.kind)
+    return read(decoder, embeds, coordinates, real, is_image, owners, room, visible)
 
 
 def _sequence(prompt: Prompt) -> TokenSequence:
     ids = torch.tensor(prompt.ids)
     return TokenSequence(ids, ids, list(prompt.grids))
+
+
+def _without_queries(row: Row) -> Row:
+    """A row whose images are given: nothing asks for their codes."""
+    kept = ~row.is_image | (row.input_ids[:, 0] != IGNORE)
+    if bool(kept.all()):
+        return row
+    assert row.steps is not None
+    return replace(
+        row,
+        input_ids=row.input_ids[kept],
+        labels=row.labels[kept],
+        positions=row.positions[kept],
+        is_image=row.is_image[kept],
+        sources=None,
+        steps=row.steps[kept],
+    )
+
+
+def _visible(row: Row) -> Tensor:
+    """``(S, S)``, which positions a position sees."""
+    if row.steps is None:
+        return torch.ones(len(row), len(row), dtype=torch.bool).tril()
+    return step_mask(row.steps[None])[0, 0]
 
 
 def read(
@@ -80,14 +122,18 @@ def read(
     image_positions: Tensor,
     rows: Tensor,
     room: int,
+    visible: Tensor | None = None,
 ) -> Prefilled:
     """Run embedded starts ``(U, L, D)`` at ``(U, L, 2)`` through the model; row i of the result continues ``rows[i]``.
 
-    ``real (U, L)`` is False on padding, which is on the left; ``image_positions (U, L)`` is True on image codes.
+    ``real (U, L)`` is False on padding, which is on the left; ``image_positions (U, L)`` is True on image codes;
+    ``visible (U, L, L)`` says what a position sees, by default all before it.
     """
     length, device = embeds.shape[1], embeds.device
     # Padding may look at itself alone: a row without any column would turn into NaN.
-    visible = torch.ones(length, length, dtype=torch.bool, device=device).tril() & real[:, None]
+    if visible is None:
+        visible = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    visible = visible & real[:, None]
     visible |= torch.eye(length, dtype=torch.bool, device=device)
     cache = KeyValueCache(length)
     causal = as_bias(visible[:, None], embeds.dtype)
@@ -96,7 +142,8 @@ def read(
     if not bool(real.all()):
         shown = torch.nn.functional.pad(real, (0, room), value=True)[rows]
         bias = as_bias(shown[:, None, None], embeds.dtype)
-    return Prefilled(cache.expanded(rows, length + room), hidden[rows, -1], coordinates[rows, -1, 0] + 1, bias)
+    lengths = real.sum(dim=1)[rows].tolist()
+    return Prefilled(cache.expanded(rows, length + room), hidden[rows, -1], coordinates[rows, -1, 0] + 1, bias, lengths)
 
 
 def causal_bias(state: Prefilled, width: int) -> Tensor:

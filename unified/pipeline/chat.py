@@ -10,6 +10,8 @@ from unified.config import UnifiedConfig
 from unified.decoding import Prompt, Sampling
 from unified.decoding.continuous_batching import Batcher, Request
 from unified.decoding.decoder import Decoder
+from unified.decoding.passes import image_columns
+from unified.decoding.prefill import prompt_columns
 from unified.pipeline.arguments import check_unicode, image_prompt, trained_grids
 from unified.pipeline.options import check_whole
 from unified.prediction.merge import Grid
@@ -76,7 +78,9 @@ def continue_conversations(
             "shorten the conversation or lower max_new_tokens or max_images."
         )
     rows = min(batch_size, len(requests)) * requests[0].rows
-    replies = Batcher(decoder, rows, longest + new).run(requests)
+    room = max(prompt_columns(decoder.model, request.prompt) for request in requests) + max_new_tokens
+    room += max_images and max_images * image_columns(decoder.model, grid)
+    replies = Batcher(decoder, rows, room).run(requests)
     for generator in generators:  # texts are sampled from copies; the next call shall reply differently
         torch.rand((), generator=generator, device=generator.device)
     return replies

@@ -18,6 +18,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from unified.decoding.continuous_batching import Batcher, Request
+from unified.decoding.passes import image_columns
 from unified.lora.adapters import base_of
 from unified.pipeline.arguments import arrange_batch, as_negatives, as_prompts, token_ids, trained_grids
 from unified.pipeline.editing import unfinished_images
@@ -113,8 +114,9 @@ class Engine:
         self._adapter: str | None = None
         if self.adapters:
             pipe.disable_lora()
-        longest = max(height * width for height, width in trained_grids(base_of(pipe.model).config))
-        self._length = prompt_tokens + longest + 4  # <bos> prompt <boi> codes <eoi> <eos>
+        model = base_of(pipe.model)
+        longest = max(image_columns(model, grid) for grid in trained_grids(model.config))
+        self._length = prompt_tokens + longest + 2  # <bos> prompt <boi> codes <eoi> <eos>
         self._batcher = Batcher(pipe.decoder(), max_rows, self._length)
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
@@ -286,7 +288,9 @@ class Engine:
                     if isinstance(segment, ImageSegment):
                         job.codes[index] = segment.codes
                         job.complete += 1
-            sampled = job.complete * job.codes[0].numel() + sum(map(len, codes))
+            sampled = job.complete * job.codes[0].numel() + sum(
+                int((some >= 0).sum()) for some in codes if some is not None
+            )
             if job.complete == len(codes):
                 self._running.remove(job)
                 job.update(job.codes, ended=True)
@@ -294,7 +298,8 @@ class Engine:
                 job.shown = sampled
                 state = job.codes.clone()
                 for image, some in zip(state, codes, strict=True):
-                    image.view(-1)[: len(some)] = torch.tensor(some, dtype=torch.int64)
+                    if some is not None:
+                        image.copy_(some)
                 job.update(state)
 
     def _images(self, codes: Tensor) -> UnifiedPipelineOutput:
