@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from unified.serving.address import client_of, is_address
 
-BODY_LIMIT = 1 << 20  # bytes of a request that is no upload
+BODY_LIMIT = 1 << 18  # bytes of a request that is no upload; the page sends a few thousand
 CONNECTION_LIMIT = 200  # requests of one client that are answered at the same time
 GRACE = 5.0  # seconds within which a client has to read what it asked for
 API = "/gradio_api"

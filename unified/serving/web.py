@@ -39,6 +39,7 @@ SIDE_LIMIT = 16_384  # pixels
 SESSION_LIMIT = 500  # whose state gradio keeps
 LAYER_LIMIT = 4  # of an edited image; the page itself sends one
 CLIENT_LIMIT = 4  # requests of one client
+BACKLOG = 256  # requests that gradio keeps until it looks at them
 NO_ADAPTER = "none"
 CSS = """
 .gradio-container {max-width: 1120px !important; margin: auto;}
@@ -272,7 +273,7 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER, per_client: int = CLIEN
         for halt, event in ((stop, generating), (stop_edit, editing), (stop_describe, describing)):
             halt.click(None, cancels=[event])
     page.visitors = visitors
-    return page.queue(max_size=None)
+    return page.queue(max_size=BACKLOG)
 
 
 def launch(
