@@ -36,7 +36,7 @@ FORMATS = (
 )  # others of Pillow's decode more than their header says, or run programs
 PIXEL_LIMIT = 16_000_000
 SIDE_LIMIT = 16_384  # pixels
-SESSION_LIMIT = 500  # whose state gradio keeps
+SESSION_LIMIT = 100  # whose state gradio keeps, about 200 KB each; one that is dropped is made again
 LAYER_LIMIT = 4  # of an edited image; the page itself sends one
 CLIENT_LIMIT = 4  # requests of one client
 BACKLOG = 256  # requests that gradio keeps until it looks at them
