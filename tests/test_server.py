@@ -2,7 +2,6 @@
 
 import io
 import json
-import re
 import socket
 import threading
 import time
@@ -86,16 +85,29 @@ class Client:
     def pixels(self, file):
         return Image.open(io.BytesIO(self.http.get(file["url"]).content)).convert("RGB").tobytes()
 
+    def deafen(self):
+        """Queue a request and open its answers, but read none until the server has none left to send."""
+        self.join("generate", "red apple", "", 3, 4, 1.5, 0.85, "plain", "none")
+        with self.listening() as connection:
+            time.sleep(2)
+            return connection.recv(1 << 20)
+
     def vanish(self, after):
         """Queue a request, read ``after`` answers of it, and drop the connection."""
         self.join("generate", "red apple", "", 3, 4, 1.5, 0.85, "plain", "none")
+        with self.listening() as connection:
+            received = b""
+            while received.count(b"data:") < after:
+                received += connection.recv(1 << 16)
+
+    @contextmanager
+    def listening(self):
+        """A bare connection on which the answers to this session come."""
         path = f"/gradio_api/queue/data?session_hash={self.session}"
         with socket.create_connection((self.http.base_url.host, self.http.base_url.port)) as connection:
             head = f"GET {path} HTTP/1.1\r\nHost: localhost\r\nX-Forwarded-For: {self.address}\r\n\r\n"
             connection.sendall(head.encode())
-            received = b""
-            while received.count(b"data:") < after:
-                received += connection.recv(1 << 16)
+            yield connection
 
 
 def file_of(path):
@@ -189,14 +201,23 @@ def test_hosts_and_clients():
     assert client_of("fe80::1%eth0") == client_of("fe80::2") and client_of("10.0.0.1") != client_of("10.0.0.2")
 
 
-@pytest.mark.parametrize("option", ["--host=nowhere.invalid", "--host=192.0.2.1", "--port=-1", "--port=65536", "busy"])
-def test_an_address_that_cannot_be_listened_on_is_one_line(monkeypatch, capsys, option):
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--host=nowhere.invalid", "host: 'nowhere.invalid' does not resolve"),
+        ("--host=192.0.2.1", "host: '192.0.2.1' is not this machine"),  # an address of documentation
+        ("--port=-1", "port: -1 must be a whole number from 0 to 65535"),
+        ("--port=65536", "port: 65536 must be a whole number from 0 to 65535"),
+        ("busy", "port: {port} of '127.0.0.1' cannot be used (Address already in use)"),
+    ],
+)
+def test_an_address_that_cannot_be_listened_on_is_one_line(monkeypatch, capsys, option, message):
     monkeypatch.setattr(UnifiedPipeline, "from_pretrained", lambda *given, **options: pytest.fail("loaded"))
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        option = f"--port={taken.getsockname()[1]}" if option == "busy" else option
-        assert main(["serve", "--pipeline", "p", option]) == 2
+        port = taken.getsockname()[1]
+        assert main(["serve", "--pipeline", "p", f"--port={port}" if option == "busy" else option]) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and re.match(r"unified serve: (host|port): ", error)
+    assert error.startswith(f"unified serve: {message.format(port=port)}") and error.count("\n") == 1
 
 
 def test_routes_that_are_not_used_are_off(client):
@@ -263,6 +284,7 @@ def test_errors_hold_no_paths_of_the_server(client, served, monkeypatch, capfd):
         assert answer.status_code in (403, 404) and "/work" not in answer.text and "site-packages" not in answer.text
 
 
+@pytest.mark.process
 def test_a_client_has_a_limited_number_of_requests(served):
     """Whatever sessions it uses; another client is answered meanwhile, and those that nobody reads never begin."""
     url, engine, visitors = served
@@ -280,18 +302,23 @@ def test_a_client_has_a_limited_number_of_requests(served):
     for each in unread:
         each.join("generate", "red apple", "", 1, 1, 1.5, 0.85, "plain", "none")
     until(lambda: visitors.turns["10.0.0.2"] == 4)
-    other = Client(url, "10.0.0.3")
-    asked = threading.Thread(target=other.generate, args=("red apple", 1))
-    asked.start()
-    until(lambda: len(engine._waiting) == 5)  # not those that nobody reads
+    time.sleep(0.5)
+    assert len(engine._waiting) == 4  # those that nobody reads take no place
+    others = [Client(url, f"10.0.0.{number}") for number in range(3, 7)]
+    heard = []
+    asked = [threading.Thread(target=lambda each=each: heard.append(each.generate("red apple", 1))) for each in others]
+    for thread in asked:
+        thread.start()
+    until(lambda: len(engine._waiting) == 8)
     hold.set()
-    for thread in (*threads, asked):
+    for thread in (*threads, *asked):
         thread.join(WAIT)
     job.result(WAIT)
-    assert isinstance(other.generate("red apple", 1), bytes)
+    assert len(heard) == 4 and len(set(heard)) == 1 and isinstance(heard[0], bytes)
     until(lambda: idle(engine, visitors), 10)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("after", [1, 3, 5])
 def test_requests_of_clients_that_are_gone_end(served, after):
     """Gone while they wait for the batch, at the first words, or in the middle of the image."""
@@ -376,7 +403,8 @@ def test_many_clients_good_and_bad(text_tokenizer, image_tokenizer, image_of_edi
         for i in range(2):
             acts[f"heavy {i}"] = lambda client: client.edit(client.upload(heavy), [client.upload(heavy)] * 4)
             acts[f"unread {i}"] = lambda client: client.join("generate", "a cat", "", 3, 4, 1.5, 0.85, "plain", "none")
-        acts |= {f"gone {after}": partial(Client.vanish, after=after) for after in (1, 2, 3, 4, 5)}
+        acts |= {f"gone {after}": partial(Client.vanish, after=after) for after in (1, 2, 3, 5)}
+        acts["deaf"] = Client.deafen
         assert len(acts) == 30
         threads = [threading.Thread(target=call, args=(number, act)) for number, act in enumerate(acts.values())]
         threads_left = threading.Event()

@@ -1,5 +1,6 @@
 """Where a server listens, under which names it answers, and which addresses are one client."""
 
+import errno
 import re
 import socket
 from collections.abc import Sequence
@@ -24,6 +25,8 @@ def free_port(host: str, port: int) -> int:
             listening.bind(place)
             listening.listen()
         except OSError as error:
+            if error.errno == errno.EADDRNOTAVAIL:
+                raise ValueError(f"host: {host!r} is not this machine; give a name or an address of it.") from error
             raise ValueError(
                 f"port: {port} of {host!r} cannot be used ({error.strerror}); give another one."
             ) from error
