@@ -6,7 +6,7 @@ import socket
 import threading
 import time
 import zlib
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from uuid import uuid4
 
@@ -246,6 +246,38 @@ def test_bodies_are_bounded(client):
     form = {"files": ("a.png", bytes(5 << 20))}, {"files": ("b.png", bytes(5 << 20))}
     both = [pair for part in form for pair in part.items()]
     assert client.http.post("/gradio_api/upload", files=both).status_code == 413
+
+
+def test_connections_of_a_client_are_bounded():
+    need_gradio()
+    from unified.serving.guard import Visitors
+
+    visitors = Visitors(1)
+    with ExitStack() as stack:
+        assert all(stack.enter_context(visitors.connected("2001:db8::1")) for _ in range(200))
+        assert not stack.enter_context(visitors.connected("2001:db8::2"))
+        assert stack.enter_context(visitors.connected("10.0.0.1"))
+    assert not visitors.connections
+    with visitors.reading("a"), visitors.reading("b"):
+        message = "requests: 1 of yours are being answered or wait, the limit is 1"
+        with visitors.turn("10.0.0.1", "a"), visitors.turn("10.0.0.2", "b"), pytest.raises(ValueError, match=message):
+            visitors.turn("10.0.0.1", "b").__enter__()
+        with visitors.turn("10.0.0.1", "b"):
+            pass
+    assert not visitors.turns and not visitors.readers
+
+
+def test_programs_are_served_through_gradios_client(served, pipeline, tmp_path):
+    from gradio_client import Client as Program
+    from gradio_client import handle_file
+
+    program = Program(served[0], verbose=False, download_files=tmp_path)
+    (sampled,), about = program.predict("red apple", "", 5, 1, 1.5, 0.85, "plain", "none", api_name="/generate")
+    wanted = pipeline("red apple", generator=generators(5), **OPTIONS).images[0]
+    assert Image.open(sampled["image"]).convert("RGB").tobytes() == wanted.tobytes() and about.startswith("Done")
+    wanted.save(tmp_path / "image.png")
+    text, _ = program.predict(handle_file(tmp_path / "image.png"), 7, 0.85, "none", api_name="/describe")
+    assert text == pipeline.caption(wanted, temperature=0.85, generator=generators(7)[0])[0]
 
 
 def test_errors_hold_no_paths_of_the_server(client, served, monkeypatch, capfd):
