@@ -117,6 +117,8 @@ def test_mistakes_are_one_line(folder, tmp_path, capsys, arguments, message):
         (["serve", "--max-rows", "1"], "max_rows: 1 must be a whole number of at least 2"),
         (["serve", "--password", ""], "password: it is empty; give one"),
         (["serve", "--queue", "0"], "queue: 0 must be a whole number of at least 1"),
+        (["serve", "--per-client", "0"], "per_client: 0 must be a whole number of at least 1"),
+        (["serve", "--allow-host", "http://demo"], "allow_host: 'http://demo' is no host name"),
     ],
 )
 def test_mistakes_are_found_before_the_model_is_loaded(tmp_path, capsys, monkeypatch, arguments, message):

@@ -1,12 +1,11 @@
 """The web page's checks: limits, masks, uploads, adapters by name, what the command line hands to it."""
 
 from contextlib import closing
-from types import SimpleNamespace
 
 import pytest
 from browsing import need_gradio
 from conftest import noisy_adapter
-from PIL import Image
+from PIL import Image, ImageFile
 
 from unified.cli import main
 from unified.data.crops import fit
@@ -14,13 +13,14 @@ from unified.serving import web as demo
 from unified.serving.engine import Engine
 from unified.serving.web import (
     build_demo,
-    check_parts,
+    check_files,
     check_request,
     fit_upload,
     image_and_mask,
     launch,
     load_adapters,
     opened,
+    painted,
 )
 
 
@@ -42,51 +42,73 @@ def test_limits(arguments, message):
         check_request(*arguments)
 
 
-def test_painted_layers_become_a_mask():
+@pytest.fixture
+def saved(tmp_path):
+    """Saves an image under a name; gives the path."""
+
+    def save(name, image):
+        image.save(tmp_path / f"{name}.png")
+        return tmp_path / f"{name}.png"
+
+    return save
+
+
+def test_painted_layers_become_a_mask(saved):
     layer = Image.new("RGBA", (32, 32))
     layer.paste((255, 0, 0, 90), (0, 16, 32, 32))
-    image, mask = image_and_mask({"background": Image.new("RGB", (32, 32), "red"), "layers": [layer]}, (16, 16))
+    red, layer = saved("red", Image.new("RGB", (32, 32), "red")), saved("layer", layer)
+    image, mask = image_and_mask(red, [layer], (16, 16))
     assert image.size == mask.size == (16, 16) and mask.getbbox() == (0, 8, 16, 16)
+    assert set(image.get_flattened_data()) == {(255, 0, 0)}
     with pytest.raises(ValueError, match="mask: nothing is painted"):
-        image_and_mask({"background": image, "layers": []}, (16, 16))
-    with pytest.raises(ValueError, match="image: none given"):
-        image_and_mask(None, (16, 16))
+        image_and_mask(red, [], (16, 16))
 
 
-def test_wide_images_are_cropped_not_squeezed():
+def test_wide_images_are_cropped_not_squeezed(saved):
     """The middle of an image three times as wide as high, and the mask at the same place."""
     image = Image.new("RGB", (96, 32), "red")
     image.paste("blue", (32, 0, 64, 32))
     layer = Image.new("RGBA", (96, 32))
     layer.paste((0, 0, 0, 255), (48, 0, 96, 32))
-    image, mask = image_and_mask({"background": image, "layers": [layer]}, (32, 32))
+    image, mask = image_and_mask(saved("image", image), [saved("layer", layer)], (32, 32))
     assert set(image.get_flattened_data()) == {(0, 0, 255)} and mask.getbbox() == (16, 0, 32, 32)
 
 
-def test_transparent_uploads_are_laid_on_white(tmp_path):
-    image = Image.new("RGBA", (32, 32), (0, 0, 0, 0))
-    image.save(tmp_path / "nothing.png")
-    assert set(opened(tmp_path / "nothing.png").get_flattened_data()) == {(255, 255, 255)}
-    image, _ = image_and_mask({"background": image, "layers": [Image.new("RGBA", (32, 32), "red")]}, (16, 16))
+def test_transparent_uploads_are_laid_on_white(saved):
+    nothing, red = saved("nothing", Image.new("RGBA", (32, 32))), saved("red", Image.new("RGBA", (32, 32), "red"))
+    assert set(opened(nothing).get_flattened_data()) == {(255, 255, 255)}
+    image, _ = image_and_mask(nothing, [red], (16, 16))
     assert set(image.get_flattened_data()) == {(255, 255, 255)}
 
 
-def test_huge_images_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
-    Image.new("1", (5000, 4000)).save(tmp_path / "huge.png")
-    assert (tmp_path / "huge.png").stat().st_size < 10_000
-    monkeypatch.setattr(Image.Image, "convert", lambda *given: pytest.fail("decoded"))
-    with pytest.raises(ValueError, match="5000x4000 pixels, at most 16 million are allowed"):
-        opened(tmp_path / "huge.png")
-    Image.new("1", (1, 200_000)).save(tmp_path / "line.png")
-    with pytest.raises(ValueError, match="image: 1x200000 pixels, at most 16384 are allowed on a side here"):
-        opened(tmp_path / "line.png")
-    with Image.open(tmp_path / "line.png") as image, pytest.raises(ValueError, match="on a side"):
-        image_and_mask({"background": image, "layers": [image]}, (16, 16))
-    with Image.open(tmp_path / "huge.png") as image, pytest.raises(ValueError, match="at most 16 million"):
-        image_and_mask({"background": image, "layers": [image]}, (16, 16))
+def test_huge_images_are_refused_before_they_are_decoded(saved, tmp_path, monkeypatch):
+    huge, line = saved("huge", Image.new("1", (5000, 4000))), saved("line", Image.new("1", (1, 200_000)))
+    small = saved("small", Image.new("RGBA", (50, 40)))
+    assert huge.stat().st_size < 10_000 and line.stat().st_size < 500
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *given: pytest.fail("decoded"))
+    check_files(small, [small] * 4)
+    for background, layers, message in (
+        (huge, [], "5000x4000 pixels, at most 16 million are allowed"),
+        (small, [small, huge], "5000x4000 pixels, at most 16 million are allowed"),
+        (line, [], "image: 1x200000 pixels, at most 16384 are allowed on a side here"),
+        (small, [line], "image: 1x200000 pixels, at most 16384 are allowed on a side here"),
+        (small, [small] * 5, "image: 5 layers, at most 4 are allowed here; merge them"),
+        (None, [], "image: none given"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_files(background, layers)
     (tmp_path / "text.png").write_text("no image")
-    with pytest.raises(ValueError, match="image: cannot be read"):
-        opened(tmp_path / "text.png")
+    (tmp_path / "program.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
+    for name in ("text", "program", "nothing"):
+        with pytest.raises(ValueError, match=r"^image: cannot be read; upload a PNG, JPEG or WebP file\.$"):
+            check_files(tmp_path / f"{name}.png", [])
+
+
+def test_an_image_that_is_given_again_is_not_decoded_again(saved, monkeypatch):
+    layer, read = saved("layer", Image.new("RGBA", (16, 16), "red")), []
+    monkeypatch.setattr(demo, "painted", lambda file: read.append(file) or painted(file))
+    image_and_mask(layer, [layer] * 4, (16, 16))
+    assert read == [layer]
 
 
 @pytest.mark.parametrize("size", [(16_384, 1), (1, 16_384)])
@@ -117,21 +139,6 @@ def test_enlarging_shows_what_training_would_show(size):
     assert difference(whole, cropped) < 4 < 20 < difference(whole, other)
 
 
-def test_parts_of_an_edited_image_are_limited(tmp_path):
-    Image.new("1", (5000, 4000)).save(tmp_path / "huge.png")
-    Image.new("1", (50, 40)).save(tmp_path / "small.png")
-    small, huge = (SimpleNamespace(path=str(tmp_path / f"{name}.png")) for name in ("small", "huge"))
-    check_parts([small] * 6)
-    check_parts([None, (tmp_path / "small.png").read_bytes(), None])
-    with pytest.raises(ValueError, match="image: 5 layers, at most 4 are allowed here; merge them"):
-        check_parts([small] * 7)
-    for part in (huge, (tmp_path / "huge.png").read_bytes()):
-        with pytest.raises(ValueError, match="image: 5000x4000 pixels"):
-            check_parts([small, part, small])
-    with pytest.raises(ValueError, match="image: cannot be read"):
-        check_parts([b"no image"])
-
-
 def test_bad_adapters_are_refused(pipeline, tmp_path):
     for folders in (["x/a", "y/a"], ["none"], ["v1.2"]):
         with pytest.raises(ValueError, match="must be different names without dots"):
@@ -144,21 +151,22 @@ def test_bad_adapters_are_refused(pipeline, tmp_path):
 def test_command_line_offers_adapters_by_name(pipeline, tmp_path, monkeypatch):
     """--lora is listed under its folder's name and chosen, --loras are listed; max_rows and queue reach the engine."""
     need_gradio()
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
     pipeline.save_pretrained(tmp_path / "pipeline")
     for name, seed in (("outline", 1), ("sketch", 2)):
         pipeline.model = noisy_adapter(pipeline.model, tmp_path / name, seed)
     pages, engines, make = [], [], build_demo
     monkeypatch.setattr(demo, "build_demo", lambda engine, *given: engines.append(engine) or make(engine, *given))
-    monkeypatch.setattr(demo, "launch", lambda page, *given, **options: pages.append((page, *given, options)))
+    monkeypatch.setattr(demo, "launch", lambda page, **options: pages.append((page, options)))
     monkeypatch.setenv("UNIFIED_PASSWORD", "open sesame")
     arguments = ["serve", "--pipeline", str(tmp_path / "pipeline"), "--lora", f"{tmp_path}/outline/", "--max-rows", "3"]
-    assert main([*arguments, "--loras", str(tmp_path / "sketch"), "--queue", "5", "--port", "1234"]) == 0
-    ((page, threads, password, options),) = pages
+    more = ["--queue", "5", "--port", "0", "--per-client", "2", "--allow-host", "demo", "--allow-host", "*.example.org"]
+    assert main([*arguments, "--loras", str(tmp_path / "sketch"), *more]) == 0
+    ((page, options),) = pages
     (lora,) = (block for block in page.blocks.values() if block.elem_id == "lora")
     assert [name for name, _ in lora.choices] == ["none", "outline", "sketch"] and lora.value == "outline"
-    assert (engines[0].max_rows, engines[0].limit, options["server_port"]) == (3, 5, 1234)
-    assert threads > 3 + 5 and password == "open sesame" and not engines[0]._thread.is_alive()
+    assert (engines[0].max_rows, engines[0].limit, page.visitors.limit) == (3, 5, 2) and options["server_port"] > 0
+    assert options["threads"] > 3 + 5 and options["password"] == "open sesame" and not engines[0]._thread.is_alive()
+    assert (options["host"], options["allow_hosts"]) == ("127.0.0.1", ["demo", "*.example.org"])
 
 
 def test_a_password_is_asked_for(pipeline, monkeypatch):
@@ -169,9 +177,7 @@ def test_a_password_is_asked_for(pipeline, monkeypatch):
     monkeypatch.setattr(networking, "url_ok", lambda url: True)  # gradio gives its own server 3 s
     with closing(Engine(pipeline)) as engine:
         page = build_demo(engine)
-        _, address, _ = launch(
-            page, password="open sesame", prevent_thread_lock=True, quiet=True, server_name="127.0.0.1"
-        )
+        _, address, _ = launch(page, password="open sesame", prevent_thread_lock=True, quiet=True)
         try:
             for given, status in (("open sesame", 200), ("open sesam", 400)):
                 with httpx.Client(base_url=address, timeout=60) as client:
@@ -182,31 +188,24 @@ def test_a_password_is_asked_for(pipeline, monkeypatch):
             page.close()
 
 
-def test_an_edited_image_is_checked_before_gradio_decodes_it(pipeline, tmp_path, monkeypatch):
+def test_gradio_decodes_nothing(pipeline, saved, monkeypatch):
+    """The page gets the names of uploaded files, whatever a request says about them."""
     need_gradio()
-    import gradio
     from gradio.components.image_editor import EditorData, EditorDataBlobs
-    from gradio.data_classes import FileData
+    from gradio.data_classes import FileData, ImageData
 
     with closing(Engine(pipeline)) as engine:
         page = build_demo(engine)
-    (canvas,) = (block for block in page.blocks.values() if block.elem_id == "canvas")
-    Image.new("RGBA", (50, 40), "red").save(tmp_path / "small.png")
-    Image.new("1", (5000, 4000)).save(tmp_path / "huge.png")
-    small, huge = (FileData(path=str(tmp_path / f"{name}.png")) for name in ("small", "huge"))
-    value = canvas.preprocess(EditorData(background=small, layers=[small], composite=small))
-    assert value["background"].size == (50, 40) and len(value["layers"]) == 1 and canvas.preprocess(None) is None
-    data = (tmp_path / "small.png").read_bytes()
-    canvas.blob_storage["x"] = EditorDataBlobs(background=data, layers=[data] * 5, composite=data)
-    monkeypatch.setattr(Image.Image, "convert", lambda *given: pytest.fail("decoded"))
-    for payload, message in (
-        (EditorData(background=huge), "5000x4000 pixels"),
-        (EditorData(background=small, layers=[small, huge]), "5000x4000 pixels"),
-        (EditorData(background=small, layers=[small] * 5), "5 layers, at most 4"),
-        (EditorData(id="x"), "5 layers, at most 4"),
-    ):
-        with pytest.raises(gradio.Error, match=message):
-            canvas.preprocess(payload)
+    parts = {block.elem_id: block for block in page.blocks.values()}
+    path = str(saved("small", Image.new("RGBA", (50, 40), "red")))
+    monkeypatch.setattr(Image, "open", lambda *given: pytest.fail("opened"))
+    file = FileData(path=path)
+    canvas, upload = parts["canvas"], parts["upload"]
+    assert canvas.preprocess(EditorData(background=file, layers=[file, file], composite=file)) == (path, [path, path])
+    canvas.blob_storage["x"] = EditorDataBlobs(background=b"x", layers=[b"x"], composite=b"x")
+    assert canvas.preprocess(EditorData(id="x")) == canvas.preprocess(None) == (None, [])
+    assert upload.preprocess(ImageData(path=path, url="data:image/png;base64,aaaa", orig_name="x.svg")) == path
+    assert upload.preprocess(None) is None
 
 
 def test_the_decoder_is_kept_until_the_adapter_changes(pipeline, tmp_path):

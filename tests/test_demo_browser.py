@@ -107,7 +107,7 @@ def page(text_tokenizer, image_tokenizer, tmp_path_factory):
     socket.socket.connect = lambda self, address: connected.add(address) or connect(self, address)
     engine = Engine(pipe, max_rows=2, waiting=2)
     blocks = build_demo(engine)
-    _, address, _ = launch(blocks, prevent_thread_lock=True, quiet=True, server_name="127.0.0.1")
+    _, address, _ = launch(blocks, prevent_thread_lock=True, quiet=True)
     try:
         with chromium(folder / "profile") as browser:
             requested = []

@@ -85,7 +85,15 @@ def build_parser() -> argparse.ArgumentParser:
     serve = command("serve", _serve, "Start a web page; needs the extra 'demo'.")
     serve.add_argument("--loras", type=Path, nargs="*", default=[], help="folders of LoRA adapters to choose from")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    serve.add_argument("--port", type=int, default=7860, help="default: %(default)s")
+    serve.add_argument("--port", type=int, default=7860, help="0 takes a free one (default: %(default)s)")
+    serve.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="also answer requests for this host, such as a proxy's; *.example.com stands for all below, '*' for all there "
+        "are; may be repeated (answered anyway: localhost and --host; at 0.0.0.0 the machine's names and all addresses)",
+    )
     serve.add_argument(
         "--password",
         default=os.environ.get(PASSWORD),
@@ -93,6 +101,13 @@ def build_parser() -> argparse.ArgumentParser:
         "users of the machine cannot see (default: none)",
     )
     serve.add_argument("--queue", type=int, default=8, help="requests that may wait (default: %(default)s)")
+    serve.add_argument(
+        "--per-client",
+        type=int,
+        default=4,
+        help="requests of one address that are answered or wait; a proxy on this machine names its clients in "
+        "X-Forwarded-For (default: %(default)s)",
+    )
     serve.add_argument(
         "--max-rows",
         type=int,
@@ -241,10 +256,18 @@ def _serve(args: argparse.Namespace) -> None:
     check_whole("port", args.port, least=0, most=65535)
     check_whole("max_rows", args.max_rows, least=2)
     check_whole("queue", args.queue)
+    check_whole("per_client", args.per_client)
     if args.password == "":
         raise ValueError("password: it is empty; give one, or leave it out to let everybody in.")
+    from unified.serving.address import answered_hosts, free_port
+
+    answered_hosts(args.host, args.allow_host)
+    port = free_port(args.host, args.port)
     from unified.serving.web import check_installed, serve
 
     check_installed()
     chosen, args.lora = args.lora, None  # loaded by name, with the others
-    serve(_load(args), args.loras, chosen, args.host, args.port, args.max_rows, args.queue, args.password)
+    serve(
+        _load(args), args.loras, chosen, args.max_rows, args.queue, args.per_client,
+        host=args.host, server_port=port, allow_hosts=args.allow_host, password=args.password,
+    )  # fmt: skip

@@ -6,13 +6,12 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import closing, contextmanager
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from unified.data.crops import fit
 from unified.decoding import DECODING_MODES
@@ -20,16 +19,27 @@ from unified.lora.adapters import base_of, check_base
 from unified.pipeline.arguments import seeded
 from unified.pipeline.options import GenerationOptions
 from unified.pipeline.pipeline import UnifiedPipeline, UnifiedPipelineOutput
+from unified.serving.address import answered_hosts, bracketed, is_everywhere
 from unified.serving.engine import Engine, Job
-from unified_tokenizers.images import as_rgb, read_image
+from unified_tokenizers.images import read_image
 
 PROMPT_LIMIT = 300  # characters
 PATIENCE = 0.5  # seconds after which a page that was stopped is let go
 IMAGES_LIMIT = 4
-UPLOAD_LIMIT = "8mb"
+UPLOAD_LIMIT = 8 << 20  # bytes
+FORMATS = (
+    "PNG",
+    "JPEG",
+    "WEBP",
+    "GIF",
+    "BMP",
+)  # others of Pillow's decode more than their header says, or run programs
 PIXEL_LIMIT = 16_000_000
 SIDE_LIMIT = 16_384  # pixels
+SESSION_LIMIT = 100  # whose state gradio keeps, about 200 KB each; one that is dropped is made again
 LAYER_LIMIT = 4  # of an edited image; the page itself sends one
+CLIENT_LIMIT = 4  # requests of one client
+BACKLOG = 256  # requests that gradio keeps until it looks at them
 NO_ADAPTER = "none"
 CSS = """
 .gradio-container {max-width: 1120px !important; margin: auto;}
@@ -40,7 +50,7 @@ CSS = """
 """
 
 
-def build_demo(engine: Engine, chosen: str = NO_ADAPTER) -> Any:
+def build_demo(engine: Engine, chosen: str = NO_ADAPTER, per_client: int = CLIENT_LIMIT) -> Any:
     """The page as a ``gradio.Blocks`` over a running engine.
 
     Images that are sampled one code at a time share the engine's batch; everything else runs in it alone.
@@ -48,6 +58,7 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER) -> Any:
     Args:
         engine: what answers; the page offers its adapters.
         chosen: the adapter that is chosen at first.
+        per_client: requests of one client that are answered or wait.
 
     Raises:
         ValueError: if gradio is not installed.
@@ -55,7 +66,9 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER) -> Any:
     check_installed()
     import gradio
 
-    pipe = engine.pipe
+    from unified.serving.guard import Visitors
+
+    pipe, visitors = engine.pipe, Visitors(per_client)
     pipe.set_progress_bar_config(disable=True)
     height, width = pipe.default_size
 
@@ -70,8 +83,16 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER) -> Any:
         finally:
             job.cancel()
 
-    def shown_error(error: ValueError) -> Exception:
-        return gradio.Error(str(error), duration=None, print_exception=False)
+    @contextmanager
+    def answering(request: gradio.Request) -> Iterator[None]:
+        """A request's turn, and its errors as the page shows them: mistakes in words, anything else without any detail."""
+        try:
+            with visitors.turn(request.client.host, request.session_hash or ""):
+                yield
+        except ValueError as error:
+            raise gradio.Error(str(error), duration=None, print_exception=False) from error
+        except Exception as error:  # gradio prints it on the server
+            raise gradio.Error("server: something went wrong; its log says what.", duration=None) from error
 
     def adapter_of(lora: str) -> str | None:
         return None if lora == NO_ADAPTER else lora
@@ -85,8 +106,9 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER) -> Any:
         temperature: float,
         decoding: str,
         lora: str,
+        request: gradio.Request,
     ) -> Iterator[Any]:
-        try:
+        with answering(request):
             check_request(prompt, negative, seed, count)
             options = GenerationOptions(
                 guidance_scale=guidance, num_images_per_prompt=int(count), temperature=temperature, decoding=decoding
@@ -101,50 +123,45 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER) -> Any:
                 return list(zip(paths, captions, strict=True)), progress_text(output.codes, about)
 
             yield from followed(job, show)
-        except ValueError as error:
-            raise shown_error(error) from error
 
     def edit(
-        prompt: str, layers: dict[str, Any] | None, seed: float, guidance: float, temperature: float, lora: str
+        prompt: str,
+        files: Any,
+        seed: float,
+        guidance: float,
+        temperature: float,
+        lora: str,
+        request: gradio.Request,
     ) -> Iterator[Any]:
-        try:
+        with answering(request):
             check_request(prompt, "", seed, 1)
             engine.check_length([prompt])
-            image, mask = image_and_mask(layers, (height, width))
+            background, layers = files
+            check_files(background, layers)
             generators = seeded(int(seed), 1)
 
             def work() -> Iterator[UnifiedPipelineOutput]:
+                image, mask = image_and_mask(background, layers, (height, width))  # one request's at a time
                 return pipe.stream(prompt, image=image, mask_image=mask, generator=generators,
                                    guidance_scale=guidance, temperature=temperature)  # fmt: skip
 
             job = engine.alone(work, adapter_of(lora))
             about = f"seed {int(seed)}, guidance {guidance:g}, temperature {temperature:g}, LoRA {lora}"
             yield from followed(job, lambda output: (output.images[0], progress_text(output.codes, about)))
-        except ValueError as error:
-            raise shown_error(error) from error
 
-    def describe(file: str | None, seed: float, temperature: float, lora: str) -> Iterator[Any]:
-        try:
+    def describe(file: Any, seed: float, temperature: float, lora: str, request: gradio.Request) -> Iterator[Any]:
+        with answering(request):
             check_request("", "", seed, 1)
-            image = fit_upload(opened(file), (height, width))
+            check_files(file, [])
             generators = seeded(int(seed), 1)
-            job = engine.alone(
-                lambda: pipe.caption(image, temperature=temperature, generator=generators), adapter_of(lora)
-            )
+
+            def work() -> list[str]:
+                image = fit_upload(opened(file), (height, width))
+                return pipe.caption(image, temperature=temperature, generator=generators)
+
+            job = engine.alone(work, adapter_of(lora))
             about = f"Done: seed {int(seed)}, temperature {temperature:g}, LoRA {lora}."
             yield from followed(job, lambda text: (text, about))
-        except ValueError as error:
-            raise shown_error(error) from error
-
-    def read_canvas(payload: Any) -> Any:
-        """What gradio makes of an edited image, unless it would decode too much."""
-        if payload is not None:
-            parts = canvas.blob_storage.get(payload.id) or payload
-            try:
-                check_parts([parts.background, *parts.layers, parts.composite])
-            except ValueError as error:
-                raise shown_error(error) from error
-        return decode_canvas(payload)
 
     with gradio.Blocks(title="unified", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gradio.Markdown(
@@ -215,13 +232,10 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER) -> Any:
                         repaint = gradio.Button("Change", variant="primary", elem_id="repaint", scale=3)
                         stop_edit = gradio.Button("Stop", elem_id="stop-edit", scale=1)
                     with gradio.Row():
-                        canvas = gradio.ImageEditor(
+                        canvas: Any = gradio.ImageEditor(
                             type="pil", label="Image", sources=["upload", "clipboard"],
                             layers=False, transforms=[], height=420, elem_id="canvas",
                         )  # fmt: skip
-                        # On the instance: a subclass would need a custom front end.
-                        decode_canvas = canvas.preprocess
-                        canvas.preprocess = read_canvas  # type: ignore[method-assign]
                         edited = gradio.Image(
                             label="Result", format="png", interactive=False, height=420, elem_id="edited",
                             buttons=["download", "fullscreen"],
@@ -231,7 +245,7 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER) -> Any:
                     gradio.Markdown(
                         "For models trained on images followed by their captions (`data.captioning`); others write nonsense."
                     )
-                    upload = gradio.Image(
+                    upload: Any = gradio.Image(
                         type="filepath", image_mode=None, label="Image", sources=["upload", "clipboard"], elem_id="upload",
                         height=400,
                     )  # fmt: skip
@@ -240,6 +254,11 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER) -> Any:
                         stop_describe = gradio.Button("Stop", elem_id="stop-describe", scale=1)
                     text = gradio.Textbox(label="Description", elem_id="description")
                     described = gradio.Markdown(elem_id="describe-status")
+        # On the instances, because subclasses would need front ends of their own: nothing is fetched or decoded before the
+        # queue has a place for it.
+        page.preprocess_data = checked_inputs(page.preprocess_data)
+        canvas.preprocess = files_of_canvas
+        upload.preprocess = lambda payload: payload and payload.path
         fresh.click(lambda: random.randrange(2**31), outputs=seed, show_progress="hidden", api_visibility="private")
         shown: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden"}
         generating = gradio.on(
@@ -253,26 +272,46 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER) -> Any:
         describing = ask.click(describe, [upload, seed, temperature, lora], [text, described], **shown)
         for halt, event in ((stop, generating), (stop_edit, editing), (stop_describe, describing)):
             halt.click(None, cancels=[event])
-    return page.queue(max_size=None)
+    page.visitors = visitors
+    return page.queue(max_size=BACKLOG)
 
 
-def launch(page: Any, threads: int = 40, password: str | None = None, **options: Any) -> Any:
+def launch(
+    page: Any,
+    host: str = "127.0.0.1",
+    allow_hosts: Sequence[str] = (),
+    threads: int = 40,
+    password: str | None = None,
+    **options: Any,
+) -> Any:
     """Start the page's server with its limits and looks; nothing is fetched from elsewhere or reported.
 
     Args:
         page: from :func:`build_demo`.
+        host: where to listen; see :func:`unified.serving.address.answered_hosts` for the names that are answered.
+        allow_hosts: further names.
         threads: of the server.
         password: asked for, with any user name, before the page is shown; None lets everybody in.
         options: further arguments of gradio's ``launch``.
+
+    Raises:
+        ValueError: for what cannot be a host name.
     """
     import gradio
+
+    from unified.serving.guard import guards
+
+    around = guards(page.visitors, answered_hosts(host, allow_hosts), is_everywhere(host), UPLOAD_LIMIT + (64 << 10))
 
     def matches(user: str, given: str) -> bool:
         return hmac.compare_digest(given.encode(), (password or "").encode())
 
     theme = gradio.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    return page.launch(max_file_size=UPLOAD_LIMIT, max_threads=threads, show_error=True, share=False, ssr_mode=False,
-                       footer_links=[], theme=theme, css=CSS, auth=matches if password else None, **options)  # fmt: skip
+    return page.launch(
+        server_name=bracketed(host), app_kwargs={"middleware": around}, max_file_size=UPLOAD_LIMIT, max_threads=threads,
+        state_session_capacity=SESSION_LIMIT, show_error=False, share=False, ssr_mode=False, enable_monitoring=False,
+        footer_links=[], theme=theme, css=CSS, auth=matches if password else None, **options,
+    )  # fmt: skip
 
 
 def check_installed() -> None:
@@ -325,77 +364,99 @@ def check_request(prompt: str, negative: str, seed: float, count: float) -> None
         raise ValueError(f"seed: {seed} must be a whole number that is not negative.")
 
 
-def check_pixels(image: Image.Image) -> None:
-    """Refuse an image with too many pixels or too long a side, before it is decoded: a small file may hold a huge one.
+def checked_inputs(preprocess_data: Callable[..., Any]) -> Callable[..., Any]:
+    """Gradio's ``preprocess_data`` without its downloads, for clients may upload files, and without details of errors."""
+    from gradio import Error
+
+    async def checked(function: Any, inputs: Any, *rest: Any, **named: Any) -> Any:
+        if holds_address(inputs):
+            raise Error("file: addresses are not fetched here; upload the file.", duration=None, print_exception=False)
+        try:
+            return await preprocess_data(function, inputs, *rest, **named)
+        except Error:
+            raise
+        except Exception as error:  # gradio prints it on the server
+            raise Error("inputs: they are not what the page sends; load it again.", duration=None) from error
+
+    return checked
+
+
+def holds_address(value: Any) -> bool:
+    """Whether a request's inputs hold a file that is elsewhere."""
+    if isinstance(value, dict):
+        return "://" in str(value.get("path", "")) or any(map(holds_address, value.values()))
+    return isinstance(value, list) and any(map(holds_address, value))
+
+
+def files_of_canvas(payload: Any) -> tuple[str | None, list[str]]:
+    """Uploaded files of an edited image: the background and the layers. The one that they add up to is not needed."""
+    if payload is None:
+        return None, []
+    return payload.background and payload.background.path, [layer.path for layer in payload.layers]
+
+
+def check_files(background: str | Path | None, layers: Sequence[str | Path]) -> None:
+    """Refuse uploaded images before they are decoded: a small file may hold a huge image.
 
     Raises:
-        ValueError: naming the limit.
+        ValueError: if there is no background, one is no image or too large, or there are too many layers.
     """
-    size = f"image: {image.width}x{image.height} pixels"
-    if image.width * image.height > PIXEL_LIMIT:
+    if background is None:
+        raise ValueError("image: none given; upload an image.")
+    if len(layers) > LAYER_LIMIT:
+        raise ValueError(f"image: {len(layers)} layers, at most {LAYER_LIMIT} are allowed here; merge them.")
+    for file in (background, *layers):
+        try:
+            with Image.open(file, formats=FORMATS) as image:
+                size = image.size
+        except Exception as error:  # of any kind for damaged files, and with the server's paths
+            raise ValueError("image: cannot be read; upload a PNG, JPEG or WebP file.") from error
+        check_size(*size)
+
+
+def check_size(width: int, height: int) -> None:
+    """Refuse an image with too many pixels or too long a side. Raises ValueError, which names the limit."""
+    size = f"image: {width}x{height} pixels"
+    if width * height > PIXEL_LIMIT:
         raise ValueError(f"{size}, at most {PIXEL_LIMIT // 10**6} million are allowed here; make it smaller.")
-    if max(image.size) > SIDE_LIMIT:
+    if max(width, height) > SIDE_LIMIT:
         raise ValueError(f"{size}, at most {SIDE_LIMIT} are allowed on a side here; make it smaller.")
 
 
-def check_parts(parts: Sequence[Any]) -> None:
-    """Refuse the parts of an edited image, uploaded files or their bytes, if there are too many or one is too large.
-
-    Raises:
-        ValueError: naming the limit.
-    """
-    if len(parts) > LAYER_LIMIT + 2:
-        raise ValueError(f"image: {len(parts) - 2} layers, at most {LAYER_LIMIT} are allowed here; merge them.")
-    for part in parts:
-        if part is not None:
-            with opened_lazily(BytesIO(part) if isinstance(part, bytes) else part.path) as image:
-                check_pixels(image)
-
-
-def opened(file: str | Path | None) -> Image.Image:
-    """An uploaded image in RGB, upright, on white.
-
-    Raises:
-        ValueError: if there is none, it is no image, or it is too large.
-    """
-    if file is None:
-        raise ValueError("image: none given; upload an image.")
-    with opened_lazily(file) as image:
-        check_pixels(image)
+def opened(file: str | Path) -> Image.Image:
+    """An uploaded image that :func:`check_files` let pass, in RGB, upright, on white. Raises ValueError if damaged."""
     try:
-        return read_image(Path(file).read_bytes())
+        return read_image(Path(file).read_bytes(), PIXEL_LIMIT)
     except ValueError as error:
         raise ValueError(f"image: cannot be read ({error}); upload a PNG, JPEG or WebP file.") from error
 
 
-@contextmanager
-def opened_lazily(file: Any) -> Iterator[Image.Image]:
-    """An image whose pixels are not read yet. Raises ValueError if it is none, or broken further on."""
-    try:
-        with Image.open(file) as image:
-            yield image
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
-        raise ValueError(f"image: cannot be read ({error}); upload a PNG, JPEG or WebP file.") from error
+def image_and_mask(
+    background: str | Path, layers: Sequence[str | Path], size: tuple[int, int]
+) -> tuple[Image.Image, Image.Image]:
+    """Image and mask of an edited image's files, scaled and cropped to ``size`` (height, width).
 
-
-def image_and_mask(layers: dict[str, Any] | None, size: tuple[int, int]) -> tuple[Image.Image, Image.Image]:
-    """Image and mask of an image editor's value, scaled and cropped to ``size`` (height, width).
+    Files are decoded one after the other, and one that is given again is not decoded again.
 
     Raises:
-        ValueError: if nothing was uploaded or painted, or the image is too large.
+        ValueError: if nothing is painted, or a file is damaged.
     """
-    if not layers or layers.get("background") is None:
-        raise ValueError("image: none given; upload an image.")
-    background = layers["background"]
-    check_pixels(background)
-    mask = Image.new("L", background.size)
-    for layer in layers["layers"]:
-        check_pixels(layer)
-        mask.paste(255, (0, 0), layer.convert("RGBA").getchannel("A").point(lambda a: 255 if a > 0 else 0))
+    image = opened(background)
+    mask = Image.new("L", image.size)
+    for layer in dict.fromkeys(layers):
+        mask.paste(255, (0, 0), painted(layer))
     if mask.getbbox() is None:
         raise ValueError("mask: nothing is painted; paint over the part that shall change.")
-    fitted = fit_upload(mask, size).point(lambda a: 255 if a > 64 else 0)
-    return fit_upload(as_rgb(background), size), fitted
+    return fit_upload(image, size), fit_upload(mask, size).point(lambda a: 255 if a > 64 else 0)
+
+
+def painted(layer: str | Path) -> Image.Image:
+    """Where a layer is not transparent, as 0 and 255. Raises ValueError if the file is damaged."""
+    try:
+        with Image.open(layer, formats=FORMATS) as image:
+            return image.convert("RGBA").getchannel("A").point(lambda a: 255 if a > 0 else 0)
+    except Exception as error:  # decoders raise all sorts of errors on damaged files
+        raise ValueError("image: a layer cannot be read; paint again.") from error
 
 
 def fit_upload(image: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -431,16 +492,22 @@ def serve(
     pipe: UnifiedPipeline,
     loras: Sequence[str | Path],
     chosen: str | Path | None,
-    host: str,
-    port: int,
     max_rows: int,
     waiting: int,
-    password: str | None = None,
+    per_client: int,
+    **address: Any,
 ) -> None:
-    """Run the page until interrupted; ``chosen`` is an adapter beside ``loras`` that is active at first."""
+    """Run the page until interrupted.
+
+    Args:
+        pipe: what answers.
+        loras: folders of adapters to choose from.
+        chosen: an adapter beside ``loras`` that is active at first.
+        max_rows, waiting: as for :class:`Engine`.
+        per_client: as for :func:`build_demo`.
+        address: as for :func:`launch`.
+    """
     names = load_adapters(pipe, [*([] if chosen is None else [chosen]), *loras])
-    # gradio decodes uploads before the page sees them; Pillow refuses above twice this number.
-    Image.MAX_IMAGE_PIXELS = PIXEL_LIMIT // 2
     with closing(Engine(pipe, max_rows, waiting)) as engine:
-        page = build_demo(engine, NO_ADAPTER if chosen is None else names[0])
-        launch(page, 40 + max_rows + waiting, password, server_name=host, server_port=port)
+        page = build_demo(engine, NO_ADAPTER if chosen is None else names[0], per_client)
+        launch(page, threads=40 + max_rows + waiting, **address)
