@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from unified_tokenizers.hub import on_the_hub
+from unified_tokenizers.hub import expanded, on_the_hub
 
 WRAPPERS = ("model", "module", "state_dict")  # LlamaGen under DDP, DeepSpeed, Lightning
 HUB = "hf-hub:"
@@ -51,7 +51,7 @@ def local_file(path: str | Path) -> Path:
     """
     name = str(path)
     if not name.startswith(HUB):
-        return Path(path).expanduser()
+        return expanded(path)
     parts = name.removeprefix(HUB).split("/", 2)
     if len(parts) < 3:
         raise ValueError(f"weights: {name!r} is not of the form {HUB}owner/name/file.")
