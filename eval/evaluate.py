@@ -201,7 +201,7 @@ def choose_task(args: argparse.Namespace) -> Task:
 
     def read(source: str, split: str, most: int | None = None) -> list[Row]:
         rows, report = first_usable_rows(source, split, most, **columns)
-        say(f"{source} [{split}]: {len(rows)} rows with captions, {report.empty_caption} without")
+        say(f"{source} [{split}]: {len(rows)} rows with captions, {report.skipped} without")
         return rows
 
     rows = read(args.data, args.split, args.max_samples)

@@ -2,17 +2,17 @@
 
 import reprlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-import torch
 from accelerate import PartialState
 from PIL import Image
 
 from unified.config import Vocabulary
+from unified.data.captioned import grids_of
 from unified.data.code_cache import Prepared, first_rows, write_cache
 from unified.data.crops import Size, fit, nearest_aspect
 from unified.data.encoding import Numbered
@@ -93,11 +93,16 @@ def interleaved_sequence(
     nothing was cut.
 
     Raises:
-        ValueError: if not even the first image fits.
+        ValueError: if not even the first image fits, or codes and grids are not those of a cache.
     """
     room = max_length - (vocabulary.bos_token_id is not None)
     segments: list[Segment] = []
-    images = _images(row)
+    images = iter(grids_of(row["codes"], row["heights"], row["widths"]))
+    if sum(text is None for text in row["texts"]) != len(row["heights"]):
+        raise ValueError(
+            f"texts: {sum(text is None for text in row['texts'])} places of images for {len(row['heights'])} grids; encode "
+            "the source again."
+        )
     for text in row["texts"]:
         segment = TextSegment(text_tokenizer.encode(str(text))) if text is not None else ImageSegment(next(images))
         size = len(segment.ids) if isinstance(segment, TextSegment) else segment.codes.numel() + 2
@@ -111,13 +116,6 @@ def interleaved_sequence(
     if not segments:
         raise ValueError(f"max_length: {max_length} has no room for the first image of a row; raise it.")
     return build_sequence(segments, vocabulary, end=room > 0)
-
-
-def _images(row: dict[str, Any]) -> Iterator[torch.Tensor]:
-    codes, start = torch.as_tensor(np.asarray(row["codes"])).long(), 0
-    for height, width in zip(row["heights"], row["widths"], strict=True):
-        yield codes[start : start + int(height * width)].reshape(int(height), int(width))
-        start += int(height * width)
 
 
 def _undecoded(rows: Rows, column: str) -> Rows:
