@@ -197,6 +197,28 @@ def test_sizes_that_the_files_do_not_hold(nano, tmp_path, part, name, value):
         load_clip(folder)
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_code_of_a_folder_is_never_run(nano, known, word_tokenizer, tmp_path, monkeypatch):
+    """Not even where its configuration says so; a tokenizer that transformers knows is loaded without it."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # transformers asks
+    folder = save_nano_clip(nano, tmp_path / "clip", {})
+    word_tokenizer.save_pretrained(folder)
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["model_cfg"]["text_cfg"] |= {"hf_tokenizer_name": "x", "tokenizer_kwargs": {"trust_remote_code": True}}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"auto_map": {"AutoTokenizer": ["code.Tokenizer", "code.Tokenizer"]}}
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(config | ({} if known else {"tokenizer_class": "Unheard"}))
+    )
+    try:
+        load_clip(folder)
+    except ValueError as error:
+        assert not known and "cannot be loaded" in str(error)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_training_refuses_what_it_cannot_batch():
     images = flat_images()
     with pytest.raises(ValueError, match="batch_size: 4 is above the 3 different captions"):

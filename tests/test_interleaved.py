@@ -3,6 +3,7 @@
 import json
 import runpy
 import sys
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -18,7 +19,8 @@ from unified.data.code_cache import encode_source, load_codes
 from unified.data.crops import fit
 from unified.data.interleaved import encode_interleaved, interleaved_sequence
 from unified.sequence import ImageSegment, TextSegment, build_sequence
-from unified.training.config import load_config
+from unified.training.config import SourceConfig, load_config
+from unified.training.data import _texts
 from unified.training.loop import train
 from unified.training.tracking import read_log
 from unified.training.validation import mean_loss
@@ -135,6 +137,21 @@ def test_damaged_lines_of_interleaved_rows(image_tokenizer, streaming, tmp_path,
     assert f"row 1: unreadable row ({source}, line 2: no JSON" in report.examples[0]
     cache = load_codes(out, "train", None, "interleaved").with_format(None)
     assert [row["texts"] for row in cache] == [["a cat", None], ["blue car"]]
+
+
+def test_texts_that_are_left_out_are_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "rows.jsonl").write_text(
+        '{"text": "one"}\n{"text": "tw\n{"text": null}\n{"text": " "}\n{"text": "five"}'
+    )
+    said, source = [], SourceConfig(path=str(tmp_path / "rows.jsonl"), kind="text")
+    config = SimpleNamespace(data=SimpleNamespace(storage_options={}))
+    context = SimpleNamespace(accelerator=SimpleNamespace(print=said.append), config=config)
+    assert list(_texts(context, source, "train")["text"]) == ["one", "five"]
+    assert (
+        "2 rows used, 0 corrupt images, 2 empty captions, 0 unreadable captions, 1 unreadable rows skipped" in said[0]
+    )
+    assert f"row 1: unreadable row ({source.path}, line 2: no JSON" in said[0]
 
 
 def test_codes_that_are_no_whole_numbers_and_captions_that_are_none(text_tokenizer, vocabulary, tmp_path):

@@ -65,7 +65,10 @@ def load_clip(path_or_name: str | Path) -> Clip:
         identifier, tag, name = architecture, last, given
     try:
         model, preprocess = open_clip.create_model_from_pretrained(identifier, pretrained=tag)
-        tokenizer = open_clip.get_tokenizer(identifier)
+        text = (open_clip.get_model_config(identifier) or {}).get("text_cfg", {})
+        # It wins over the configuration, which may ask for the code of its folder to be run.
+        options = {"trust_remote_code": False} if text.get("hf_tokenizer_name") else {}
+        tokenizer = open_clip.get_tokenizer(identifier, **options)
     except ImportError:
         raise
     except Exception as error:  # of tensors that do not fit, files that cannot be read, or the Hub
