@@ -316,7 +316,7 @@ def test_scripts_from_data_to_metrics(pipeline, picture_source, tmp_path, monkey
         (f"out: '{tmp_path}/file' is a file", "--out", tmp_path / "file" / "inside"),
         (f"features: '{tmp_path}/file' is a file", "--features", tmp_path / "file"),
         (f"pipeline: '{tmp_path}/absent' does not exist", "--pipeline", tmp_path / "absent"),
-        ("clip: './absent' is neither a folder nor", "--clip", "./absent"),
+        ("clip: './absent' does not exist on this machine", "--clip", "./absent"),
         ("split: 'absent' is not in", "--psnr-split", "absent"),
         ("split: 'absent' is not in", "--metrics", "neighbours", "--training-split", "absent"),
         ("metrics: 'prdc' needs 6 or more captions, got 4", "--metrics", "prdc"),
