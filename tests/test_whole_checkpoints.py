@@ -76,8 +76,8 @@ TOKENIZER_DAMAGES = {
 def test_an_image_tokenizer_is_whole(kind, damage, tmp_path):
     model, name = {
         "vq": lambda: (VQModel(VQConfig(channels=8, encoder_blocks=1, decoder_blocks=1, codebook_size=20)), "decoder.0.weight"),
-        "vqgan": lambda: (VQGAN(VQGANConfig(channels=32, multipliers=[1, 1], residual_blocks=1)), CONV),
-        "emu3": lambda: (Emu3VQVAE(Emu3VQVAEConfig(base_channels=32, channel_multiplier=[1, 1], num_res_blocks=1)), CONV),
+        "vqgan": lambda: (VQGAN(VQGANConfig(channels=32, multipliers=[1, 1], residual_blocks=1, latent_channels=8, codebook_size=16)), CONV),
+        "emu3": lambda: (Emu3VQVAE(Emu3VQVAEConfig(base_channels=32, z_channels=4, channel_multiplier=[1, 1], num_res_blocks=1, codebook_size=16)), CONV),
     }[kind]()  # fmt: skip
     model.save_pretrained(tmp_path)
     whole = AutoImageTokenizer.from_pretrained(tmp_path)
