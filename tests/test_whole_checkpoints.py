@@ -74,11 +74,13 @@ TOKENIZER_DAMAGES = {
 @pytest.mark.parametrize("damage", TOKENIZER_DAMAGES)
 @pytest.mark.parametrize("kind", ["vq", "vqgan", "emu3"])
 def test_an_image_tokenizer_is_whole(kind, damage, tmp_path):
+    few = {"multipliers": [1, 1], "residual_blocks": 1, "latent_channels": 8}
+    emu3 = {"channel_multiplier": [1, 1], "num_res_blocks": 1, "z_channels": 4, "base_channels": 32}
     model, name = {
-        "vq": lambda: (VQModel(VQConfig(channels=8, encoder_blocks=1, decoder_blocks=1, codebook_size=20)), "decoder.0.weight"),
-        "vqgan": lambda: (VQGAN(VQGANConfig(channels=32, multipliers=[1, 1], residual_blocks=1, latent_channels=8, codebook_size=16)), CONV),
-        "emu3": lambda: (Emu3VQVAE(Emu3VQVAEConfig(base_channels=32, z_channels=4, channel_multiplier=[1, 1], num_res_blocks=1, codebook_size=16)), CONV),
-    }[kind]()  # fmt: skip
+        "vq": lambda: (VQModel(VQConfig(channels=8, encoder_blocks=1, codebook_size=20)), "decoder.0.weight"),
+        "vqgan": lambda: (VQGAN(VQGANConfig(channels=32, codebook_size=16, **few)), CONV),
+        "emu3": lambda: (Emu3VQVAE(Emu3VQVAEConfig(codebook_size=16, **emu3)), CONV),
+    }[kind]()
     model.save_pretrained(tmp_path)
     whole = AutoImageTokenizer.from_pretrained(tmp_path)
     assert whole.fingerprint == AutoImageTokenizer.from_pretrained(tmp_path).fingerprint
