@@ -212,7 +212,7 @@ def test_the_papers_stages_by_levels(config_file):
     ("changes", "message"),
     [
         ({"eoi_token_id": 3}, "boi_token_id, eoi_token_id: both are 3; use two different ids"),
-        ({"codebook_size": 0}, "codebook_size: 0 must be at least 1"),
+        ({"codebook_size": 0}, r"codebook_size: 0 must lie in \[1, 16777216\]"),
         ({"text_loss_weight": -0.5}, "text_loss_weight: -0.5 must be a finite number of at least 0"),
         ({"image_loss_weight": float("inf")}, "image_loss_weight: inf must be a finite number of at least 0"),
     ],

@@ -1,11 +1,16 @@
 """Configuration of a unified text-and-image language model."""
 
 import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
+
+MAX_LAYERS, MAX_SIZE = 10_000, 2**24  # beyond any model; what fits into memory is another question
+_LAYERS, _WIDTH = re.compile(r"(^|_)layers?$"), re.compile(r"(_size|_dim|_heads|_experts)$|^n_embd$")
 
 
 @dataclass(frozen=True)
@@ -86,11 +91,12 @@ class UnifiedConfig(PreTrainedConfig):
         if isinstance(self.text_config, dict):
             if "model_type" not in self.text_config:
                 raise ValueError("text_config: needs a 'model_type' such as 'llama' to choose the backbone.")
+            check_sizes("text_config", self.text_config)  # a config writes a list of its layers
             self.text_config = AutoConfig.for_model(**self.text_config)
         given = self.text_config is not None  # transformers makes defaults too, to compare with
         super().__post_init__(**kwargs)
-        if self.codebook_size < 1:
-            raise ValueError(f"codebook_size: {self.codebook_size} must be at least 1.")
+        if not 1 <= self.codebook_size <= MAX_SIZE:
+            raise ValueError(f"codebook_size: {self.codebook_size} must lie in [1, {MAX_SIZE}].")
         for name in ("text_loss_weight", "image_loss_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: {getattr(self, name)} must be a finite number of at least 0.")
@@ -100,6 +106,7 @@ class UnifiedConfig(PreTrainedConfig):
         _choice("coarse_positions", self.coarse_positions, ("center", "unit", "normalized"))
         _choice("loss_normalization", self.loss_normalization, ("position", "token"))
         if self.text_config is not None:
+            check_sizes("text_config", self.text_config.to_dict())
             language = self.text_config.get_text_config()
             if language is not self.text_config:
                 raise ValueError(
@@ -137,6 +144,14 @@ class UnifiedConfig(PreTrainedConfig):
 def head_dim(text_config: Any) -> int:
     """Width of an attention head of a backbone."""
     return getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+
+
+def check_sizes(prefix: str, fields: Mapping[str, Any]) -> None:
+    """Raises ValueError if a backbone's number of layers, or a width, is beyond every model's; nothing is built for that."""
+    for name, value in fields.items():
+        most = MAX_LAYERS if _LAYERS.search(str(name)) else MAX_SIZE if _WIDTH.search(str(name)) else math.inf
+        if type(value) is int and value > most:
+            raise ValueError(f"{prefix}.{name}: {value} is beyond {most}; correct it.")
 
 
 def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

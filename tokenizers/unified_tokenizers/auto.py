@@ -60,7 +60,7 @@ class AutoImageTokenizer:
             config, _ = PreTrainedConfig.get_config_dict(path or name)
         kind = config.get("model_type")
         if kind in _TOKENIZERS:
-            return _TOKENIZERS[kind].from_pretrained(path or name, trust_remote_code=False, **kwargs).eval()
+            return _TOKENIZERS[kind].from_pretrained(path or name, **kwargs).eval()
         if kind in (*_PUBLISHED, *_WHOLE_MODELS):
             folder = path or local_folder(name, "image_tokenizer", ("*.json", "*.safetensors", "*.bin"))
             return _from_model_folder(folder, kind, config)

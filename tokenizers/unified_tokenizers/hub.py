@@ -14,6 +14,17 @@ _FILES = (
 )  # fmt: skip
 
 
+def expanded(name: str | Path) -> Path:
+    """A path with ``~`` in front expanded, unless a file or folder here is called that."""
+    path = Path(name)
+    if path.exists():
+        return path
+    try:
+        return path.expanduser()
+    except RuntimeError:  # ~ and the name of nobody
+        return path
+
+
 def local_path(name: str | Path, field: str) -> Path | None:
     """The path that a name stands for, with ``~`` expanded; None for a name that only the Hub can know.
 
@@ -27,7 +38,7 @@ def local_path(name: str | Path, field: str) -> Path | None:
     Raises:
         ValueError: if it is a path and does not exist.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.exists():
         return path
     text = str(name)
@@ -63,7 +74,7 @@ def on_the_hub(name: str | Path, field: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if Path(name).expanduser().exists():
+        if expanded(name).exists():
             raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(

@@ -13,7 +13,7 @@ from yaml import YAMLError
 from unified.data.folders import files_below, image_folder, table_folder
 from unified.data.rows import IMAGE_SUFFIXES, Rows, first_row
 from unified.data.tables import READERS, as_pattern, read_tables
-from unified.hub import local_path
+from unified.hub import expanded, local_path
 
 T = TypeVar("T")
 
@@ -42,7 +42,7 @@ def load_source(
         ValueError: if the source does not exist or cannot be read, has no such split, or no rows in it.
     """
     if source.startswith("~"):
-        source = str(Path(source).expanduser())
+        source = str(expanded(source))
     rows = _naming_errors(source, split, lambda: _open(source, split, streaming, storage_options, image_column))
     if _naming_errors(source, split, lambda: first_row(rows) if streaming else len(rows) or None) is None:
         raise ValueError(f"source: {source!r} has no rows in split {split!r}.")
@@ -58,7 +58,7 @@ def terms_of(source: str, info: datasets.DatasetInfo | None = None) -> dict[str,
     Raises:
         ValueError: if the front matter cannot be read.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     readme = (path if path.is_dir() else path.parent) / "README.md"
     stated: dict[str, Any] = {}
     if path.exists() and readme.is_file():

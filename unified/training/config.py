@@ -12,7 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from omegaconf import MISSING
 from transformers import AutoConfig
 
-from unified.config import UnifiedConfig
+from unified.config import UnifiedConfig, check_sizes
 from unified.decoding import Sampling
 from unified.lora.modality_gate import check_modality
 from unified.model.init import EMBED_KINDS, HEAD_KINDS
@@ -154,6 +154,7 @@ class ModelConfig:
     def _check_architecture(architecture: dict[str, Any]) -> None:
         if "model_type" not in architecture:
             raise ValueError("model.architecture: needs a model_type such as 'llama' to choose the backbone.")
+        check_sizes("model.architecture", architecture)
         try:
             config = AutoConfig.for_model(**architecture)
         except (ValueError, StrictDataclassError) as error:
