@@ -7,6 +7,7 @@ import re
 import reprlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
@@ -111,7 +112,7 @@ def base_description(model: UnifiedForCausalLM) -> dict[str, Any]:
         "eoi_token_id": config.eoi_token_id,
         "positions": config.positions,
         "coarse_positions": config.coarse_positions,
-        **({"prediction": config.prediction} if config.prediction else {}),
+        "prediction": asdict(model.prediction),
         **{name: value for name, value in optional.items() if value is not None},
     }
 

@@ -134,7 +134,7 @@ def _plan(order: str, size: int, grid: Grid) -> Plan:
 
 def _make(order: Order, size: int, grid: Grid, seed: int | None, known: Cells | None) -> Plan:
     size = size or order.size or 0
-    groups, sources = order.groups(grid, size), order.sources(grid, size)
+    groups, sources = np.unique(order.groups(grid, size), return_inverse=True)[1], order.sources(grid, size)
     if order.any_order:
         permutation = np.random.default_rng(seed or 0).permutation(len(groups))
         groups = groups[permutation.argsort()] if seed is not None else groups

@@ -1,0 +1,194 @@
+"""Orders and merges from a recipe's settings to images: training, resuming, adapters, another order for a trained model."""
+
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import generators, tiny_model
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from unified import UnifiedPipeline
+from unified.data.batches import make_batch
+from unified.decoding import Sampling, generate_codes
+from unified.lora.adapters import base_of
+from unified.model.retrofit import change_prediction
+from unified.sequence import ImageSegment, TextSegment, build_sequence
+from unified.training.config import load_config
+from unified.training.loop import train
+from unified.training.tracking import read_log
+from unified_tokenizers.images import to_tensor
+
+SHORT = ["steps=4", "validate_every=4", "checkpoint_every=null", "optimizer.ema_decay=null"]
+FINE = ["schedule.patch_sizes=[1]", "schedule.shares=[1.0]"]
+
+
+def run(config_file, folder, *options):
+    return train(load_config(config_file, [f"output_dir={folder}", *options]))
+
+
+def opened(folder):
+    pipe = UnifiedPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize(("options", "passes"), [
+    (["prediction.order=diagonals", "schedule.patch_sizes=[2,1]", "schedule.shares=[0.5,0.5]"], 7),
+    (["prediction.order=random", "prediction.size=5", *FINE], 5),
+    (["prediction.order=rows_at_once", "prediction.merge=channel", *FINE], 2),
+], ids=str)  # fmt: skip
+def test_a_run_ends_in_a_pipeline_that_needs_no_word_about_the_order(options, passes, config_file, tmp_path):
+    pipe = opened(run(config_file, tmp_path, *SHORT, *options))
+    seen = []
+    result = pipe("red apple", generator=generators(3), guidance_scale=2.0, output_type="codes",
+                  callback_on_step_end=lambda pipe, step, timestep, state: seen.append(step))  # fmt: skip
+    assert len(seen) == passes and seen[-1] == 15 and seen == sorted(seen)
+    again = pipe(["blue car", "red apple"], generator=generators(4, 3), guidance_scale=2.0, output_type="codes")
+    assert torch.equal(again.codes[1], result.codes[0])
+    *_, streamed = pipe.stream("red apple", generator=generators(3), guidance_scale=2.0, output_type="codes")
+    assert torch.equal(streamed.codes, result.codes)
+    pipe.enable_fast_decoding(int8=True)
+    assert pipe("red apple", generator=generators(3), output_type="codes").codes.min() >= 0
+
+
+def test_inpainting_by_queries_keeps_what_is_outside_of_the_mask(config_file, tmp_path):
+    pipe = opened(run(config_file, tmp_path, *SHORT, "prediction.order=spread", "prediction.size=2", *FINE))
+    image = pipe("red apple", generator=generators(1)).images[0]
+    codes = pipe.image_tokenizer.encode(to_tensor([image]))
+    mask = image.convert("L").point(lambda value: 0)
+    stride = pipe.image_tokenizer.downsample
+    mask.paste(255, (0, 0, 2 * stride, 2 * stride))
+    result = pipe.inpaint("blue car", image, mask, generator=generators(2), output_type="codes")
+    outside = torch.ones(4, 4, dtype=torch.bool)
+    outside[:2, :2] = False
+    assert torch.equal(result.codes[0][outside], codes[0][outside])
+
+
+@pytest.mark.process
+def test_a_resumed_run_of_a_random_order_equals_an_uninterrupted_one(config_file, tmp_path):
+    """Permutations belong to the row's number, so a run that continues meets the same ones."""
+    options = ["steps=6", "checkpoint_every=3", "prediction.order=random", *FINE]
+    run(config_file, tmp_path / "whole", *options)
+    shutil.copytree(
+        tmp_path / "whole", tmp_path / "resumed", ignore=shutil.ignore_patterns("step-00000006", "pipeline")
+    )
+    run(config_file, tmp_path / "resumed", *options, "resume=latest")
+    whole, resumed = (opened(tmp_path / name / "pipeline").model.state_dict() for name in ("whole", "resumed"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_accumulation_and_batch_see_the_same_permutations(config_file, tmp_path):
+    options = [*SHORT, "steps=2", "validate_every=null", "prediction.order=random", "data.caption_dropout=0.3", *FINE]
+    run(config_file, tmp_path / "one", *options, "batch_size=8")
+    run(config_file, tmp_path / "several", *options, "batch_size=2", "gradient_accumulation_steps=4")
+    losses = [[entry["image_loss"] for entry in read_log(tmp_path / name)] for name in ("one", "several")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_another_order_for_a_trained_model(finished, config_file, tmp_path):
+    """In full, and as an adapter on the base that the run keeps; both learn."""
+    base = [f"model.pipeline={finished}/pipeline", "model.architecture=null", "prediction.order=diagonals", *FINE]
+    full = opened(run(config_file, tmp_path / "full", *base, *SHORT, "steps=12", "validate_every=12"))
+    assert full.model.prediction.order == "diagonals" and not full.model.config.new_image_tables
+    log = read_log(tmp_path / "full")
+    assert log[11]["image_loss"] < log[0]["image_loss"]
+    folder = run(config_file, tmp_path / "lora", *base, *SHORT, "lora.rank=4")
+    saved = json.loads((folder / "adapter_config.json").read_text())
+    assert set(saved["modules_to_save"]) == {"image_embed", "image_head"}
+    pipe = opened(tmp_path / "lora" / "base")
+    before = pipe("red apple", generator=generators(3), output_type="codes").codes
+    pipe.load_lora_weights(folder)
+    assert not torch.equal(pipe("red apple", generator=generators(3), output_type="codes").codes, before)
+    pipe.fuse_lora()
+    pipe.save_pretrained(tmp_path / "fused")
+    fused = opened(tmp_path / "fused")
+    assert torch.equal(
+        fused("red apple", generator=generators(3), output_type="codes").codes,
+        pipe("red apple", generator=generators(3), output_type="codes").codes,
+    )
+    pipe.unload_lora_weights()
+    assert torch.equal(pipe("red apple", generator=generators(3), output_type="codes").codes, before)
+
+
+def test_an_adapter_of_another_order_is_refused(finished, config_file, tmp_path):
+    base = [f"model.pipeline={finished}/pipeline", "model.architecture=null", "prediction.order=diagonals", *FINE]
+    folder = run(config_file, tmp_path, *base, *SHORT, "lora.rank=4")
+    pipe = opened(finished / "pipeline")
+    with pytest.raises(ValueError, match="prediction"):
+        pipe.load_lora_weights(folder)
+
+
+def test_a_changed_prediction_keeps_backbone_embedding_and_head():
+    model = tiny_model(seed=3)
+    head, text = model.image_head.weight.clone(), copy.deepcopy(model)(torch.tensor([[1, 5, 6]])).logits
+    changed = change_prediction(model, {"order": "diagonals"})
+    assert torch.equal(changed.image_head.weight, torch.cat([head, head], dim=1))
+    assert torch.equal(changed(torch.tensor([[1, 5, 6]])).logits, text)
+    codes = generate_codes(changed, [[1, 5, 3]], None, (4, 4), Sampling(), generators(1))
+    assert codes.shape == (1, 4, 4)
+
+
+def test_an_adapter_of_all_image_modules(config_file, tmp_path, on_a_backbone):
+    """Queries and a learned merge are trained, saved and loaded with the adapter."""
+    options = [*on_a_backbone, *SHORT, *FINE, "lora.rank=4", "prediction.order=spread", "prediction.merge=channel"]
+    folder = run(config_file, tmp_path, *options)
+    saved = json.loads((folder / "adapter_config.json").read_text())
+    assert set(saved["modules_to_save"]) == {"image_embed", "image_head", "image_query", "image_merge", "image_split"}
+    pipe = opened(tmp_path / "base")
+    before = {name: value.clone() for name, value in base_of(pipe.model).state_dict().items()}
+    pipe.load_lora_weights(folder)
+    once = pipe("red apple", generator=generators(3), output_type="codes").codes
+    pipe.set_adapters("default", 0.5)
+    assert not torch.equal(pipe("red apple", generator=generators(3), output_type="codes").codes, once)
+    pipe.unload_lora_weights()
+    after = base_of(pipe.model).state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(("option", "message"), [
+    ("prediction.order=zigzag", r"prediction\.order: 'zigzag' is unknown"),
+    ("prediction.merge=mean", r"prediction\.merge: 'mean' is for training stages"),
+    ("prediction.size=-1", r"prediction\.size: -1 must be"),
+    ("prediction={merge: channel, window: 3}", r"prediction\.window: 3 does not divide|\^2 does not divide"),
+    ("prediction={order: regions, size: 3}", r"prediction\.size: 3 regions a side do not divide a grid of 4x4"),
+    ("prediction.direction=up", "direction"),
+    ("model.options={prediction: {order: rows}}", r"model\.options: 'prediction' is unknown or not free"),
+])  # fmt: skip
+def test_bad_settings_are_named_before_the_first_step(option, message, config_file, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        run(config_file, tmp_path, *SHORT, *FINE, option)
+
+
+@pytest.mark.parametrize(
+    "prediction", [{"order": "diagonals"}, {"order": "random"}, {"order": "rows", "merge": "channel"}], ids=str
+)
+@pytest.mark.parametrize("pack_length", [None, 100])
+def test_forward_with_loss_depends_on_no_values(prediction, pack_length):
+    model = tiny_model(prediction=prediction).train()
+    rows = [
+        build_sequence([TextSegment([5]), ImageSegment(torch.zeros(4, 4).long())], model.config.vocabulary)
+        for _ in range(2)
+    ]
+    batch = make_batch(rows, model.config, None, pack_length).inputs
+    mode, fake = FakeTensorMode(), copy.deepcopy(model)
+    with mode:
+        for module in fake.modules():
+            for table, wrap in ((module._parameters, torch.nn.Parameter), (module._buffers, lambda t: t)):
+                table.update({name: wrap(mode.from_tensor(t)) for name, t in table.items() if t is not None})
+        inputs = {name: mode.from_tensor(t) if isinstance(t, torch.Tensor) else t for name, t in batch.items()}
+        loss = fake(**inputs).loss
+        loss.backward()
+    assert loss.shape == ()
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("prediction", [{"order": "diagonals"}, {"order": "random", "merge": "channel"}], ids=str)
+def test_forward_with_loss_compiles_to_one_graph(prediction):
+    torch._dynamo.reset()
+    model = tiny_model(prediction=prediction).train()
+    rows = [build_sequence([TextSegment([5]), ImageSegment(torch.ones(4, 4).long())], model.config.vocabulary)]
+    batch = make_batch(rows, model.config).inputs
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(**batch).loss, model(**batch).loss, rtol=1e-6, atol=1e-6)
