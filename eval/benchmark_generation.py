@@ -37,7 +37,13 @@ from unified_eval.sheets import captioned_grid
 from unified_eval.timing import compared, interleaved
 from unified_tokenizers import VQGAN, VQGANConfig
 
-GOALS = {"G1": 1.4, "G1_llamagen": 1.5, "G2": 1.9, "G3": 2.5, "G4": 1.3, "G5": 5.0, "G6": 6.0}
+# N1: anti-diagonals against LlamaGen, and against our own raster order for one image and for 16 together.
+GOALS = {"G1": 1.4, "G1_llamagen": 1.5, "G2": 1.9, "G3": 2.5, "G4": 1.3, "G5": 5.0, "G6": 6.0,
+         "N1_llamagen": 8.0, "N1": 3.0, "N1_batch16": 3.0}  # fmt: skip
+ORDERS: dict[str, dict[str, Any]] = {
+    "diagonals": {"order": "diagonals"}, "rows": {"order": "rows"}, "spread": {"order": "spread"},
+    "channel": {"merge": "channel"}, "channel diagonals": {"order": "diagonals", "merge": "channel"},
+}  # fmt: skip
 SAMPLING = Sampling(guidance_scale=3.0, top_k=2000)
 GREEDY = Sampling(guidance_scale=3.0, top_k=1)
 # What G4 and G6 measure, chosen beforehand; other modes and windows are listed.
@@ -161,6 +167,10 @@ def measure(rounds: int, llamagen: str | None, grid: int, codebook: int, compile
             steps[f"twin{batch}"] = ours_as_llamagen(twins["G1_llamagen"], grid, batch=batch)
             greedy = ours_as_llamagen(twins["G1_llamagen"], grid, GREEDY, batch)()
             check_equal(f"LlamaGen, batch {batch}", llamagen_generate(generate, peer, grid, GREEDY, batch)(), greedy)
+    for order, prediction in ORDERS.items():
+        decoder = make_decoder(our_model(codebook, grid=grid, prediction=prediction).eval())
+        steps |= {order: ours(decoder, grid), f"{order}16": ours(decoder, grid, 16)}
+        check_equal(f"{order}, batch 16 and the first of it alone", steps[order](), steps[f"{order}16"]()[:1])
     steps["queue"], steps["queue_one_by_one"] = serving(eager, grid)
     check_equal("requests in a batch and one by one", steps["queue"](), steps["queue_one_by_one"]())
     timings = interleaved(steps, rounds)
@@ -171,9 +181,14 @@ def measure(rounds: int, llamagen: str | None, grid: int, codebook: int, compile
         "8 requests in a batch of 8 against one by one": compared(timings, "queue_one_by_one", "queue"),
         "decoding the codes to 256 px (VQ-16) in units of sampling them": vq_share(timings, rounds),
     }
+    for order in ORDERS:
+        others[f"{order} against raster order, one image"] = compared(timings, "eager", order)
+        others[f"{order} against raster order, 16 images"] = compared(timings, "batch16", f"{order}16")
+    goals |= {"N1": compared(timings, "eager", "diagonals"), "N1_batch16": compared(timings, "batch16", "diagonals16")}
     others |= {f"batch {n} against transformers": compared(timings, f"hf{n}", f"batch{n}") for n in (4, 16)}
     if llamagen:
         goals |= {name: compared(timings, "llamagen", name) for name in sorted(twins)}
+        goals["N1_llamagen"] = compared(timings, "llamagen", "diagonals")
         goals["G3"]["quality with random weights"] = int8_quality(model, [START, NOTHING], (grid, grid), SAMPLING)
         others |= {f"batch {n} against LlamaGen": compared(timings, f"llamagen{n}", f"twin{n}") for n in (4, 16)}
         if compile:

@@ -29,13 +29,21 @@ from unified.sequence import ImageSegment, TextSegment, TokenSequence, build_seq
 from unified_eval.timing import compared, interleaved
 from unified_tokenizers import VQGAN, VQGANConfig
 
-# T1 and T4 are against transformers; T4 at p = 1, T4_p2 at p = 2.
-GOALS = {"T1": 1.1, "T1_llamagen": 1.2, "T2": 1.25, "T3": 3.6, "T4": 1.6, "T4_p2": 3.5, "T5": 1 / 0.64, "T6": 5.0}
+# T1 and T4 are against transformers; T4 at p = 1, T4_p2 at p = 2. N2: windows of 2 x 2 by the learned merge against p = 1.
+GOALS = {"T1": 1.1, "T1_llamagen": 1.2, "T2": 1.25, "T3": 3.6, "T4": 1.6, "T4_p2": 3.5, "T5": 1 / 0.64, "T6": 5.0,
+         "N2": 2.2}  # fmt: skip
 SPECIAL = 4  # pad, bos, boi, eoi
 Sequences = list[TokenSequence]
 
 
-def our_model(codebook: int, text_vocab: int = SPECIAL, width: int = 384, layers: int = 6, grid: int = 16) -> Any:
+def our_model(
+    codebook: int,
+    text_vocab: int = SPECIAL,
+    width: int = 384,
+    layers: int = 6,
+    grid: int = 16,
+    prediction: dict[str, Any] | None = None,
+) -> Any:
     """A Llama of 64-wide heads around which ours is built, in training mode."""
     torch.manual_seed(0)
     text = {
@@ -43,7 +51,9 @@ def our_model(codebook: int, text_vocab: int = SPECIAL, width: int = 384, layers
         "num_hidden_layers": layers, "num_attention_heads": width // 64, "pad_token_id": 0, "bos_token_id": 1,
         "eos_token_id": None, "max_position_embeddings": grid * grid + 64,
     }  # fmt: skip
-    config = UnifiedConfig(text_config=text, codebook_size=codebook, boi_token_id=2, eoi_token_id=3, positions="2d")
+    config = UnifiedConfig(
+        text_config=text, codebook_size=codebook, boi_token_id=2, eoi_token_id=3, positions="2d", prediction=prediction
+    )
     return UnifiedForCausalLM(config).train()
 
 
@@ -62,8 +72,8 @@ def sequences_of(model: Any, rows: int, grid: int, text: int = 0) -> Sequences:
 
 
 def batch_of(model: Any, sequences: Sequences, p: int = 1, length: int | None = None) -> Batch:
-    """Sequences at patch size p, packed into rows of ``length`` positions if one is given."""
-    return make_batch(sequences, model.config, patches(p), length)
+    """Sequences at patch size p (1 for the model's own way), packed into rows of ``length`` positions if one is given."""
+    return make_batch(sequences, model.config, patches(p) if p > 1 else None, length)
 
 
 def plain_llama(model: Any) -> LlamaForCausalLM:
@@ -170,6 +180,11 @@ def measure(rounds: int, llamagen: str | None, npp: str | None) -> dict[str, dic
     goals["T6"] = cached_against_in_loop(model, rounds)
     del steps, timings
 
+    channel = our_model(codebook=16384, prediction={"merge": "channel"})
+    timings = interleaved({"p1": ours(model, sequences), "channel": ours(channel, sequences)}, rounds)
+    goals["N2"] = compared(timings, "p1", "channel")
+    del channel, timings
+
     model = our_model(codebook=16384, text_vocab=20000)
     sequences = sequences_of(model, 8, 16)
     steps = {"hf": theirs(plain_llama(model), sequences), "p1": ours(model, sequences), "p2": ours(model, sequences, 2)}
@@ -258,7 +273,7 @@ def mixed_lengths(model: Any, count: int, seed: int = 3) -> list[TokenSequence]:
     return sequences
 
 
-def packing(rounds: int, length: int = 512, count: int = 24, **options: int) -> dict[str, Any]:
+def packing(rounds: int, length: int = 512, count: int = 24, **options: Any) -> dict[str, Any]:
     """Real tokens per second of a training step on packed rows, over those of the same sequences padded.
 
     Raises:
