@@ -40,7 +40,7 @@ def test_overrides_win(config_file):
         (["optimizer.lr=1"], "config: 'optimizer.lr' is unknown; use one of name, learning_rate, weight_decay"),
         (["data.caption_dropot=1"], "config: 'data.caption_dropot' is unknown; did you mean 'caption_dropout'"),
         (["steps=many"], "config: a value of 'steps' in .* does not fit: Value 'many'"),
-        (["optimizer=3"], "config: a value in .* does not fit: .* OptimizerConfig"),
+        (["optimizer=3"], "config: a value of 'optimizer' in .* does not fit: .* OptimizerConfig"),
         (["batch_size"], r"overrides: \['batch_size'\] are not of the form key=value"),
         (["data.sources=["], "or an override is not YAML"),
         (

@@ -2,21 +2,16 @@
 
 import json
 import os
-import sys
 from collections.abc import Callable
-from functools import partial
 
-import train_tokenizer
 from conftest import tiny_config
 from hostile.case import VALID, Case, Silent, cases, each
-from hostile.world import World
+from hostile.world import World, script
 
-from unified import UnifiedConfig
+from unified import UnifiedConfig, UnifiedForCausalLM
 from unified.decoding import Sampling
-from unified.errors import explain_errors
 from unified.pipeline.options import GenerationOptions
 from unified.prediction.schedule import PatchSchedule
-from unified.settings import load_settings
 from unified.training.config import load_config
 
 NUMBER = ".nan many [1] {a:1}"  # no number, wherever one is needed
@@ -27,10 +22,10 @@ RUN = {
     "steps": f"{COUNT} null", "batch_size": f"{COUNT} null", "gradient_accumulation_steps": COUNT, "processes": COUNT,
     "seed": f"-1 4294967296 1.5 {NUMBER}", "log_every": COUNT, "validate_every": COUNT, "checkpoint_every": COUNT,
     "keep_checkpoints": COUNT, "mixed_precision": "fp8 no 16 [1]", "output_dir": "'' null [1]", "track_with": "nothing {a:1}",
-    "allow_changes": "perhaps 7", "data.caption_dropout": SHARE, "data.code_noise": SHARE, "data.captioning": SHARE,
+    "allow_changes": "perhaps", "data.caption_dropout": SHARE, "data.code_noise": SHARE, "data.captioning": SHARE,
     "data.image_size": COUNT, "data.crops": COUNT, "data.max_samples": COUNT, "data.pack": f"1 {COUNT}",
     "data.num_workers": f"-1 1.5 {NUMBER}", "data.storage_options": "7 [1]", "data.train": "null '' [1]",
-    "data.bucket": "perhaps", "model.options": "7 [1]", "model.architecture": "7 [1] {} {a:1} {model_type:nothing}",
+    "data.bucket": "perhaps", "model.options": "7 [1]", "model.architecture": "7 [1] {a:1} {model_type:nothing}",
     "model.gradient_checkpointing": "perhaps", "model.image_init": "nothing codebook", "model.head_init": "nothing zero",
     "lora.rank": COUNT, "lora.alpha": COUNT, "lora.dropout": f"1 {SHARE}", "lora.target_modules": "[] 7",
     "lora.modality": "sound", "schedule.levels": f"5 {COUNT}", "schedule.patch_sizes": "[] [1,2] [0] [2] [1,1] [a] 7",
@@ -40,7 +35,7 @@ RUN = {
     "optimizer.betas": "[] [0.9] [0.9,1] [0.9,-1] [0.9,.nan] [a,b] 7", "optimizer.gradient_clip": f"0 -1 {NUMBER}",
     "optimizer.gradient_limit": f"0 .inf {NUMBER}", "optimizer.ema_decay": f"0 1 {NUMBER}", "sample.every": COUNT,
     "sample.guidance_scale": f"0.5 1e9 .inf {NUMBER}", "sample.seed": f"-1 {NUMBER}", "optimizer.learning_rat": "1",
-    "step": "1", "data": "7 [1] null", "lora.target": "[a]", "data.source": "x", "optimizer.lr.x": "1",
+    "step": "1", "data": "null", "lora.target": "[a]", "data.source": "x", "optimizer.lr": "1",
 }  # fmt: skip
 # Fields of UnifiedConfig, and values that a configuration refuses; json, so that NaN is one.
 CONFIG = {
@@ -53,7 +48,7 @@ CONFIG = {
     "conditioning": "7 [1] {} {\"kind\":\"sound\"} {\"kind\":\"class\"} {\"kind\":\"class\",\"classes\":0} "
                     "{\"kind\":\"class\",\"classes\":\"a\"} {\"kind\":\"class\",\"classes\":-5} {\"kind\":[]} "
                     "{\"kind\":\"features\",\"length\":0,\"features\":4}",
-    "text_config": "7 {} {\"model_type\":\"nothing\"} {\"model_type\":7} [1] \"llama\"",
+    "text_config": "7 {} {\"model_type\":\"llama\",\"hidden_size\":0} {\"model_type\":\"llama\",\"hidden_size\":30,\"num_attention_heads\":4} {\"model_type\":\"llama\",\"vocab_size\":\"a\"} {\"model_type\":\"llama\",\"rms_norm_eps\":\"a\"} {\"model_type\":\"nothing\"} {\"model_type\":7} [1] \"llama\"",
 }  # fmt: skip
 # Fields of a tokenizer's training, and values that they refuse.
 TOKENIZER = {
@@ -72,7 +67,7 @@ YAML = [
     ("steps: [", "config run.yaml"), ("- 1\n- 2", "config list"), ("steps: 1\nsteps: 2", "config steps"), ("7", "config run.yaml"),
     ("", "config output_dir steps"), ("\x00", "config run.yaml"), (b"\xff\xfe\x00", "config run.yaml"), ("a: &a [*a]", "config"),
     ("? [1]\n: 2", "config"), ("steps: !!python/object/apply:os.mkdir [executed]", "config run.yaml"), ("{1: 2}", "config"),
-    ("steps: ${steps}", "config steps"), ("steps: ${nothing}", "config nothing"), ("steps: ${nothing:1}", "config nothing"),
+    ("steps: ${steps}", "config steps"), ("steps: ${nothing}", "config nothing"), ("output_dir: x\nsteps: ${nothing:1}", "config nothing"),
     ("steps: ${", "config"), ("output_dir: ${oc.env:HOME}\nsteps: 1", "config output_dir environment"),
     ("output_dir: ${oc.decode:${oc.env:HOME}}\nsteps: 1", "config output_dir environment"),
     ("project: ${data.train}\noutput_dir: x\nsteps: 1\ndata: {train: '${oc.env:HOME}'}", "config data.train environment"),
@@ -96,23 +91,16 @@ def of_tokenizer(*overrides: str) -> Callable[[World], object]:
         given = {"output_dir": str(world.fresh()), "sources": [str(world.pictures)], "image_size": 16, "steps": 1, "batch_size": 2,
                  "model": {"channels": 8, "encoder_blocks": 1, "decoder_blocks": 1, "codebook_size": 16}}  # fmt: skip
         more = ["discriminator.start=0"] if any("discriminator." in override for override in overrides) else []
-        recipe(train_tokenizer, "--config", str(world.file("run.yaml", json.dumps(given))), *more, *overrides)
+        script("recipes/train_tokenizer.py", "--config", str(world.file("run.yaml", json.dumps(given))), *more, *overrides)
 
     return call
 
 
-def recipe(module: object, *arguments: str) -> None:
-    """Run a script's ``main`` as its command line does."""
-    before = sys.argv
-    sys.argv = [f"{module.__name__}.py", *arguments]
-    try:
-        explain_errors(module.main)
-    finally:
-        sys.argv = before
-
-
 def config(field: str, value: str) -> Callable[[World], object]:
-    return lambda world: tiny_config(**{field: json.loads(value)})
+    given = json.loads(value)
+    if field == "text_config":
+        return lambda world: UnifiedConfig(text_config=given)
+    return lambda world: UnifiedForCausalLM(tiny_config(**{field: given}))
 
 
 def architecture(field: str, value: str) -> Callable[[World], object]:
@@ -142,10 +130,12 @@ CASES: list[Case] = [
     *cases(
         "settings: train",
         ("a secret", secret, VALID),
+        ("a number in place of data", training("data=7"), "config 'data' 7"),
+        ("a list in place of data", training("data=[1]"), "config 'data' [1]"),
         ("no file", lambda w: load_config(w.root / "nothing.yaml"), "config nothing.yaml"),
         ("a folder", lambda w: load_config(w.fresh()), "config does not exist"),
         ("no equals sign", training("steps"), "overrides steps"),
-        ("no name", training("=7"), "overrides"),
+        ("no name", training("=7"), "config '' unknown"),
         ("no YAML", training("steps=[1"), "override"),
         ("sources and train", training("data.sources=[{path: a}]"), "data train sources"),
         ("a source without path", training("data.train=null", "data.sources=[{kind: text}]"), "path"),
@@ -170,6 +160,7 @@ CASES: list[Case] = [
         ("two models", training("model.pipeline=x"), "model pipeline architecture"),
         ("one frame token", training("model.boi=a", "model.eoi=a"), "model.boi model.eoi"),
         ("a modality of DoRA", training("lora.modality=image", "lora.use_dora=true"), "modality use_dora"),
+        ("a yes of 1", training("allow_changes=1"), VALID),
         ("infinite clip", training("optimizer.gradient_clip=.inf"), VALID),
     ),
     *(Case("settings: architecture", f"{name}={value}", architecture(name, value), f"architecture {name}") for name, value in values(
@@ -207,7 +198,7 @@ CASES: list[Case] = [
         ({"temperature": 0}, "temperature 0"), ({"temperature": -1}, "temperature -1"), ({"temperature": 1e-300}, "temperature"),
         ({"temperature": float("inf")}, "temperature inf"), ({"temperature": [1]}, "temperature"), ({"temperature": 10**400}, "temperature"),
         ({"top_k": -1}, "top_k -1"), ({"top_k": 1.5}, "top_k 1.5"), ({"top_k": "5"}, "top_k 5"), ({"top_k": float("nan")}, "top_k nan"),
-        ({"top_k": None}, "top_k None"), ({"top_k": True}, "top_k True"), ({"top_k": 10**400}, VALID), ({"top_k": 2.0}, VALID),
+        ({"top_k": None}, "top_k None"), ({"top_k": True}, "top_k True"), ({"top_k": 10**400}, "top_k"), ({"top_k": 10**30}, VALID), ({"top_k": 2.0}, VALID),
         ({"top_p": 0}, "top_p 0"), ({"top_p": 2}, "top_p 2"), ({"top_p": -0.1}, "top_p -0.1"), ({"top_p": float("nan")}, "top_p nan"),
         ({"top_p": "1"}, "top_p 1"), ({"top_p": 5e-324}, VALID), ({"guidance_schedule": "up"}, "guidance_schedule up"),
         ({"guidance_schedule": None}, "guidance_schedule None"), ({"guidance_schedule": []}, "guidance_schedule []"),
@@ -221,4 +212,3 @@ CASES: list[Case] = [
         ({"decoding": {"a": 1}}, "decoding"), ({"size": 3}, "size"), ({3: 3}, "3"), ({"sampling": 3}, "sampling"), ({}, VALID),
     ]),
 ]  # fmt: skip
-assert partial and load_settings

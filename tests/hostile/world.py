@@ -1,11 +1,13 @@
 """What hostile inputs are made of: tiny models, data and folders, each built when a case first asks for it."""
 
+import importlib.util
 import json
 import os
 import pickle
 import shutil
+import sys
 from collections.abc import Callable
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -13,16 +15,37 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from conftest import CAPTIONS, noisy_adapter, tiny_model, tiny_pipeline
+from conftest import CAPTIONS, ROOT, noisy_adapter, tiny_model, tiny_pipeline
 from PIL import Image
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 from unified import UnifiedPipeline
 from unified.data.code_cache import encode_source
+from unified.errors import explain_errors
 from unified.training.config import load_config
 from unified.training.loop import train
 from unified_tokenizers import SentencePieceTokenizer, VQConfig, VQModel, train_sentencepiece
+
+
+def script(path: str, *arguments: object) -> None:
+    """Run a script as its command line does."""
+    before = sys.argv
+    sys.argv = [path, *map(str, arguments)]
+    try:
+        explain_errors(module(path).main)
+    finally:
+        sys.argv = before
+
+
+@cache
+def module(path: str) -> Any:
+    """A script as a module, imported once."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    loaded = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = loaded
+    spec.loader.exec_module(loaded)
+    return loaded
 
 
 class Bomb:

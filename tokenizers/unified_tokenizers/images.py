@@ -40,6 +40,14 @@ def read_image(file: str | Path | bytes | BinaryIO, max_pixels: int = MAX_PIXELS
         raise ValueError(reason if path in reason else f"{path}: {reason}") from error
 
 
+def load_pixels(image: Image.Image, name: str) -> None:
+    """Decode an image that is only opened. Raises ValueError, which calls it ``name``, if its file is damaged."""
+    try:
+        image.load()
+    except Exception as error:  # decoders raise all sorts of errors on damaged files
+        raise ValueError(f"{name}: {getattr(image, 'filename', '') or image} cannot be read ({error}).") from error
+
+
 def as_rgb(image: Image.Image) -> Image.Image:
     """The image in 8-bit RGB; transparency is laid on white.
 

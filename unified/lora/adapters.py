@@ -249,7 +249,7 @@ def _check_name(model: UnifiedForCausalLM | PeftModel, name: str) -> None:
         if name in model.peft_config:
             raise ValueError(f"adapter_name: {name!r} is loaded already; choose another name or delete it first.")
     parts = {part for key in base_of(model).state_dict() for part in key.split(".")}
-    if not re.fullmatch(r"[\w -]+", name) or name in parts or hasattr(nn.ModuleDict, name):
+    if not isinstance(name, str) or not re.fullmatch(r"[\w -]+", name) or name in parts or hasattr(nn.ModuleDict, name):
         raise ValueError(
             f"adapter_name: {name!r} is not possible; use letters, digits, '_' and '-', and no name of a module of the model."
         )

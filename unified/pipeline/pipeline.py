@@ -554,7 +554,7 @@ class UnifiedPipeline:
         Raises:
             ValueError: for unknown names, or weights that are no finite numbers.
         """
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        names = as_names(adapter_names)
         several = isinstance(adapter_weights, Sequence) and not isinstance(adapter_weights, str)
         weights: list[Any] = list(adapter_weights) if several else [adapter_weights] * len(names)  # type: ignore[arg-type]
         set_adapters(self._adapted("adapter_names"), names, [1.0 if weight is None else weight for weight in weights])
@@ -567,7 +567,7 @@ class UnifiedPipeline:
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
         """Forget adapters; the others stay as they are. Raises ValueError for unknown names."""
         model = self._adapted("adapter_names")
-        names = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
+        names = set(as_names(adapter_names))
         if names == set(model.peft_config):
             self.unload_lora_weights()
         else:
@@ -633,8 +633,16 @@ class UnifiedPipeline:
 
 def check_output_type(output_type: Any) -> None:
     """Refuse a form of images that there is not. Raises ValueError."""
-    if output_type not in OUTPUT_TYPES:
+    if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
         raise ValueError(f"output_type: {output_type!r} is unknown; use one of {OUTPUT_TYPES}.")
+
+
+def as_names(adapter_names: Any) -> list[str]:
+    """One name or several as a list. Raises ValueError for anything else."""
+    names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+    if not isinstance(names, list | tuple | set) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"adapter_names: {adapter_names!r} is not a name or a list of names.")
+    return list(names)
 
 
 def _is_list(value: Any) -> bool:
