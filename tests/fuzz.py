@@ -119,7 +119,9 @@ def table(found: Sequence[tuple[Case, Outcome]]) -> str:
     width = max(map(len, counts))
     lines = [f"{'entry point':<{width}} {'cases':>6}" + "".join(f"  {kind}" for kind in kinds)]
     for entry, row in [*counts.items(), ("all", total)]:
-        lines.append(f"{entry:<{width}} {row.total():>6}" + "".join(f"  {row[kind] or '':>{len(kind)}}" for kind in kinds))
+        lines.append(
+            f"{entry:<{width}} {row.total():>6}" + "".join(f"  {row[kind] or '':>{len(kind)}}" for kind in kinds)
+        )
     return "\n".join(lines)
 
 

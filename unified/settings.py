@@ -54,7 +54,10 @@ def load_settings(kind: type[T], path: str | Path, overrides: Sequence[str] = ()
     except ConfigKeyError as error:
         known = [f.name for f in fields(error.object_type)] if is_dataclass(error.object_type) else []
         raise ValueError(f"config: {error.full_key!r} is unknown{did_you_mean(str(error.key), known)}") from error
-    except (OmegaConfBaseException, TypeError) as error:  # TypeError: a list in place of names with values, or the reverse
+    except (
+        OmegaConfBaseException,
+        TypeError,
+    ) as error:  # TypeError: a list in place of names with values, or the reverse
         where = getattr(error, "full_key", None) or _misfit(kind, file, changes)
         raise ValueError(
             f"config: a value of {where!r} in {str(path)!r} or the overrides does not fit: {str(error).splitlines()[0]}"

@@ -26,7 +26,7 @@ class Case(NamedTuple):
     waits: str = ""
 
 
-class Silent(Exception):  # noqa: N818
+class Silent(Exception):
     """A call has taken what it should not have taken."""
 
 

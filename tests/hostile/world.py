@@ -116,9 +116,9 @@ class World:
         config = tiny_model(text={"vocab_size": len(words)}).config.text_config
         LlamaForCausalLM(config).save_pretrained(self.root / "backbone")
         names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-        PreTrainedTokenizerFast(tokenizer_object=inner, extra_special_tokens=["<boi>", "<eoi>"], **names).save_pretrained(
-            self.root / "backbone"
-        )
+        PreTrainedTokenizerFast(
+            tokenizer_object=inner, extra_special_tokens=["<boi>", "<eoi>"], **names
+        ).save_pretrained(self.root / "backbone")
         return self.root / "backbone"
 
     @cached_property
@@ -146,15 +146,28 @@ class World:
     @cached_property
     def settings(self) -> Path:
         """The settings of a run of three steps."""
-        architecture = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
-                        "num_attention_heads": 4, "max_position_embeddings": 128}  # fmt: skip
+        architecture = {
+            "model_type": "llama",
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 128,
+        }
         settings = {
-            "output_dir": str(self.root / "run"), "steps": 3, "batch_size": 2, "log_every": 1, "track_with": [],
+            "output_dir": str(self.root / "run"),
+            "steps": 3,
+            "batch_size": 2,
+            "log_every": 1,
+            "track_with": [],
             "schedule": {"patch_sizes": [1], "shares": [1.0]},
             "data": {"train": str(self.codes), "image_size": 16},
-            "model": {"image_tokenizer": str(self.pipeline_folder / "image_tokenizer"), "architecture": architecture,
-                      "text_tokenizer": str(self.pipeline_folder / "text_tokenizer")},
-        }  # fmt: skip
+            "model": {
+                "image_tokenizer": str(self.pipeline_folder / "image_tokenizer"),
+                "architecture": architecture,
+                "text_tokenizer": str(self.pipeline_folder / "text_tokenizer"),
+            },
+        }
         return self.file("run.yaml", json.dumps(settings))
 
     def train(self, *overrides: str) -> Path:

@@ -63,6 +63,10 @@ def attach_lora(
     unknown = sorted(options.keys() - _FIELDS.keys())
     if unknown:
         raise ValueError(f"lora: {unknown} are not supported; leave them out.")
+    if not isinstance(train_image_tables, bool | None):
+        raise ValueError(
+            f"lora: train_image_tables {train_image_tables!r} is not possible; it must be true, false or null."
+        )
     if train_image_tables is None:
         train_image_tables = model.config.new_image_tables
     fields = {

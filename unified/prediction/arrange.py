@@ -20,6 +20,7 @@ from unified.prediction.coordinates import span_offsets
 from unified.prediction.merge import ONE, Grid, Merge, merged_grid, windows
 from unified.prediction.order import ORDERS
 from unified.sequence import IGNORE, TokenSequence
+from unified_tokenizers.fields import is_whole
 
 
 @dataclass
@@ -81,9 +82,14 @@ def arrange(
         merge: how codes enter.
 
     Raises:
-        ValueError: if image spans and grids disagree, a span has no ``<boi>`` before it, an id lies beyond the codebook, or
-            the merge does not divide a grid.
+        ValueError: if ids and labels are not as many integers, image spans and grids disagree, a span has no ``<boi>`` before
+            it, an id is negative or beyond the codebook, the order is unknown, or the merge does not divide a grid.
     """
+    for name, given in (("input_ids", sequence.input_ids), ("labels", sequence.labels)):
+        if given.ndim != 1 or given.dtype != torch.int64 or len(given) != len(sequence.input_ids):
+            raise ValueError(
+                f"{name}: need int64 ({len(sequence.input_ids)},), got {given.dtype} {tuple(given.shape)}."
+            )
     ids, labels = sequence.input_ids.numpy(), sequence.labels.numpy()
     spans = image_spans(ids, sequence.image_grids, vocabulary)
     images = [_image(grid, order, merge, coordinates) for _, grid in spans]
@@ -117,6 +123,8 @@ def _image(grid: Grid, order: str, merge: Merge, coordinates: Coordinates) -> tu
     """Of an image: which of its codes enter each position ``(n, s^2)``, where those sit ``(n, 2)``, and how far the index of
     the text moves on.
     """
+    if order not in ORDERS:
+        raise ValueError(f"order: {order!r} is unknown; use one of {', '.join(ORDERS)}.")
     cells = ORDERS[order](merged_grid(grid, merge.side)).argsort(stable=True)
     index = windows(torch.arange(grid[0] * grid[1])[None], grid, merge.side)[0, cells]
     offsets, advance = span_offsets(grid, merge.side, *coordinates)
@@ -131,8 +139,12 @@ def image_spans(ids: np.ndarray, grids: Sequence[Grid], vocabulary: Vocabulary) 
             id lies beyond the codebook.
     """
     total = vocabulary.text_vocab_size + vocabulary.codebook_size
-    if len(ids) and ids.max() >= total:
-        raise ValueError(f"input_ids: {ids.max()} is beyond text vocabulary and codebook ({total} ids).")
+    if len(ids) and (ids.max() >= total or ids.min() < 0):
+        outside = ids.max() if ids.max() >= total else ids.min()
+        raise ValueError(f"input_ids: {outside} is beyond text vocabulary and codebook ({total} ids).")
+    for grid in grids:
+        if not isinstance(grid, tuple | list) or len(grid) != 2 or not all(map(is_whole, grid)):
+            raise ValueError(f"image_grids: {grid!r} is not a grid (h, w) of whole numbers of at least 1.")
     is_image = np.zeros(len(ids) + 2, dtype=np.int8)
     is_image[1:-1] = ids >= vocabulary.text_vocab_size
     change = np.flatnonzero(np.diff(is_image)).tolist()
