@@ -11,6 +11,7 @@ import contextlib
 import io
 import json
 import os
+import resource
 import signal
 import sys
 import tempfile
@@ -36,6 +37,7 @@ CLEAR, ACCEPTED = "clear error", "valid, accepted"
 REFUSED, VAGUE, SILENT = "valid, refused", "error without the field", "silent acceptance"
 HANG, CRASH, EXECUTED = "hang", "crash", "code executed"
 OUTCOMES = (CLEAR, ACCEPTED, REFUSED, VAGUE, SILENT, HANG, CRASH, EXECUTED)
+MOST_MEMORY = 6 * 2**30  # bytes of this process
 LONGEST = 1500  # characters of an error that can still be read
 
 
@@ -58,7 +60,7 @@ def run(case: Case, world: World, seconds: int = 60) -> Outcome:
     """Run a case and judge its end."""
     errors = io.StringIO()
     try:
-        with warnings.catch_warnings(), alarm(seconds), contextlib.redirect_stderr(errors):
+        with warnings.catch_warnings(), alarm(seconds), memory(MOST_MEMORY), contextlib.redirect_stderr(errors):
             warnings.simplefilter("ignore")
             with contextlib.redirect_stdout(io.StringIO()):
                 case.call(world)
@@ -107,6 +109,17 @@ def alarm(seconds: int) -> Iterator[None]:
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+
+
+@contextlib.contextmanager
+def memory(most: int) -> Iterator[None]:
+    """Let an allocation beyond so many bytes in all fail, in place of filling the machine."""
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 def table(found: Sequence[tuple[Case, Outcome]]) -> str:

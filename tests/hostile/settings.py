@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from typing import Any
 
 from conftest import tiny_config
 from hostile.case import VALID, Case, Silent, cases, each
@@ -14,6 +15,7 @@ from unified.pipeline.options import GenerationOptions
 from unified.prediction.schedule import PatchSchedule
 from unified.training.config import load_config
 
+NAN, INF = float("nan"), float("inf")
 NUMBER = ".nan many [1] {a:1}"  # no number, wherever one is needed
 COUNT = f"0 -1 1.5 .inf {NUMBER}"
 SHARE = f"-0.1 1.1 .inf {NUMBER}"
@@ -77,25 +79,32 @@ RUN = {
     "data.source": "x",
     "optimizer.lr": "1",
 }
-# Fields of UnifiedConfig, and values that a configuration refuses; json, so that NaN is one.
-CONFIG = {
-    "codebook_size": '0 -1 1.5 NaN null "many" [1]',
-    "boi_token_id": '-1 50 1.5 null "<boi>" [3]',
-    "eoi_token_id": "-1 50 3 null",
-    "image_tokenizer_fingerprint": "7 [1]",
-    "text_tokenizer_fingerprint": "7",
-    "new_image_tables": '"perhaps" 7',
-    "positions": '"3d" 7 null [1]',
-    "coarse_positions": '"edge" null',
-    "image_grids": '7 [[4]] [[4,4,4]] [[0,4]] [[-4,4]] [[1.5,4]] [["a",4]] [4,4] [null] "4x4" [[]]',
-    "normalized_range": '0 -1 NaN Infinity "far" null',
-    "loss_normalization": '"row" null',
-    "text_loss_weight": '-1 NaN Infinity "much" null',
-    "image_loss_weight": "-1 NaN Infinity null",
-    "conditioning": '7 [1] {} {"kind":"sound"} {"kind":"class"} {"kind":"class","classes":0} '
-    '{"kind":"class","classes":"a"} {"kind":"class","classes":-5} {"kind":[]} '
-    '{"kind":"features","length":0,"features":4}',
-    "text_config": '7 {} {"model_type":"llama","hidden_size":0} {"model_type":"llama","hidden_size":30,"num_attention_heads":4} {"model_type":"llama","vocab_size":"a"} {"model_type":"llama","rms_norm_eps":"a"} {"model_type":"nothing"} {"model_type":7} [1] "llama"',
+# Fields of UnifiedConfig, and values that a configuration refuses.
+CONFIG: dict[str, list[Any]] = {
+    "codebook_size": [0, -1, 1.5, NAN, None, "many", [1]],
+    "boi_token_id": [-1, 50, 1.5, None, "<boi>", [3]],
+    "eoi_token_id": [-1, 50, 3, None],
+    "image_tokenizer_fingerprint": [7, [1]],
+    "text_tokenizer_fingerprint": [7],
+    "new_image_tables": ["perhaps", 7],
+    "positions": ["3d", 7, None, [1]],
+    "coarse_positions": ["edge", None],
+    "image_grids": [7, [[4]], [[4, 4, 4]], [[0, 4]], [[-4, 4]], [[1.5, 4]], [["a", 4]], [4, 4], [None], "4x4", [[]]],
+    "normalized_range": [0, -1, NAN, INF, "far", None, 10**400],
+    "loss_normalization": ["row", None],
+    "text_loss_weight": [-1, NAN, INF, "much", None],
+    "image_loss_weight": [-1, NAN, INF, None],
+    "conditioning": [
+        *(7, [1], {}, {"kind": "sound"}, {"kind": []}, {"kind": "class"}),
+        *({"kind": "class", "classes": value} for value in (0, -5, "a", NAN)),
+        {"kind": "features", "length": 0, "features": 4},
+    ],
+    "text_config": [
+        *(7, [1], "llama", {}, {"model_type": "nothing"}, {"model_type": 7}, {"model_type": []}),
+        *({"model_type": "llama", "hidden_size": value} for value in (0, -8, "a", NAN, [1])),
+        {"model_type": "llama", "hidden_size": 30, "num_attention_heads": 4},
+        {"model_type": "llama", "rms_norm_eps": "a"},
+    ],
 }
 # Fields of a tokenizer's training, and values that they refuse.
 TOKENIZER = {
@@ -191,8 +200,7 @@ def of_tokenizer(*overrides: str) -> Callable[[World], object]:
     return call
 
 
-def config(field: str, value: str) -> Callable[[World], object]:
-    given = json.loads(value)
+def config(field: str, given: Any) -> Callable[[World], object]:
     if field == "text_config":
         return lambda world: UnifiedConfig(text_config=given)
     return lambda world: UnifiedForCausalLM(tiny_config(**{field: given}))
@@ -293,7 +301,11 @@ CASES: list[Case] = [
         Case("settings: tokenizer", f"{name}={value}", of_tokenizer(f"{name}={value}"), name.split(".")[-1])
         for name, value in values(TOKENIZER)
     ),
-    *(Case("UnifiedConfig", f"{name}={value}", config(name, value), name) for name, value in values(CONFIG)),
+    *(
+        Case("UnifiedConfig", f"{name}={value!r:.60}", config(name, value), name)
+        for name, given in CONFIG.items()
+        for value in given
+    ),
     *cases(
         "UnifiedConfig",
         ("no language model", lambda w: UnifiedConfig(), VALID),
@@ -308,11 +320,11 @@ CASES: list[Case] = [
             ({"patch_sizes": (1.5, 1)}, "patch_sizes 1.5"),
             ({"patch_sizes": ("2", 1)}, "patch_sizes"),
             ({"patch_sizes": 2}, "patch_sizes"),
-            ({"patch_sizes": (float("nan"), 1)}, "patch_sizes nan"),
-            ({"shares": (0.5, float("nan"))}, "shares nan"),
+            ({"patch_sizes": (NAN, 1)}, "patch_sizes nan"),
+            ({"shares": (0.5, NAN)}, "shares nan"),
             ({"shares": ()}, "shares"),
             ({"shares": ("a", "b")}, "shares"),
-            ({"warmup": float("nan")}, "warmup nan"),
+            ({"warmup": NAN}, "warmup nan"),
             ({"warmup": 0.9}, "warmup 0.9"),
             ({"decay": -1}, "decay -1"),
             ({"final": 2}, "final 2"),
@@ -326,7 +338,7 @@ CASES: list[Case] = [
         "PatchSchedule",
         ("five levels", lambda w: PatchSchedule.from_levels(5), "levels 5"),
         ("no level", lambda w: PatchSchedule.from_levels(0), "levels 0"),
-        ("a ratio of NaN", lambda w: PatchSchedule.from_levels(2, float("nan")), "ratio nan"),
+        ("a ratio of NaN", lambda w: PatchSchedule.from_levels(2, NAN), "ratio nan"),
         ("one and a half levels", lambda w: PatchSchedule.from_levels(1.5), "levels 1.5"),
         ("a step outside", lambda w: PatchSchedule().stage(9, 9), "step 9"),
         ("too few steps", lambda w: PatchSchedule().stages(1), "total_steps 1"),
@@ -336,8 +348,8 @@ CASES: list[Case] = [
         lambda given: lambda w: Sampling(**given),
         [
             ({"guidance_scale": 0.5}, "guidance_scale 0.5"),
-            ({"guidance_scale": float("nan")}, "guidance_scale nan"),
-            ({"guidance_scale": float("inf")}, "guidance_scale inf"),
+            ({"guidance_scale": NAN}, "guidance_scale nan"),
+            ({"guidance_scale": INF}, "guidance_scale inf"),
             ({"guidance_scale": 10**400}, "guidance_scale"),
             ({"guidance_scale": "3"}, "guidance_scale 3"),
             ({"guidance_scale": True}, "guidance_scale True"),
@@ -348,13 +360,13 @@ CASES: list[Case] = [
             ({"temperature": 0}, "temperature 0"),
             ({"temperature": -1}, "temperature -1"),
             ({"temperature": 1e-300}, "temperature"),
-            ({"temperature": float("inf")}, "temperature inf"),
+            ({"temperature": INF}, "temperature inf"),
             ({"temperature": [1]}, "temperature"),
             ({"temperature": 10**400}, "temperature"),
             ({"top_k": -1}, "top_k -1"),
             ({"top_k": 1.5}, "top_k 1.5"),
             ({"top_k": "5"}, "top_k 5"),
-            ({"top_k": float("nan")}, "top_k nan"),
+            ({"top_k": NAN}, "top_k nan"),
             ({"top_k": None}, "top_k None"),
             ({"top_k": True}, "top_k True"),
             ({"top_k": 10**400}, "top_k"),
@@ -363,7 +375,7 @@ CASES: list[Case] = [
             ({"top_p": 0}, "top_p 0"),
             ({"top_p": 2}, "top_p 2"),
             ({"top_p": -0.1}, "top_p -0.1"),
-            ({"top_p": float("nan")}, "top_p nan"),
+            ({"top_p": NAN}, "top_p nan"),
             ({"top_p": "1"}, "top_p 1"),
             ({"top_p": 5e-324}, VALID),
             ({"guidance_schedule": "up"}, "guidance_schedule up"),

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from unified.hub import local_path, on_the_hub
+from unified.hub import check_config, local_path, on_the_hub
 
 
 def load_language_model(path: str | Path, dtype: torch.dtype, attn_implementation: str | None = None) -> Any:
@@ -28,6 +28,7 @@ def load_language_model(path: str | Path, dtype: torch.dtype, attn_implementatio
     path = local_path(path, "backbone") or path
     _check_no_adapter(path)
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
+    check_config(path, "backbone")
     with on_the_hub(path, "backbone"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     text = config.get_text_config()
@@ -68,6 +69,8 @@ def load_whole(
             the file is cut short, or an adapter lies beside it. Tied weights and derived buffers need not be stored.
     """
     _check_no_adapter(path, (options.get("adapter_kwargs") or {}).get("_adapter_model_path"))
+    if path is not None and not {"config", "subfolder"} & options.keys():
+        check_config(path, "model")
     options |= {"trust_remote_code": False, "ignore_mismatched_sizes": True, "output_loading_info": True}
     try:
         model, info = load(path, *args, **options)

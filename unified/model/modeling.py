@@ -132,6 +132,9 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: if the family does not work here; see :func:`unified.model.family.check_family`.
         """
+        unknown = sorted(config.keys() - UnifiedConfig.__annotations__.keys())
+        if unknown:
+            raise ValueError(f"config: {unknown} are no fields of UnifiedConfig; leave them out.")
         attention = backbone.config._attn_implementation  # a config that takes in another one resets it there
         unified = UnifiedConfig(text_config=backbone.config, **config)
         unified._attn_implementation = attention
