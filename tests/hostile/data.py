@@ -409,6 +409,7 @@ def described(**fields: Any) -> Callable[[Path], object]:
     return write
 
 
+ROWS = "the check of codes, grids and captions in rows"
 FLOATS = {"codes": datasets.List(datasets.Value("float32"))}
 CODES = [
     ("no description", cache(lambda f: (f / "codes.json").unlink()), "codes"),
@@ -433,23 +434,23 @@ CODES = [
     ),
     ("no index", cache(lambda f: (f / "train" / "state.json").unlink()), "codes"),
     ("an index that is no JSON", cache(lambda f: (f / "train" / "state.json").write_text("{")), "codes"),
-    ("fewer codes", rows(lambda r: {"codes": r["codes"][:15]}), "codes 15"),
-    ("more codes", rows(lambda r: {"codes": [*r["codes"], 1]}), "codes 17"),
-    ("no codes", rows(lambda r: {"codes": []}), "codes"),
+    ("fewer codes", rows(lambda r: {"codes": r["codes"][:15]}), "codes 15", ROWS),
+    ("more codes", rows(lambda r: {"codes": [*r["codes"], 1]}), "codes 17", ROWS),
+    ("no codes", rows(lambda r: {"codes": []}), "codes", ROWS),
     ("codes beyond", rows(lambda r: {"codes": [20] * 16}), "codes 20"),
     ("negative codes", rows(lambda r: {"codes": [-1] * 16}), "codes -1"),
-    ("codes of null", rows(lambda r: {"codes": None}), "codes"),
-    ("codes of floats", rows(lambda r: {"codes": [0.5] * 16}, **FLOATS), "codes float", "float codes"),
-    ("a height of 0", rows(lambda r: {"height": 0}), "height"),
-    ("a negative grid", rows(lambda r: {"height": -4, "width": -4}), "height -4"),
+    ("codes of null", rows(lambda r: {"codes": None}), "codes", ROWS),
+    ("codes of floats", rows(lambda r: {"codes": [0.5] * 16}, **FLOATS), "codes float", ROWS),
+    ("a height of 0", rows(lambda r: {"height": 0}), "height", ROWS),
+    ("a negative grid", rows(lambda r: {"height": -4, "width": -4}), "height -4", ROWS),
     ("a huge grid", rows(lambda r: {"height": 2**30, "width": 2**30}), "longest"),
-    ("a height of null", rows(lambda r: {"height": None}), "height"),
-    ("captions of null", rows(lambda r: {"caption": None}), "caption", "null captions"),
+    ("a height of null", rows(lambda r: {"height": None}), "height", ROWS),
+    ("captions of null", rows(lambda r: {"caption": None}), "caption", ROWS),
     (
         "captions of numbers",
         rows(lambda r: {"caption": 7}, caption=datasets.Value("int64")),
         "caption",
-        "null captions",
+        ROWS,
     ),
     ("empty captions", rows(lambda r: {"caption": ""}), VALID),
     ("long captions", rows(lambda r: {"caption": "x" * 10_000}), "longest"),

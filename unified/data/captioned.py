@@ -1,11 +1,9 @@
 """Rows of a codes cache as sequences: caption and image, or image and caption."""
 
-from reprlib import repr as short
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from unified.config import Vocabulary
 from unified.sequence import ImageSegment, Segment, TextSegment, TokenSequence, build_sequence
@@ -35,7 +33,8 @@ def captioned_sequence(
     """
     dropped, captioned = (bool(rng.random() < share) for share in (caption_dropout, captioning))
     caption = text_tokenizer.encode(str(row["caption"]))
-    image = as_grid(row["codes"], row["height"], row["width"])
+    codes = np.asarray(row["codes"], dtype=np.int64).reshape(int(row["height"]), int(row["width"]))
+    image = torch.tensor(codes)
     segments: list[Segment]
     if captioned:
         segments = [ImageSegment(image, loss=False), TextSegment(caption)]
@@ -45,17 +44,6 @@ def captioned_sequence(
     if code_noise:
         add_code_noise(sequence, vocabulary, code_noise, rng)
     return sequence
-
-
-def as_grid(codes: Any, height: Any, width: Any) -> Tensor:
-    """Flat codes of a row as ``(height, width)``, int64. Raises ValueError if they are no integers, or another number."""
-    flat = np.asarray(codes)
-    if flat.dtype.kind not in "iu" or None in (height, width) or min(height, width) < 1 or flat.size != height * width:
-        raise ValueError(
-            f"codes: {flat.dtype} {flat.shape} {short(codes)} are no codes of a grid of height {height} and width {width}; "
-            "encode the images again."
-        )
-    return torch.from_numpy(flat.astype(np.int64).reshape(int(height), int(width)))
 
 
 def add_code_noise(sequence: TokenSequence, vocabulary: Vocabulary, limit: float, rng: np.random.Generator) -> None:

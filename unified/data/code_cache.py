@@ -261,8 +261,7 @@ def load_codes(path: str | Path, split: str, fingerprint: str | None, kind: str 
         kind: what the rows have to be, ``captioned`` or ``interleaved``.
 
     Raises:
-        ValueError: if the folder is no cache of this kind, the split is missing, a row has no codes or no size, or
-            the codes are of another tokenizer.
+        ValueError: if the folder is no cache of this kind, the split is missing, or the codes are of another tokenizer.
     """
     if not is_codes_cache(path):
         raise ValueError(f"codes: {str(path)!r} has no {CACHE_FILE}; write it with recipes/encode_images.py.")
@@ -276,7 +275,4 @@ def load_codes(path: str | Path, split: str, fingerprint: str | None, kind: str 
         )
     dataset = load_source(str(path), split)
     assert isinstance(dataset, datasets.Dataset)  # a saved data set that is not streamed
-    for name in ("codes", "height", "width") if kind == "captioned" else ("texts", "codes", "heights", "widths"):
-        if name not in dataset.column_names or dataset.data.column(name).null_count:
-            raise ValueError(f"codes: {str(path)!r} has rows without {name!r}; encode the images again.")
     return dataset.with_format("numpy")

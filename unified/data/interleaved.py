@@ -12,7 +12,6 @@ from accelerate import PartialState
 from PIL import Image
 
 from unified.config import Vocabulary
-from unified.data.captioned import as_grid
 from unified.data.code_cache import Prepared, first_rows, write_cache
 from unified.data.crops import Size, fit, nearest_aspect
 from unified.data.encoding import Numbered
@@ -93,13 +92,11 @@ def interleaved_sequence(
     nothing was cut.
 
     Raises:
-        ValueError: if not even the first image fits, or the row is not whole.
+        ValueError: if not even the first image fits.
     """
     room = max_length - (vocabulary.bos_token_id is not None)
-    if not row["texts"]:
-        raise ValueError(f"texts: {row['texts']} in a row of the cache; encode the rows again.")
     segments: list[Segment] = []
-    images = iter(list(_images(row)))
+    images = _images(row)
     for text in row["texts"]:
         segment = TextSegment(text_tokenizer.encode(str(text))) if text is not None else ImageSegment(next(images))
         size = len(segment.ids) if isinstance(segment, TextSegment) else segment.codes.numel() + 2
@@ -116,16 +113,9 @@ def interleaved_sequence(
 
 
 def _images(row: dict[str, Any]) -> Iterator[torch.Tensor]:
-    sizes = list(zip(row["heights"], row["widths"], strict=False))
-    places, wanted = sum(text is None for text in row["texts"]), sum(height * width for height, width in sizes)
-    if not places == len(row["heights"]) == len(row["widths"]) or wanted != len(row["codes"]):
-        raise ValueError(
-            f"codes: {len(row['codes'])} for {places} images in texts of the heights {row['heights']} and the widths "
-            f"{row['widths']}; encode the rows again."
-        )
-    start = 0
-    for height, width in sizes:
-        yield as_grid(row["codes"][start : start + int(height * width)], height, width)
+    codes, start = torch.as_tensor(np.asarray(row["codes"])).long(), 0
+    for height, width in zip(row["heights"], row["widths"], strict=True):
+        yield codes[start : start + int(height * width)].reshape(int(height), int(width))
         start += int(height * width)
 
 
@@ -164,14 +154,14 @@ def _records(
             places[place] = grid
 
     for number, row in rows:
+        damaged = [s["text"] for s in row[column] or () if "\N{REPLACEMENT CHARACTER}" in (s["text"] or "")]
+        if damaged:
+            report.skip("unreadable_caption", number, f"{damaged[0]!r:.60} was not UTF-8")
+            continue
         try:
             texts, views = _read(row[column], sizes)
         except ValueError as error:
             report.skip("corrupt_image", number, str(error))
-            continue
-        damaged = [text for text in texts if text is not None and "\N{REPLACEMENT CHARACTER}" in text]
-        if damaged:
-            report.skip("unreadable_caption", number, f"{damaged[0]!r:.60} was not UTF-8")
             continue
         if not texts:
             report.skip("empty_caption", number, "no text and no image")
@@ -205,18 +195,13 @@ def _read(
     texts: list[str | None] = []
     views = []
     for segment in segments or ():
-        if not isinstance(segment, dict) or not {"text", "image"} & segment.keys():
-            raise ValueError(f"{segment!r:.60} is no segment of text or image")
-        text, undecoded = segment.get("text"), segment.get("image")
-        if text is not None and not isinstance(text, str):
-            raise ValueError(f"the text {text!r:.60} is none")
-        if undecoded is not None:
-            if text is not None:
+        if segment["image"] is not None:
+            if segment["text"] is not None:
                 raise ValueError("a segment holds both a text and an image")
-            image = open_rgb(undecoded)
+            image = open_rgb(segment["image"])
             size = nearest_aspect(image, sizes)
             views.append((size, fit(image, size)))
             texts.append(None)
-        elif text is not None and text.strip():
-            texts.append(text.lstrip("\ufeff"))
+        elif segment["text"] is not None and segment["text"].strip():
+            texts.append(segment["text"].lstrip("\ufeff"))
     return texts, views

@@ -192,7 +192,9 @@ def load_lora(
     shapes = {(n, state[n].shape, wanted[n].shape) for n in wanted.keys() & state if state[n].shape != wanted[n].shape}
     for name, tensor in state.items():
         if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
-            raise ValueError(f"lora: {name!r} of {str(path)!r} holds {tensor.dtype} values that are not all finite numbers.")
+            raise ValueError(
+                f"lora: {name!r} of {str(path)!r} holds {tensor.dtype} values that are not all finite numbers."
+            )
     check_names(problem, state.keys() - wanted.keys(), wanted.keys() - state.keys(), shapes)
 
     adapted = _add(model, config, adapter_name, modality)  # the first change, and nothing is left to go wrong

@@ -58,7 +58,12 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
         if config.text_config is None:
             raise ValueError("text_config: missing; give the backbone's configuration or use from_backbone.")
         if backbone is None:
-            backbone = AutoModelForCausalLM.from_config(config.text_config, trust_remote_code=False)
+            try:
+                backbone = AutoModelForCausalLM.from_config(config.text_config, trust_remote_code=False)
+            except (KeyError, TypeError, AttributeError, ArithmeticError) as error:  # values that no check has foreseen
+                raise ValueError(
+                    f"text_config: a {config.text_config.model_type!r} model cannot be built from these values ({error!r})."
+                ) from error
         else:
             for module in backbone.modules():
                 module._is_hf_initialized = True  # or post_init samples its weights again

@@ -136,7 +136,9 @@ def _empty_state(optimizer: torch.optim.Optimizer, shapes: dict[str, list[Any]])
     for key, (dtype, *shape) in shapes.items():
         index, kind = key.split(".", 1)[0], getattr(torch, str(dtype), None)
         if not index.isdecimal() or int(index) >= len(parameters) or not isinstance(kind, torch.dtype):
-            raise ValueError(f"resume: the optimizer's {key!r} of type {dtype} is not of this run's {len(parameters)} tensors.")
+            raise ValueError(
+                f"resume: the optimizer's {key!r} of type {dtype} is not of this run's {len(parameters)} tensors."
+            )
         parameter = parameters[int(index)]
         state[key] = (
             torch.zeros_like(parameter, dtype=kind)
