@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import io
 import json
-import os
 import resource
 import signal
 import sys
@@ -22,9 +21,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a name that is no path is not looked up
+if __name__ == "__main__":
+    sys.path.append(str(Path(__file__).resolve().parent.parent / "recipes"))
 
+import datasets
 import transformers
 from hostile import data, folders, functions, pipeline, programs, settings
 from hostile.case import VALID, Case, Silent
@@ -38,6 +40,8 @@ REFUSED, VAGUE, SILENT = "valid, refused", "error without the field", "silent ac
 HANG, CRASH, EXECUTED = "hang", "crash", "code executed"
 OUTCOMES = (CLEAR, ACCEPTED, REFUSED, VAGUE, SILENT, HANG, CRASH, EXECUTED)
 MOST_MEMORY = 6 * 2**30  # bytes of this process
+# A name that is no path is not looked up.
+OFFLINE = [patch("huggingface_hub.constants.HF_HUB_OFFLINE", True), patch("datasets.config.HF_HUB_OFFLINE", True)]
 LONGEST = 1500  # characters of an error that can still be read
 
 
@@ -62,7 +66,7 @@ def run(case: Case, world: World, seconds: int = 60) -> Outcome:
     try:
         with warnings.catch_warnings(), alarm(seconds), memory(MOST_MEMORY), contextlib.redirect_stderr(errors):
             warnings.simplefilter("ignore")
-            with contextlib.redirect_stdout(io.StringIO()):
+            with contextlib.redirect_stdout(io.StringIO()), OFFLINE[0], OFFLINE[1]:
                 case.call(world)
         outcome = Outcome(ACCEPTED if case.words == VALID else SILENT, "accepted")
     except TimedOut:
@@ -147,6 +151,7 @@ def main() -> int:
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     chosen = [case for case in CASES if not args.words or any(word in case.entry for word in args.words)]
     waiting = [case for case in chosen if case.waits and not args.all]
     found, records = [], []

@@ -217,18 +217,26 @@ def read(text: str | bytes) -> Callable[[World], object]:
 def secret(world: World) -> None:
     """An environment variable must not get into what is written."""
     os.environ["FUZZ_SECRET"] = "open sesame"
-    for override in (
-        "project=${oc.env:FUZZ_SECRET}",
-        "project=${oc.env:FUZZ_SECRET,x}",
-        "data.storage_options.key=${oc.env:FUZZ_SECRET}",
-    ):
-        try:
-            load_config(world.settings, [override])
-        except ValueError as error:
-            if "open sesame" in str(error):
-                raise Silent(f"the error of {override} shows the secret") from error
-            continue
-        raise Silent(f"{override} is resolved")
+    try:
+        for key, value in (
+            ("project", "${oc.env:FUZZ_SECRET}"),
+            ("project", "${oc.env:FUZZ_SECRET,x}"),
+            ("data.storage_options.key", "${oc.env:FUZZ_SECRET}"),
+            ("sample.prompts", "[${oc.env:FUZZ_SECRET}]"),
+        ):
+            _is_refused(world, f"{key}={value}")
+    finally:
+        del os.environ["FUZZ_SECRET"]
+
+
+def _is_refused(world: World, override: str) -> None:
+    try:
+        load_config(world.settings, [override])
+    except ValueError as error:
+        if "open sesame" in str(error):
+            raise Silent(f"the error of {override} shows the secret") from error
+        return
+    raise Silent(f"{override} is resolved")
 
 
 CASES: list[Case] = [

@@ -41,7 +41,7 @@ def script(path: str, *arguments: object) -> None:
 @cache
 def module(path: str) -> Any:
     """A script as a module, imported once."""
-    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    spec = importlib.util.spec_from_file_location(f"script_{Path(path).stem}", ROOT / path)
     loaded = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = loaded
     spec.loader.exec_module(loaded)
