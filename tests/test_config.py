@@ -146,7 +146,7 @@ def test_limits_of_the_ranges_are_in_range(config_file):
         (["model.options.normalized_range=0"], "model.options: normalized_range: 0 must be a finite number above 0"),
         (["model.architecture.hiden_size=8"], "LlamaConfig has no field 'hiden_size'; did you mean 'hidden_size'"),
         (["model.architecture.hidden_size=big"], "model.architecture: .*hidden_size"),
-        (["model.architecture.model_type=lama"], "model.architecture: Unrecognized model identifier: lama"),
+        (["model.architecture.model_type=lama"], "model.architecture: model_type 'lama' is unknown to transformers"),
     ],
 )
 def test_fields_of_the_model_are_checked(config_file, overrides, message):
@@ -212,7 +212,7 @@ def test_the_papers_stages_by_levels(config_file):
     ("changes", "message"),
     [
         ({"eoi_token_id": 3}, "boi_token_id, eoi_token_id: both are 3; use two different ids"),
-        ({"codebook_size": 0}, "codebook_size: 0 must be at least 1"),
+        ({"codebook_size": 0}, "codebook_size: 0 must be a whole number of at least 1"),
         ({"text_loss_weight": -0.5}, "text_loss_weight: -0.5 must be a finite number of at least 0"),
         ({"image_loss_weight": float("inf")}, "image_loss_weight: inf must be a finite number of at least 0"),
     ],

@@ -67,7 +67,7 @@ class TestViews:
 
     @pytest.mark.parametrize(("options", "message"), [
         ({"sizes": ()}, "sizes: "), ({"crop": "middle"}, "crop: 'middle' is unknown"), ({"count": 2}, "count: 2 must be"),
-        ({"zoom": 0.5}, "zoom: 0.5 must be at least 1"),
+        ({"zoom": 0.5}, "zoom: 0.5 must be a finite number of at least 1"),
     ])  # fmt: skip
     def test_bad_views_are_named(self, options, message):
         with pytest.raises(ValueError, match=message):

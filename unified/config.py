@@ -155,7 +155,7 @@ def language_config(fields: dict[str, Any], name: str) -> PreTrainedConfig:
     """
     kind = fields.get("model_type")
     if kind is None:
-        raise ValueError(f"{name}: needs a 'model_type' such as 'llama' to choose the backbone.")
+        raise ValueError(f"{name}: needs a model_type such as 'llama' to choose the backbone.")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise ValueError(f"{name}: model_type {kind!r} is unknown to transformers; use one such as 'llama'.")
     for size in _SIZES:

@@ -148,7 +148,7 @@ def _read_pickle(file: Path, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
     others = sorted(str(n) for n, value in payload.items() if not isinstance(value, Tensor) or not isinstance(n, str))
     if others:
         raise ValueError(
-            f"weights: {str(file)!r} holds more than tensors with names ({_some(others)}), and nothing under {', '.join(WRAPPERS)}."
+            f"weights: {str(file)!r} holds more than tensors ({_some(others)}), and nothing under {', '.join(WRAPPERS)}."
         )
     for wrapper in ("module.", "_orig_mod."):  # left by DistributedDataParallel and torch.compile
         if all(name.startswith(wrapper) for name in payload):
