@@ -51,7 +51,7 @@ from unified_eval.evaluation_report import (
 from unified_eval.extraction import process_state
 from unified_eval.features import EXTRACTORS
 from unified_eval.files import write_image
-from unified_eval.generation import generate_images, load_system, square_side
+from unified_eval.generation import check_prompts, generate_images, load_system, square_side
 from unified_eval.inputs import Inputs, load_networks
 from unified_eval.metrics import (
     DEFAULT_METRICS,
@@ -203,7 +203,7 @@ def choose_task(args: argparse.Namespace) -> Task:
 
     def read(source: str, split: str, most: int | None = None) -> list[Row]:
         rows, report = first_usable_rows(source, split, most, **columns)
-        say(f"{source} [{split}]: {len(rows)} rows with captions, {report.empty_caption} without")
+        say(f"{source} [{split}]: {len(rows)} rows with captions, {report.skipped} without")
         return rows
 
     rows = read(args.data, args.split, args.max_samples)
@@ -248,8 +248,9 @@ def evaluate(args: argparse.Namespace, task: Task, system: System, networks: dic
     columns = {"image_column": args.image_column, "caption_column": args.caption_column}
     progress = process_state().is_main_process
 
-    # 1. Open the pipeline; crop the chosen images to its size and pass them through its tokenizer.
+    # 1. Open the pipeline and check the captions; crop the chosen images to its size and pass them through its tokenizer.
     pipeline, identity = open_pipeline(system, args.device)
+    check_prompts(pipeline, [row.caption for row in task.chosen])
     side, tokenizer = square_side(pipeline), pipeline.image_tokenizer
     if task.claims is not None:
         check_size(side, side)
@@ -374,7 +375,9 @@ def main() -> None:
     task = choose_task(args)
     networks = load_networks(needs_of(args.metrics), args.clip, args.extractor, args.inception_weights, args.device)
     for system in systems[1:]:
-        square_side(open_pipeline(system, args.device)[0])
+        pipeline = open_pipeline(system, args.device)[0]
+        square_side(pipeline)
+        check_prompts(pipeline, [row.caption for row in task.chosen])
 
     # 3. Generate and measure.
     found = [evaluate(args, task, system, networks) for system in systems]

@@ -7,7 +7,6 @@ CC BY-SA 4.0: the attribution is written beside the data and must stay with imag
 """
 
 import argparse
-import io
 import json
 import random
 import re
@@ -24,6 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from unified.errors import explain_errors
+from unified_tokenizers.images import read_image
 
 # Flags, symbols and signs are left out: a caption says little about how they look.
 GROUPS = (
@@ -60,7 +60,7 @@ def render(svg: str, size: int, style: str = "color") -> Image.Image:
     if style == "outline":
         svg = re.sub(r'<g id="(color|color-foreground|skin|skin-shadow|hair)"', r'<g display="none" id="\1"', svg)
     data = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, background="white")
-    return Image.open(io.BytesIO(bytes(data))).convert("RGB")
+    return read_image(bytes(data))
 
 
 def groups_by_symbol() -> dict[str, str]:

@@ -22,7 +22,7 @@ def measurement(config: EvaluationConfig, cache: Path) -> Callable[[UnifiedPipel
 
     check_metrics(config.metrics, {"clip", "extractor"}, config.num_images)
     rows, report = first_usable_rows(config.data, config.split)
-    print(f"evaluation on {config.data} [{config.split}]: {len(rows)} captions, {report.empty_caption} rows without")
+    print(f"evaluation on {config.data} [{config.split}]: {len(rows)} captions, {report.skipped} rows without")
     chosen = choose_usable(unique_captions(rows), config.num_images, config.seed)
     networks = load_networks(needs_of(config.metrics), config.clip, config.extractor)
     sampling = {"guidance_scale": config.guidance_scale, "temperature": config.temperature}

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import generators, noisy_adapter
@@ -23,6 +24,36 @@ from unified.pipeline.pipeline import UnifiedPipelineOutput
 def folder(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path / "pipeline")
     return str(tmp_path / "pipeline")
+
+
+@pytest.mark.parametrize("kind", ["turned", "16 bits", "transparent", "at home"])
+def test_a_mask_is_read_as_every_image(kind, pipeline, folder, tmp_path, monkeypatch):
+    """Upright, scaled to 8 bits and laid on white; the lower half changes."""
+    image = pipeline("red apple", generator=generators(0)).images[0]
+    image.save(tmp_path / "image.png")
+    mask = Image.new("L", (16, 16))
+    mask.paste(255, (0, 8, 16, 16))
+    expected = pipeline.inpaint("blue car", image, mask, generator=generators(0)).images[0]
+    exif, file = Image.Exif(), str(tmp_path / "mask.png")
+    if kind == "turned":
+        exif[0x0112] = 6  # to be turned by a quarter to the right
+        mask = mask.transpose(Image.Transpose.ROTATE_90)
+    elif kind == "16 bits":
+        mask = Image.fromarray(np.asarray(mask).astype(np.uint16) * 100)  # 25500 of 65535 is dark
+        mask.paste(65535, (0, 8, 16, 16))
+    elif kind == "transparent":
+        mask = Image.merge("LA", (Image.new("L", (16, 16)), Image.eval(mask, lambda value: 255 - value)))
+    else:
+        monkeypatch.setenv("HOME", str(tmp_path))
+        file = "~/mask.png"
+    mask.save(tmp_path / "mask.png", exif=exif)
+    arguments = ["--pipeline", folder, "--prompt", "blue car", "--out", str(tmp_path / "out")]
+    assert main(["inpaint", *arguments, "--image", str(tmp_path / "image.png"), "--mask", file]) == 0
+    assert Image.open(tmp_path / "out" / "000-blue-car.png").tobytes() == expected.tobytes()
+    with Image.open(tmp_path / "mask.png") as given:
+        if kind != "turned":  # what a caller opens has been turned by no one
+            again = pipeline.inpaint("blue car", image, given, generator=generators(0)).images[0]
+            assert again.tobytes() == expected.tobytes()
 
 
 def test_generate(pipeline, folder, tmp_path, capsys):
@@ -170,7 +201,7 @@ def test_every_option_reaches_the_pipeline(pipeline, folder, tmp_path, capsys, m
     for call, seeds in ((generate, 4), (inpaint, 4), (words, 1)):
         assert [g.initial_seed() for g in call.pop("generator")] == [5, 6, 7, 8][:seeds]
     assert generate == {**shared, **asked, "height": 16, "width": 32}
-    assert (inpaint.pop("image").size, inpaint.pop("mask_image").mode) == ((16, 16), "L")
+    assert (inpaint.pop("image").size, inpaint.pop("mask_image").mode) == ((16, 16), "RGB")
     assert inpaint == {**shared, **asked} and words == {**shared, "prompt": "a", "max_new_tokens": 4}
     assert switches == [{"compile": False, "int8": True}, {"compile": True, "int8": False}]
 

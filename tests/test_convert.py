@@ -197,6 +197,7 @@ class TestLlamaGen:
         ("change", "message"),
         [
             (lambda s: {"encoder.conv_in.weight": torch.zeros(1)}, "no LlamaGen language model; its tensors are encoder"),
+            (lambda s: s | {"layers.1000000.ffn_norm.weight": torch.zeros(1)}, "layers up to 1000000, but only 3 of them"),
             (lambda s: s | {"layers.1.attention.extra.weight": torch.zeros(1)}, "not expected: .*layers.1.attention.extra"),
             (lambda s: {n: v for n, v in s.items() if n != "layers.1.ffn_norm.weight"}, "missing: .*layers.1.post_attention"),
             (lambda s: {n: v for n, v in s.items() if n != "tok_embeddings.weight"}, "has no 'tok_embeddings.weight'"),

@@ -401,7 +401,8 @@ class TestTables:
         write_tar(tmp_path / "shard.tar", members)
         rows, report = read(load_source(str(tmp_path / "shard.tar"), streaming=streaming))
         assert [(row.row, row.caption) for row in rows] == [(0, "one"), (4, "five")]
-        assert (report.corrupt_image, report.empty_caption, report.unreadable_caption) == (2, 2, 1)
+        assert (report.corrupt_image, report.empty_caption, report.unreadable_caption) == (2, 1, 1)
+        assert report.unreadable_row == 1 and any("shard.tar/d.json: no JSON" in example for example in report.examples)
         assert any("shard.tar/c.png" in example for example in report.examples)
         content = (tmp_path / "shard.tar").read_bytes()
         (tmp_path / "shard.tar").write_bytes(content[:2600])
@@ -458,12 +459,91 @@ def test_sources_without_rows_are_named(streaming, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content"), [("bad.jsonl", b'{"a": 1}\n{"a'), ("bad.parquet", b"nothing"), ("bad.csv", b'a,b\n"1,2')]
+    ("name", "content"),
+    [
+        ("bad.jsonl", b'{"a\n{"a'),
+        ("bad.json", b'[{"a": 1}, {"a'),
+        ("bad.parquet", b"nothing"),
+        ("bad.csv", b'a,b\n3,4\n"1,2\n5,6'),
+        ("bad.tar", b"nothing at all" * 1000),
+    ],
 )
-def test_files_that_cannot_be_read_are_named(name, content, tmp_path):
+@pytest.mark.parametrize("streaming", [False, True])
+def test_files_that_cannot_be_read_are_named(name, content, streaming, tmp_path):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=rf"source: '{tmp_path}/{name}' (cannot be read|has no rows)"):
-        load_source(str(tmp_path / name))
+    with pytest.raises(ValueError, match=rf"source: '{tmp_path}/{name}' (cannot be read|has no rows|is no tar)"):
+        read(load_source(str(tmp_path / name), streaming=streaming))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["jsonl", "metadata.jsonl", "csv", "shards", "late"])
+def test_damaged_lines_are_rows_to_skip(kind, streaming, tmp_path, monkeypatch):
+    """In the first file and in a second one, and behind the rows that tell which columns there are."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("unified.data.lines._SAMPLES", 2)
+    folder = tmp_path / "data"
+    add_images(folder, 3)
+    if kind == "csv":
+        lines, bad = (
+            ["image,caption,id", "p0.png,one,a", "p1.png,a,comma,b", "p2.png,three,c"],
+            "4 fields, the header has 3",
+        )
+    else:
+        lines, bad = (
+            [json.dumps({"image": f"p{i}.png", "caption": c, "id": i}) for i, c in enumerate(("one", "two", "three"))],
+            "no JSON",
+        )
+        lines[1] = lines[1][:-9]
+        if kind == "late":
+            lines = [lines[0]] * 4 + lines
+    name = {"csv": "rows.csv", "metadata.jsonl": "metadata.jsonl"}.get(kind, "rows-1.jsonl")
+    (folder / name).write_text(
+        "\n".join(lines).replace('image"', 'file_name"' if name == "metadata.jsonl" else 'image"')
+    )
+    source = folder if kind == "metadata.jsonl" else folder / name
+    if kind == "shards":
+        (folder / "rows-0.jsonl").write_text(lines[2] + "\n\n" + lines[0])
+        source = folder / "rows-*.jsonl"
+    rows, report = read(load_source(str(source), streaming=streaming))
+    expected = {"shards": ["three", "one", "one", "three"], "late": ["one"] * 5 + ["three"]}.get(kind, ["one", "three"])
+    assert [row.caption for row in rows] == expected and rows[-1].image.size == (8, 8)
+    assert (report.unreadable_row, report.skipped) == (1, 1)
+    place = {"shards": 3, "late": 5}.get(kind, 1)
+    line = {"late": 6, "csv": 3}.get(kind, 2)
+    assert report.examples[0].startswith(f"row {place}: unreadable row ({folder}/{name}, line {line}: {bad}")
+    found = list(captions(load_source(str(source), streaming=streaming), report := SkipReport()))
+    assert (found, report.unreadable_row) == (expected, 1)
+
+
+@pytest.mark.parametrize("line", ["5", "[1]", "null", r'{"caption": "\ud800"}', "[" * 100_000, "\x00\xff"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_lines_that_are_no_rows(line, streaming, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "rows.jsonl").write_text('{"caption": "one"}\n' + line + '\n{"caption": "three", "size": NaN}\n')
+    found = list(captions(load_source(str(tmp_path / "rows.jsonl"), streaming=streaming), report := SkipReport()))
+    assert (found, report.skipped) == (["one", "three"], 1)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_damaged_header_of_a_tar_is_a_row_to_skip(streaming, tmp_path):
+    """Members behind it are found again; those of the same sample are told, too."""
+    members = [
+        (f"{name}.{suffix}", png("red") if suffix == "png" else name.encode())
+        for name in "abc"
+        for suffix in ("png", "txt")
+    ]
+    write_tar(tmp_path / "shard.tar", members)
+    with tarfile.open(tmp_path / "shard.tar") as tar:
+        place = tar.getmember("b.png").offset
+    content = bytearray((tmp_path / "shard.tar").read_bytes())
+    content[place : place + 64] = bytes(range(100, 164))
+    (tmp_path / "shard.tar").write_bytes(content)
+    rows, report = read(load_source(str(tmp_path / "shard.tar"), streaming=streaming))
+    assert [row.caption for row in rows] == ["a", "c"]
+    assert report.examples == [
+        f"row 1: unreadable row ({tmp_path}/shard.tar: a damaged header at byte {place})",
+        "row 2: corrupt image (there is no image)",
+    ]
 
 
 def test_streams_that_do_not_know_their_columns():

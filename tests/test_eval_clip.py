@@ -9,6 +9,7 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from unified_eval import (
     clip_features,
@@ -128,8 +129,11 @@ def test_folder_round_trip_gives_identical_features(nano, tmp_path):
 
 
 def test_folders_without_weights_or_preprocessing_are_refused(nano, tmp_path):
+    for absent in (tmp_path / "absent", "~/absent-clip", "runs/nope"):
+        with pytest.raises(ValueError, match=r"clip: '.*' does not exist on this machine"):
+            load_clip(absent)
     with pytest.raises(ValueError, match="is neither a folder nor 'architecture/tag'"):
-        load_clip(tmp_path / "absent")
+        load_clip("somebody/something")
     with pytest.raises(ValueError, match=r"tags of this architecture: \[.*'laion2b_s34b_b79k'"):
         load_clip("ViT-B-32")
     (tmp_path / "empty").mkdir()
@@ -144,6 +148,75 @@ def test_folders_without_weights_or_preprocessing_are_refused(nano, tmp_path):
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"preprocess_cfg .* lacks \['mean'\]"):
         load_clip(folder)
+
+
+def test_a_folder_in_the_home_folder(nano, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_nano_clip(nano, tmp_path / "clip", {})
+    assert load_clip("~/clip").name == load_clip("local-dir:~/clip").name == "squares-nano"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("text_projection"), "cannot be loaded .*Missing key.*text_projection"),
+        (lambda t: t.update(extra=torch.zeros(2)), "cannot be loaded .*Unexpected key.*extra"),
+        (
+            lambda t: t.update({"text_projection": torch.zeros(2, 2)}),
+            "cannot be loaded .*size mismatch for text_projection",
+        ),
+    ],
+)
+def test_a_clip_is_whole(nano, tmp_path, change, message):
+    folder = save_nano_clip(nano, tmp_path / "clip", {})
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2}')  # means nothing here
+    assert clip_recipe(load_clip(folder)) == clip_recipe(nano)
+    tensors = load_file(folder / "open_clip_model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "open_clip_model.safetensors")
+    with pytest.raises(ValueError, match=f"clip: '.*' {message}"):
+        load_clip(folder)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("vision_cfg", "layers", 10**6),
+        ("text_cfg", "layers", 10**12),
+        ("text_cfg", "width", 64 * 10**5),
+        ("text_cfg", "vocab_size", 10**12),
+        ("vision_cfg", "image_size", 2**20),
+    ],
+)
+def test_sizes_that_the_files_do_not_hold(nano, tmp_path, part, name, value):
+    folder = save_nano_clip(nano, tmp_path / "clip", {})
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["model_cfg"][part][name] = value
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"^config: "):
+        load_clip(folder)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_code_of_a_folder_is_never_run(nano, known, word_tokenizer, tmp_path, monkeypatch):
+    """Not even where its configuration says so; a tokenizer that transformers knows is loaded without it."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # transformers asks
+    folder = save_nano_clip(nano, tmp_path / "clip", {})
+    word_tokenizer.save_pretrained(folder)
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["model_cfg"]["text_cfg"] |= {"hf_tokenizer_name": "x", "tokenizer_kwargs": {"trust_remote_code": True}}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"auto_map": {"AutoTokenizer": ["code.Tokenizer", "code.Tokenizer"]}}
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(config | ({} if known else {"tokenizer_class": "Unheard"}))
+    )
+    try:
+        load_clip(folder)
+    except ValueError as error:
+        assert not known and "cannot be loaded" in str(error)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_training_refuses_what_it_cannot_batch():

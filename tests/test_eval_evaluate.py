@@ -1,6 +1,7 @@
 """Choosing rows, the metrics with their floors and ceilings, and both scripts from data to files."""
 
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -315,7 +316,7 @@ def test_scripts_from_data_to_metrics(pipeline, picture_source, tmp_path, monkey
         (f"out: '{tmp_path}/file' is a file", "--out", tmp_path / "file" / "inside"),
         (f"features: '{tmp_path}/file' is a file", "--features", tmp_path / "file"),
         (f"pipeline: '{tmp_path}/absent' does not exist", "--pipeline", tmp_path / "absent"),
-        ("clip: './absent' is neither a folder nor", "--clip", "./absent"),
+        ("clip: './absent' does not exist on this machine", "--clip", "./absent"),
         ("split: 'absent' is not in", "--psnr-split", "absent"),
         ("split: 'absent' is not in", "--metrics", "neighbours", "--training-split", "absent"),
         ("metrics: 'prdc' needs 6 or more captions, got 4", "--metrics", "prdc"),
@@ -339,6 +340,21 @@ def test_distances_run_without_a_clip(pipeline, picture_source, tmp_path, monkey
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert list(metrics["metrics"]) == ["kd_efflite0_x1000"]
     assert "by score" not in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_caption_too_long_for_a_pipeline_shows_before_anything_is_generated(
+    pipeline, picture_source, tmp_path, monkeypatch, capsys
+):
+    """Also one for the second of two."""
+    pipeline.save_pretrained(tmp_path / "one")
+    pipeline.model.config.text_config.max_position_embeddings = 24
+    pipeline.save_pretrained(tmp_path / "two")
+    common = ["--data", picture_source, "--metrics", "kd", "--num-images", 6, "--resamples", 0, "--psnr-split", "none"]
+    out = tmp_path / "out"
+    for systems in (["--pipeline", tmp_path / "two"], ["--compare", tmp_path / "one", tmp_path / "two"]):
+        message = refused(monkeypatch, capsys, "evaluate.py", *systems, *common, "--batch-size", 1, "--out", out)
+        assert re.search(r"prompt: \d+ tokens, the model has room for 6 beside the image; shorten '", message)
+        assert not list(out.rglob("*.png"))
 
 
 def test_corrupt_images_are_left_out_everywhere(pipeline, photos, tmp_path, monkeypatch, capsys):

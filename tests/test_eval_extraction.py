@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from unified.data import SkipReport, captioned_images, load_source
 from unified_eval import Extractor, extract_features, open_images, save_npz
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,6 +58,25 @@ def test_folder_npz_and_data_set_give_the_same_images(tmp_path):
     for source in ("folder", "set.npz", "rows"):
         assert pixels(open_images(tmp_path / source)) == expected, source
     assert np.array_equal(extract_features(extractor(), open_images(tmp_path / "folder"), 2), means(images).double())
+
+
+def test_a_folder_holds_the_same_images_as_for_training(tmp_path, monkeypatch):
+    """Of every suffix, upright, on white, without hidden files; also behind ~."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    first, second = noise(2)
+    first.transpose(Image.Transpose.ROTATE_90).save(folder / "a.tiff", exif=exif)
+    Image.merge("RGBA", (*second.split(), Image.new("L", second.size))).save(folder / "b.PNG")
+    Image.fromarray(np.full((4, 4), 65535, np.uint16)).save(folder / "c.pgm")
+    (folder / "._a.tiff").write_bytes(b"what a Mac leaves")
+    expected = [first, Image.new("RGB", second.size, "white"), Image.new("RGB", (4, 4), "white")]
+    rows = captioned_images(load_source(str(folder)).add_column("caption", ["x"] * 3), SkipReport())
+    assert pixels(row.image for row in rows) == pixels(expected)
+    for source in (folder, "~/folder"):
+        assert pixels(open_images(source)) == pixels(expected)
 
 
 def test_one_batch_is_in_memory_at_a_time():
@@ -135,7 +155,7 @@ def test_two_processes_equal_one(tmp_path):
 
 def test_bad_input_is_named(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"source: '.*empty' is an empty folder; give one with images \(\.png"):
+    with pytest.raises(ValueError, match=r"source: '.*empty' is an empty folder; give one with images"):
         next(open_images(tmp_path / "empty"))
     with pytest.raises(ValueError, match=r"source: '.*absent' does not exist"):
         next(open_images(tmp_path / "absent"))

@@ -66,6 +66,13 @@ def test_other_settings_generate_again(pipeline, calls, tmp_path, change):
     assert times["kept"] == 0 and times["generated"] == len(images) == len(list((tmp_path / "out").iterdir()))
 
 
+@pytest.mark.parametrize("bad", ["red apple " * 200, " "])
+def test_every_prompt_is_checked_before_the_first_batch(pipeline, calls, tmp_path, bad):
+    with pytest.raises(ValueError, match="prompt: "):
+        generate_images(pipeline, [*PROMPTS, bad], tmp_path / "out", batch_size=1)
+    assert calls == []
+
+
 def test_a_hash_tells_pipelines_apart(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name / "model").mkdir(parents=True)

@@ -1,5 +1,7 @@
 """Images in ADM's file: as NumPy and the original evaluator read it, and back again."""
 
+import zipfile
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -43,3 +45,15 @@ def test_bad_files_and_images_are_errors(tmp_path):
     np.savez(tmp_path / "named.npz", mu=np.zeros(2))
     with pytest.raises(ValueError, match="has no arr_0; it holds"):
         next(load_npz(tmp_path / "named.npz"))
+
+
+def test_an_array_that_ends_early_is_named(tmp_path):
+    path = save_npz(tmp_path / "set.npz", noise(3))
+    with zipfile.ZipFile(path) as archive:
+        content = archive.read("arr_0.npy")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("arr_0.npy", content[:-10])
+    images = load_npz(path)
+    assert [next(images).size, next(images).size] == [(6, 4), (6, 4)]
+    with pytest.raises(ValueError, match=r"set\.npz' ends within image 2 of 3"):
+        next(images)

@@ -101,7 +101,7 @@ def test_script_generates_geneval_and_parti(pipeline, tmp_path, monkeypatch, cap
     with monkeypatch.context() as patch:
         patch.setattr(type(pipeline), "__call__", None)  # errors show before anything is generated
         for message, *wrong in (
-            ("clip: './absent' is neither a folder", "--clip", "./absent"),
+            ("clip: './absent' does not exist on this machine", "--clip", "./absent"),
             ("image: 16x16; need a square image of 24 pixels", "--shapes"),
             ("is a file; choose another folder", "--out", tmp_path / "file"),
             ("--samples: 0 is below 1", "--samples", 0),

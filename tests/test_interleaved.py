@@ -1,7 +1,9 @@
 """Interleaved rows, and runs on several sources."""
 
+import json
 import runpy
 import sys
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -12,11 +14,13 @@ from PIL import Image
 
 from unified import UnifiedPipeline
 from unified.data.batches import in_order
+from unified.data.captioned import captioned_sequence, text_sequence
 from unified.data.code_cache import encode_source, load_codes
 from unified.data.crops import fit
 from unified.data.interleaved import encode_interleaved, interleaved_sequence
 from unified.sequence import ImageSegment, TextSegment, build_sequence
-from unified.training.config import load_config
+from unified.training.config import SourceConfig, load_config
+from unified.training.data import _texts
 from unified.training.loop import train
 from unified.training.tracking import read_log
 from unified.training.validation import mean_loss
@@ -113,6 +117,84 @@ def test_interleaved_rows_are_cut_at_their_length(text_tokenizer, vocabulary):
     assert cut(1 + len(words) + 17) == [words]
     with pytest.raises(ValueError, match="max_length: 18 has no room for the first image"):
         interleaved_sequence({**row, "texts": [None]}, None, text_tokenizer, vocabulary, 18)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_damaged_lines_of_interleaved_rows(image_tokenizer, streaming, tmp_path, monkeypatch):
+    """A line that is no JSON; in a stream, which does not know its columns, also a row that holds something else."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "a.png")
+    text = lambda words: {"text": words, "image": None}  # noqa: E731
+    rows = [[text("a cat"), {"text": None, "image": "a.png"}], [text("b")], [text("blue car")]]
+    lines = [json.dumps({"segments": row}) for row in rows]
+    lines[1] = lines[1][:-1]
+    if streaming:
+        lines += [json.dumps({"segments": wrong}) for wrong in ("text", ["text"], [{"text": 5}], [{"image": 5}])]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    source, out = str(tmp_path / "rows.jsonl"), tmp_path / "codes"
+    report = encode_interleaved(image_tokenizer, source, out, ("train",), ((16, 16),), streaming=streaming)["train"]
+    assert (report.used, report.unreadable_row, report.corrupt_image) == (2, 4 if streaming else 1, int(streaming))
+    assert f"row 1: unreadable row ({source}, line 2: no JSON" in report.examples[0]
+    cache = load_codes(out, "train", None, "interleaved").with_format(None)
+    assert [row["texts"] for row in cache] == [["a cat", None], ["blue car"]]
+
+
+def test_texts_that_are_left_out_are_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "rows.jsonl").write_text(
+        '{"text": "one"}\n{"text": "tw\n{"text": null}\n{"text": " "}\n{"text": "five"}'
+    )
+    said, source = [], SourceConfig(path=str(tmp_path / "rows.jsonl"), kind="text")
+    config = SimpleNamespace(data=SimpleNamespace(storage_options={}))
+    context = SimpleNamespace(accelerator=SimpleNamespace(print=said.append), config=config)
+    assert list(_texts(context, source, "train")["text"]) == ["one", "five"]
+    assert (
+        "2 rows used, 0 corrupt images, 2 empty captions, 0 unreadable captions, 1 unreadable rows skipped" in said[0]
+    )
+    assert f"row 1: unreadable row ({source.path}, line 2: no JSON" in said[0]
+
+
+def test_codes_that_are_no_whole_numbers_and_captions_that_are_none(text_tokenizer, vocabulary, tmp_path):
+    """A cache of them is refused with the row; where they come from elsewhere, so is the row."""
+    good = {"codes": [[1, 2, 3, 4]] * 2, "height": [2, 2], "width": [2, 2], "caption": ["a cat", "a dog"]}
+    several = {"codes": [[1, 2, 3, 4]], "heights": [[2]], "widths": [[2]], "texts": [["a cat", None]]}
+    for number, (columns, kind, message) in enumerate([
+        (good, "captioned", None),
+        (several, "interleaved", None),
+        (good | {"codes": [[1.0, 2.0, 3.0, 4.5]] * 2}, "captioned", "column 'codes' of '.*' holds float64, not whole numbers"),
+        (good | {"height": [2.0, 2.0]}, "captioned", "column 'height' of '.*' holds float64"),
+        (good | {"caption": ["a cat", None]}, "captioned", "1 rows of '.*' have no caption, the first is row 1"),
+        (good | {"caption": [1, 2]}, "captioned", "column 'caption' of '.*' holds int64, not text"),
+        (good | {"codes": [[1, 2, 3, 4], None]}, "captioned", "1 rows of '.*' have no codes, the first is row 1"),
+        (several | {"codes": [[0.5] * 4]}, "interleaved", "column 'codes' of '.*' holds float64"),
+    ]):  # fmt: skip
+        folder = tmp_path / str(number)
+        datasets.DatasetDict(train=datasets.Dataset.from_dict(columns)).save_to_disk(folder)
+        (folder / "codes.json").write_text(json.dumps({"tokenizer_fingerprint": "x", "kind": kind}))
+        if message is None:
+            assert len(load_codes(folder, "train", "x", kind))
+        else:
+            with pytest.raises(ValueError, match=f"^codes: {message}"):
+                load_codes(folder, "train", "x", kind)
+
+    rng = np.random.default_rng(0)
+    row = {name: values[0] for name, values in good.items()}
+    for change, message in (
+        ({"caption": None}, "caption: None is no text"),
+        ({"codes": [1.0, 2.0, 3.0, 4.0]}, "codes: float64"),
+        ({"codes": [1, 2, 3]}, "codes: 3 codes for grids of 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            captioned_sequence(row | change, rng, text_tokenizer, vocabulary)
+    row = {name: values[0] for name, values in several.items()}
+    for change, message in (
+        ({"codes": np.full(4, 0.5)}, "codes: float64"),
+        ({"texts": [None, None]}, "texts: 2 places of images for 1 grids"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            interleaved_sequence(row | change, rng, text_tokenizer, vocabulary, 99)
+    with pytest.raises(ValueError, match="text: None is no text"):
+        text_sequence({"text": None}, rng, text_tokenizer, vocabulary)
 
 
 def test_interleaved_columns_and_kinds_are_checked(image_tokenizer, interleaved, picture_source, parts, tmp_path):

@@ -2,16 +2,19 @@
 
 import ast
 import json
+import re
 import shutil
 
 import pytest
 import torch
 from conftest import ROOT, noisy_adapter, tiny_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, Emu3VQVAE, Emu3VQVAEConfig, LlamaForCausalLM
 
 from unified import UnifiedForCausalLM, UnifiedPipeline
-from unified_tokenizers import load_text_tokenizer
+from unified_tokenizers import AutoImageTokenizer, VQConfig, VQModel, load_text_tokenizer
+from unified_tokenizers.emu3 import Emu3Tokenizer
+from unified_tokenizers.vqgan import VQGAN, VQGANConfig
 
 UP = "layers.0.mlp.up_proj.weight"
 
@@ -56,6 +59,57 @@ def test_a_backbone_is_whole(damage, tmp_path):
     rewrite(tmp_path, lambda tensors: change(tensors, "model."))
     with pytest.raises(ValueError, match="weights: .* LlamaForCausalLM; .*" + message.replace("{p}", r"model\.")):
         UnifiedForCausalLM.from_backbone(str(tmp_path), 20, 3, 4)
+
+
+CONV = "decoder.conv_out.weight"  # of a VQGAN
+TOKENIZER_DAMAGES = {
+    "absent": (lambda t, name: t.pop(name), r"\(only in the model: {name}\)"),
+    "renamed": (renamed, r"\(only in the checkpoint: module\.{name}; only in the model: {name}\)"),
+    "left over": (lambda t, name: t.update({"extra": torch.zeros(2)}), r"\(only in the checkpoint: extra\)"),
+    "of another shape": (lambda t, name: t.update({name: torch.zeros(3, 3)}), r"\(of another shape: {name} \(3, 3\) inst"),
+    "all foreign": (lambda t, name: [renamed(t, each) for each in list(t)], r"only in the checkpoint: .* and \d+ more; only"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", TOKENIZER_DAMAGES)
+@pytest.mark.parametrize("kind", ["vq", "vqgan", "emu3"])
+def test_an_image_tokenizer_is_whole(kind, damage, tmp_path):
+    few = {"multipliers": [1, 1], "residual_blocks": 1, "latent_channels": 8}
+    emu3 = {"channel_multiplier": [1, 1], "num_res_blocks": 1, "z_channels": 4, "base_channels": 32}
+    model, name = {
+        "vq": lambda: (VQModel(VQConfig(channels=8, encoder_blocks=1, codebook_size=20)), "decoder.0.weight"),
+        "vqgan": lambda: (VQGAN(VQGANConfig(channels=32, codebook_size=16, **few)), CONV),
+        "emu3": lambda: (Emu3VQVAE(Emu3VQVAEConfig(codebook_size=16, **emu3)), CONV),
+    }[kind]()
+    model.save_pretrained(tmp_path)
+    whole = AutoImageTokenizer.from_pretrained(tmp_path)
+    assert whole.fingerprint == AutoImageTokenizer.from_pretrained(tmp_path).fingerprint
+    change, message = TOKENIZER_DAMAGES[damage]
+    rewrite(tmp_path, lambda tensors: change(tensors, name))
+    loaders = [
+        AutoImageTokenizer.from_pretrained,
+        Emu3Tokenizer.from_pretrained if kind == "emu3" else type(model).from_pretrained,
+    ]
+    for load in loaders:
+        with pytest.raises(ValueError, match="weights: .*" + message.replace("{name}", re.escape(name))):
+            load(tmp_path)
+
+
+def test_an_image_tokenizer_takes_no_adapter(image_tokenizer, tmp_path):
+    """Not one that is called as its layers are either; transformers would add it to them without a word."""
+    image_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        noisy_adapter(tiny_model(), tmp_path / "adapter", 0)
+        shutil.copy(tmp_path / "adapter" / file, tmp_path / "tokenizer")
+    for load in (AutoImageTokenizer.from_pretrained, VQModel.from_pretrained):
+        with pytest.raises(ValueError, match=r"model: '.*' holds an adapter"):
+            load(tmp_path / "tokenizer")
+
+
+def test_a_path_that_does_not_exist_is_no_name_on_the_hub():
+    for load in (UnifiedForCausalLM.from_pretrained, VQModel.from_pretrained):
+        with pytest.raises(ValueError, match="model: 'runs/nope' does not exist on this machine"):
+            load("runs/nope")
 
 
 def test_a_pipeline_never_samples_with_random_weights(pipeline, tmp_path):

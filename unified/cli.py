@@ -74,7 +74,9 @@ def build_parser() -> argparse.ArgumentParser:
     inpaint = command("inpaint", _inpaint, "Generate the bright part of a mask again.")
     _image_options(inpaint)
     inpaint.add_argument("--image", type=Path, required=True, help="image to change")
-    inpaint.add_argument("--mask", type=Path, required=True, help="white where it changes, black where it stays")
+    inpaint.add_argument(
+        "--mask", type=Path, required=True, help="white or transparent where it changes, black where it stays"
+    )
 
     caption = command("caption", _caption, "Write captions for images, one line each.")
     caption.add_argument("images", type=Path, nargs="+", help="image files")
@@ -210,13 +212,10 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _inpaint(args: argparse.Namespace) -> None:
-    from PIL import Image
-
     from unified_tokenizers.images import read_image
 
     arguments = _image_arguments(args)
-    with Image.open(args.mask) as mask:
-        arguments |= {"image": read_image(args.image), "mask_image": mask.convert("L")}
+    arguments |= {"image": read_image(args.image), "mask_image": read_image(args.mask)}
     _save(_load(args).inpaint(**arguments).images, args)
 
 

@@ -1,5 +1,8 @@
 """Configuration of a unified text-and-image language model."""
 
+import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -28,6 +31,8 @@ _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "head_dim", "max_position_embeddings",
 )  # fmt: skip
+MAX_LAYERS, MAX_SIZE = 10_000, 2**24  # beyond any model; what fits into memory is another question
+_LAYERS, _WIDTH = re.compile(r"(^|_)layers?$"), re.compile(r"(_size|_dim|_heads|_experts)$|^n_embd$")
 
 
 @dataclass(frozen=True)
@@ -109,10 +114,13 @@ class UnifiedConfig(PreTrainedConfig):
         given = self.text_config is not None  # transformers makes defaults too, to compare with
         super().__post_init__(**kwargs)
         check_fields(self, _FIELDS)
+        if self.codebook_size > MAX_SIZE:
+            raise ValueError(f"codebook_size: {self.codebook_size} must lie in [1, {MAX_SIZE}].")
         _choice("positions", self.positions, ("1d", "2d", "llamagen"))
         _choice("coarse_positions", self.coarse_positions, ("center", "unit", "normalized"))
         _choice("loss_normalization", self.loss_normalization, ("position", "token"))
         if self.text_config is not None:
+            check_sizes("text_config", self.text_config.to_dict())
             language = self.text_config.get_text_config()
             if language is not self.text_config:
                 raise ValueError(
@@ -158,6 +166,7 @@ def language_config(fields: dict[str, Any], name: str) -> PreTrainedConfig:
         raise ValueError(f"{name}: needs a model_type such as 'llama' to choose the backbone.")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise ValueError(f"{name}: model_type {kind!r} is unknown to transformers; use one such as 'llama'.")
+    check_sizes(name, fields)  # a config writes a list of its layers
     for size in _SIZES:
         value = fields.get(size)
         if value is not None and not is_whole(value):
@@ -171,6 +180,14 @@ def language_config(fields: dict[str, Any], name: str) -> PreTrainedConfig:
 def head_dim(text_config: Any) -> int:
     """Width of an attention head of a backbone."""
     return getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+
+
+def check_sizes(prefix: str, fields: Mapping[str, Any]) -> None:
+    """Raises ValueError if a backbone's number of layers, or a width, is beyond every model's; nothing is built for that."""
+    for name, value in fields.items():
+        most = MAX_LAYERS if _LAYERS.search(str(name)) else MAX_SIZE if _WIDTH.search(str(name)) else math.inf
+        if type(value) is int and value > most:
+            raise ValueError(f"{prefix}.{name}: {value} is beyond {most}; correct it.")
 
 
 def _are_grids(value: Any) -> bool:

@@ -11,13 +11,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 
 from unified_eval.features import Extractor
 from unified_eval.frechet import mean_off_diagonal
+from unified_tokenizers.checkpoint import check_counts, check_weights
+from unified_tokenizers.hub import expanded, local_path
+from unified_tokenizers.weights import stored_in
 
 NANO_CLIP_FILE = "nano_clip.json"
 CONFIG_FILE = "open_clip_config.json"
+LOCAL, HUB = "local-dir:", "hf-hub:"
 
 
 class Clip(NamedTuple):
@@ -42,44 +47,99 @@ def load_clip(path_or_name: str | Path) -> Clip:
         folder's ``nano_clip.json``, else the folder's name, else ``path_or_name``.
 
     Raises:
-        ValueError: if the folder lacks weights or preprocessing, or the name or tag is unknown.
+        ValueError: if the folder does not exist or lacks weights or preprocessing, its weights are not those that its
+            configuration describes, or the name or tag is unknown.
     """
     import open_clip
 
     given = str(path_or_name)
-    folder = Path(given.removeprefix("local-dir:"))
-    if given.startswith("local-dir:") or folder.is_dir():
-        identifier, tag, name = f"local-dir:{folder}", None, _name_of_folder(folder)
-    elif given.startswith("hf-hub:"):
-        identifier, tag, name = given, None, given
+    architecture, _, last = given.rpartition("/")
+    architecture = architecture.replace("/", "-")
+    tag = None
+    if given.startswith(HUB):
+        identifier = name = given
+    elif expanded(given).exists() or last not in open_clip.list_pretrained_tags_by_model(architecture):
+        folder = _folder(path_or_name)
+        identifier, name = f"{LOCAL}{folder}", _name_of_folder(folder)
     else:
-        architecture, _, tag = given.rpartition("/")
-        identifier, name = architecture.replace("/", "-"), given
-        if not architecture or tag not in open_clip.list_pretrained_tags_by_model(identifier):
-            known = open_clip.list_pretrained_tags_by_model(identifier or given)
-            raise ValueError(
-                f"clip: {given!r} is neither a folder nor 'architecture/tag' of open_clip nor 'hf-hub:owner/name'"
-                + (f"; tags of this architecture: {known}." if known else "; for example 'ViT-B-32/laion2b_s34b_b79k'.")
-            )
-    model, preprocess = open_clip.create_model_from_pretrained(identifier, pretrained=tag)
-    return Clip(model.eval(), preprocess, open_clip.get_tokenizer(identifier), name)
+        identifier, tag, name = architecture, last, given
+    try:
+        model, preprocess = open_clip.create_model_from_pretrained(identifier, pretrained=tag)
+        text = (open_clip.get_model_config(identifier) or {}).get("text_cfg", {})
+        # It wins over the configuration, which may ask for the code of its folder to be run.
+        options = {"trust_remote_code": False} if text.get("hf_tokenizer_name") else {}
+        tokenizer = open_clip.get_tokenizer(identifier, **options)
+    except ImportError:
+        raise
+    except Exception as error:  # of tensors that do not fit, files that cannot be read, or the Hub
+        raise ValueError(f"clip: {given!r} cannot be loaded ({' '.join(str(error).split())}).") from error
+    return Clip(model.eval(), preprocess, tokenizer, name)
+
+
+def _folder(path_or_name: str | Path) -> Path:
+    """The folder that is meant. Raises ValueError if there is none."""
+    import open_clip
+
+    given = str(path_or_name)
+    if given.startswith(LOCAL):
+        return expanded(given.removeprefix(LOCAL))
+    folder = local_path(path_or_name, "clip")
+    if folder is None:
+        known = open_clip.list_pretrained_tags_by_model(given.rpartition("/")[0].replace("/", "-") or given)
+        raise ValueError(
+            f"clip: {given!r} is neither a folder nor 'architecture/tag' of open_clip nor 'hf-hub:owner/name'"
+            + (f"; tags of this architecture: {known}." if known else "; for example 'ViT-B-32/laion2b_s34b_b79k'.")
+        )
+    return folder
 
 
 def _name_of_folder(folder: Path) -> str:
-    """Check the layout of a local CLIP and return the name of its scores."""
+    """Check the layout and the sizes of a local CLIP and return the name of its scores."""
     if not (folder / CONFIG_FILE).is_file():
         raise ValueError(f"clip: {str(folder)!r} has no {CONFIG_FILE}; give a folder in open_clip's local-dir layout.")
-    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    missing = [key for key in ("size", "mean", "std") if key not in config.get("preprocess_cfg", {})]
+    config = _read_json(folder / CONFIG_FILE)
+    missing = [key for key in ("size", "mean", "std") if key not in (config.get("preprocess_cfg") or {})]
     if missing:
         raise ValueError(
             f"clip: preprocess_cfg in {str(folder / CONFIG_FILE)!r} lacks {missing}; add the values of its training."
         )
-    if not {".safetensors", ".bin", ".pth"} & {path.suffix for path in folder.iterdir()}:
+    weights = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".pth"))
+    if not weights:
         raise ValueError(f"clip: {str(folder)!r} has no weights; put open_clip_model.safetensors beside {CONFIG_FILE}.")
+    _check_sizes(folder, config, weights)
     if (folder / NANO_CLIP_FILE).is_file():
-        return json.loads((folder / NANO_CLIP_FILE).read_text(encoding="utf-8"))["name"]
+        return str(_read_json(folder / NANO_CLIP_FILE).get("name"))
     return folder.resolve().name
+
+
+def _check_sizes(folder: Path, config: dict[str, Any], weights: list[Path]) -> None:
+    """Raises ValueError if the towers are far larger than what the weights files hold; nothing is built for that."""
+    import open_clip
+
+    try:
+        stored = stored_in(weights)
+    except SafetensorError as error:
+        raise ValueError(f"clip: a weights file of {str(folder)!r} is cut short or damaged ({error}).") from error
+    check_counts(config, stored, folder)
+    described = dict(config.get("model_cfg") or {})
+    parts = [part for part in described.values() if isinstance(part, dict)]
+    if any({"timm_model_name", "hf_model_name"} & part.keys() for part in parts):
+        return  # towers whose names say their sizes
+    custom = described.pop("custom_text", False)
+    kind: Any = (
+        (open_clip.CoCa if "multimodal_cfg" in described else open_clip.CustomTextCLIP) if custom else open_clip.CLIP
+    )
+    check_weights(lambda: kind(**described), stored, folder)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"clip: {str(file)!r} is no JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"clip: {str(file)!r} holds a {type(content).__name__}; need names with values.")
+    return content
 
 
 def clip_recipe(clip: Clip) -> dict[str, Any]:

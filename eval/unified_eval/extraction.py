@@ -19,13 +19,14 @@ from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
 from unified.data import load_source, open_rgb
+from unified.data.rows import IMAGE_SUFFIXES
 from unified.files import write_whole
+from unified.hub import expanded
 from unified_eval.features import Extractor
 from unified_eval.npz import load_npz
 
 # An image, or a function that loads it: a process opens only the images whose features are its share.
 LazyImage = Image.Image | Callable[[], Image.Image]
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 T = TypeVar("T")
 
 
@@ -44,16 +45,17 @@ def open_images(source: str | Path, split: str = "train", image_column: str = "i
     Raises:
         ValueError: if a folder holds no image, or as for :func:`unified_eval.load_npz` and ``load_source``.
     """
-    path = Path(source)
+    path = expanded(source)
     if path.suffix == ".npz":
         yield from load_npz(path)
         return
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES) if path.is_dir() else []
+    inside = sorted(path.iterdir()) if path.is_dir() else []
+    files = [file for file in inside if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")]
     if files:
         yield from (partial(_open_file, file) for file in files)
         return
-    if path.is_dir() and not any(path.iterdir()):
-        raise ValueError(f"source: {str(path)!r} is an empty folder; give one with images ({', '.join(SUFFIXES)}).")
+    if path.is_dir() and not inside:
+        raise ValueError(f"source: {str(path)!r} is an empty folder; give one with images.")
     rows = load_source(str(source), split, image_column=image_column)
     if image_column not in (rows.column_names or [image_column]):
         raise ValueError(

@@ -12,8 +12,11 @@ from tqdm import tqdm
 
 from unified import UnifiedPipeline
 from unified.files import write_json
+from unified.lora.adapters import base_of
+from unified.pipeline.arguments import as_prompts, check_room, code_grid
 from unified_eval.extraction import batches, process_state
 from unified_eval.files import content_hash, write_image
+from unified_tokenizers.images import read_image
 
 
 def load_system(name: str, lora: str | None = None) -> tuple[UnifiedPipeline, dict[str, str]]:
@@ -35,6 +38,13 @@ def square_side(pipeline: UnifiedPipeline) -> int:
     return width
 
 
+def check_prompts(pipeline: UnifiedPipeline, prompts: Sequence[str], **sampling: Any) -> None:
+    """Raises ValueError if the pipeline cannot generate one of many prompts, which would show when its batch is reached."""
+    config, stride = base_of(pipeline.model).config, pipeline.image_tokenizer.downsample
+    grid = code_grid(config, stride, sampling.get("height"), sampling.get("width"))
+    check_room(as_prompts(list(prompts)) if prompts else [], pipeline.text_tokenizer, config, grid, "prompt")
+
+
 def stream_images(
     pipeline: UnifiedPipeline, prompts: Sequence[str], seeds: Sequence[int], batch_size: int = 64, **sampling: Any
 ) -> Iterator[Image.Image]:
@@ -50,6 +60,7 @@ def stream_images(
     Raises:
         ValueError: if the lists differ in length, or as for the pipeline.
     """
+    check_prompts(pipeline, prompts, **sampling)
     pipeline.set_progress_bar_config(disable=True)
     for pairs in batches(zip(prompts, seeds, strict=True), batch_size):
         generators = [torch.Generator().manual_seed(seed) for _, seed in pairs]
@@ -113,7 +124,7 @@ def generate_images(
         write_image(files[number], image)
     seconds = (time.perf_counter() - start) / len(mine) if mine else None
     state.wait_for_everyone()
-    images = [Image.open(file).convert("RGB") for file in files]
+    images = [read_image(file) for file in files]
     return images, {"generated": len(mine), "kept": len(files) - len(missing), "seconds_per_image": seconds}
 
 

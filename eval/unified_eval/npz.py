@@ -3,7 +3,9 @@
 Images are written and read one by one, so that a file may be larger than the memory.
 """
 
+import math
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -74,6 +76,12 @@ def load_npz(path: str | Path) -> Iterator[Image.Image]:
                 raise ValueError(f"path: arr_0 of {str(path)!r} is no array ({error}).") from error
             if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape or fortran:
                 raise ValueError(f"path: arr_0 of {str(path)!r} is {dtype} {shape}; need uint8 (N, H, W, 3).")
-            size = int(np.prod(shape[1:]))
-            for _ in range(shape[0]):
-                yield Image.frombytes("RGB", (shape[2], shape[1]), file.read(size))
+            size = math.prod(shape[1:])
+            for number in range(shape[0]):
+                try:
+                    content = file.read(size)
+                except (zipfile.BadZipFile, zlib.error) as error:
+                    raise ValueError(f"path: {str(path)!r} is damaged at image {number} ({error}).") from error
+                if len(content) < size:
+                    raise ValueError(f"path: {str(path)!r} ends within image {number} of {shape[0]}; get it again.")
+                yield Image.frombytes("RGB", (shape[2], shape[1]), content)

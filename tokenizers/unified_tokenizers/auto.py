@@ -63,7 +63,7 @@ class AutoImageTokenizer:
         if not isinstance(kind, str):
             raise ValueError(f"image_tokenizer: model_type {kind!r} of {name!r} is no name of a model.")
         if kind in _TOKENIZERS:
-            return _TOKENIZERS[kind].from_pretrained(path or name, trust_remote_code=False, **kwargs).eval()
+            return _TOKENIZERS[kind].from_pretrained(path or name, **kwargs).eval()
         if kind in (*_PUBLISHED, *_WHOLE_MODELS):
             folder = path or local_folder(name, "image_tokenizer", ("*.json", "*.safetensors", "*.bin"))
             return _from_model_folder(folder, kind, config)

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from transformers import Emu3VQVAE, Emu3VQVAEConfig
 
 from unified_tokenizers.base import check_codes, check_images, fingerprint_of
-from unified_tokenizers.weights import load_exactly
+from unified_tokenizers.checkpoint import check_counts, check_weights, load_whole
+from unified_tokenizers.hub import local_path, on_the_hub
+from unified_tokenizers.weights import Stored, load_exactly
 
 
 class Emu3Tokenizer(nn.Module):
@@ -24,14 +26,27 @@ class Emu3Tokenizer(nn.Module):
     @classmethod
     def from_weights(cls, config: Emu3VQVAEConfig, state: dict[str, Tensor], source: str) -> "Emu3Tokenizer":
         """Build from tensors by name; raises ValueError on any that is missing, not expected or of another shape."""
+        size = Stored(len(state), sum(value.numel() for value in state.values()), 0)
+        check_counts(config.to_dict(), size, source)
+        check_weights(lambda: Emu3VQVAE(config), size, source)
         model = Emu3VQVAE(config)
         load_exactly(model, {name: value.float() for name, value in state.items()}, source)
         return cls(model.eval())
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "Emu3Tokenizer":
-        """Load a folder or Hub repository that holds the tokenizer alone."""
-        return cls(Emu3VQVAE.from_pretrained(pretrained_model_name_or_path, **kwargs).eval())
+        """Load a folder or Hub repository that holds the tokenizer alone.
+
+        Raises:
+            ValueError: as :func:`unified_tokenizers.checkpoint.load_whole`.
+        """
+        path = local_path(pretrained_model_name_or_path, "image_tokenizer") or str(pretrained_model_name_or_path)
+
+        def build() -> Emu3VQVAE:
+            return Emu3VQVAE(Emu3VQVAEConfig.from_pretrained(path))
+
+        with on_the_hub(path, "image_tokenizer"):
+            return cls(load_whole(Emu3VQVAE.from_pretrained, build, path, **kwargs)[0].eval())
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

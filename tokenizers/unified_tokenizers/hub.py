@@ -16,6 +16,17 @@ _FILES = (
 )  # fmt: skip
 
 
+def expanded(name: str | Path) -> Path:
+    """A path with ``~`` in front expanded, unless a file or folder here is called that."""
+    path = Path(name)
+    if path.exists():
+        return path
+    try:
+        return path.expanduser()
+    except RuntimeError:  # ~ and the name of nobody
+        return path
+
+
 def local_path(name: str | Path, field: str) -> Path | None:
     """The path that a name stands for, with ``~`` expanded; None for a name that only the Hub can know.
 
@@ -31,8 +42,8 @@ def local_path(name: str | Path, field: str) -> Path | None:
     """
     if not isinstance(name, str | Path) or not str(name):
         raise ValueError(f"{field}: {name!r} is neither a path nor a name on the Hub.")
-    path = Path(name).expanduser()
     try:
+        path = expanded(name)
         if path.exists():
             return path
     except OSError as error:  # such as a name that is too long
@@ -89,7 +100,7 @@ def on_the_hub(name: str | Path, field: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if Path(name).expanduser().exists():
+        if expanded(name).exists():
             raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(

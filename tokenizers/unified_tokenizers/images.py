@@ -10,6 +10,8 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from unified_tokenizers.hub import expanded
+
 MAX_PIXELS = 2 * 89_478_485  # where Pillow, too, suspects a decompression bomb
 _PHOTOMETRIC, _BITS = 262, 258  # tags of TIFF
 
@@ -18,14 +20,17 @@ def read_image(file: str | Path | bytes | BinaryIO, max_pixels: int = MAX_PIXELS
     """Read an image file as viewers show it: turned upright as its EXIF data say, then :func:`as_rgb`.
 
     Args:
-        file: path, content or open file; of an animation, the first frame is read.
+        file: path (``~`` is the home folder), content or open file; of an animation, the first frame is read.
         max_pixels: refuse larger images before they are decoded, because a small file may hold a huge one.
 
     Raises:
         ValueError: with path and reason, if the file is missing, is no image, is damaged or has too many pixels.
     """
     try:
-        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+        given = (
+            io.BytesIO(file) if isinstance(file, bytes) else expanded(file) if isinstance(file, str | Path) else file
+        )
+        with Image.open(given) as image:
             if image.width * image.height > max_pixels:
                 raise ValueError(
                     f"{image.width}x{image.height} pixels, at most {max_pixels / 1e6:g} million are allowed; make it smaller"

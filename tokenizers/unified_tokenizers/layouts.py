@@ -73,13 +73,15 @@ def _config_of(state: dict[str, Tensor], normalize: bool, source: str) -> VQGANC
     blocks = {
         (int(m[1]), int(m[2])) for name in state if (m := re.match(r"encoder\.conv_blocks\.(\d+)\.res\.(\d+)\.", name))
     }
-    levels = max(level for level, _ in blocks) + 1
+    levels, residual_blocks = max(level for level, _ in blocks) + 1, max(block for _, block in blocks) + 1
+    if len(blocks) != levels * residual_blocks:
+        raise ValueError(f"weights: {source!r} lacks some of the {residual_blocks} blocks of its {levels} levels.")
     widths = [shape_of(state, f"encoder.conv_blocks.{i}.res.0.conv1.weight", source)[0] for i in range(levels)]
     codebook_size, code_dim = shape_of(state, "quantize.embedding.weight", source)
     return VQGANConfig(
         channels=channels,
         multipliers=[width // channels for width in widths],
-        residual_blocks=1 + max(block for _, block in blocks),
+        residual_blocks=residual_blocks,
         attention_levels=[i for i in range(levels) if f"encoder.conv_blocks.{i}.attn.0.q.weight" in state],
         latent_channels=shape_of(state, "encoder.conv_out.weight", source)[0],
         codebook_size=codebook_size,

@@ -4,13 +4,17 @@ Pixels are folded into channels at once (space-to-depth), so that every convolut
 this costs a sixteenth of a classic VQGAN stem. Quantizers come from `vector-quantize-pytorch`.
 """
 
+import math
+import reprlib
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 from vector_quantize_pytorch import FSQ, LFQ, VectorQuantize
 
 from unified_tokenizers.base import check_codes, check_images, fingerprint_of
+from unified_tokenizers.checkpoint import WholeModel
 from unified_tokenizers.fields import Rule, check_fields, is_whole, sizes, whole
 
 _GROUPS = 8  # of channels that are normalised together
@@ -25,6 +29,7 @@ _FIELDS: dict[str, Rule] = {
     "code_dim": whole(),
     "fsq_levels": (f"null or {sizes(2)[0]}", lambda value: value is None or sizes(2)[1](value)),
 }
+MAX_CODES = 2**24
 
 
 class VQConfig(PreTrainedConfig):
@@ -73,7 +78,7 @@ class ResidualBlock(nn.Module):
         return x + self.conv2(F.silu(self.conv1(self.norm(x))))
 
 
-class VQModel(PreTrainedModel):
+class VQModel(WholeModel):
     """Encoder, quantizer, decoder; implements :class:`unified_tokenizers.base.ImageTokenizer`."""
 
     config: VQConfig
@@ -176,6 +181,8 @@ class VQModel(PreTrainedModel):
 
 
 def _build_quantizer(config: VQConfig) -> tuple[FSQ | LFQ | VectorQuantize, int]:
+    if not 2 <= config.codebook_size <= MAX_CODES:
+        raise ValueError(f"codebook_size: {config.codebook_size} must lie in [2, {MAX_CODES}].")
     if config.quantizer == "vq":
         quantizer = VectorQuantize(
             dim=config.code_dim,
@@ -187,14 +194,13 @@ def _build_quantizer(config: VQConfig) -> tuple[FSQ | LFQ | VectorQuantize, int]
         )
         return quantizer, config.code_dim
     if config.quantizer == "fsq":
-        with torch.device("cpu"):  # FSQ reads values while it is built, which from_pretrained's meta device has not
-            quantizer = FSQ(levels=config.fsq_levels)
-        if quantizer.codebook_size != config.codebook_size:
+        levels = config.fsq_levels or []
+        if math.prod(levels) != config.codebook_size:
             raise ValueError(
-                f"codebook_size: {config.codebook_size} is not the product of fsq_levels {config.fsq_levels} "
-                f"({quantizer.codebook_size})."
+                f"codebook_size: {config.codebook_size} is not the product of fsq_levels {reprlib.repr(levels)}."
             )
-        return quantizer, len(config.fsq_levels or [])
+        with torch.device("cpu"):  # FSQ reads values while it is built, which from_pretrained's meta device has not
+            return FSQ(levels=levels), len(levels)
     if config.quantizer == "lfq":
         bits = config.codebook_size.bit_length() - 1
         if config.codebook_size != 2**bits:

@@ -7,9 +7,10 @@ codebook, and a mirrored decoder turns the codes into an image. :mod:`unified_to
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from unified_tokenizers.base import check_codes, check_images, fingerprint_of
+from unified_tokenizers.checkpoint import WholeModel
 from unified_tokenizers.fields import YES_OR_NO, Rule, check_fields, is_finite, is_whole, sizes, whole
 
 _GROUPS = 32  # of channels that are normalised together
@@ -25,6 +26,7 @@ _FIELDS: dict[str, Rule] = {
     "commitment_weight": ("a finite number of at least 0", lambda value: is_finite(value) and value >= 0),
 }
 _NEAREST_CHUNK = 4096  # positions compared with the whole codebook at once; bounds the memory
+_MOST_LEVELS = 16  # where a code stands for 32768 pixels along each side
 
 
 class VQGANConfig(PreTrainedConfig):
@@ -218,7 +220,7 @@ class Codebook(nn.Module):
         return torch.cat([(rows.float() @ vectors.T - offset).argmax(-1) for rows in latents.split(_NEAREST_CHUNK)])
 
 
-class VQGAN(PreTrainedModel):
+class VQGAN(WholeModel):
     """Encoder, codebook, decoder; implements :class:`unified_tokenizers.base.ImageTokenizer`."""
 
     config: VQGANConfig
@@ -227,6 +229,8 @@ class VQGAN(PreTrainedModel):
 
     def __init__(self, config: VQGANConfig):
         super().__init__(config)
+        if not 1 <= len(config.multipliers) <= _MOST_LEVELS:
+            raise ValueError(f"multipliers: {len(config.multipliers)} levels; give 1 to {_MOST_LEVELS}.")
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.quantize = Codebook(config)

@@ -1,21 +1,22 @@
 """Weights files of other projects: tensors are read, code never runs."""
 
 import json
+import math
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from unified_tokenizers.hub import on_the_hub
+from unified_tokenizers.hub import expanded, on_the_hub
 
 WRAPPERS = ("model", "module", "state_dict")  # LlamaGen under DDP, DeepSpeed, Lightning
 HUB = "hf-hub:"
 PICKLES = (".pt", ".pth", ".ckpt", ".bin")
-_WHOLE = ("model.safetensors", "pytorch_model.bin")
+WHOLE = ("model.safetensors", "pytorch_model.bin")
 
 
 def read_weights(path: str | Path, prefixes: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
@@ -50,7 +51,7 @@ def local_file(path: str | Path) -> Path:
     """
     name = str(path)
     if not name.startswith(HUB):
-        return Path(path).expanduser()
+        return expanded(path)
     parts = name.removeprefix(HUB).split("/", 2)
     if len(parts) < 3:
         raise ValueError(f"weights: {name!r} is not of the form {HUB}owner/name/file.")
@@ -93,6 +94,43 @@ def shape_of(state: dict[str, Tensor], name: str, source: str) -> torch.Size:
     return state[name].shape
 
 
+class Stored(NamedTuple):
+    """What weights files hold: how many tensors, how many weights in them, and how many bytes."""
+
+    tensors: int
+    weights: int
+    bytes: int
+
+
+def stored_in(files: Iterable[Path]) -> Stored:
+    """What files hold, by their headers.
+
+    Raises:
+        ValueError: if a file cannot be read.
+    """
+    shapes: list[Sequence[int]] = []
+    size = 0
+    for file in files:
+        size += file.stat().st_size
+        if file.suffix == ".safetensors":
+            try:
+                with safe_open(file, framework="pt") as tensors:
+                    shapes += [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118
+            except SafetensorError as error:
+                raise ValueError(f"weights: a file of {str(file)!r} is cut short or no safetensors file ({error}).") from error
+        else:
+            shapes += [value.shape for value in _read_pickle(file, ("",)).values()]
+    return Stored(len(shapes), sum(map(math.prod, shapes)), size)
+
+
+def shards_of(index: Path) -> list[str]:
+    """Names of the files that an index of shards lists. Raises ValueError if it is none."""
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"weights: {str(index)!r} is no index of shards ({error!r}); get it again.") from error
+
+
 def _some(names: list[str], most: int = 6) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
@@ -102,10 +140,10 @@ def _files(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise ValueError(f"weights: {str(path)!r} does not exist; give a weights file or a folder with one.")
-    for name in _WHOLE:
+    for name in WHOLE:
         index = path / f"{name}.index.json"
         if index.is_file():
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            shards = shards_of(index)
             missing = [shard for shard in shards if not (path / shard).is_file()]
             if missing:
                 raise ValueError(f"weights: {str(path)!r} lacks the shards {_some(missing)}; download them all.")

@@ -58,6 +58,9 @@ def llamagen_from_weights(
         )
     head = width // heads
     key_width = (shape_of(state, "layers.0.attention.wqkv.weight", source)[0] - width) // 2
+    layers = {int(m[1]) for name in state if (m := re.match(r"layers\.(\d+)\.", name))}
+    if len(layers) != max(layers) + 1:
+        raise ValueError(f"weights: {source!r} has layers up to {max(layers)}, but only {len(layers)} of them.")
     conditioning, condition = _condition(state, source)
     config = UnifiedConfig(
         text_config={
@@ -65,7 +68,7 @@ def llamagen_from_weights(
             "vocab_size": 3,
             "hidden_size": width,
             "intermediate_size": shape_of(state, "layers.0.feed_forward.w1.weight", source)[0],
-            "num_hidden_layers": 1 + max(int(m[1]) for name in state if (m := re.match(r"layers\.(\d+)\.", name))),
+            "num_hidden_layers": len(layers),
             "num_attention_heads": heads,
             "num_key_value_heads": key_width // head,
             "max_position_embeddings": 2048,

@@ -1,5 +1,6 @@
 """Rows of a codes cache as sequences: caption and image, or image and caption."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,11 +31,13 @@ def captioned_sequence(
         code_noise: see :func:`add_code_noise`.
         train_on_captions: whether captions before an image are in the loss.
         captioning: share of rows with the image first.
+
+    Raises:
+        ValueError: if the caption is no text, or the codes are no whole numbers or not as many as the grid has.
     """
     dropped, captioned = (bool(rng.random() < share) for share in (caption_dropout, captioning))
-    caption = text_tokenizer.encode(str(row["caption"]))
-    codes = np.asarray(row["codes"], dtype=np.int64).reshape(int(row["height"]), int(row["width"]))
-    image = torch.tensor(codes)
+    caption = text_tokenizer.encode(text_of(row, "caption"))
+    image = grids_of(row["codes"], [row["height"]], [row["width"]])[0]
     segments: list[Segment]
     if captioned:
         segments = [ImageSegment(image, loss=False), TextSegment(caption)]
@@ -44,6 +47,33 @@ def captioned_sequence(
     if code_noise:
         add_code_noise(sequence, vocabulary, code_noise, rng)
     return sequence
+
+
+def text_of(row: Mapping[str, Any], column: str) -> str:
+    """The text in a column. Raises ValueError for anything else: None is not the word "None"."""
+    value = row[column]
+    if not isinstance(value, str):
+        raise ValueError(f"{column}: {value!r} is no text; leave the row out, or encode the source again.")
+    return str(value)  # NumPy has strings of its own
+
+
+def grids_of(codes: Any, heights: Sequence[Any], widths: Sequence[Any]) -> list[torch.Tensor]:
+    """The codes of several images, one after the other, as int64 grids.
+
+    Raises:
+        ValueError: if they are no whole numbers, or not as many as the grids have.
+    """
+    flat = np.asarray(codes)
+    if flat.ndim != 1 or (flat.size and flat.dtype.kind not in "iu"):
+        raise ValueError(f"codes: {flat.dtype} {flat.shape} are no list of whole numbers; encode the images again.")
+    grids = list(zip(heights, widths, strict=False))
+    if len(heights) != len(widths) or any(None in grid or min(grid) < 1 for grid in grids):
+        raise ValueError(f"codes: heights {list(heights)} and widths {list(widths)} are no grids; encode the images again.")
+    sizes = [int(height) * int(width) for height, width in grids]
+    if sum(sizes) != len(flat):
+        raise ValueError(f"codes: {len(flat)} codes for grids of {sum(sizes)}; encode the images again.")
+    parts = torch.tensor(flat.astype(np.int64)).split(sizes)
+    return [part.reshape(int(h), int(w)) for part, (h, w) in zip(parts, grids, strict=True)]
 
 
 def add_code_noise(sequence: TokenSequence, vocabulary: Vocabulary, limit: float, rng: np.random.Generator) -> None:
@@ -66,7 +96,11 @@ def text_sequence(
     text_column: str = "text",
     max_length: int = 512,
 ) -> TokenSequence:
-    """``<bos> text <eos>``, all in the loss; a longer text is cut to ``max_length`` tokens, without ``<eos>``."""
-    ids = text_tokenizer.encode(str(row[text_column]))
+    """``<bos> text <eos>``, all in the loss; a longer text is cut to ``max_length`` tokens, without ``<eos>``.
+
+    Raises:
+        ValueError: if there is no text.
+    """
+    ids = text_tokenizer.encode(text_of(row, text_column))
     room = max_length - (vocabulary.bos_token_id is not None)
     return build_sequence([TextSegment(ids[:room])], vocabulary, end=len(ids) < room)

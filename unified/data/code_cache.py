@@ -261,7 +261,8 @@ def load_codes(path: str | Path, split: str, fingerprint: str | None, kind: str 
         kind: what the rows have to be, ``captioned`` or ``interleaved``.
 
     Raises:
-        ValueError: if the folder is no cache of this kind, the split is missing, or the codes are of another tokenizer.
+        ValueError: if the folder is no cache of this kind, the split is missing, the codes are of another tokenizer or no
+            whole numbers, or a caption is null.
     """
     if not is_codes_cache(path):
         raise ValueError(f"codes: {str(path)!r} has no {CACHE_FILE}; write it with recipes/encode_images.py.")
@@ -275,4 +276,28 @@ def load_codes(path: str | Path, split: str, fingerprint: str | None, kind: str 
         )
     dataset = load_source(str(path), split)
     assert isinstance(dataset, datasets.Dataset)  # a saved data set that is not streamed
+    _check_columns(dataset, path, kind)
     return dataset.with_format("numpy")
+
+
+def _check_columns(rows: datasets.Dataset, path: str | Path, kind: str) -> None:
+    """Raises ValueError unless the columns of a cache hold what :func:`encode_source` writes."""
+    whole, text = {
+        "captioned": (("codes", "height", "width"), "caption"),
+        "interleaved": (("codes", "heights", "widths"), "texts"),
+    }[kind]
+    for name in (*whole, text):
+        column = rows.features.get(name)
+        dtype = str(getattr(getattr(column, "feature", column), "dtype", None))
+        if not dtype.startswith(("string", "large_string") if name == text else ("int", "uint")):
+            wanted = "text" if name == text else "whole numbers"
+            raise ValueError(
+                f"codes: column {name!r} of {str(path)!r} holds {dtype}, not {wanted}; encode the images again."
+            )
+        empty = rows.data.column(name)
+        if empty.null_count:
+            first = empty.is_null().to_pylist().index(True)
+            raise ValueError(
+                f"codes: {empty.null_count} rows of {str(path)!r} have no {name}, the first is row {first}; encode the images "
+                "again, or leave these rows out."
+            )

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from unified.data.rows import Rows
 from unified.data.tables import as_pattern
+from unified.hub import expanded
 
 _ROWS, _FILES = "rows:", "files:"
 
@@ -83,7 +84,7 @@ def _stamp(file: str) -> bytes:
 
 def _local_files(source: str) -> list[str]:
     """Files of a local source, sorted; without its ``README.md``, hidden ones and what `datasets` caches in the folder."""
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_dir():
         files = [str(Path(place, name)) for place, _, names in os.walk(path, followlinks=False) for name in names]
     elif "://" in source:

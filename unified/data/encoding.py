@@ -20,7 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from unified.data.crops import Views
-from unified.data.rows import Rows, SkipReport, class_names, first_row, usable_rows
+from unified.data.rows import UNREADABLE, Rows, SkipReport, class_names, first_readable, usable_rows
 from unified_tokenizers.base import ImageTokenizer
 from unified_tokenizers.images import to_tensor
 
@@ -111,11 +111,11 @@ def _blocks(rows: Rows, block_rows: int, process: int, processes: int, folder: P
 
 def _text_columns(rows: Rows, image_column: str, caption_column: str) -> list[str]:
     """Further columns that hold text, such as ids and groups; the cache keeps them."""
-    taken = {*_COLUMNS, image_column, caption_column}
+    taken = {*_COLUMNS, image_column, caption_column, UNREADABLE}
     if rows.features is not None:
         names = [name for name, kind in rows.features.items() if getattr(kind, "dtype", None) == "string"]
     else:
-        names = [name for name, value in (first_row(rows) or {}).items() if isinstance(value, str)]
+        names = [name for name, value in (first_readable(rows) or {}).items() if isinstance(value, str)]
     return [name for name in names if name not in taken]
 
 

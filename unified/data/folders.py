@@ -95,7 +95,9 @@ def _listed(metadata: Path, root: Path, others: set[str], image_column: str) -> 
         top = metadata.parent.absolute()
         inside = {root.name} if metadata.parent != root else None
 
-        def wanted(path: str) -> bool:
+        def wanted(path: str | None) -> bool:
+            if path is None:  # of a row to be reported
+                return True
             first = Path(path).relative_to(top).parts[0] if Path(path).is_relative_to(top) else ""
             return first in inside if inside else first not in others
 

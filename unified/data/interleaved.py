@@ -1,21 +1,22 @@
 """Interleaved rows, lists of texts and images in any order: read, encode once, and lay out as sequences."""
 
+import reprlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-import torch
 from accelerate import PartialState
 from PIL import Image
 
 from unified.config import Vocabulary
+from unified.data.captioned import grids_of
 from unified.data.code_cache import Prepared, first_rows, write_cache
 from unified.data.crops import Size, fit, nearest_aspect
 from unified.data.encoding import Numbered
-from unified.data.rows import Rows, SkipReport, check_column, open_rgb
+from unified.data.rows import Rows, SkipReport, check_column, open_rgb, readable
 from unified.data.sources import load_source
 from unified.sequence import ImageSegment, Segment, TextSegment, TokenSequence, build_sequence
 from unified_tokenizers import TextTokenizer
@@ -92,11 +93,18 @@ def interleaved_sequence(
     nothing was cut.
 
     Raises:
-        ValueError: if not even the first image fits.
+        ValueError: if not even the first image fits, or codes and grids are not those of a cache.
     """
     room = max_length - (vocabulary.bos_token_id is not None)
     segments: list[Segment] = []
-    images = _images(row)
+    images = iter(grids_of(row["codes"], row["heights"], row["widths"]))
+    if not row["texts"]:
+        raise ValueError(f"texts: {row['texts']} in a row of the cache; encode the source again.")
+    if sum(text is None for text in row["texts"]) != len(row["heights"]):
+        raise ValueError(
+            f"texts: {sum(text is None for text in row['texts'])} places of images for {len(row['heights'])} grids; encode "
+            "the source again."
+        )
     for text in row["texts"]:
         segment = TextSegment(text_tokenizer.encode(str(text))) if text is not None else ImageSegment(next(images))
         size = len(segment.ids) if isinstance(segment, TextSegment) else segment.codes.numel() + 2
@@ -110,13 +118,6 @@ def interleaved_sequence(
     if not segments:
         raise ValueError(f"max_length: {max_length} has no room for the first image of a row; raise it.")
     return build_sequence(segments, vocabulary, end=room > 0)
-
-
-def _images(row: dict[str, Any]) -> Iterator[torch.Tensor]:
-    codes, start = torch.as_tensor(np.asarray(row["codes"])).long(), 0
-    for height, width in zip(row["heights"], row["widths"], strict=True):
-        yield codes[start : start + int(height * width)].reshape(int(height), int(width))
-        start += int(height * width)
 
 
 def _undecoded(rows: Rows, column: str) -> Rows:
@@ -154,12 +155,18 @@ def _records(
             places[place] = grid
 
     for number, row in rows:
-        damaged = [s["text"] for s in row[column] or () if "\N{REPLACEMENT CHARACTER}" in (s["text"] or "")]
+        if not readable(row, report, number):
+            continue
+        segments = row[column] or ()
+        if not isinstance(segments, list | tuple) or not all(_is_segment(segment) for segment in segments):
+            report.skip("unreadable_row", number, f"{column} is no list of texts and images: {reprlib.repr(segments)}")
+            continue
+        damaged = [s["text"] for s in segments if "\N{REPLACEMENT CHARACTER}" in (s.get("text") or "")]
         if damaged:
             report.skip("unreadable_caption", number, f"{damaged[0]!r:.60} was not UTF-8")
             continue
         try:
-            texts, views = _read(row[column], sizes)
+            texts, views = _read(segments, sizes)
         except ValueError as error:
             report.skip("corrupt_image", number, str(error))
             continue
@@ -194,14 +201,20 @@ def _read(
     """Texts, None in the places of images, and the images fitted to their sizes."""
     texts: list[str | None] = []
     views = []
-    for segment in segments or ():
-        if segment["image"] is not None:
-            if segment["text"] is not None:
+    for segment in segments:
+        text = segment.get("text")
+        if segment.get("image") is not None:
+            if text is not None:
                 raise ValueError("a segment holds both a text and an image")
             image = open_rgb(segment["image"])
             size = nearest_aspect(image, sizes)
             views.append((size, fit(image, size)))
             texts.append(None)
-        elif segment["text"] is not None and segment["text"].strip():
-            texts.append(segment["text"].lstrip("\ufeff"))
+        elif text is not None and text.strip():
+            texts.append(text.lstrip("\ufeff"))
     return texts, views
+
+
+def _is_segment(value: Any) -> bool:
+    """Whether a value is a segment; a stream that does not know its columns may hold anything."""
+    return isinstance(value, dict) and isinstance(value.get("text"), str | None)

@@ -17,10 +17,12 @@ IMAGE_SUFFIXES = (
     ".avif", ".bmp", ".dib", ".gif", ".heic", ".heif", ".ico", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".jxl",
     ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".psd", ".svg", ".tga", ".tif", ".tiff", ".webp",
 )  # fmt: skip
+UNREADABLE = "__unreadable__"  # column of damaged tables that says why a row cannot be read; blank or null if it can
 _REASONS = {
     "corrupt_image": "corrupt images",
     "empty_caption": "empty captions",
     "unreadable_caption": "unreadable captions",
+    "unreadable_row": "unreadable rows",
 }
 
 
@@ -42,6 +44,7 @@ class SkipReport:
     corrupt_image: int = 0
     empty_caption: int = 0
     unreadable_caption: int = 0  # not UTF-8, or no text at all
+    unreadable_row: int = 0  # a damaged line of a table, or a damaged member of a tar
     examples: list[str] = field(default_factory=list)
 
     def skip(self, reason: str, row: int, detail: str) -> None:
@@ -88,7 +91,10 @@ def captions(source: Rows, report: SkipReport, caption_column: str = "caption") 
     """
     check_column(source, "caption_column", caption_column)
     names = class_names(source, caption_column)
-    for number, row in enumerate(source.select_columns([caption_column])):
+    known = [name for name in (caption_column, UNREADABLE) if name in column_names(source)]
+    for number, row in enumerate(source.select_columns(known)):
+        if not readable(row, report, number):
+            continue
         caption = usable_caption(row[caption_column], names, report, number, "")
         if caption is not None:
             report.used += 1
@@ -136,12 +142,22 @@ def usable_rows(
     ``names`` are the class names if captions are class numbers; see :func:`class_names`.
     """
     for number, row in rows:
+        if not readable(row, report, number):
+            continue
         undecoded = row.pop(image_column)
         caption = usable_caption(row.pop(caption_column), names, report, number, file_name(undecoded))
         image = None if caption is None else usable_image(undecoded, report, number)
         if caption is not None and image is not None:
             report.used += 1
             yield CaptionedImage(image, caption, number, row)
+
+
+def readable(row: dict[str, Any], report: SkipReport, number: int) -> bool:
+    """Whether a row came whole out of its file; if not, a note in ``report``. Takes :data:`UNREADABLE` out of the row."""
+    wrong = (row.pop(UNREADABLE, None) or "").strip()
+    if wrong:
+        report.skip("unreadable_row", number, wrong)
+    return not wrong
 
 
 def usable_image(value: Any, report: SkipReport, row: int) -> Image.Image | None:
@@ -277,3 +293,8 @@ def first_row(rows: Rows) -> dict[str, Any] | None:
     if isinstance(rows, datasets.IterableDataset) and rows.features:
         rows = rows.decode(False)
     return next(iter(rows), None)
+
+
+def first_readable(rows: Rows) -> dict[str, Any] | None:
+    """The first row of a stream that is not damaged, None if there is none."""
+    return next((row for row in rows if not (row.get(UNREADABLE) or "").strip()), None)

@@ -14,7 +14,7 @@ from yaml import YAMLError
 from unified.data.folders import files_below, image_folder, table_folder
 from unified.data.rows import IMAGE_SUFFIXES, Rows, first_row
 from unified.data.tables import READERS, as_pattern, read_tables
-from unified.hub import local_path
+from unified.hub import expanded, local_path
 
 T = TypeVar("T")
 
@@ -47,7 +47,7 @@ def load_source(
     except (OSError, ValueError) as error:  # too long, or with a null byte
         raise ValueError(f"source: {short(source)} cannot be a path ({getattr(error, 'strerror', error)}).") from error
     if source.startswith("~"):
-        source = str(Path(source).expanduser())
+        source = str(expanded(source))
     rows = _naming_errors(source, split, lambda: _open(source, split, streaming, storage_options, image_column))
     if _naming_errors(source, split, lambda: first_row(rows) if streaming else len(rows) or None) is None:
         raise ValueError(f"source: {source!r} has no rows in split {split!r}.")
@@ -63,7 +63,7 @@ def terms_of(source: str, info: datasets.DatasetInfo | None = None) -> dict[str,
     Raises:
         ValueError: if the front matter cannot be read.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     readme = (path if path.is_dir() else path.parent) / "README.md"
     stated: dict[str, Any] = {}
     if path.exists() and readme.is_file():

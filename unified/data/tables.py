@@ -13,7 +13,8 @@ from typing import Any
 import datasets
 import fsspec
 
-from unified.data.rows import IMAGE_SUFFIXES, Rows, decode_text
+from unified.data.lines import repaired_copies, streamed_lines
+from unified.data.rows import IMAGE_SUFFIXES, UNREADABLE, Rows, decode_text
 
 READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tar": "tar"}
 # Bytes that are not UTF-8 become U+FFFD: a caption with them is one row to skip, not the end of its file.
@@ -67,12 +68,22 @@ def read_files(
     if kind == "tar":
         return _read_tars([(name, _stamp(name, storage_options)) for name in names], streaming, storage_options or {})
 
-    def read(names: Sequence[str], folder: str) -> Rows:
+    def load(names: Sequence[str]) -> Rows:
         patterns = [name if "://" in name else glob.escape(name) for name in names]
-        rows = datasets.load_dataset(
+        return datasets.load_dataset(
             kind, data_files=patterns, streaming=streaming, storage_options=storage_options, split="train",
             **_OPTIONS.get(kind, {}),
         )  # fmt: skip
+
+    def read(names: Sequence[str], folder: str) -> Rows:
+        rows = streamed_lines(kind, names, storage_options or {}) if streaming else None
+        try:
+            rows = load(names) if rows is None else rows
+        except Exception:
+            copies = None if streaming else repaired_copies(kind, names, storage_options or {})
+            if copies is None:
+                raise
+            rows = load(copies)
         return _images_beside(rows, image_column, folder)
 
     if kind == "csv":
@@ -152,6 +163,8 @@ def _read_tars(files: list[tuple[str, str]], streaming: bool, storage_options: d
                 kinds["image" if one_image else name] = datasets.Image()
             else:
                 kinds[name] = datasets.Value("string")
+    if kinds:
+        kinds[UNREADABLE] = datasets.Value("string")
     if not kinds:
         return datasets.Dataset.from_dict({})
     options = {"files": files, "storage_options": storage_options, "columns": tuple(kinds), "one_image": one_image}
@@ -169,12 +182,41 @@ def _rows(
 
 
 def _samples(files: list[tuple[str, str]], storage_options: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Members of one name, such as ``a.png`` and ``a.txt``, as one dictionary: images undecoded, texts as strings."""
+    """Members of one name, such as ``a.png`` and ``a.txt``, as one dictionary: images undecoded, texts as strings.
+
+    Members between which no header can be read are one more dictionary, of :data:`UNREADABLE`.
+    """
     for file, _ in files:
         sample: dict[str, Any] = {}
+        damaged: list[int] = []  # places of headers that cannot be read, since the last one that could
+
+        class Header(tarfile.TarInfo):
+            @classmethod
+            def fromtarfile(cls, tarfile_: tarfile.TarFile, damaged: list[int] = damaged) -> Any:
+                try:
+                    return super().fromtarfile(tarfile_)
+                except tarfile.InvalidHeaderError:  # type: ignore[attr-defined]
+                    damaged.append(tarfile_.offset)
+                    raise
+
+        def lost(damaged: list[int] = damaged, file: str = file) -> dict[str, Any]:
+            return {UNREADABLE: f"{file}: a damaged header at byte {damaged[0]}", "__url__": file}
+
         try:
-            with fsspec.open(file, "rb", **storage_options) as raw, tarfile.open(fileobj=raw, mode="r|*") as tar:
+            whole = 0
+            with (
+                fsspec.open(file, "rb", **storage_options) as raw,
+                # ignore_zeros: go on behind what is no header
+                tarfile.open(fileobj=raw, mode="r|*", tarinfo=Header, ignore_zeros=True) as tar,
+            ):
                 for member in tar:
+                    whole += 1
+                    if damaged:
+                        if sample:
+                            yield sample
+                            sample = {}
+                        yield lost()
+                        damaged.clear()
                     folder, _, base = member.name.rpartition("/")
                     name, _, suffix = base.partition(".")
                     content = tar.extractfile(member) if member.isfile() else None
@@ -188,10 +230,14 @@ def _samples(files: list[tuple[str, str]], storage_options: dict[str, Any]) -> I
                     _add_member(sample, suffix.lower(), content.read(), f"{file}/{member.name}")
                 if 0 < getattr(tar.fileobj, "pos", tar.offset) - tar.offset < tarfile.BLOCKSIZE:
                     raise EOFError("it ends within a header")  # tarfile takes this for the end
+            if damaged and not whole:
+                raise EOFError("it has no header of a member")
         except (tarfile.TarError, EOFError, OSError) as error:
             raise ValueError(f"source: {file!r} is no tar that can be read to its end ({error}).") from error
         if sample:
             yield sample
+        if damaged:
+            yield lost()
 
 
 def _add_member(sample: dict[str, Any], suffix: str, content: bytes, path: str) -> None:
@@ -202,8 +248,9 @@ def _add_member(sample: dict[str, Any], suffix: str, content: bytes, path: str) 
         sample["caption" if suffix == "txt" else suffix] = decode_text(content)
     elif last == "json":
         try:
-            fields = json.loads(content)
-        except ValueError:
+            fields = json.loads(decode_text(content))
+        except (ValueError, RecursionError) as error:
+            sample[UNREADABLE] = f"{path}: no JSON ({error})"
             return
         if isinstance(fields, dict):
             for name, value in fields.items():

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from unified.config import head_dim
 from unified.lora.modality_gate import check_modality, forget_gates, gate_adapter
 from unified.lora.switching import adapter_state, apply_weights, check_not_fused, switch, unfuse_lora, wrapped_tables
-from unified.model.backbone import check_names, decoder_layers
+from unified.model.backbone import decoder_layers
 from unified.model.modeling import UnifiedForCausalLM
 from unified_tokenizers import read_weights
+from unified_tokenizers.checkpoint import check_names
 
 BASE_FILE = "unified_base.json"
 IMAGE_TABLES = ("image_embed", "image_head")

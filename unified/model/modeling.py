@@ -6,11 +6,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from unified.config import UnifiedConfig
-from unified.model.backbone import load_language_model, load_whole
+from unified.model.backbone import load_language_model
 from unified.model.family import check_family
 from unified.model.image_head import ImageHead, patch_losses
 from unified.model.init import initialize_image_tables
@@ -20,6 +20,7 @@ from unified.model.rotary import GridRotary
 from unified.model.text_loss import text_cross_entropy
 from unified.prediction.npp import mean_embedding
 from unified.sequence import IGNORE
+from unified_tokenizers.checkpoint import WholeModel
 
 LOGIT_SCALES = ("logits_scaling", "logit_scale", "final_logit_softcapping")  # of Granite, Cohere and Gemma
 
@@ -40,7 +41,7 @@ class UnifiedOutput(CausalLMOutputWithPast):
     image_logits: Tensor | None = None
 
 
-class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
+class UnifiedForCausalLM(WholeModel, GenerationMixin):
     """A decoder language model with a second embedding table and a second head for image codes."""
 
     config: UnifiedConfig
@@ -150,17 +151,6 @@ class UnifiedForCausalLM(PreTrainedModel, GenerationMixin):
         model.generation_config = backbone.generation_config
         check_family(backbone, model.text_logits, unified.positions)
         return model
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a model as transformers does, but never with random numbers in place of absent tensors.
-
-        Raises:
-            ValueError: as :func:`unified.model.backbone.load_whole`.
-        """
-        wants_info = kwargs.pop("output_loading_info", False)
-        model, info = load_whole(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
-        return (model, info) if wants_info else model
 
     def get_input_embeddings(self) -> nn.Module:
         """The backbone's text embedding."""

@@ -33,7 +33,7 @@ def codes_to_keep(
     Args:
         tokenizer: the pipeline's image tokenizer.
         image: one image or several, of one size.
-        mask_image: as many masks of the same size; what is brighter than middle grey is generated again.
+        mask_image: as many masks of the same size; what is brighter than middle grey, or transparent, is generated again.
 
     Returns:
         ``(N, h, w)``.
@@ -54,7 +54,7 @@ def codes_to_keep(
                 f"mask_image: {mask.width}x{mask.height} pixels, the image has {each.width}x{each.height}; resize it."
             )
     stride = tokenizer.downsample
-    bright = torch.from_numpy(np.stack([np.asarray(mask.convert("L")) for mask in masks]) > 127)
+    bright = torch.from_numpy(np.stack([np.asarray(as_rgb(mask).convert("L")) for mask in masks]) > 127)
     touched = bright.unfold(1, stride, stride).unfold(2, stride, stride).any(dim=-1).any(dim=-1)
     return codes.masked_fill(touched.to(codes.device), -1)
 

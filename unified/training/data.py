@@ -18,6 +18,7 @@ from unified.data.captioned import captioned_sequence, text_sequence
 from unified.data.code_cache import description_of, encode_source, is_codes_cache, load_codes, source_changed
 from unified.data.crops import Views
 from unified.data.interleaved import encode_interleaved, interleaved_sequence
+from unified.data.rows import UNREADABLE, readable
 from unified.prediction.merge import Grid, Merge, patches
 from unified.prediction.schedule import PatchSchedule
 from unified.settings import refuse_other
@@ -242,9 +243,20 @@ def _texts(context: Context, source: SourceConfig, split: str) -> datasets.Datas
         raise ValueError(
             f"data.sources: text_column {column!r} is not a column of {source.path!r}; it has {sorted(rows.column_names)}."
         )
-    return rows.select_columns(column).filter(
-        lambda text: isinstance(text, str) and bool(text.strip()), input_columns=column, keep_in_memory=True
-    )
+    report, used = SkipReport(), []
+    known = [name for name in (column, UNREADABLE) if name in rows.column_names]
+    for number, row in enumerate(rows.select_columns(known)):
+        text = row[column]
+        if not readable(row, report, number):
+            continue
+        if isinstance(text, str) and text.strip():
+            used.append(number)
+        else:
+            report.skip("empty_caption", number, f"text {text!r}")
+    report.used = len(used)
+    if report.skipped:
+        context.accelerator.print(f"{source.path} ({split}): {report.summary()}")
+    return rows.select_columns(column).select(used)
 
 
 def _grids(rows: datasets.Dataset, kind: str) -> list[Grid]:
