@@ -35,6 +35,7 @@ from unified_eval.command_line import (
     add_generation_arguments,
     check_counts,
     check_folder,
+    check_sampling,
     plain_settings,
 )
 from unified_eval.diversity import nearest_neighbours
@@ -154,6 +155,7 @@ def parse_arguments() -> argparse.Namespace:
 def check_arguments(args: argparse.Namespace) -> None:
     """Raise ValueError for mistakes that the arguments alone show."""
     check_counts(args, "batch_size", "samples_per_caption", "num_images")
+    check_sampling(args)
     check_folder("out", args.out)
     check_folder("features", args.features)
     if args.resamples < 0 or args.resamples == 1:

@@ -70,6 +70,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     if len(args.names) != len(args.tokenizers) or len(set(args.names)) != len(args.names):
         raise ValueError(f"--names: need {len(args.tokenizers)} different ones, got {args.names}.")
     check_counts(args, "image_size", "batch_size")
+    if args.sheet < 0:
+        raise ValueError(f"--sheet: {args.sheet} is below 0; 0 leaves the sheet out.")
     check_folder("out", args.out)
 
 

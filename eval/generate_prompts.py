@@ -32,6 +32,7 @@ from unified_eval.command_line import (
     add_generation_arguments,
     check_counts,
     check_folder,
+    check_sampling,
     plain_settings,
 )
 from unified_eval.evaluation_report import shown
@@ -100,7 +101,8 @@ def main() -> None:
     """Generate, score and write."""
     # 1. Read and check everything before an image is generated.
     args = parse_arguments()
-    check_counts(args, "samples", "batch_size")
+    check_counts(args, "samples", "batch_size", *([] if args.max_prompts is None else ["max_prompts"]))
+    check_sampling(args)
     check_folder("out", args.out)
     prompts = read_prompts(args.prompts)[: args.max_prompts]
     if args.shapes and not args.prompts.endswith(".jsonl"):

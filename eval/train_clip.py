@@ -15,7 +15,7 @@ from PIL import Image
 from unified.data import SkipReport
 from unified.errors import explain_errors
 from unified_eval.clip import caption_key
-from unified_eval.command_line import add_column_arguments, check_folder
+from unified_eval.command_line import add_column_arguments, check_counts, check_folder
 from unified_eval.nano_clip import check_nano_clip_folder, grouped_retrieval, save_nano_clip, shrink, train_nano_clip
 from unified_eval.selection import usable_images
 
@@ -56,7 +56,14 @@ def main() -> None:
     """Train, measure on training and held-out images, and save."""
     # 1. Read the images.
     args = parse_arguments()
+    check_counts(args, "steps", "batch_size")
     check_folder("out", args.out)
+    if not args.name.strip():
+        raise ValueError("--name: empty; give the name that its scores carry.")
+    if not 0 < args.learning_rate < float("inf"):
+        raise ValueError(f"--learning-rate: {args.learning_rate} is not a finite number above 0.")
+    if args.seed < 0:
+        raise ValueError(f"--seed: {args.seed} is below 0.")
     check_nano_clip_folder(args.out)
     parts = {"train": read(args, args.split, args.max_samples)}
     if args.validation_split != "none":

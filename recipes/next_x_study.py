@@ -29,6 +29,7 @@ from next_x_study_report import write_study
 from unified import UnifiedConfig, UnifiedPipeline
 from unified.data.code_cache import load_codes
 from unified.data.crops import fit
+from unified.data.sources import load_source
 from unified.errors import explain_errors
 from unified.lora.adapters import base_of
 from unified.prediction.merge import merged_grid
@@ -291,7 +292,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def main() -> None:
     """Run what is not finished, then write table and plot."""
     args = parse_arguments()
+    if args.jobs < 1:
+        raise ValueError(f"jobs: {args.jobs} must be at least 1.")
     runs = plan(args)
+    if args.num_images:
+        load_source(args.data, args.split)  # a mistake shows before the trainings
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.jobs, mp_context=spawn, max_tasks_per_child=1) as pool:
         results = list(tqdm(pool.map(train_and_measure, runs), total=len(runs), desc="runs", unit="run"))

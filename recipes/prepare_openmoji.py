@@ -130,6 +130,10 @@ def main() -> None:
     parser.add_argument("--validation-share", type=float, default=0.1, help="share of the emoji held out")
     parser.add_argument("--seed", type=int, default=0, help="seed of order and split")
     args = parser.parse_args()
+    if args.size < 1:
+        raise ValueError(f"size: {args.size} must be at least 1.")
+    if not 0 < args.validation_share < 1:
+        raise ValueError(f"validation_share: {args.validation_share} must lie in (0, 1).")
     splits, skipped = build(args.size, args.style, args.seed, args.validation_share, args.groups)
     splits.save_to_disk(args.out)
     card = CARD.format(

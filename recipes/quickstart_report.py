@@ -129,6 +129,9 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder of the quickstart run")
     run: Path = parser.parse_args().run
 
+    for part in ("model/pipeline", "lora_run/lora", "evaluation/metrics.json"):
+        if not (run / part).exists():
+            raise ValueError(f"run: {str(run)!r} has no {part}; give the folder of a finished quickstart.")
     for source, name in ((run / "model" / "pipeline", "pipeline"), (run / "lora_run" / "lora", "lora")):
         shutil.rmtree(run / name, ignore_errors=True)
         shutil.copytree(source, run / name)

@@ -168,6 +168,8 @@ def main() -> None:
         "--expect", default="Paris", help=f"text that the answer to {QUESTION!r} contains (default: %(default)s)"
     )
     args = parser.parse_args()
+    if not (args.run / "config.yaml").is_file():
+        raise ValueError(f"run: {str(args.run)!r} has no config.yaml; give the output_dir of a finished run.")
     result = report(args.run, args.backbone, args.guidance_scale, args.temperature, args.expect)
     print(json.dumps(result, indent=2, ensure_ascii=False))
     broken = [promise for promise, kept in result["promises"].items() if not kept]

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from unified.data.images import Images, open_images
 from unified.errors import explain_errors
 from unified.locks import locked
-from unified.settings import dump_settings, load_settings, parse_command_line
+from unified.settings import check_range, did_you_mean, dump_settings, load_settings, parse_command_line
 from unified.training.checkpoint import (
     check_inputs,
     check_settings,
@@ -85,17 +85,37 @@ class TokenizerTraining:
     seed: int = 0
 
 
-def check(settings: TokenizerTraining, model: Tokenizer) -> None:
-    """Refuse settings that contradict each other."""
+def check(settings: TokenizerTraining) -> None:
+    """Refuse settings that are out of range."""
+    if not settings.output_dir.strip():
+        raise ValueError("output_dir: empty; name the folder to write.")
+    if not settings.sources:
+        raise ValueError("sources: empty; name the images to train on.")
+    check_range("", settings, "[1, inf)", "image_size", "steps", "batch_size", "validate_every", "checkpoint_every")
+    check_range("", settings, "[1, inf)", "keep_checkpoints")
+    check_range("", settings, "(0, inf)", "learning_rate")
+    check_range("", settings, "[0, inf)", "cache_gb", "weight_decay", "l1_weight", "perceptual_weight", "shift")
+    check_range("", settings, "(0, 1)", "ema_decay")
+    check_range("", settings, "[0, 4294967295]", "seed")
+    for name in settings.model:
+        if name not in VQConfig.__annotations__:
+            raise ValueError(f"model: {name!r} is unknown{did_you_mean(name, list(VQConfig.__annotations__))}")
+    adversary = settings.discriminator
+    if adversary is not None:
+        check_range("discriminator.", adversary, "[1, inf)", "layers")
+        check_range("discriminator.", adversary, "[0, inf)", "weight")
+        check_range("discriminator.", adversary, "(0, inf)", "learning_rate")
+        if adversary.channels < 8 or adversary.channels % 8:
+            raise ValueError(f"discriminator.channels: {adversary.channels} must be a multiple of 8.")
+        if not 0 <= adversary.start < settings.steps:
+            raise ValueError(f"discriminator.start: {adversary.start} lies outside the {settings.steps} steps.")
+
+
+def check_size(settings: TokenizerTraining, model: Tokenizer) -> None:
+    """Refuse images that the tokenizer cannot encode."""
     if settings.image_size % model.downsample:
         raise ValueError(
             f"image_size: {settings.image_size} does not divide by the tokenizer's stride {model.downsample}; use a multiple."
-        )
-    if settings.ema_decay is not None and not 0 < settings.ema_decay < 1:
-        raise ValueError(f"ema_decay: {settings.ema_decay} must lie in (0, 1).")
-    if settings.discriminator is not None and not 0 <= settings.discriminator.start < settings.steps:
-        raise ValueError(
-            f"discriminator.start: {settings.discriminator.start} lies outside the {settings.steps} steps."
         )
 
 
@@ -175,6 +195,7 @@ class Adversary:
 def main() -> None:
     """Read the settings and train; one process at a time writes to an output folder."""
     settings = load_settings(TokenizerTraining, *parse_command_line(__doc__, TokenizerTraining))
+    check(settings)
     accelerator = Accelerator()
     with locked(settings.output_dir) if accelerator.is_main_process else nullcontext():
         train(settings, accelerator)
@@ -191,7 +212,7 @@ def train(settings: TokenizerTraining, accelerator: Accelerator) -> None:
 
     # 2. Tokenizer and losses
     model = build_model(settings)
-    check(settings, model)
+    check_size(settings, model)
     perceptual = build_perceptual(settings.perceptual, settings.lpips_weights)
     if perceptual is not None:
         perceptual.to(accelerator.device)

@@ -138,7 +138,7 @@ def test_mistakes_are_one_line(folder, tmp_path, capsys, arguments, message):
             r"negative_prompt: '\udcff' is not valid Unicode",
         ),
         (["generate", "--prompt", "red apple", "--top-p", "2"], "top_p: 2.0 must lie in (0, 1]"),
-        (["generate", "--prompt", "red apple", "--threads", "0"], "threads: 0 must be a whole number of at least 1"),
+        (["generate", "--prompt", "red apple", "--threads", "0"], "threads: 0 must be a whole number from 1 to 4096"),
         (["inpaint", "--prompt", "red apple", "--image", "nowhere.png", "--mask", "nowhere.png"], "nowhere.png"),
         (["caption", "image.png", "--prompt", " "], "prompt: ' ' is not a caption"),
         (["caption", "image.png", "--prompt", "\udce9"], r"prompt: '\udce9' is not valid Unicode"),
@@ -248,7 +248,7 @@ def test_machine_options(pipeline, folder, tmp_path, capsys, monkeypatch):
     assert expected != whole and threads == [3]
     assert [Image.open(path).tobytes() for path in sorted((tmp_path / "out").iterdir())] == expected
     assert main([*arguments, "--threads", "0"]) == 2
-    assert "threads: 0 must be a whole number of at least 1" in capsys.readouterr().err
+    assert "threads: 0 must be a whole number from 1 to 4096" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         main([*arguments, "--device", "tpu9"])
     assert "argument --device: 'tpu9' cannot be used: " in capsys.readouterr().err

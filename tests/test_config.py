@@ -40,7 +40,7 @@ def test_overrides_win(config_file):
         (["optimizer.lr=1"], "config: 'optimizer.lr' is unknown; use one of name, learning_rate, weight_decay"),
         (["data.caption_dropot=1"], "config: 'data.caption_dropot' is unknown; did you mean 'caption_dropout'"),
         (["steps=many"], "config: a value of 'steps' in .* does not fit: Value 'many'"),
-        (["optimizer=3"], "config: a value in .* does not fit: .* OptimizerConfig"),
+        (["optimizer=3"], "config: a value of 'optimizer' in .* does not fit: .* OptimizerConfig"),
         (["batch_size"], r"overrides: \['batch_size'\] are not of the form key=value"),
         (["data.sources=["], "or an override is not YAML"),
         (
@@ -146,7 +146,7 @@ def test_limits_of_the_ranges_are_in_range(config_file):
         (["model.options.normalized_range=0"], "model.options: normalized_range: 0 must be a finite number above 0"),
         (["model.architecture.hiden_size=8"], "LlamaConfig has no field 'hiden_size'; did you mean 'hidden_size'"),
         (["model.architecture.hidden_size=big"], "model.architecture: .*hidden_size"),
-        (["model.architecture.model_type=lama"], "model.architecture: Unrecognized model identifier: lama"),
+        (["model.architecture.model_type=lama"], "model.architecture: model_type 'lama' is unknown to transformers"),
     ],
 )
 def test_fields_of_the_model_are_checked(config_file, overrides, message):
@@ -212,7 +212,7 @@ def test_the_papers_stages_by_levels(config_file):
     ("changes", "message"),
     [
         ({"eoi_token_id": 3}, "boi_token_id, eoi_token_id: both are 3; use two different ids"),
-        ({"codebook_size": 0}, r"codebook_size: 0 must lie in \[1, 16777216\]"),
+        ({"codebook_size": 0}, "codebook_size: 0 must be a whole number of at least 1"),
         ({"text_loss_weight": -0.5}, "text_loss_weight: -0.5 must be a finite number of at least 0"),
         ({"image_loss_weight": float("inf")}, "image_loss_weight: inf must be a finite number of at least 0"),
     ],

@@ -67,7 +67,7 @@ class TestViews:
 
     @pytest.mark.parametrize(("options", "message"), [
         ({"sizes": ()}, "sizes: "), ({"crop": "middle"}, "crop: 'middle' is unknown"), ({"count": 2}, "count: 2 must be"),
-        ({"zoom": 0.5}, "zoom: 0.5 must be at least 1"),
+        ({"zoom": 0.5}, "zoom: 0.5 must be a finite number of at least 1"),
     ])  # fmt: skip
     def test_bad_views_are_named(self, options, message):
         with pytest.raises(ValueError, match=message):
@@ -178,7 +178,7 @@ def test_two_processes_equal_one(image_tokenizer, mixed_source, tmp_path, stream
 def test_bad_input_is_named(image_tokenizer, mixed_source, tmp_path):
     with pytest.raises(ValueError, match="image_size: 12x18 does not divide by the tokenizer's stride 4"):
         encode_source(image_tokenizer, mixed_source, tmp_path / "x", ("train",), views=Views(((12, 18),)))
-    with pytest.raises(ValueError, match="block_rows, batch_size: 0 and 3 must be at least 1"):
+    with pytest.raises(ValueError, match="block_rows, batch_size: 0 and 3 must be whole numbers of at least 1"):
         encode(image_tokenizer, mixed_source, tmp_path / "x", block_rows=0)
     row = {"image": {"bytes": b"no image", "path": None}, "caption": "a caption"}
     empty = datasets.Dataset.from_list([row]).cast_column("image", datasets.Image(decode=False))
@@ -344,7 +344,7 @@ def test_only_so_many_rows_are_read(image_tokenizer, streaming, tmp_path, monkey
     lines[9] = lines[9].replace("image 9", "changed")
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     assert source_changed(tmp_path / "codes") == streaming  # of a stream, its files are compared
-    with pytest.raises(ValueError, match="max_rows: 0 must be at least 1"):
+    with pytest.raises(ValueError, match="max_rows: 0 must be a whole number of at least 1"):
         encode_source(image_tokenizer, source, tmp_path / "codes", ("train",), max_rows=0)
 
 

@@ -124,7 +124,9 @@ def _device(name: str) -> "torch.device":
     import torch
 
     try:
-        return torch.zeros((), device=name).device
+        zero = torch.zeros((), device=name)
+        zero.item()  # not on `meta`, which computes nothing
+        return zero.device
     except (RuntimeError, AssertionError) as error:
         raise argparse.ArgumentTypeError(f"{name!r} cannot be used: {str(error).splitlines()[0]}") from error
 
@@ -181,7 +183,7 @@ def _load(args: argparse.Namespace) -> "UnifiedPipeline":
 
 def _check_threads(args: argparse.Namespace) -> None:
     if args.threads is not None:
-        check_whole("threads", args.threads)
+        check_whole("threads", args.threads, most=4096)
 
 
 def _image_arguments(args: argparse.Namespace) -> dict[str, Any]:

@@ -6,9 +6,31 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from transformers import AutoConfig, PreTrainedConfig
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from unified_tokenizers.fields import YES_OR_NO, Rule, check_fields, is_finite, is_whole, whole
+
+_FINGERPRINT: Rule = ("a text or null", lambda value: value is None or isinstance(value, str))
+_WEIGHT: Rule = ("a finite number of at least 0", lambda value: is_finite(value) and value >= 0)
+_FIELDS: dict[str, Rule] = {
+    "codebook_size": whole(),
+    "boi_token_id": whole(0),
+    "eoi_token_id": whole(0),
+    "image_tokenizer_fingerprint": _FINGERPRINT,
+    "text_tokenizer_fingerprint": _FINGERPRINT,
+    "new_image_tables": YES_OR_NO,
+    "image_grids": ("null or a list of code grids [height, width]", lambda value: value is None or _are_grids(value)),
+    "normalized_range": ("a finite number above 0", lambda value: is_finite(value) and value > 0),
+    "text_loss_weight": _WEIGHT,
+    "image_loss_weight": _WEIGHT,
+    "conditioning": ("null or a description with a kind", lambda value: value is None or isinstance(value, dict)),
+}
+_SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "max_position_embeddings",
+)  # fmt: skip
 MAX_LAYERS, MAX_SIZE = 10_000, 2**24  # beyond any model; what fits into memory is another question
 _LAYERS, _WIDTH = re.compile(r"(^|_)layers?$"), re.compile(r"(_size|_dim|_heads|_experts)$|^n_embd$")
 
@@ -89,19 +111,14 @@ class UnifiedConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: object) -> None:
         """Build the backbone's config and refuse values that are out of range."""
         if isinstance(self.text_config, dict):
-            if "model_type" not in self.text_config:
-                raise ValueError("text_config: needs a 'model_type' such as 'llama' to choose the backbone.")
-            check_sizes("text_config", self.text_config)  # a config writes a list of its layers
-            self.text_config = AutoConfig.for_model(**self.text_config)
+            self.text_config = language_config(self.text_config, "text_config")
+        elif not isinstance(self.text_config, PreTrainedConfig | None):
+            raise ValueError(f"text_config: {self.text_config!r} must be a configuration, or its fields by name.")
         given = self.text_config is not None  # transformers makes defaults too, to compare with
         super().__post_init__(**kwargs)
-        if not 1 <= self.codebook_size <= MAX_SIZE:
+        check_fields(self, _FIELDS)
+        if self.codebook_size > MAX_SIZE:
             raise ValueError(f"codebook_size: {self.codebook_size} must lie in [1, {MAX_SIZE}].")
-        for name in ("text_loss_weight", "image_loss_weight"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: {getattr(self, name)} must be a finite number of at least 0.")
-        if not 0 < self.normalized_range < math.inf:
-            raise ValueError(f"normalized_range: {self.normalized_range} must be a finite number above 0.")
         _choice("positions", self.positions, ("1d", "2d", "llamagen"))
         _choice("coarse_positions", self.coarse_positions, ("center", "unit", "normalized"))
         _choice("loss_normalization", self.loss_normalization, ("position", "token"))
@@ -141,6 +158,28 @@ class UnifiedConfig(PreTrainedConfig):
         return Coordinates(self.positions, self.coarse_positions, self.normalized_range)
 
 
+def language_config(fields: dict[str, Any], name: str) -> PreTrainedConfig:
+    """The configuration of a backbone from its fields, ``model_type`` among them.
+
+    Raises:
+        ValueError: for an unknown model, or a value that it cannot have; it calls the fields ``name``.
+    """
+    kind = fields.get("model_type")
+    if kind is None:
+        raise ValueError(f"{name}: needs a model_type such as 'llama' to choose the backbone.")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        raise ValueError(f"{name}: model_type {kind!r} is unknown to transformers; use one such as 'llama'.")
+    check_sizes(name, fields)  # a config writes a list of its layers
+    for size in _SIZES:
+        value = fields.get(size)
+        if value is not None and not is_whole(value):
+            raise ValueError(f"{name}: {size} {value!r} must be a whole number of at least 1.")
+    try:
+        return AutoConfig.for_model(**fields)
+    except (StrictDataclassError, ValueError, TypeError, AttributeError, KeyError) as error:  # each model has its own
+        raise ValueError(f"{name}: {kind!r} cannot have these values ({' '.join(str(error).split())}).") from error
+
+
 def head_dim(text_config: Any) -> int:
     """Width of an attention head of a backbone."""
     return getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
@@ -152,6 +191,12 @@ def check_sizes(prefix: str, fields: Mapping[str, Any]) -> None:
         most = MAX_LAYERS if _LAYERS.search(str(name)) else MAX_SIZE if _WIDTH.search(str(name)) else math.inf
         if type(value) is int and value > most:
             raise ValueError(f"{prefix}.{name}: {value} is beyond {most}; correct it.")
+
+
+def _are_grids(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(
+        isinstance(grid, list | tuple) and len(grid) == 2 and all(map(is_whole, grid)) for grid in value
+    )
 
 
 def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

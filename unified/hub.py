@@ -1,5 +1,5 @@
 """Is a name a path on this machine or a repository on the Hub? The answer lies in ``unified_tokenizers``, which needs it too."""
 
-from unified_tokenizers.hub import expanded, local_folder, local_path, on_the_hub
+from unified_tokenizers.hub import check_config, expanded, local_folder, local_path, on_the_hub
 
-__all__ = ["expanded", "local_folder", "local_path", "on_the_hub"]
+__all__ = ["check_config", "expanded", "local_folder", "local_path", "on_the_hub"]

@@ -82,9 +82,12 @@ def combined_card(base: str | None, adapters: Mapping[str, str | None]) -> str |
 
 
 def read_card(folder: Path) -> str | None:
-    """Text of a folder's ``README.md``, None without one."""
+    """Text of a folder's ``README.md``, None without one. Raises ValueError if it is not UTF-8."""
     file = folder / "README.md"
-    return file.read_text(encoding="utf-8") if file.is_file() else None
+    try:
+        return file.read_text(encoding="utf-8") if file.is_file() else None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"README.md: {str(file)!r} is not UTF-8 ({error}); correct it.") from error
 
 
 def code_version() -> str:

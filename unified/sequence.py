@@ -6,6 +6,7 @@ elsewhere; the shift by one position happens inside the model.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from reprlib import repr as short
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from unified.config import Vocabulary
 
+_NO_INTEGERS = (torch.bool, torch.complex32, torch.complex64, torch.complex128)
 IGNORE = -100  # in labels: not supervised; in columns of codes: unused
 
 
@@ -55,7 +57,7 @@ def build_sequence(segments: Iterable[Segment], vocabulary: Vocabulary, end: boo
     its image; ``<eos>``, which ``end`` appends, with the last segment.
 
     Raises:
-        ValueError: if text ids or codes leave their ranges, or codes are not ``(h, w)`` integers.
+        ValueError: if text ids or codes are no integers, leave their ranges or have another shape, or a segment is none.
     """
     start = [] if vocabulary.bos_token_id is None else [vocabulary.bos_token_id]
     ids = [np.array(start, dtype=np.int64)]
@@ -63,15 +65,22 @@ def build_sequence(segments: Iterable[Segment], vocabulary: Vocabulary, end: boo
     grids: list[tuple[int, int]] = []
     supervised = text_supervised = False
     for segment in segments:
+        if not isinstance(segment, TextSegment | ImageSegment):
+            raise ValueError(f"segments: {short(segment)} is neither a TextSegment nor an ImageSegment.")
         supervised = segment.loss
         if isinstance(segment, TextSegment):
-            part = np.array(segment.ids, dtype=np.int64)
+            given = np.array(segment.ids)
+            if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
+                raise ValueError(f"text ids: need whole numbers of shape (n,), got {given.dtype} {given.shape}.")
+            part = given.astype(np.int64)
             _check_range("text ids", part, vocabulary.text_vocab_size)
             in_loss.append(np.full(len(part), supervised))
             text_supervised = supervised
         else:
             codes = segment.codes
-            if codes.ndim != 2 or codes.is_floating_point() or codes.numel() == 0:
+            if not isinstance(codes, Tensor):
+                raise ValueError(f"codes: need a tensor of shape (h, w), got {type(codes).__name__} {short(codes)}.")
+            if codes.ndim != 2 or codes.dtype in _NO_INTEGERS or codes.is_floating_point() or codes.numel() == 0:
                 raise ValueError(f"codes: need integers of shape (h, w), got {codes.dtype} {tuple(codes.shape)}.")
             flat = codes.cpu().numpy().reshape(-1).astype(np.int64)
             _check_range("codes", flat, vocabulary.codebook_size)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, GrammarParseError, OmegaConfBaseException
 from yaml import YAMLError
 
 T = TypeVar("T")
@@ -35,7 +35,7 @@ def load_settings(kind: type[T], path: str | Path, overrides: Sequence[str] = ()
     try:
         file = OmegaConf.load(path)
         changes = OmegaConf.from_dotlist(list(overrides))
-    except (YAMLError, OSError) as error:
+    except (YAMLError, OSError, UnicodeDecodeError, GrammarParseError) as error:
         raise ValueError(f"config: {str(path)!r} or an override is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(file, DictConfig):
         raise ValueError(f"config: {str(path)!r} holds a list; write it as lines of 'key: value'.")
@@ -54,13 +54,29 @@ def load_settings(kind: type[T], path: str | Path, overrides: Sequence[str] = ()
     except ConfigKeyError as error:
         known = [f.name for f in fields(error.object_type)] if is_dataclass(error.object_type) else []
         raise ValueError(f"config: {error.full_key!r} is unknown{did_you_mean(str(error.key), known)}") from error
-    except OmegaConfBaseException as error:
-        where = f" of {error.full_key!r}" if error.full_key else ""
+    except (
+        OmegaConfBaseException,
+        TypeError,
+    ) as error:  # TypeError: a list in place of names with values, or the reverse
+        where = getattr(error, "full_key", None) or _misfit(kind, file, changes)
         raise ValueError(
-            f"config: a value{where} in {str(path)!r} or the overrides does not fit: {str(error).splitlines()[0]}"
+            f"config: a value of {where!r} in {str(path)!r} or the overrides does not fit: {str(error).splitlines()[0]}"
         ) from error
     assert isinstance(settings, kind)  # to_object returns the structured type
     return settings
+
+
+def _misfit(kind: Any, *given: DictConfig) -> str:
+    """The first key whose value alone does not fit, for errors that name none."""
+    for values in given:
+        for name, value in flat(OmegaConf.to_container(values)):
+            alone = OmegaConf.create()
+            OmegaConf.update(alone, name, value)
+            try:
+                OmegaConf.merge(OmegaConf.structured(kind), alone)
+            except (OmegaConfBaseException, TypeError):
+                return name
+    return ""
 
 
 def dump_settings(settings: object) -> str:

@@ -6,13 +6,15 @@ from typing import Any
 
 import torch
 
+from unified.decoding.config import Sampling
+
 SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p")
 
 
 def device(name: str) -> str:
     """The name of a device that is there, as a type of argparse."""
     try:
-        torch.zeros((), device=name)
+        torch.zeros((), device=name).item()  # not on `meta`, which computes nothing
     except (RuntimeError, AssertionError) as error:
         raise argparse.ArgumentTypeError(f"{name!r} cannot be used: {str(error).splitlines()[0]}") from error
     return name
@@ -46,6 +48,13 @@ def check_counts(args: argparse.Namespace, *names: str) -> None:
     for name in names:
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')}: {getattr(args, name)} is below 1.")
+
+
+def check_sampling(args: argparse.Namespace) -> None:
+    """Raise ValueError if an option of generation is out of its range."""
+    Sampling(**{name: getattr(args, name) for name in SAMPLING})
+    if args.seed < 0:
+        raise ValueError(f"--seed: {args.seed} is below 0.")
 
 
 def check_folder(field: str, folder: Path | None) -> None:

@@ -135,7 +135,10 @@ def checked_pair(a: Features, b: Features, fields: tuple[str, str] = ("a", "b"))
 
 def checked(field: str, features: Features) -> Tensor:
     """A feature set as a float64 matrix on the CPU. Errors as for :func:`frechet_distance`, naming ``field``."""
-    rows = torch.as_tensor(features).detach().to("cpu", torch.float64)
+    try:
+        rows = torch.as_tensor(features).detach().to("cpu", torch.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{field}: need a matrix (N, D) of features, got something else ({error}).") from error
     if rows.ndim != 2:
         raise ValueError(f"{field}: need a matrix (N, D) of features, got shape {tuple(rows.shape)}.")
     if len(rows) < 2:

@@ -68,10 +68,13 @@ def load_npz(path: str | Path) -> Iterator[Image.Image]:
         if MEMBER not in archive.namelist():
             raise ValueError(f"path: {str(path)!r} has no arr_0; it holds {archive.namelist()}.")
         with archive.open(MEMBER) as file:
-            version = np.lib.format.read_magic(file)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, fortran, dtype = read(file)
-            if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or shape[0] == 0 or fortran:
+            try:
+                version = np.lib.format.read_magic(file)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                shape, fortran, dtype = read(file)
+            except (ValueError, zipfile.BadZipFile) as error:
+                raise ValueError(f"path: arr_0 of {str(path)!r} is no array ({error}).") from error
+            if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape or fortran:
                 raise ValueError(f"path: arr_0 of {str(path)!r} is {dtype} {shape}; need uint8 (N, H, W, 3).")
             size = math.prod(shape[1:])
             for number in range(shape[0]):

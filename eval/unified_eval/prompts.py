@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from unified.pipeline.arguments import check_unicode
+
 
 class Prompt(NamedTuple):
     """One prompt of a benchmark.
@@ -32,7 +34,10 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     readers = {".jsonl": _geneval, ".tsv": _partiprompts, ".txt": _lines}
     if path.suffix not in readers or not path.is_file():
         raise ValueError(f"prompts: {str(path)!r} is missing or not one of {sorted(readers)}.")
-    prompts = readers[path.suffix](path)
+    try:
+        prompts = readers[path.suffix](path)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"prompts: {str(path)!r} cannot be read ({error}); write it in UTF-8.") from error
     if not prompts:
         raise ValueError(f"prompts: {str(path)!r} holds no prompt.")
     return prompts
@@ -45,11 +50,15 @@ def _geneval(path: Path) -> list[Prompt]:
             continue
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"prompts: line {number} of {str(path)!r} is not JSON ({error}).") from error
         missing = [key for key in ("prompt", "tag", "include") if not (isinstance(entry, dict) and entry.get(key))]
         if missing:
             raise ValueError(f"prompts: line {number} of {str(path)!r} lacks {missing}; need prompt, tag and include.")
+        for key in ("prompt", "tag"):
+            if not isinstance(entry[key], str) or not entry[key].strip():
+                raise ValueError(f"prompts: {key} {entry[key]!r} in line {number} of {str(path)!r} is no text.")
+        check_unicode(entry["prompt"], f"prompts, line {number} of {str(path)!r}")
         prompts.append(Prompt(entry["prompt"].strip(), entry["tag"], entry))
     return prompts
 

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from unified_eval.results import Results
+from unified_tokenizers.fields import is_whole
 
 PALETTE = {
     "red": (225, 30, 40), "orange": (250, 135, 15), "yellow": (255, 230, 40), "green": (25, 155, 70),
@@ -253,7 +254,13 @@ def read_claims(claims: Claims) -> list[dict[str, Any]]:
         ValueError: if there is none, or one has an unknown class, key or word, a count below 1, refers to itself or a
             later entry, or repeats a class without colours that differ.
     """
-    entries = [dict(claim) for claim in (json.loads(claims) if isinstance(claims, str) else claims)]
+    try:
+        given = json.loads(claims) if isinstance(claims, str) else claims
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"claims: {claims!r:.60} is no JSON ({error}).") from error
+    if not isinstance(given, Sequence) or not all(isinstance(claim, Mapping) for claim in given):
+        raise ValueError(f"claims: {given!r:.60} is no list of claims with class and count.")
+    entries = [dict(claim) for claim in given]
     if not entries:
         raise ValueError("claims: the list is empty; there is nothing to check.")
     words = {"class": (*OUTLINES, "background"), "color": COLOURS, "size": SIZES}
@@ -264,16 +271,16 @@ def read_claims(claims: Claims) -> list[dict[str, Any]]:
         if unknown or "class" not in claim or "count" not in claim:
             raise ValueError(f"{where}: {claim} needs class and count, and may have color, size and position only.")
         for key, known in words.items():
-            if key in claim and claim[key] not in known:
+            if key in claim and (not isinstance(claim[key], str) or claim[key] not in known):
                 raise ValueError(f"{where}: {key} {claim[key]!r} is unknown; use one of {list(known)}.")
-        if not isinstance(claim["count"], int) or claim["count"] < 1:
+        if not is_whole(claim["count"]):
             raise ValueError(f"{where}: count {claim['count']!r} is not 1 or more.")
         if claim["class"] == "background" and set(claim) != {"class", "count", "color"}:
             raise ValueError(f"{where}: {claim} is about the background, which has a color and nothing else.")
         if "position" in claim:
             shapes_before = [index for index in range(number) if entries[index]["class"] != "background"]
             match claim["position"]:
-                case [relation, other] if relation in RELATIONS and other in shapes_before:
+                case [str(relation), int(other)] if relation in RELATIONS and other in shapes_before:
                     pass
                 case position:
                     raise ValueError(

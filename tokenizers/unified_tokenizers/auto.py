@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModel, Emu3VQVAEConfig, PreTrainedConfi
 
 from unified_tokenizers.base import ImageTokenizer
 from unified_tokenizers.emu3 import Emu3Tokenizer
-from unified_tokenizers.hub import local_folder, local_path, on_the_hub
+from unified_tokenizers.hub import check_config, local_folder, local_path, on_the_hub
 from unified_tokenizers.layouts import vqgan_from_weights
 from unified_tokenizers.vq_model import VQConfig, VQModel
 from unified_tokenizers.vqgan import VQGAN, VQGANConfig
@@ -56,9 +56,12 @@ class AutoImageTokenizer:
                     "save_pretrained."
                 )
             return _from_weights_file(path)
+        check_config(path or name, "image_tokenizer")
         with on_the_hub(name, "image_tokenizer"):
             config, _ = PreTrainedConfig.get_config_dict(path or name)
         kind = config.get("model_type")
+        if not isinstance(kind, str):
+            raise ValueError(f"image_tokenizer: model_type {kind!r} of {name!r} is no name of a model.")
         if kind in _TOKENIZERS:
             return _TOKENIZERS[kind].from_pretrained(path or name, **kwargs).eval()
         if kind in (*_PUBLISHED, *_WHOLE_MODELS):

@@ -54,20 +54,26 @@ def fingerprint_of(state: dict[str, Tensor], config: dict[str, Any]) -> str:
 
 
 def check_images(images: Tensor, downsample: int) -> None:
-    """Refuse a batch that is not ``(B, 3, H, W)`` floating point with sides divisible by ``downsample``."""
+    """Refuse a batch that is not ``(B, 3, H, W)`` finite floating point with sides divisible by ``downsample``."""
+    if not isinstance(images, Tensor):
+        raise ValueError(f"images: need a tensor (B, 3, H, W), got {type(images).__name__}; see images.to_tensor.")
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise ValueError(
             f"images: need float (B, 3, H, W), got {images.dtype} {tuple(images.shape)}; see images.to_tensor."
         )
     height, width = images.shape[-2:]
-    if height % downsample or width % downsample:
+    if height % downsample or width % downsample or not images.numel():
         raise ValueError(
             f"images: size {height}x{width} does not divide by the tokenizer's stride {downsample}; resize or crop first."
         )
+    if not bool(images.isfinite().all()):
+        raise ValueError("images: some values are not finite.")
 
 
 def check_codes(codes: Tensor, codebook_size: int) -> None:
     """Refuse codes that are not ``(B, h, w)`` int64 within the codebook."""
+    if not isinstance(codes, Tensor):
+        raise ValueError(f"codes: need a tensor (B, h, w), got {type(codes).__name__}.")
     if codes.ndim != 3 or codes.dtype != torch.int64:
         raise ValueError(f"codes: need int64 (B, h, w), got {codes.dtype} {tuple(codes.shape)}.")
     if codes.numel() and (codes.min() < 0 or codes.max() >= codebook_size):

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from unified_tokenizers.hub import local_path, on_the_hub
+from unified_tokenizers.hub import check_config, local_path, on_the_hub
 from unified_tokenizers.weights import WHOLE, Stored, shards_of, stored_in
 
 _HUB_OPTIONS = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
@@ -63,12 +63,14 @@ def load_whole(
             beside it. Tied weights and derived buffers need not be stored.
     """
     check_no_adapter(path, (options.get("adapter_kwargs") or {}).get("_adapter_model_path"), **_on_hub(options))
+    if path is not None and not {"config", "subfolder"} & options.keys():
+        check_config(path, "model")
     options |= {"trust_remote_code": False, "ignore_mismatched_sizes": True, "output_loading_info": True}
     try:
         if path is not None and not any(options.get(name) for name in ("gguf_file", "state_dict", "variant")):
             _check_size(build, path, options)
         model, info = load(path, *args, **options)
-    except SafetensorError as error:
+    except (SafetensorError, KeyError) as error:  # the second: an index of shards without a part
         raise ValueError(f"weights: a file of {str(path)!r} is cut short or no safetensors file ({error}).") from error
     problem = f"weights: the tensors of {str(path)!r} are not those of {type(model).__name__}; get or save them again"
     check_names(problem, info["unexpected_keys"], info["missing_keys"], info["mismatched_keys"])

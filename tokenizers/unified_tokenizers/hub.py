@@ -1,9 +1,11 @@
 """Is a name a path on this machine or a repository on the Hub? One answer for everything that takes either."""
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -38,9 +40,14 @@ def local_path(name: str | Path, field: str) -> Path | None:
     Raises:
         ValueError: if it is a path and does not exist.
     """
-    path = expanded(name)
-    if path.exists():
-        return path
+    if not isinstance(name, str | Path) or not str(name):
+        raise ValueError(f"{field}: {name!r} is neither a path nor a name on the Hub.")
+    try:
+        path = expanded(name)
+        if path.exists():
+            return path
+    except OSError as error:  # such as a name that is too long
+        raise ValueError(f"{field}: {short(str(name))} cannot be a path ({error.strerror}).") from error
     text = str(name)
     owner, slash, _ = text.partition("/")
     inside = slash and (owner in _OUR_FOLDERS or Path(owner).is_dir())
@@ -63,6 +70,25 @@ def local_folder(name: str | Path, field: str = "folder", allow_patterns: Sequen
     options: dict[str, Any] = {} if allow_patterns is None else {"allow_patterns": list(allow_patterns)}
     with on_the_hub(name, field):
         return Path(snapshot_download(str(name), **options))
+
+
+def check_config(folder: str | Path, field: str) -> None:
+    """Refuse a local folder whose configuration is missing or cannot be read; transformers would take its defaults.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    if not Path(folder).is_dir():
+        return  # a name on the Hub
+    if not (Path(folder) / "config.json").is_file():
+        raise ValueError(f"{field}: {str(folder)!r} has no config.json; give a folder written by save_pretrained.")
+    for file in (Path(folder) / name for name in ("config.json", "generation_config.json")):
+        try:
+            content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{field}: {str(file)!r} is no JSON ({error}).") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"{field}: {str(file)!r} holds a {type(content).__name__}; need names with values.")
 
 
 @contextmanager

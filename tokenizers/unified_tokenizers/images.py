@@ -41,8 +41,16 @@ def read_image(file: str | Path | bytes | BinaryIO, max_pixels: int = MAX_PIXELS
     except Exception as error:  # decoders raise all sorts of errors on damaged files
         unknown = isinstance(error, UnidentifiedImageError)
         reason = "cannot identify image file" if unknown else str(error) or type(error).__name__
-        path = str(file) if isinstance(file, str | Path) else ""
+        path = "" if isinstance(file, bytes) or hasattr(file, "read") else str(file)
         raise ValueError(reason if path in reason else f"{path}: {reason}") from error
+
+
+def load_pixels(image: Image.Image, name: str) -> None:
+    """Decode an image that is only opened. Raises ValueError, which calls it ``name``, if its file is damaged."""
+    try:
+        image.load()
+    except Exception as error:  # decoders raise all sorts of errors on damaged files
+        raise ValueError(f"{name}: {getattr(image, 'filename', '') or image} cannot be read ({error}).") from error
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
@@ -69,8 +77,11 @@ def to_tensor(images: Sequence[Image.Image]) -> Tensor:
     """Stack images of one size into ``(B, 3, H, W)`` float32 in [-1, 1]; see :func:`as_rgb`.
 
     Raises:
-        ValueError: if the list is empty or the sizes differ.
+        ValueError: if the list is empty, holds something else, or the sizes differ.
     """
+    others = [type(image).__name__ for image in images if not isinstance(image, Image.Image)]
+    if others:
+        raise ValueError(f"images: need PIL images, got {others[0]}.")
     sizes = {image.size for image in images}
     if len(sizes) != 1:
         raise ValueError(f"images: need one or more images of one size, got sizes {sorted(sizes)}; resize them first.")

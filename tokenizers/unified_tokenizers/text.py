@@ -9,11 +9,13 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any, Protocol
 
 import sentencepiece
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from unified_tokenizers.fields import is_whole
 from unified_tokenizers.hub import local_path, on_the_hub
 
 BOI, EOI = "<boi>", "<eoi>"
@@ -205,9 +207,13 @@ def train_sentencepiece(
         vocab_size: upper bound of the vocabulary; small corpora may fill less of it.
 
     Raises:
-        ValueError: if there is no text, or ``vocab_size`` is too small for it.
+        ValueError: if there is no text, something else stands among them, or ``vocab_size`` is too small for them.
     """
-    texts = [caption for caption in captions if caption.strip()]
+    if isinstance(captions, str) or not isinstance(captions, Iterable):
+        raise ValueError(f"captions: {short(captions)} is no list of texts.")
+    if not is_whole(vocab_size):
+        raise ValueError(f"vocab_size: {vocab_size!r} must be a whole number.")
+    texts = [caption for caption in captions if _is_text(caption)]
     if not texts:
         raise ValueError("captions: no text to train on; check the caption column.")
     room = vocab_size - _FIXED_PIECES
@@ -233,6 +239,15 @@ def train_sentencepiece(
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(model)
     return SentencePieceTokenizer(path)
+
+
+def _is_text(caption: Any) -> bool:
+    """Whether a caption has something in it. Raises ValueError if it is no text, or not valid Unicode."""
+    if not isinstance(caption, str):
+        raise ValueError(f"captions: {short(caption)} is no text.")
+    if any("\ud800" <= character <= "\udfff" for character in caption):
+        raise ValueError(f"captions: {short(caption)} is not valid Unicode; give it in UTF-8.")
+    return bool(caption.strip())
 
 
 def _train_unigram(texts: Sequence[str], vocab_size: int) -> bytes:

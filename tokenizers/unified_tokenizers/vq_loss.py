@@ -102,8 +102,8 @@ def build_perceptual(name: str | None, weights: Sequence[str]) -> nn.Module | No
         return EdgeLoss()
     if len(weights) != 2:
         raise ValueError(
-            f"lpips_weights: {list(weights)} given; 'lpips' needs two files, torchvision's vgg16 and the linear layers of "
-            "LPIPS. 'edges' needs none."
+            f"lpips_weights: {list(weights)} given; perceptual 'lpips' needs two files, torchvision's vgg16 and the linear "
+            "layers of LPIPS. 'edges' needs none."
         )
     return LPIPS(*weights)
 

@@ -15,7 +15,20 @@ from vector_quantize_pytorch import FSQ, LFQ, VectorQuantize
 
 from unified_tokenizers.base import check_codes, check_images, fingerprint_of
 from unified_tokenizers.checkpoint import WholeModel
+from unified_tokenizers.fields import Rule, check_fields, is_whole, sizes, whole
 
+_GROUPS = 8  # of channels that are normalised together
+_QUANTIZERS = ("vq", "fsq", "lfq")
+_FIELDS: dict[str, Rule] = {
+    "downsample": whole(),
+    "channels": (f"a multiple of {_GROUPS}", lambda value: is_whole(value) and value % _GROUPS == 0),
+    "encoder_blocks": whole(0),
+    "decoder_blocks": whole(0),
+    "quantizer": (f"one of {_QUANTIZERS}", lambda value: value in _QUANTIZERS),
+    "codebook_size": whole(),
+    "code_dim": whole(),
+    "fsq_levels": (f"null or {sizes(2)[0]}", lambda value: value is None or sizes(2)[1](value)),
+}
 MAX_CODES = 2**24
 
 
@@ -44,13 +57,20 @@ class VQConfig(PreTrainedConfig):
     code_dim: int = 8
     fsq_levels: list[int] | None = None
 
+    def __post_init__(self, **kwargs: object) -> None:
+        """Refuse values that are out of range."""
+        super().__post_init__(**kwargs)
+        check_fields(self, _FIELDS)
+        if self.quantizer == "fsq" and not self.fsq_levels:
+            raise ValueError("fsq_levels: missing, which the quantizer 'fsq' needs; give the levels of each dimension.")
+
 
 class ResidualBlock(nn.Module):
     """Pre-normalised 3x3 convolutions with a skip; ``(B, C, H, W)`` to the same shape."""
 
     def __init__(self, channels: int):
         super().__init__()
-        self.norm = nn.GroupNorm(8, channels)
+        self.norm = nn.GroupNorm(_GROUPS, channels)
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
 
@@ -74,13 +94,13 @@ class VQModel(WholeModel):
             nn.PixelUnshuffle(config.downsample),
             nn.Conv2d(pixels, config.channels, 3, padding=1),
             *[ResidualBlock(config.channels) for _ in range(config.encoder_blocks)],
-            nn.GroupNorm(8, config.channels),
+            nn.GroupNorm(_GROUPS, config.channels),
             nn.Conv2d(config.channels, code_dim, 1),
         )
         self.decoder = nn.Sequential(
             nn.Conv2d(code_dim, config.channels, 3, padding=1),
             *[ResidualBlock(config.channels) for _ in range(config.decoder_blocks)],
-            nn.GroupNorm(8, config.channels),
+            nn.GroupNorm(_GROUPS, config.channels),
             nn.SiLU(),
             nn.Conv2d(config.channels, pixels, 3, padding=1),
             nn.PixelShuffle(config.downsample),
@@ -187,4 +207,4 @@ def _build_quantizer(config: VQConfig) -> tuple[FSQ | LFQ | VectorQuantize, int]
             raise ValueError(f"codebook_size: {config.codebook_size} is not a power of two, which 'lfq' needs.")
         with torch.device("cpu"):
             return LFQ(codebook_size=config.codebook_size), bits
-    raise ValueError(f"quantizer: {config.quantizer!r} is unknown; use 'vq', 'fsq' or 'lfq'.")
+    raise AssertionError(config.quantizer)  # checked by its configuration

@@ -11,7 +11,20 @@ from transformers import PreTrainedConfig
 
 from unified_tokenizers.base import check_codes, check_images, fingerprint_of
 from unified_tokenizers.checkpoint import WholeModel
+from unified_tokenizers.fields import YES_OR_NO, Rule, check_fields, is_finite, is_whole, sizes, whole
 
+_GROUPS = 32  # of channels that are normalised together
+_FIELDS: dict[str, Rule] = {
+    "channels": (f"a multiple of {_GROUPS}", lambda value: is_whole(value) and value % _GROUPS == 0),
+    "multipliers": (f"{sizes()[0]}, one or more", lambda value: sizes()[1](value) and len(value) > 0),
+    "residual_blocks": whole(),
+    "attention_levels": sizes(0),
+    "latent_channels": whole(),
+    "codebook_size": whole(),
+    "code_dim": whole(),
+    "normalize_codes": YES_OR_NO,
+    "commitment_weight": ("a finite number of at least 0", lambda value: is_finite(value) and value >= 0),
+}
 _NEAREST_CHUNK = 4096  # positions compared with the whole codebook at once; bounds the memory
 _MOST_LEVELS = 16  # where a code stands for 32768 pixels along each side
 
@@ -42,9 +55,14 @@ class VQGANConfig(PreTrainedConfig):
     normalize_codes: bool = True
     commitment_weight: float = 0.25
 
+    def __post_init__(self, **kwargs: object) -> None:
+        """Refuse values that are out of range."""
+        super().__post_init__(**kwargs)
+        check_fields(self, _FIELDS)
+
 
 def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, channels, eps=1e-6)
+    return nn.GroupNorm(_GROUPS, channels, eps=1e-6)
 
 
 class ResidualBlock(nn.Module):

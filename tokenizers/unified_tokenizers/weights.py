@@ -106,15 +106,20 @@ def stored_in(files: Iterable[Path]) -> Stored:
     """What files hold, by their headers.
 
     Raises:
-        SafetensorError, ValueError: if a file cannot be read.
+        ValueError: if a file cannot be read.
     """
     shapes: list[Sequence[int]] = []
     size = 0
     for file in files:
         size += file.stat().st_size
         if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as tensors:
-                shapes += [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118
+            try:
+                with safe_open(file, framework="pt") as tensors:
+                    shapes += [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118
+            except SafetensorError as error:
+                raise ValueError(
+                    f"weights: a file of {str(file)!r} is cut short or no safetensors file ({error})."
+                ) from error
         else:
             shapes += [value.shape for value in _read_pickle(file, ("",)).values()]
     return Stored(len(shapes), sum(map(math.prod, shapes)), size)
@@ -168,8 +173,8 @@ def _read_pickle(file: Path, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
     try:
         payload: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # whatever a broken or hostile pickle raises
-        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(file) if zipped else []
-        reason = f"it holds {_some(foreign)}" if foreign else str(error).splitlines()[0]
+        foreign = _foreign(file) if zipped else []
+        reason = f"it holds {_some(foreign)}" if foreign else (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"weights: {str(file)!r} is not a file of plain tensors ({reason}) and is not opened; where you trust it, save "
             "its tensors alone with safetensors.torch.save_file."
@@ -180,7 +185,7 @@ def _read_pickle(file: Path, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
             break
     if not isinstance(payload, dict) or not payload:
         raise ValueError(f"weights: {str(file)!r} holds a {type(payload).__name__}; need tensors by name.")
-    others = sorted(str(name) for name, value in payload.items() if not isinstance(value, Tensor))
+    others = sorted(str(n) for n, value in payload.items() if not isinstance(value, Tensor) or not isinstance(n, str))
     if others:
         raise ValueError(
             f"weights: {str(file)!r} holds more than tensors ({_some(others)}), and nothing under {', '.join(WRAPPERS)}."
@@ -189,3 +194,11 @@ def _read_pickle(file: Path, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
         if all(name.startswith(wrapper) for name in payload):
             payload = {name[len(wrapper) :]: value for name, value in payload.items()}
     return {short: payload[name] for short, name in cut_prefix(payload, prefixes).items()}
+
+
+def _foreign(file: Path) -> list[str]:
+    """Names in a pickle that are none of torch's; none if it is no file of torch."""
+    try:
+        return torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    except Exception:  # whatever a broken file raises; its own error says more
+        return []

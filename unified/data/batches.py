@@ -14,6 +14,7 @@ from unified.prediction.arrange import Batch, arrange, collate, pack
 from unified.prediction.merge import Merge
 from unified.prediction.plan import Prediction
 from unified.sequence import TokenSequence
+from unified_tokenizers.fields import is_finite
 
 BLOCK = 1000
 _MIX, _SHUFFLE, _CHOICE, _ORDER = 10, 11, 12, 13  # independent random streams of one seed
@@ -157,6 +158,8 @@ def make_batch(
     Raises:
         ValueError: if a sequence does not fit into a packed row, and as :func:`unified.prediction.arrange.arrange`.
     """
+    if not sequences:
+        raise ValueError("sequences: empty; a batch needs one or more.")
     vocabulary, coordinates, prediction = config.vocabulary, config.coordinates, Prediction.of(config)
     rows = [arrange(sequence, vocabulary, coordinates, prediction, merge, as_sampled) for sequence in sequences]
     if pack_length is not None:
@@ -182,12 +185,14 @@ def block_shares(weights: Sequence[float]) -> list[int]:
     """Weights as whole numbers that sum to 1000, by largest remainders.
 
     Raises:
-        ValueError: if a weight is not above 0, or less than half a thousandth of the sum.
+        ValueError: if there is none, a weight is not above 0, or less than half a thousandth of the sum.
     """
+    if not weights:
+        raise ValueError("data.sources: empty; name one or more.")
     for weight in weights:
-        if not 0 < weight < float("inf"):
+        if not is_finite(weight) or weight <= 0:
             raise ValueError(
-                f"data.sources: weight {weight} must be above 0; leave out a source that is not to be used."
+                f"data.sources: weight {weight!r} must be above 0; leave out a source that is not to be used."
             )
     exact = np.asarray(weights) / sum(weights) * BLOCK
     shares = np.floor(exact).astype(int)

@@ -66,11 +66,16 @@ def grids_of(codes: Any, heights: Sequence[Any], widths: Sequence[Any]) -> list[
     flat = np.asarray(codes)
     if flat.ndim != 1 or (flat.size and flat.dtype.kind not in "iu"):
         raise ValueError(f"codes: {flat.dtype} {flat.shape} are no list of whole numbers; encode the images again.")
-    sizes = [int(height) * int(width) for height, width in zip(heights, widths, strict=True)]
+    grids = list(zip(heights, widths, strict=False))
+    if len(heights) != len(widths) or any(None in grid or min(grid) < 1 for grid in grids):
+        raise ValueError(
+            f"codes: heights {list(heights)} and widths {list(widths)} are no grids; encode the images again."
+        )
+    sizes = [int(height) * int(width) for height, width in grids]
     if sum(sizes) != len(flat):
         raise ValueError(f"codes: {len(flat)} codes for grids of {sum(sizes)}; encode the images again.")
     parts = torch.tensor(flat.astype(np.int64)).split(sizes)
-    return [part.reshape(int(h), int(w)) for part, h, w in zip(parts, heights, widths, strict=True)]
+    return [part.reshape(int(h), int(w)) for part, (h, w) in zip(parts, grids, strict=True)]
 
 
 def add_code_noise(sequence: TokenSequence, vocabulary: Vocabulary, limit: float, rng: np.random.Generator) -> None:

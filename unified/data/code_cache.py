@@ -21,6 +21,7 @@ from unified.files import write_text
 from unified.locks import LOCK_FILE, locked
 from unified.settings import refuse_other
 from unified_tokenizers.base import ImageTokenizer
+from unified_tokenizers.fields import is_whole
 
 CACHE_FILE = "codes.json"
 Prepared = tuple[Rows, MakeRecords, datasets.Features]  # undecoded rows, how they become records, columns of these
@@ -29,6 +30,18 @@ Prepared = tuple[Rows, MakeRecords, datasets.Features]  # undecoded rows, how th
 def is_codes_cache(path: str | Path) -> bool:
     """Whether a folder was written by :func:`encode_source`."""
     return (Path(path) / CACHE_FILE).is_file()
+
+
+def description_of(path: str | Path) -> dict[str, Any]:
+    """What a cache says of itself. Raises ValueError if that cannot be read."""
+    file = Path(path) / CACHE_FILE
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"codes: {str(file)!r} is no JSON ({error}); encode the images again.") from error
+    if not isinstance(content, dict) or "tokenizer_fingerprint" not in content:
+        raise ValueError(f"codes: {str(file)!r} has no tokenizer_fingerprint; encode the images again.")
+    return content
 
 
 def encode_source(
@@ -78,8 +91,8 @@ def encode_source(
         ValueError: if a size does not divide by the tokenizer's stride, a split or column is missing, no row is left, the
             begun ``<out>.partial`` is of other settings, or another process writes to ``out``.
     """
-    if max_rows is not None and max_rows < 1:
-        raise ValueError(f"max_rows: {max_rows} must be at least 1; leave it out for all rows.")
+    if max_rows is not None and not is_whole(max_rows):
+        raise ValueError(f"max_rows: {max_rows} must be a whole number of at least 1; leave it out for all rows.")
     views = views or Views(((image_size, image_size),))
     settings = {
         "source": source,
@@ -131,8 +144,10 @@ def write_cache(
         if height % tokenizer.downsample or width % tokenizer.downsample:
             size = f"{height}" if height == width else f"{height}x{width}"
             raise ValueError(f"image_size: {size} does not divide by the tokenizer's stride {tokenizer.downsample}.")
-    if block_rows < 1 or batch_size < 1:
-        raise ValueError(f"block_rows, batch_size: {block_rows} and {batch_size} must be at least 1.")
+    if not is_whole(block_rows) or not is_whole(batch_size):
+        raise ValueError(f"block_rows, batch_size: {block_rows} and {batch_size} must be whole numbers of at least 1.")
+    if not splits:
+        raise ValueError("splits: empty; name one or more.")
     out = Path(out)
     partial = out.with_name(out.name + ".partial")
     settings = {
@@ -172,7 +187,7 @@ def source_changed(out: str | Path, storage_options: dict[str, Any] | None = Non
 
     False if nothing can be compared: the source cannot be opened any more, or an earlier version wrote the cache.
     """
-    made = json.loads((Path(out) / CACHE_FILE).read_text())
+    made = description_of(out)
     for split, before in made.get("content", {}).items():
         if before is None:  # a stream from elsewhere
             continue
@@ -251,7 +266,7 @@ def load_codes(path: str | Path, split: str, fingerprint: str | None, kind: str 
     """
     if not is_codes_cache(path):
         raise ValueError(f"codes: {str(path)!r} has no {CACHE_FILE}; write it with recipes/encode_images.py.")
-    description = json.loads((Path(path) / CACHE_FILE).read_text())
+    description = description_of(path)
     made_with, holds = description["tokenizer_fingerprint"], description.get("kind", "captioned")
     if holds != kind:
         raise ValueError(f"codes: {str(path)!r} holds {holds} rows, not {kind} ones; give another folder.")

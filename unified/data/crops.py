@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageOps
 
+from unified_tokenizers.fields import is_finite, is_whole
+
 Size = tuple[int, int]  # height, width in pixels
 CROPS = ("center", "random", "ten")
 _LARGE = 2**22  # pixels of a scaled image, from where on only those that are kept are computed if they are few
@@ -36,14 +38,16 @@ class Views:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.sizes or any(min(size) < 1 for size in self.sizes):
+        if not isinstance(self.sizes, tuple | list) or not self.sizes or not all(map(_is_size, self.sizes)):
             raise ValueError(f"sizes: {self.sizes} must be one or more (height, width) in pixels.")
         if self.crop not in CROPS:
             raise ValueError(f"crop: {self.crop!r} is unknown; use one of {CROPS}.")
-        if self.count < 1 or (self.count > 1 and self.crop != "random"):
+        if not is_whole(self.count) or (self.count > 1 and self.crop != "random"):
             raise ValueError(f"count: {self.count} must be at least 1, and 1 unless crop is 'random'.")
-        if self.zoom < 1:
-            raise ValueError(f"zoom: {self.zoom} must be at least 1.")
+        if not is_finite(self.zoom) or self.zoom < 1:
+            raise ValueError(f"zoom: {self.zoom!r} must be a finite number of at least 1.")
+        if not is_whole(self.seed, 0):
+            raise ValueError(f"seed: {self.seed!r} must be a whole number of at least 0.")
 
     def __call__(self, image: Image.Image, row: int) -> Iterator[Image.Image]:
         """The views of one image, each of one of the sizes, always in the same order."""
@@ -64,6 +68,10 @@ class Views:
             for _ in range(self.count):
                 zoom, x, y = rng.uniform(1, self.zoom), rng.random(), rng.random()
                 yield fit(image, size, zoom, x, y)
+
+
+def _is_size(size: object) -> bool:
+    return isinstance(size, tuple | list) and len(size) == 2 and all(map(is_whole, size))
 
 
 def nearest_aspect(image: Image.Image, sizes: Sequence[Size]) -> Size:

@@ -98,6 +98,8 @@ def interleaved_sequence(
     room = max_length - (vocabulary.bos_token_id is not None)
     segments: list[Segment] = []
     images = iter(grids_of(row["codes"], row["heights"], row["widths"]))
+    if not row["texts"]:
+        raise ValueError(f"texts: {row['texts']} in a row of the cache; encode the source again.")
     if sum(text is None for text in row["texts"]) != len(row["heights"]):
         raise ValueError(
             f"texts: {sum(text is None for text in row['texts'])} places of images for {len(row['heights'])} grids; encode "
@@ -128,7 +130,10 @@ def _undecoded(rows: Rows, column: str) -> Rows:
             f"segments_column: {column!r} must hold lists of {{text, image}}, it holds {rows.features[column]}."
         )
     segment = {"text": datasets.Value("string"), "image": datasets.Image(decode=False)}
-    return rows.cast_column(column, datasets.List(segment))
+    try:
+        return rows.cast_column(column, datasets.List(segment))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"segments_column: {column!r} must hold lists of {{text, image}} ({error}).") from error
 
 
 def _records(

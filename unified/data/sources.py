@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any, TypeVar
 
 import datasets
@@ -41,6 +42,10 @@ def load_source(
     Raises:
         ValueError: if the source does not exist or cannot be read, has no such split, or no rows in it.
     """
+    try:
+        Path(source).exists()
+    except (OSError, ValueError) as error:  # too long, or with a null byte
+        raise ValueError(f"source: {short(source)} cannot be a path ({getattr(error, 'strerror', error)}).") from error
     if source.startswith("~"):
         source = str(expanded(source))
     rows = _naming_errors(source, split, lambda: _open(source, split, streaming, storage_options, image_column))

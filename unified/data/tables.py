@@ -1,5 +1,6 @@
 """Tables (parquet, JSON, CSV) and WebDataset tars as rows, from this machine or from anywhere that fsspec reads."""
 
+import csv
 import glob
 import json
 import os
@@ -41,7 +42,7 @@ def read_tables(
         streaming, storage_options: as in :func:`unified.data.sources.load_source`.
 
     Raises:
-        ValueError: if no file matches.
+        ValueError: if no file matches, or a CSV file has more fields in its first row than in its header.
     """
     pattern = source if "://" in source else as_pattern(source)
     files, inner = fsspec.url_to_fs(pattern, **(storage_options or {}))
@@ -85,10 +86,24 @@ def read_files(
             rows = load(copies)
         return _images_beside(rows, image_column, folder)
 
+    if kind == "csv":
+        for name in names:
+            _check_first_row(name, storage_options or {})
     folders = [name.rpartition("/")[0] for name in names]
     if len(set(folders)) == 1:
         return read(names, folders[0])
     return datasets.concatenate_datasets([read([name], folder) for name, folder in zip(names, folders, strict=True)])
+
+
+def _check_first_row(name: str, storage_options: dict[str, Any]) -> None:
+    """Raises ValueError if the first row of a CSV file has more fields than its header: pandas would shift the columns."""
+    with fsspec.open(name, "r", encoding="utf-8", errors="replace", newline="", **storage_options) as file:
+        header, first = (next(rows, []) for rows in [csv.reader(file)] * 2)
+    if len(first) > len(header):
+        raise ValueError(
+            f"source: {name!r} has {len(first)} fields in its first row and {len(header)} in its header; put texts with commas "
+            "in quotes."
+        )
 
 
 def _stamp(file: str, storage_options: dict[str, Any] | None) -> str:

@@ -1,6 +1,7 @@
 """Settings of decoding: how a code is sampled, and the table of modes. Needs no torch, so a command line starts at once."""
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -46,7 +47,7 @@ class Sampling:
         object.__setattr__(self, "top_k", int(self.top_k))
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: {self.top_p} must lie in (0, 1]; 1 keeps all codes.")
-        if not callable(self.guidance_schedule) and self.guidance_schedule not in SCHEDULES:
+        if not callable(self.guidance_schedule) and self.guidance_schedule not in tuple(SCHEDULES):
             raise ValueError(
                 f"guidance_schedule: {self.guidance_schedule!r} is unknown; use one of {tuple(SCHEDULES)} or a function."
             )
@@ -90,7 +91,8 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 
 def _check_finite(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not abs(value) <= sys.float_info.max:  # type: ignore[arg-type, operator]  # a whole number may be larger
         raise ValueError(f"{name}: {value!r} is not a finite number.")
 
 

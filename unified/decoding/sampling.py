@@ -47,6 +47,7 @@ def _keep_top_p(logits: Tensor, sampling: Sampling) -> Tensor:
     ordered, order = logits.sort(dim=-1, descending=True)
     probability = ordered.softmax(dim=-1)
     beyond = probability.cumsum(dim=-1) - probability >= sampling.top_p  # mass before a code reaches top_p
+    beyond[..., 0] = False  # also where float32 rounds top_p to 0
     return logits.masked_fill(beyond.scatter(-1, order, beyond), float("-inf"))
 
 

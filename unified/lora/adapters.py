@@ -65,6 +65,10 @@ def attach_lora(
     unknown = sorted(options.keys() - _FIELDS.keys())
     if unknown:
         raise ValueError(f"lora: {unknown} are not supported; leave them out.")
+    if not isinstance(train_image_tables, bool | None):
+        raise ValueError(
+            f"lora: train_image_tables {train_image_tables!r} is not possible; it must be true, false or null."
+        )
     if train_image_tables is None:
         train_image_tables = model.config.new_image_tables
     fields = {
@@ -189,6 +193,11 @@ def load_lora(
         f"lora: the tensors of {str(path)!r} are not those that its {_CONFIG_FILE} describes; get or save them again"
     )
     shapes = {(n, state[n].shape, wanted[n].shape) for n in wanted.keys() & state if state[n].shape != wanted[n].shape}
+    for name, tensor in state.items():
+        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+            raise ValueError(
+                f"lora: {name!r} of {str(path)!r} holds {tensor.dtype} values that are not all finite numbers."
+            )
     check_names(problem, state.keys() - wanted.keys(), wanted.keys() - state.keys(), shapes)
 
     adapted = _add(model, config, adapter_name, modality)  # the first change, and nothing is left to go wrong
@@ -252,7 +261,7 @@ def _check_name(model: UnifiedForCausalLM | PeftModel, name: str) -> None:
         if name in model.peft_config:
             raise ValueError(f"adapter_name: {name!r} is loaded already; choose another name or delete it first.")
     parts = {part for key in base_of(model).state_dict() for part in key.split(".")}
-    if not re.fullmatch(r"[\w -]+", name) or name in parts or hasattr(nn.ModuleDict, name):
+    if not isinstance(name, str) or not re.fullmatch(r"[\w -]+", name) or name in parts or hasattr(nn.ModuleDict, name):
         raise ValueError(
             f"adapter_name: {name!r} is not possible; use letters, digits, '_' and '-', and no name of a module of the model."
         )

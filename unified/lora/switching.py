@@ -1,7 +1,6 @@
 """Which adapters of a model are active, and with what weight: enable, disable, weigh, delete, fuse."""
 
 import copy
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from unified.lora.modality_gate import forget_gates
 from unified.model.modeling import UnifiedForCausalLM
+from unified_tokenizers.fields import is_finite
 
 _COMBINED = "unified_combined"  # temporary entry of a table that is no single adapter's copy
 
@@ -107,7 +107,7 @@ def set_adapters(model: PeftModel, names: Sequence[str], weights: Sequence[float
         raise ValueError(f"adapter_names: {list(names)} names an adapter twice; give it one weight.")
     if len(names) != len(weights) or not names:
         raise ValueError(f"weights: {len(weights)} weights for {len(names)} adapters; give one weight per adapter.")
-    if not all(isinstance(weight, int | float) and math.isfinite(weight) for weight in weights):
+    if not all(map(is_finite, weights)):
         raise ValueError(f"weights: {list(weights)} must be finite numbers.")
     switch(model, True)
     apply_weights(model, dict(zip(names, weights, strict=True)))
@@ -178,8 +178,8 @@ def fuse_lora(model: PeftModel, lora_scale: float = 1.0) -> None:
             )
     if _disabled(model):
         raise ValueError("fuse_lora: adapters are disabled; call enable_lora first.")
-    if not math.isfinite(lora_scale):
-        raise ValueError(f"lora_scale: {lora_scale} must be a finite number.")
+    if not is_finite(lora_scale):
+        raise ValueError(f"lora_scale: {lora_scale!r} must be a finite number.")
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     kept = [(weight, weight.data) for layer in layers for weight in layer.get_base_layer().parameters()]
     state = adapter_state(model)

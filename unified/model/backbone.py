@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from unified.hub import local_path, on_the_hub
+from unified.hub import check_config, local_path, on_the_hub
 from unified_tokenizers.checkpoint import check_layers, check_no_adapter, load_whole
 
 
@@ -28,10 +28,17 @@ def load_language_model(path: str | Path, dtype: torch.dtype, attn_implementatio
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
     with on_the_hub(path, "backbone"):
         check_no_adapter(path)
+        check_config(path, "backbone")
         check_layers(path)
         try:
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        except StrictDataclassError as error:
+        except (
+            StrictDataclassError,
+            ArithmeticError,
+            AttributeError,
+            KeyError,
+            TypeError,
+        ) as error:  # each has its own
             raise ValueError(f"backbone: config.json of {str(path)!r}: {' '.join(str(error).split())}") from error
     text = config.get_text_config()
     if text is config:

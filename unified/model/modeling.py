@@ -62,7 +62,12 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
         if config.text_config is None:
             raise ValueError("text_config: missing; give the backbone's configuration or use from_backbone.")
         if backbone is None:
-            backbone = AutoModelForCausalLM.from_config(config.text_config, trust_remote_code=False)
+            try:
+                backbone = AutoModelForCausalLM.from_config(config.text_config, trust_remote_code=False)
+            except (KeyError, TypeError, AttributeError, ArithmeticError) as error:  # values that no check has foreseen
+                raise ValueError(
+                    f"text_config: a {config.text_config.model_type!r} model cannot be built from these values ({error!r})."
+                ) from error
         else:
             for module in backbone.modules():
                 module._is_hf_initialized = True  # or post_init samples its weights again
@@ -153,6 +158,9 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
         Raises:
             ValueError: if the family does not work here; see :func:`unified.model.family.check_family`.
         """
+        unknown = sorted(config.keys() - UnifiedConfig.__annotations__.keys())
+        if unknown:
+            raise ValueError(f"config: {unknown} are no fields of UnifiedConfig; leave them out.")
         attention = backbone.config._attn_implementation  # a config that takes in another one resets it there
         unified = UnifiedConfig(text_config=backbone.config, **config)
         unified._attn_implementation = attention

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from unified.config import Vocabulary
 from unified.sequence import TextSegment
+from unified_tokenizers.fields import is_whole
 
 
 class ClassCondition(nn.Module):
@@ -67,19 +68,22 @@ def build_condition(description: dict[str, Any], width: int) -> ClassCondition |
     """Build the module that ``UnifiedConfig.conditioning`` describes, for embeddings of ``width`` numbers.
 
     Raises:
-        ValueError: if ``kind`` is unknown or a size is missing.
+        ValueError: if ``kind`` is unknown, or a size is missing or no size.
     """
     kinds: dict[Any, tuple[Callable[..., ClassCondition | FeatureCondition], tuple[str, ...]]] = {
         "class": (ClassCondition, ("classes",)),
         "features": (FeatureCondition, ("length", "features")),
     }
     kind = description.get("kind")
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         raise ValueError(f"conditioning: kind {kind!r} is unknown; use one of {sorted(kinds)}.")
     module, sizes = kinds[kind]
     missing = [name for name in sizes if name not in description]
     if missing:
         raise ValueError(f"conditioning: {missing} missing for kind {kind!r}.")
+    for name in sizes:
+        if not is_whole(description[name]):
+            raise ValueError(f"conditioning: {name} {description[name]!r} must be a whole number of at least 1.")
     return module(width, **{name: description[name] for name in sizes})
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from reprlib import repr as short
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ def as_prompts(prompt: Any) -> list[str]:
     """One caption or several as a list. Raises ValueError for anything else, and for empty captions."""
     texts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(texts, Sequence) or not texts:
-        raise ValueError(f"prompt: {prompt!r} is not a caption; give a non-empty string, or a list of them.")
+        raise ValueError(f"prompt: {short(prompt)} is not a caption; give a non-empty string, or a list of them.")
     for text in texts:
         check_prompt(text)
     return list(texts)
@@ -59,7 +60,7 @@ def as_prompts(prompt: Any) -> list[str]:
 def check_prompt(text: Any) -> None:
     """Refuse anything but a caption with something in it. Raises ValueError."""
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"prompt: {text!r} is not a caption; give a non-empty string.")
+        raise ValueError(f"prompt: {short(text)} is not a caption; give a non-empty string.")
     check_unicode(text, "prompt")
 
 
@@ -68,7 +69,7 @@ def as_negatives(negative_prompt: Any, count: int) -> list[str]:
     if negative_prompt is None or isinstance(negative_prompt, str):
         texts = [negative_prompt or ""] * count
     elif not isinstance(negative_prompt, Sequence) or not all(isinstance(text, str) for text in negative_prompt):
-        raise ValueError(f"negative_prompt: {negative_prompt!r} is not a string or a list of strings.")
+        raise ValueError(f"negative_prompt: {short(negative_prompt)} is not a string or a list of strings.")
     else:
         texts = list(negative_prompt)
     if len(texts) != count:
@@ -81,7 +82,7 @@ def as_negatives(negative_prompt: Any, count: int) -> list[str]:
 def check_unicode(text: str, name: str) -> None:
     """Refuse lone surrogates, which stand for bytes that were not UTF-8. Raises ValueError, which calls the text ``name``."""
     if any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError(f"{name}: {text!a} is not valid Unicode; give it in UTF-8.")
+        raise ValueError(f"{name}: {short(text)} is not valid Unicode; give it in UTF-8.")
 
 
 def check_room(prompts: Sequence[str], tokenizer: TextTokenizer, config: UnifiedConfig, grid: Grid, name: str) -> None:
@@ -91,7 +92,7 @@ def check_room(prompts: Sequence[str], tokenizer: TextTokenizer, config: Unified
         count = len(token_ids(text, tokenizer))
         if count > limit:
             raise ValueError(
-                f"{name}: {count} tokens, the model has room for {limit} beside the image; shorten {text!r}."
+                f"{name}: {count} tokens, the model has room for {limit} beside the image; shorten {short(text)}."
             )
 
 
@@ -187,7 +188,7 @@ def one_per_image(codes: Tensor, name: str, prompts: int, images_per_prompt: int
 def check_known(known: Any) -> None:
     """Refuse known codes that are no tensor of integers. Raises ValueError."""
     number = isinstance(known, Tensor) and not known.is_floating_point() and not known.is_complex()
-    if not number or known.dtype == torch.bool:
+    if not number or known.dtype == torch.bool or known.layout != torch.strided:
         kind = known.dtype if isinstance(known, Tensor) else type(known).__name__
         raise ValueError(f"known: {kind} is not a tensor of integer codes; give int64, -1 where the model samples.")
 

@@ -1,6 +1,7 @@
 """Images to text, and text and images in turn."""
 
 from collections.abc import Sequence
+from reprlib import repr as short
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from unified.pipeline.options import check_whole
 from unified.prediction.merge import Grid
 from unified.sequence import ImageSegment, Segment, TextSegment, build_sequence
 from unified_tokenizers import ImageTokenizer, TextTokenizer
-from unified_tokenizers.images import to_pil, to_tensor
+from unified_tokenizers.images import load_pixels, to_pil, to_tensor
 
 Message = str | Image.Image
 
@@ -29,16 +30,17 @@ def as_segments(messages: Any, image_tokenizer: ImageTokenizer, text_tokenizer: 
         ValueError: for an empty conversation, an empty text, or anything but texts and images.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise ValueError(f"messages: {messages!r} is not a conversation; give a list of texts and PIL images.")
+        raise ValueError(f"messages: {short(messages)} is not a conversation; give a list of texts and PIL images.")
     segments: list[Segment] = []
     for message in messages:
         if isinstance(message, Image.Image):
+            load_pixels(message, "messages")
             segments.append(ImageSegment(image_tokenizer.encode(to_tensor([message]))[0].cpu(), loss=False))
         elif isinstance(message, str) and message.strip():
             check_unicode(message, "messages")
             segments.append(TextSegment(text_tokenizer.encode(message.strip()), loss=False))
         else:
-            raise ValueError(f"messages: {message!r} is neither a text nor a PIL image.")
+            raise ValueError(f"messages: {short(message)} is neither a text nor a PIL image.")
     return segments
 
 

@@ -1,21 +1,25 @@
 """Images as known codes: masks, shares that are kept, larger canvases, and images that are not finished."""
 
 from collections.abc import Sequence
+from reprlib import repr as short
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from unified.pipeline.options import check_whole
 from unified_tokenizers import ImageTokenizer
-from unified_tokenizers.images import as_rgb, to_tensor
+from unified_tokenizers.images import as_rgb, load_pixels, to_tensor
 
 
 def as_images(images: Image.Image | Sequence[Image.Image], name: str = "image") -> list[Image.Image]:
-    """One image or several as a list. Raises ValueError for anything else, which it calls ``name``."""
+    """One image or several as a list. Raises ValueError, which calls them ``name``, for anything else or damaged files."""
     several = [images] if isinstance(images, Image.Image) else images
     if not isinstance(several, Sequence) or not several or not all(isinstance(each, Image.Image) for each in several):
-        raise ValueError(f"{name}: {images!r} is not a PIL image; give one, or a list of them.")
+        raise ValueError(f"{name}: {short(images)} is not a PIL image; give one, or a list of them.")
+    for each in several:
+        load_pixels(each, name)
     return list(several)
 
 
@@ -78,9 +82,11 @@ def outpainting_canvas(
     """A larger image with ``image`` at ``(top, left)``, and the mask of what is to be sampled around it.
 
     Raises:
-        ValueError: if the image does not fit there.
+        ValueError: if a number is not whole, or the image does not fit there.
     """
-    if top < 0 or left < 0 or top + image.height > height or left + image.width > width:
+    for name, value, least in (("height", height, 1), ("width", width, 1), ("top", top, 0), ("left", left, 0)):
+        check_whole(name, value, least)
+    if top + image.height > height or left + image.width > width:
         raise ValueError(
             f"image: {image.width}x{image.height} pixels at top {top}, left {left} leave the canvas of {width}x{height}."
         )

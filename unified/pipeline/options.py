@@ -42,7 +42,7 @@ class GenerationOptions:
             if getattr(self, name) is not None:
                 check_whole(name, getattr(self, name))
         check_whole("num_images_per_prompt", self.num_images_per_prompt)
-        if self.decoding not in DECODING_MODES:
+        if self.decoding not in tuple(DECODING_MODES):
             raise ValueError(f"decoding: {self.decoding!r} is unknown; use one of {tuple(DECODING_MODES)}.")
         sampling = Sampling(self.guidance_scale, self.temperature, self.top_k, self.top_p, self.guidance_schedule)
         object.__setattr__(self, "sampling", sampling)

@@ -123,16 +123,24 @@ class UnifiedPipeline:
             torch_dtype: dtype of the language model; the image tokenizer stays in float32.
 
         Raises:
-            ValueError: if a local folder is not a pipeline.
+            ValueError: if a local folder is not a pipeline, its parts do not belong together, or for another dtype.
         """
         folder = local_folder(pretrained_model_name_or_path, "pipeline")
         if not (folder / PIPELINE_FILE).is_file():
             raise ValueError(
                 f"pipeline: {str(folder)!r} has no {PIPELINE_FILE}; give a folder written by save_pretrained."
             )
+        if not isinstance(torch_dtype, torch.dtype) or not torch_dtype.is_floating_point:
+            raise ValueError(f"torch_dtype: {torch_dtype!r} is not a floating-point torch.dtype.")
+        made_with = _fingerprint_of(folder / PIPELINE_FILE)
         model = UnifiedForCausalLM.from_pretrained(folder / "model", dtype=torch_dtype)
         model.name_or_path = str(pretrained_model_name_or_path)  # what an adapter names as its base
         image_tokenizer = AutoImageTokenizer.from_pretrained(folder / "image_tokenizer")
+        if made_with not in (None, image_tokenizer.fingerprint):
+            raise ValueError(
+                f"pipeline: {PIPELINE_FILE} of {str(folder)!r} has the image_tokenizer_fingerprint {made_with!r}, its image "
+                f"tokenizer {image_tokenizer.fingerprint!r}; get the folder again."
+            )
         pipe = cls(model, image_tokenizer, load_text_tokenizer(folder / "text_tokenizer"))
         pipe._card = read_card(folder)
         return pipe
@@ -554,7 +562,7 @@ class UnifiedPipeline:
         Raises:
             ValueError: for unknown names, or weights that are no finite numbers.
         """
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        names = as_names(adapter_names)
         several = isinstance(adapter_weights, Sequence) and not isinstance(adapter_weights, str)
         weights: list[Any] = list(adapter_weights) if several else [adapter_weights] * len(names)  # type: ignore[arg-type]
         set_adapters(self._adapted("adapter_names"), names, [1.0 if weight is None else weight for weight in weights])
@@ -567,7 +575,7 @@ class UnifiedPipeline:
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
         """Forget adapters; the others stay as they are. Raises ValueError for unknown names."""
         model = self._adapted("adapter_names")
-        names = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
+        names = set(as_names(adapter_names))
         if names == set(model.peft_config):
             self.unload_lora_weights()
         else:
@@ -633,8 +641,27 @@ class UnifiedPipeline:
 
 def check_output_type(output_type: Any) -> None:
     """Refuse a form of images that there is not. Raises ValueError."""
-    if output_type not in OUTPUT_TYPES:
+    if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
         raise ValueError(f"output_type: {output_type!r} is unknown; use one of {OUTPUT_TYPES}.")
+
+
+def _fingerprint_of(file: Path) -> str | None:
+    """The image tokenizer's fingerprint in a ``pipeline.json``. Raises ValueError if that cannot be read."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"pipeline: {str(file)!r} is no JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"pipeline: {str(file)!r} holds a {type(content).__name__}; need names with values.")
+    return content.get("image_tokenizer_fingerprint")
+
+
+def as_names(adapter_names: Any) -> list[str]:
+    """One name or several as a list. Raises ValueError for anything else."""
+    names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+    if not isinstance(names, list | tuple | set) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"adapter_names: {adapter_names!r} is not a name or a list of names.")
+    return list(names)
 
 
 def _is_list(value: Any) -> bool:

@@ -21,6 +21,7 @@ from unified.prediction.merge import Grid, Merge, merged_grid, windows
 from unified.prediction.order import NONE, START
 from unified.prediction.plan import NEVER, RASTER, Plan, Prediction
 from unified.sequence import IGNORE, TokenSequence
+from unified_tokenizers.fields import is_whole
 
 
 @dataclass
@@ -101,10 +102,15 @@ def arrange(
         as_sampled: an image of any order in the groups in which it is sampled; training predicts its cells one by one.
 
     Raises:
-        ValueError: if image spans and grids disagree, a span has no ``<boi>`` before it, an id lies beyond the codebook, or
-            the merge or the order does not fit a grid.
+        ValueError: if ids and labels are not as many integers, image spans and grids disagree, a span has no ``<boi>`` before
+            it, an id is negative or beyond the codebook, or the merge or the order does not fit a grid.
     """
     merge = prediction.merge if merge is None else merge
+    for name, given in (("input_ids", sequence.input_ids), ("labels", sequence.labels)):
+        if given.ndim != 1 or given.dtype != torch.int64 or len(given) != len(sequence.input_ids):
+            raise ValueError(
+                f"{name}: need int64 ({len(sequence.input_ids)},), got {given.dtype} {tuple(given.shape)}."
+            )
     ids, labels = sequence.input_ids.numpy(), sequence.labels.numpy()
     spans = image_spans(ids, sequence.image_grids, vocabulary)
     seed = None if not prediction.way.any_order else sequence.seed
@@ -189,8 +195,12 @@ def image_spans(ids: np.ndarray, grids: Sequence[Grid], vocabulary: Vocabulary) 
             id lies beyond the codebook.
     """
     total = vocabulary.text_vocab_size + vocabulary.codebook_size
-    if len(ids) and ids.max() >= total:
-        raise ValueError(f"input_ids: {ids.max()} is beyond text vocabulary and codebook ({total} ids).")
+    if len(ids) and (ids.max() >= total or ids.min() < 0):
+        outside = ids.max() if ids.max() >= total else ids.min()
+        raise ValueError(f"input_ids: {outside} is beyond text vocabulary and codebook ({total} ids).")
+    for grid in grids:
+        if not isinstance(grid, tuple | list) or len(grid) != 2 or not all(map(is_whole, grid)):
+            raise ValueError(f"image_grids: {grid!r} is not a grid (h, w) of whole numbers of at least 1.")
     is_image = np.zeros(len(ids) + 2, dtype=np.int8)
     is_image[1:-1] = ids >= vocabulary.text_vocab_size
     change = np.flatnonzero(np.diff(is_image)).tolist()

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from unified_tokenizers.fields import is_whole
+
 Grid = tuple[int, int]
 MERGES = ("one", "mean", "channel")
 
@@ -32,8 +34,8 @@ class Merge:
     def __post_init__(self) -> None:
         if self.kind not in MERGES:
             raise ValueError(f"merge: {self.kind!r} is unknown; use one of {MERGES}.")
-        if self.side < 1 or (self.kind == "one" and self.side != 1):
-            raise ValueError(f"merge: {self.kind!r} cannot have windows of side {self.side}.")
+        if not is_whole(self.side) or (self.kind == "one" and self.side != 1):
+            raise ValueError(f"merge: {self.kind!r} cannot have windows of side {self.side!r}.")
 
 
 ONE = Merge()

@@ -41,6 +41,13 @@ class PatchSchedule:
     mixed: float = 0.0
 
     def __post_init__(self) -> None:
+        for name, kind, wanted in (("patch_sizes", int, "whole numbers"), ("shares", int | float, "numbers")):
+            given = getattr(self, name)
+            if not isinstance(given, list | tuple) or not all(isinstance(value, kind) for value in given):
+                raise ValueError(f"{name}: {given!r} must be a list of {wanted}.")
+        for name in ("warmup", "decay", "final", "mixed"):
+            if not isinstance(getattr(self, name), int | float):
+                raise ValueError(f"{name}: {getattr(self, name)!r} must be a number.")
         sizes = list(self.patch_sizes)
         if not sizes or sizes[-1] != 1 or sizes != sorted(set(sizes), reverse=True):
             raise ValueError(f"patch_sizes: {self.patch_sizes} must be strictly decreasing and end at 1.")
@@ -60,7 +67,7 @@ class PatchSchedule:
     @classmethod
     def from_levels(cls, levels: int, ratio: float = 0.5, **options: float | bool) -> "PatchSchedule":
         """The paper's schedule: ``levels`` patch sizes ending at 1, stage boundaries at ``ratio ** i`` of the training."""
-        if not 1 <= levels <= 4 or not 0 < ratio < 1:
+        if levels not in (1, 2, 3, 4) or not 0 < ratio < 1:
             raise ValueError(f"levels, ratio: {levels} and {ratio} must lie in 1..4 and (0, 1).")
         ends = [ratio**i for i in reversed(range(levels))]
         shares = tuple(end - start for start, end in zip([0.0, *ends], ends, strict=False))

@@ -1,9 +1,8 @@
 """The model card of a run: what its weights were made from, collected from settings, data and log."""
 
-import json
 from pathlib import Path
 
-from unified.data.code_cache import CACHE_FILE, is_codes_cache
+from unified.data.code_cache import description_of, is_codes_cache
 from unified.data.sources import terms_of
 from unified.model_card import Origin, model_card
 from unified.settings import dump_settings
@@ -47,7 +46,7 @@ def _data(config: TrainConfig) -> list[Origin]:
 def _codes(what: str, source: str, encoded: Path, split: str, max_samples: int | None = None) -> Origin:
     """``source`` is a codes cache, or was encoded into ``encoded``."""
     folder = Path(source) if is_codes_cache(source) else encoded
-    codes = json.loads((folder / CACHE_FILE).read_text())
+    codes = description_of(folder)
     used = min(codes["rows"][split]["used"], max_samples or float("inf"))
     terms = codes if "license" in codes else terms_of(codes["source"])  # a cache of an earlier version has none
     return f"{what}: `{codes['source']}`, {used} for training", terms

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 import yaml
@@ -11,6 +12,7 @@ from accelerate import Accelerator
 from unified.files import sync
 from unified.settings import differences, dump_settings, flat
 from unified.training.state import read_state, write_state
+from unified_tokenizers.fields import is_whole
 
 _STATE_FILE = "trainer_state.json"
 _SETTINGS_FILE = "settings.yaml"
@@ -150,9 +152,13 @@ def check_settings(path: Path, settings: object, allow_changes: bool) -> None:
     Raises:
         ValueError: naming the settings that differ.
     """
+    try:
+        kept = yaml.safe_load((path / _SETTINGS_FILE).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"resume: {str(path / _SETTINGS_FILE)!r} is no YAML ({error}).") from error
     before, now = (
-        {name: value for name, value in flat(yaml.safe_load(text)) if name.split(".")[0] not in _FREE}
-        for text in ((path / _SETTINGS_FILE).read_text(), dump_settings(settings))
+        {name: value for name, value in flat(values) if name.split(".")[0] not in _FREE}
+        for values in (kept if isinstance(kept, dict) else {}, yaml.safe_load(dump_settings(settings)))
     )
     _check_same("settings", path, before, now, allow_changes)
 
@@ -176,15 +182,28 @@ def _check_same(what: str, path: Path, before: dict[str, Any], now: dict[str, An
 
 
 def _state_of(path: Path) -> dict[str, Any]:
-    return json.loads((path / _STATE_FILE).read_text())
+    """What a checkpoint says of itself. Raises ValueError if it is not whole."""
+    state = json.loads((path / _STATE_FILE).read_text(encoding="utf-8"))
+    if not isinstance(state, dict):
+        raise ValueError(f"it holds a {type(state).__name__}")
+    for name in ("step", "positions"):
+        if not is_whole(state.get(name), 0):
+            raise ValueError(f"{name} is {state.get(name)!r}")
+    for name in ("inputs", "numbers", "files"):
+        if not isinstance(state.get(name), dict):
+            raise ValueError(f"{name} is {short(state.get(name))}")
+    missing = sorted({"num_processes", "device", "optimizers", "schedulers", "scaler"} - state["numbers"].keys())
+    if missing:
+        raise ValueError(f"numbers lack {missing}")
+    return state
 
 
 def _damage(path: Path) -> str | None:
     """What is wrong with the files of a checkpoint; None if all are there in full length."""
     try:
         sizes = _state_of(path)["files"]
-    except (OSError, ValueError, KeyError):  # the last: of an earlier version, which wrote pickles
-        return f"{_STATE_FILE} is missing, cut or of an earlier version"
+    except (OSError, ValueError) as error:
+        return f"{_STATE_FILE} is missing, cut or of an earlier version ({error})"
     for name, size in sizes.items():
         file = path / name
         if not file.is_file():

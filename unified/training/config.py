@@ -8,11 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
 from omegaconf import MISSING
-from transformers import AutoConfig
 
-from unified.config import UnifiedConfig, check_sizes
+from unified.config import UnifiedConfig, language_config
 from unified.decoding import Sampling
 from unified.lora.modality_gate import check_modality
 from unified.model.init import EMBED_KINDS, HEAD_KINDS
@@ -147,18 +145,12 @@ class ModelConfig:
                 raise ValueError(f"model.options: {name!r} is unknown or not free{did_you_mean(name, known)}")
         try:
             UnifiedConfig(**self.options)
-        except (ValueError, StrictDataclassError) as error:
+        except ValueError as error:
             raise ValueError(f"model.options: {' '.join(str(error).split())}") from error
 
     @staticmethod
     def _check_architecture(architecture: dict[str, Any]) -> None:
-        if "model_type" not in architecture:
-            raise ValueError("model.architecture: needs a model_type such as 'llama' to choose the backbone.")
-        check_sizes("model.architecture", architecture)
-        try:
-            config = AutoConfig.for_model(**architecture)
-        except (ValueError, StrictDataclassError) as error:
-            raise ValueError(f"model.architecture: {' '.join(str(error).split())}") from error
+        config = language_config(architecture, "model.architecture")
         known = vars(type(config)())
         for name in architecture:  # the class keeps what it does not know, and translates older names
             if name in vars(config) and name not in known:

@@ -1,6 +1,5 @@
 """From a run's data settings to its batches, and to the losses that are measured on held-out rows."""
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -16,7 +15,7 @@ from unified.config import UnifiedConfig
 from unified.data import SkipReport, load_source
 from unified.data.batches import Batches, Source, in_order
 from unified.data.captioned import captioned_sequence, text_sequence
-from unified.data.code_cache import CACHE_FILE, encode_source, is_codes_cache, load_codes, source_changed
+from unified.data.code_cache import description_of, encode_source, is_codes_cache, load_codes, source_changed
 from unified.data.crops import Views
 from unified.data.interleaved import encode_interleaved, interleaved_sequence
 from unified.data.rows import UNREADABLE, readable
@@ -227,7 +226,7 @@ def encode_once(
         ValueError: if the earlier codes are not what is ``wanted``.
     """
     if is_codes_cache(folder):
-        refuse_other("data", folder, json.loads((folder / CACHE_FILE).read_text()), wanted)
+        refuse_other("data", folder, description_of(folder), wanted)
         if not source_changed(folder, context.config.data.storage_options or None):
             return folder
         context.accelerator.print(f"{wanted['source']} has changed since {folder} was encoded; it is encoded again")

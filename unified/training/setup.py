@@ -125,6 +125,10 @@ def set_up(config: TrainConfig, accelerator: Accelerator) -> Run:
     if average is not None:
         accelerator.register_for_checkpointing(average)
     step, positions = load_checkpoint(accelerator, checkpoint) if checkpoint else (0, 0)
+    if step > config.steps:
+        raise ValueError(
+            f"resume: {str(checkpoint)!r} comes after step {step}, the run ends with steps={config.steps}; raise it."
+        )
     remove_stale(accelerator, output / "checkpoints", step)
 
     # 4. Logs

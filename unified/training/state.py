@@ -9,6 +9,8 @@ checkpoints that you trust.
 import json
 import random
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from peft import PeftModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -60,6 +62,11 @@ def read_state(accelerator: Accelerator, folder: Path, numbers: Numbers) -> None
     else:
         for name, module in _modules(accelerator).items():
             _read(folder / name, _tensors(module))
+        if len(numbers["optimizers"]) != len(accelerator._optimizers):
+            raise ValueError(
+                f"resume: {str(folder)!r} has the state of {len(numbers['optimizers'])} optimizers, this run has "
+                f"{len(accelerator._optimizers)}."
+            )
         for i, (optimizer, kept) in enumerate(zip(accelerator._optimizers, numbers["optimizers"], strict=True)):
             state = _empty_state(optimizer, kept["state"])
             _read(folder / _numbered("optimizer", i), state)
@@ -127,8 +134,12 @@ def _empty_state(optimizer: torch.optim.Optimizer, shapes: dict[str, list[Any]])
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state = {}
     for key, (dtype, *shape) in shapes.items():
-        parameter = parameters[int(key.split(".", 1)[0])]
-        kind = getattr(torch, dtype)
+        index, kind = key.split(".", 1)[0], getattr(torch, str(dtype), None)
+        if not index.isdecimal() or int(index) >= len(parameters) or not isinstance(kind, torch.dtype):
+            raise ValueError(
+                f"resume: the optimizer's {key!r} of type {dtype} is not of this run's {len(parameters)} tensors."
+            )
+        parameter = parameters[int(index)]
         state[key] = (
             torch.zeros_like(parameter, dtype=kind)
             if shape == list(parameter.shape)
@@ -162,7 +173,7 @@ def _read(path: Path, tensors: dict[str, Tensor]) -> None:
         return
     if not _file(path).is_file():
         raise ValueError(f"resume: {str(_file(path))!r} is missing; the checkpoint is of another kind of run.")
-    with safe_open(_file(path), "pt") as file:
+    with _opened(_file(path)) as file:
         names = set(file.keys())
         if names != tensors.keys():
             raise ValueError(
@@ -176,6 +187,16 @@ def _read(path: Path, tensors: dict[str, Tensor]) -> None:
                     f"resume: {name!r} is {tuple(kept.shape)} in {str(path)!r} and {tuple(tensor.shape)} in this run."
                 )
             tensor.copy_(kept)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """An open safetensors file. Raises ValueError if it is none."""
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"resume: {str(path)!r} cannot be read ({error}); resume from another checkpoint.") from error
 
 
 def _are_cut(tensors: dict[str, Tensor]) -> bool:
@@ -202,7 +223,7 @@ def _write_random(path: Path, device: torch.device) -> None:
 def _read_random(path: Path, device: torch.device, same_device: bool) -> None:
     if not path.is_file():
         raise ValueError(f"resume: the random stream {str(path)!r} is missing; resume from another checkpoint.")
-    with safe_open(path, "pt") as file:
+    with _opened(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         (version, gauss), (kind, *rest) = (json.loads(file.metadata()[name]) for name in ("python", "numpy"))
     random.setstate((version, tuple(tensors["python"].tolist()), gauss))
