@@ -253,6 +253,7 @@ def plan(args: argparse.Namespace) -> list[Run]:
         for variant in args.variants:
             own, like = VARIANTS[variant]
             overrides = (*own, *args.overrides)
+            load_config(args.config, [*overrides, "output_dir=unused"])  # whatever is wrong shows before the first run
             other = None if like is None else (*VARIANTS[like][0], *args.overrides)
             folder = "".join(c if c.isalnum() else "-" for c in variant).strip("-")
             out = f"{args.out}/{folder}/seed-{seed}"

@@ -1,8 +1,8 @@
 """Hand hostile and odd inputs to every entry point and count what becomes of them.
 
-    python tests/fuzz.py [WORDS ...] [--all] [--json FILE]
+    python tests/fuzz.py [WORDS ...] [--json FILE]
 
-WORDS choose the entry points whose names hold one of them; ``--all`` also runs the cases that wait for something. Needed
+WORDS choose the entry points whose names hold one of them. Needed
 are: one clear line for every input that is wrong, and nothing else. The exit code is 1 if something else happens.
 """
 
@@ -145,7 +145,6 @@ def table(found: Sequence[tuple[Case, Outcome]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", help="run the entry points whose names hold one of these")
-    parser.add_argument("--all", action="store_true", help="also the cases that wait for something")
     parser.add_argument("--json", type=Path, help="file for all outcomes")
     parser.add_argument("--verbose", action="store_true", help="print every case")
     args = parser.parse_args()
@@ -153,13 +152,10 @@ def main() -> int:
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     chosen = [case for case in CASES if not args.words or any(word in case.entry for word in args.words)]
-    waiting = [case for case in chosen if case.waits and not args.all]
     found, records = [], []
     with tempfile.TemporaryDirectory() as root:
         world = World(Path(root))
         for case in chosen:
-            if case in waiting:
-                continue
             start = time.monotonic()
             outcome = run(case, world)
             seconds = time.monotonic() - start
@@ -169,14 +165,12 @@ def main() -> int:
             if args.verbose or not outcome.good:
                 print(f"{outcome.kind}: {case.entry}: {case.name}: {outcome.detail} ({seconds:.1f} s)", flush=True)
     print(table(found))
-    for case in waiting:
-        print(f"not run: {case.entry}: {case.name}: {case.waits}")
     invalid = [outcome for case, outcome in found if case.words != VALID]
     clear = sum(outcome.kind == CLEAR for outcome in invalid)
     print(f"{clear} of {len(invalid)} wrong inputs end with a clear error ({clear / max(len(invalid), 1):.1%})")
     if args.json:
         counts = dict(Counter(outcome.kind for _, outcome in found))
-        args.json.write_text(json.dumps({"counts": counts, "not_run": len(waiting), "cases": records}, indent=2))
+        args.json.write_text(json.dumps({"counts": counts, "cases": records}, indent=2))
     return int(not all(outcome.good for _, outcome in found))
 
 

@@ -380,7 +380,7 @@ def test_images_of_a_random_order_differ_in_it_and_are_the_same_again():
     ({"order": "cells", "size": -1}, r"prediction\.size: -1 must be a whole number"),
     ({"order": "cells", "size": True}, r"prediction\.size: True must be"),
     ({"merge": "mean", "window": 2}, r"prediction\.merge: 'mean' is for training stages"),
-    ({"merge": "one", "window": 2}, "merge: 'one' cannot have windows of side 2"),
+    ({"merge": "one", "window": 2}, r"prediction\.merge: .one. cannot have windows of side 2"),
     ({"merge": "channel", "window": 3}, r"prediction\.window: 3\^2 does not divide the width of 32"),
     ({"oder": "rows"}, r"prediction: \['oder'\] unknown; use order, size, merge and window"),
 ])  # fmt: skip

@@ -16,14 +16,12 @@ class Case(NamedTuple):
         name: the input, in a few words.
         call: hands the input over.
         words: what the error has to name, separated by spaces; VALID for an input that is to be accepted.
-        waits: why the case is not run by default; empty if it is.
     """
 
     entry: str
     name: str
     call: Callable[[World], object]
     words: str = VALID
-    waits: str = ""
 
 
 class Silent(Exception):
@@ -31,12 +29,12 @@ class Silent(Exception):
 
 
 def cases(entry: str, *rows: tuple) -> list[Case]:
-    """Rows of name, call, words and perhaps what they wait for."""
+    """Rows of name, call and words."""
     return [Case(entry, *row) for row in rows]
 
 
 def each(entry: str, make: Callable[..., Callable[[World], object]], rows: Iterable[tuple]) -> list[Case]:
-    """Rows of an argument for ``make``, words and perhaps what they wait for; an argument is its own name."""
+    """Rows of an argument for ``make``, words; an argument is its own name."""
     return [Case(entry, shortened(repr(value)), make(value), *rest) for value, *rest in rows]
 
 

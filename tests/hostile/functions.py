@@ -21,12 +21,12 @@ from unified.lora.adapters import attach_lora
 from unified.model.init import initialize_image_tables
 from unified.prediction.arrange import arrange, pack
 from unified.prediction.merge import Merge, merged_grid, windows
+from unified.prediction.plan import Prediction
 from unified.sequence import ImageSegment, TextSegment, TokenSequence, build_sequence
 from unified_tokenizers import train_sentencepiece
 from unified_tokenizers.images import to_tensor
 
 NAN = float("nan")
-CODES = "the check of codes, grids and captions in rows"
 CONFIG = tiny_config()
 VOCABULARY = tiny_config(text={"vocab_size": 320}).vocabulary
 GRID = torch.zeros(4, 4, dtype=torch.int64)
@@ -140,7 +140,9 @@ CASES: list[Case] = [
         ("a negative id", arranged(torch.where(IDS == 5, -7, IDS)), "input_ids -7"),
         ("floats", arranged(IDS.float()), "input_ids float32"),
         ("two dimensions", arranged(IDS[None]), "input_ids (1, 20)"),
-        ("an unknown order", arranged(order="spiral"), "order spiral"),
+        ("regions that do not fit", arranged(prediction=Prediction("regions", 3)), "prediction.size 3 4x4"),
+        ("more passes than cells", arranged(prediction=Prediction("locality", 17)), "prediction.size 17 1..16"),
+        ("windows that do not fit a grid", arranged(prediction=Prediction(merge=Merge("channel", 3))), "patch_size 3"),
         ("windows that do not fit", arranged(merge=Merge("mean", 3)), "patch_size 3"),
         (
             "labels of another length",
@@ -176,16 +178,16 @@ CASES: list[Case] = [
         [
             ({"codes": np.full(16, 20)}, "codes 20"),
             ({"codes": np.full(16, -1)}, "codes -1"),
-            ({"codes": np.zeros(15, int)}, "codes 15", CODES),
-            ({"codes": np.full(16, 1.5)}, "codes float64", CODES),
-            ({"codes": np.full(16, NAN)}, "codes", CODES),
-            ({"codes": None}, "codes", CODES),
-            ({"codes": ["a"] * 16}, "codes", CODES),
-            ({"height": -4, "width": -4}, "height -4", CODES),
-            ({"height": 0}, "codes", CODES),
-            ({"height": None}, "height None", CODES),
-            ({"caption": None}, "caption None", CODES),
-            ({"codes": np.zeros(0, int)}, "codes 0", CODES),
+            ({"codes": np.zeros(15, int)}, "codes 15"),
+            ({"codes": np.full(16, 1.5)}, "codes float64"),
+            ({"codes": np.full(16, NAN)}, "codes"),
+            ({"codes": None}, "codes"),
+            ({"codes": ["a"] * 16}, "codes"),
+            ({"height": -4, "width": -4}, "height -4"),
+            ({"height": 0}, "codes"),
+            ({"height": None}, "height None"),
+            ({"caption": None}, "caption None"),
+            ({"codes": np.zeros(0, int)}, "codes 0"),
             ({"height": 2, "width": 8}, VALID),
         ],
     ),
@@ -193,18 +195,18 @@ CASES: list[Case] = [
         "rows: interleaved",
         interleaved,
         [
-            ({"codes": [0] * 15}, "codes 15", CODES),
-            ({"codes": [0] * 17}, "codes 17", CODES),
+            ({"codes": [0] * 15}, "codes 15"),
+            ({"codes": [0] * 17}, "codes 17"),
             ({"codes": [20] * 16}, "codes 20"),
             ({"codes": [-1] * 16}, "codes -1"),
-            ({"codes": [0.5] * 16}, "codes", CODES),
-            ({"heights": np.array([4, 4])}, "heights", CODES),
-            ({"heights": np.array([0])}, "codes", CODES),
-            ({"heights": np.array([-4]), "widths": np.array([-4])}, "height -4", CODES),
-            ({"texts": ["red", None, None]}, "texts images", CODES),
-            ({"texts": []}, "texts", CODES),
-            ({"texts": None}, "texts None", CODES),
-            ({"texts": ["red"]}, "texts", CODES),
+            ({"codes": [0.5] * 16}, "codes"),
+            ({"heights": np.array([4, 4])}, "heights"),
+            ({"heights": np.array([0])}, "codes"),
+            ({"heights": np.array([-4]), "widths": np.array([-4])}, "height -4"),
+            ({"texts": ["red", None, None]}, "texts images"),
+            ({"texts": []}, "texts"),
+            ({"texts": None}, "texts None"),
+            ({"texts": ["red"]}, "texts"),
             ({}, VALID),
         ],
     ),

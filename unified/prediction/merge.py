@@ -34,7 +34,11 @@ class Merge:
     def __post_init__(self) -> None:
         if self.kind not in MERGES:
             raise ValueError(f"merge: {self.kind!r} is unknown; use one of {MERGES}.")
-        if not is_whole(self.side) or (self.kind == "one" and self.side != 1):
+        if (
+            not is_whole(self.side)
+            or (self.kind == "one" and self.side != 1)
+            or (self.kind == "channel" and self.side < 2)
+        ):
             raise ValueError(f"merge: {self.kind!r} cannot have windows of side {self.side!r}.")
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from unified.config import UnifiedConfig
 from unified.prediction.merge import ONE, Grid, Merge
 from unified.prediction.order import NONE, ORDERS, QUERY, Cells, Order
+from unified_tokenizers.fields import is_whole
 
 NEVER = 2**30  # a step that no position reaches
 
@@ -55,9 +56,9 @@ class Prediction:
     merge: Merge = ONE
 
     def __post_init__(self) -> None:
-        if self.order not in ORDERS:
+        if not isinstance(self.order, str) or self.order not in ORDERS:
             raise ValueError(f"prediction.order: {self.order!r} is unknown; use one of {tuple(ORDERS)}.")
-        if isinstance(self.size, bool) or not isinstance(self.size, int) or self.size < 0:
+        if not is_whole(self.size, least=0):
             raise ValueError(f"prediction.size: {self.size!r} must be a whole number of at least 0.")
         if self.size and self.way.size is None:
             raise ValueError(f"prediction.size: {self.order!r} takes none; leave it out.")
@@ -69,7 +70,7 @@ class Prediction:
     @classmethod
     def of(cls, config: UnifiedConfig) -> "Prediction":
         """What ``UnifiedConfig.prediction`` says; next-token prediction for None."""
-        return cls.from_mapping(config.prediction or {})
+        return cls.from_mapping({} if config.prediction is None else config.prediction)
 
     @classmethod
     def from_mapping(cls, given: Mapping[str, Any]) -> "Prediction":
@@ -78,12 +79,20 @@ class Prediction:
         Raises:
             ValueError: for unknown keys, and as the class.
         """
-        unknown = sorted(set(given) - {"order", "size", "merge", "window"})
+        if not isinstance(given, Mapping):
+            raise ValueError(
+                f"prediction: {given!r} must be a mapping with order, size, merge and window, each optional."
+            )
+        unknown = sorted(map(str, set(given) - {"order", "size", "merge", "window"}))
         if unknown:
             raise ValueError(f"prediction: {unknown} unknown; use order, size, merge and window.")
         kind = given.get("merge", "one")
         window = given.get("window", 2 if kind == "channel" else 1)
-        return cls(given.get("order", "raster"), given.get("size", 0), Merge(kind, window))
+        try:
+            merge = Merge(kind, window)
+        except ValueError as error:
+            raise ValueError(f"prediction.{error}") from error
+        return cls(given.get("order", "raster"), given.get("size", 0), merge)
 
     @property
     def way(self) -> Order:

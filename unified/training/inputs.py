@@ -28,6 +28,8 @@ def check_grids(grids: Iterable[Grid], patch_sizes: Iterable[int], prediction: P
     """
     side = prediction.merge.side
     for height, width in grids:
+        if height < 1 or width < 1:
+            raise ValueError(f"codes: a grid of {height}x{width} holds none; encode the images again.")
         if height % side or width % side:
             raise ValueError(
                 f"prediction.window: {side} does not divide the code grid {height}x{width} of the data; use a divisor of its "
