@@ -150,6 +150,7 @@ def test_study_writes_plot_and_table(tmp_path):
     assert "| fast |" in (tmp_path / "table.md").read_text()
 
 
+@pytest.mark.process
 def test_a_variant_stops_at_the_cost_of_another(config_file, picture_source, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     arguments = ["--config", str(config_file), "--data", picture_source, "--clip", "none", "--out", str(tmp_path),

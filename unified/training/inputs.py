@@ -11,7 +11,7 @@ from torch import nn
 
 from unified.config import UnifiedConfig
 from unified.prediction.merge import Grid
-from unified.prediction.plan import Prediction
+from unified.prediction.plan import RASTER, Prediction
 from unified_tokenizers import TextTokenizer
 
 
@@ -22,14 +22,14 @@ def code_grids(rows: datasets.Dataset) -> list[Grid]:
     return [(int(height), int(width)) for height, width in unique]
 
 
-def check_grids(grids: Iterable[Grid], patch_sizes: Iterable[int], prediction: Prediction) -> None:
+def check_grids(grids: Iterable[Grid], patch_sizes: Iterable[int], prediction: Prediction = RASTER) -> None:
     """Raises ValueError if a patch size of the schedule or a window of the merge does not divide a grid of the data, or the
     order does not fit it.
     """
     side = prediction.merge.side
     for height, width in grids:
         if height < 1 or width < 1:
-            raise ValueError(f"codes: a grid of {height}x{width} holds none; encode the images again.")
+            raise ValueError(f"codes: an image has the height {height} and the width {width}; encode the images again.")
         if height % side or width % side:
             raise ValueError(
                 f"prediction.window: {side} does not divide the code grid {height}x{width} of the data; use a divisor of its "
