@@ -1,4 +1,4 @@
-"""The command line: ``unified generate|caption|inpaint|serve`` or ``python -m unified ...``.
+"""The command line: ``unified generate|caption|inpaint|export|serve`` or ``python -m unified ...``.
 
 Only the standard library and the tables of options are imported here, so that ``--help`` and mistakes answer at once;
 commands import the rest.
@@ -83,6 +83,10 @@ def build_parser() -> argparse.ArgumentParser:
     caption.add_argument("--prompt", help="how the caption begins")
     caption.add_argument("--max-new-tokens", type=int, default=32, help="default: %(default)s")
     _sampling_options(caption)
+
+    export = command("export", _export, "Write a plain checkpoint with one joint table, for other engines.")
+    export.add_argument("--for", dest="engine", default="vllm", choices=["vllm"], help="default: %(default)s")
+    export.add_argument("--out", type=Path, required=True, help="folder to write")
 
     serve = command("serve", _serve, "Start a web page; needs the extra 'demo'.")
     serve.add_argument("--loras", type=Path, nargs="*", default=[], help="folders of LoRA adapters to choose from")
@@ -250,6 +254,23 @@ def _caption(args: argparse.Namespace) -> None:
     )  # fmt: skip
     for text in texts:
         print(" ".join(text.split()))
+
+
+def _export(args: argparse.Namespace) -> None:
+    from tempfile import TemporaryDirectory
+
+    from unified.pipeline.pipeline import UnifiedPipeline
+    from unified.serving.export import export_pipeline
+
+    _check_threads(args)
+    pipe = _load(args)
+    with TemporaryDirectory() as folder:
+        if args.lora:  # into the weights
+            pipe.fuse_lora()
+            pipe.save_pretrained(folder)
+            pipe = UnifiedPipeline.from_pretrained(folder, torch_dtype=pipe.dtype)
+        export_pipeline(pipe, args.out)
+    print(args.out)
 
 
 def _serve(args: argparse.Namespace) -> None:
