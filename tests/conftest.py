@@ -141,6 +141,26 @@ def naive_codes(model, prompt, negative, grid, sampling, generator, known=None):
     return codes
 
 
+def last(iterator):
+    """A copy of the last tensor; iterators of codes go on writing to theirs."""
+    for codes in iterator:
+        result = codes.clone()
+    return result
+
+
+def chi_square_p(samples, probability):
+    """Probability of a chi-square at least as large under ``probability``; cells expected below 5 are pooled."""
+    expected = probability * len(samples)
+    counts = torch.bincount(samples, minlength=len(probability)).double()
+    small = expected < 5
+    expected = torch.cat([expected[~small], expected[small].sum()[None]]).double()
+    counts = torch.cat([counts[~small], counts[small].sum()[None]])
+    assert counts[-1] == 0 or expected[-1] > 0
+    seen = expected > 0
+    statistic = ((counts[seen] - expected[seen]) ** 2 / expected[seen]).sum()
+    return float(torch.special.gammaincc((seen.sum() - 1).double() / 2, statistic / 2))
+
+
 @pytest.fixture(scope="session")
 def text_tokenizer(tmp_path_factory) -> SentencePieceTokenizer:
     return train_sentencepiece(CAPTIONS, tmp_path_factory.mktemp("text"), vocab_size=320)
