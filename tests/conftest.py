@@ -183,12 +183,13 @@ def image_tokenizer() -> VQModel:
     return VQModel(VQConfig(channels=8, encoder_blocks=1, decoder_blocks=1, codebook_size=20, code_dim=4)).eval()
 
 
-def tiny_pipeline(text_tokenizer, image_tokenizer) -> UnifiedPipeline:
+def tiny_pipeline(text_tokenizer, image_tokenizer, **changes) -> UnifiedPipeline:
     model = tiny_model(
         text={"vocab_size": text_tokenizer.vocab_size},
         boi_token_id=text_tokenizer.boi_token_id,
         eoi_token_id=text_tokenizer.eoi_token_id,
         image_tokenizer_fingerprint=image_tokenizer.fingerprint,
+        **changes,
     )
     pipe = UnifiedPipeline(model, image_tokenizer, text_tokenizer)
     pipe.set_progress_bar_config(disable=True)

@@ -87,7 +87,9 @@ def test_sjd_samples_the_distribution_and_the_test_can_fail(monkeypatch):
         patch.setattr(speculative._Judge, "_draft", draft_with_another_proposal)
         assert chi_square_p(samples(decoder, sampling, 1000, mode="sjd", window=3), probability) < 1e-4
     residual = speculative.residual_codes
-    monkeypatch.setattr(speculative, "residual_codes", lambda p, q, verdicts: residual(p, torch.zeros_like(q), verdicts))
+    monkeypatch.setattr(
+        speculative, "residual_codes", lambda p, q, verdicts: residual(p, torch.zeros_like(q), verdicts)
+    )
     assert chi_square_p(samples(decoder, sampling, 1000, mode="sjd", window=3), probability) < 1e-4
 
 

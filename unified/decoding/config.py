@@ -136,11 +136,15 @@ _RASTER = ("the order 'raster' with merge 'one'", _code_by_code)
 
 DECODING_MODES = {
     "plain": DecodingMode("pass by pass in the order of the model", "unified.decoding.decode:iterate_codes"),
-    "jacobi": DecodingMode("several codes at a time, same image", "unified.decoding.speculative:jacobi_codes", *_RASTER),
-    "sjd": DecodingMode("several codes at a time, same distribution", "unified.decoding.speculative:sjd_codes", *_RASTER),
+    "jacobi": DecodingMode(
+        "several codes at a time, same image", "unified.decoding.speculative:jacobi_codes", *_RASTER
+    ),
+    "sjd": DecodingMode(
+        "several codes at a time, same distribution", "unified.decoding.speculative:sjd_codes", *_RASTER
+    ),
     "gsd": DecodingMode("fastest, approximate", "unified.decoding.speculative:gsd_codes", *_RASTER),
     "assd": DecodingMode(
-        "any order, several codes at a time, distribution of one at a time",
+        "models of any order: several codes at a time, exact",
         "unified.decoding.any_order_speculation:assd_codes",
         "the order 'random'",
         _any_order,

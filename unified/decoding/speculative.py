@@ -1,4 +1,4 @@
-"""Several codes per forward pass: drafts of the codes to come are checked together.
+"""Several codes per forward pass in raster order: drafts of the codes to come are checked together.
 
 All modes guess a window of codes, run it through the model at once and keep the leading codes that the model confirms.
 What it says about the rest of the window, on a context that was partly wrong, becomes the next draft (Jacobi

@@ -53,7 +53,7 @@ CSS = """
 def build_demo(engine: Engine, chosen: str = NO_ADAPTER, per_client: int = CLIENT_LIMIT) -> Any:
     """The page as a ``gradio.Blocks`` over a running engine.
 
-    Images that are sampled one code at a time share the engine's batch; everything else runs in it alone.
+    Images of plain decoding share the engine's batch; everything else runs in it alone.
 
     Args:
         engine: what answers; the page offers its adapters.
