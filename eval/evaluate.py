@@ -27,8 +27,10 @@ from unified import UnifiedPipeline
 from unified.data import SkipReport
 from unified.data.crops import fit
 from unified.decoding import DECODING_MODES
+from unified.decoding.config import check_decoding
 from unified.errors import explain_errors
 from unified.files import write_json
+from unified.lora.adapters import base_of
 from unified_eval.command_line import (
     SAMPLING,
     add_column_arguments,
@@ -234,8 +236,9 @@ def choose_task(args: argparse.Namespace) -> Task:
 
 
 def open_pipeline(system: System, device: str) -> tuple[UnifiedPipeline, dict[str, str]]:
-    """Load a system; return it with the hashes that identify it."""
+    """Load a system; return it with the hashes that identify it. Raises ValueError if its decoding does not suit its order."""
     pipeline, identity = load_system(system.pipeline, system.lora)
+    check_decoding(system.decoding.removesuffix(INT8), base_of(pipeline.model).prediction)
     pipeline.to(device)
     if system.decoding.endswith(INT8):
         identity["weights"] = "int8"

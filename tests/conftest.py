@@ -141,6 +141,26 @@ def naive_codes(model, prompt, negative, grid, sampling, generator, known=None):
     return codes
 
 
+def last(iterator):
+    """A copy of the last tensor; iterators of codes go on writing to theirs."""
+    for codes in iterator:
+        result = codes.clone()
+    return result
+
+
+def chi_square_p(samples, probability):
+    """Probability of a chi-square at least as large under ``probability``; cells expected below 5 are pooled."""
+    expected = probability * len(samples)
+    counts = torch.bincount(samples, minlength=len(probability)).double()
+    small = expected < 5
+    expected = torch.cat([expected[~small], expected[small].sum()[None]]).double()
+    counts = torch.cat([counts[~small], counts[small].sum()[None]])
+    assert counts[-1] == 0 or expected[-1] > 0
+    seen = expected > 0
+    statistic = ((counts[seen] - expected[seen]) ** 2 / expected[seen]).sum()
+    return float(torch.special.gammaincc((seen.sum() - 1).double() / 2, statistic / 2))
+
+
 @pytest.fixture(scope="session")
 def text_tokenizer(tmp_path_factory) -> SentencePieceTokenizer:
     return train_sentencepiece(CAPTIONS, tmp_path_factory.mktemp("text"), vocab_size=320)
@@ -163,12 +183,13 @@ def image_tokenizer() -> VQModel:
     return VQModel(VQConfig(channels=8, encoder_blocks=1, decoder_blocks=1, codebook_size=20, code_dim=4)).eval()
 
 
-def tiny_pipeline(text_tokenizer, image_tokenizer) -> UnifiedPipeline:
+def tiny_pipeline(text_tokenizer, image_tokenizer, **changes) -> UnifiedPipeline:
     model = tiny_model(
         text={"vocab_size": text_tokenizer.vocab_size},
         boi_token_id=text_tokenizer.boi_token_id,
         eoi_token_id=text_tokenizer.eoi_token_id,
         image_tokenizer_fingerprint=image_tokenizer.fingerprint,
+        **changes,
     )
     pipe = UnifiedPipeline(model, image_tokenizer, text_tokenizer)
     pipe.set_progress_bar_config(disable=True)

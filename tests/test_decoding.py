@@ -8,6 +8,7 @@ from unified.decoding import DECODING_MODES, Prompt, Sampling, generate_codes, g
 from unified.decoding import sampling as sampling_module
 from unified.decoding.continuous_batching import Batcher, Request
 from unified.decoding.sampling import LogitFilter, filter_logits, guide, gumbel_noise, sample_codes, sample_gumbel
+from unified.prediction.plan import RASTER
 
 
 @pytest.mark.parametrize("positions", ["1d", "2d"])
@@ -110,12 +111,14 @@ def test_a_new_filter_acts_wherever_codes_are_sampled(monkeypatch, settings, pla
     model, grid = tiny_model(), (2, 4)
     decoder = make_decoder(model)
     prompts, negatives = [[1, 5, 6, 3], [1, 8, 3]], [[1, 3]] * 2
+    any_order = tiny_model(prediction={"order": "random", "size": 8})
     classes = tiny_model(positions="llamagen", conditioning={"kind": "class", "classes": 5})
 
     def sampled() -> dict[str, torch.Tensor]:
         result = {"class": generate_conditioned(classes, torch.tensor([0, 3]), grid, settings, generators(0, 1))}
         for name, decode in DECODING_MODES.items():
-            *_, result[name] = decode(decoder, prompts, negatives, grid, settings, generators(0, 1))
+            suitable = decoder if decode.suits(RASTER) else make_decoder(any_order)
+            *_, result[name] = decode(suitable, prompts, negatives, grid, settings, generators(0, 1))
         images = [
             Request(Prompt(tuple(row)), grid, generator, settings, negative=Prompt((1, 3)))
             for row, generator in zip(prompts, generators(0, 1), strict=True)

@@ -307,6 +307,8 @@ def test_known_codes_stay_and_queries_read_them_first(way):
     assert (codes >= 0).all()
     alone = generate_codes(model, PROMPTS[1:2], None, GRID, sampling, generators()[1:], known=known[1:])
     assert torch.equal(codes[1], alone[0])
+    whole = torch.stack([image(5), image(6)])
+    assert torch.equal(generate_codes(model, PROMPTS[:2], None, GRID, sampling, generators(), known=whole), whole)
     if model.prediction.known_first:
         other = known.clone()
         other[0, 2:, 4:] = (other[0, 2:, 4:] + 7) % CODES

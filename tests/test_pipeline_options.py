@@ -12,7 +12,8 @@ from conftest import generators
 from unified import GenerationOptions, Sampling, UnifiedPipeline
 from unified.cli import build_parser, main
 from unified.decoding import DECODING_MODES
-from unified.decoding.config import DecodingMode
+from unified.decoding.config import DecodingMode, modes_for
+from unified.prediction.plan import RASTER
 from unified.serving.engine import Engine
 from unified.serving.web import build_demo
 
@@ -68,7 +69,7 @@ def test_unknown_options_are_named(pipeline, photo):
         pipeline.stream("red apple", image=photo, keep=0.5, known=torch.zeros(1, 4, 4).long())
 
 
-@pytest.mark.parametrize("decoding", DECODING_MODES)
+@pytest.mark.parametrize("decoding", modes_for(RASTER))
 def test_the_engine_takes_all_options(pipeline, decoding):
     """In the batch or alone, it generates what a call generates."""
     given = {**GIVEN, "decoding": decoding}
@@ -97,6 +98,6 @@ def test_a_mode_in_the_table_is_offered_everywhere(pipeline, tmp_path, monkeypat
         blocks = build_demo(engine).blocks.values()
     (menu,) = (block for block in blocks if block.elem_id == "decoding")
     assert (
-        menu.choices == [(mode.about, name) for name, mode in DECODING_MODES.items()]
+        menu.choices == [(mode.about, name) for name, mode in modes_for(RASTER).items()]
         and ("as plain", "again") in menu.choices
     )

@@ -8,7 +8,8 @@ import torch
 from conftest import generators
 from PIL import Image
 
-from unified.decoding import DECODING_MODES
+from unified.decoding.config import modes_for
+from unified.prediction.plan import RASTER
 
 CAPTIONS = ["red apple", "blue car", "a green tree", "yellow sun"]
 WAIT = 30  # seconds, far more than anything here takes
@@ -42,7 +43,7 @@ def in_threads(work, count=4):
     return [results[index] for index in range(count)]
 
 
-@pytest.mark.parametrize("decoding", DECODING_MODES)
+@pytest.mark.parametrize("decoding", modes_for(RASTER))
 def test_threads_sample_what_they_sample_alone(slow, decoding):
     def codes(index):
         options = {"decoding": decoding, "guidance_scale": 1.0 + index % 2, "generator": generators(index)}

@@ -4,19 +4,13 @@ import itertools
 
 import pytest
 import torch
-from conftest import full_forward, generators, tiny_model
+from conftest import chi_square_p, full_forward, generators, last, tiny_model
 
 from unified.decoding import Sampling, generate_codes, make_decoder, speculative
 from unified.decoding.sampling import filter_logits, guide
 from unified.decoding.speculative import speculate_codes
 
 PROMPTS, NEGATIVES = [[1, 5, 6, 7, 3], [1, 8, 3]], [[1, 3], [1, 9, 9, 9, 3]]
-
-
-def last(iterator):
-    for codes in iterator:
-        result = codes.clone()
-    return result
 
 
 @pytest.mark.parametrize("window", [2, 5, 40])
@@ -65,19 +59,6 @@ def tiny_world():
     return make_decoder(model), sampling, probability
 
 
-def chi_square_p(samples, probability):
-    """Probability of a chi-square at least as large under ``probability``; cells expected below 5 are pooled."""
-    expected = probability * len(samples)
-    counts = torch.bincount(samples, minlength=len(probability)).double()
-    small = expected < 5
-    expected = torch.cat([expected[~small], expected[small].sum()[None]]).double()
-    counts = torch.cat([counts[~small], counts[small].sum()[None]])
-    assert counts[-1] == 0 or expected[-1] > 0
-    seen = expected > 0
-    statistic = ((counts[seen] - expected[seen]) ** 2 / expected[seen]).sum()
-    return float(torch.special.gammaincc((seen.sum() - 1).double() / 2, statistic / 2))
-
-
 def samples(decoder, sampling, count, **options):
     """Images as numbers in base 4, from seeds 0, 1, 2, ..."""
     codes = last(
@@ -105,8 +86,10 @@ def test_sjd_samples_the_distribution_and_the_test_can_fail(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(speculative._Judge, "_draft", draft_with_another_proposal)
         assert chi_square_p(samples(decoder, sampling, 1000, mode="sjd", window=3), probability) < 1e-4
-    resampled = speculative._Judge._resampled
-    monkeypatch.setattr(speculative._Judge, "_resampled", lambda self, p, q: resampled(self, p, torch.zeros_like(q)))
+    residual = speculative.residual_codes
+    monkeypatch.setattr(
+        speculative, "residual_codes", lambda p, q, verdicts: residual(p, torch.zeros_like(q), verdicts)
+    )
     assert chi_square_p(samples(decoder, sampling, 1000, mode="sjd", window=3), probability) < 1e-4
 
 

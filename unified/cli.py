@@ -14,7 +14,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from unified.decoding.config import DECODING_MODES, SCHEDULES, Sampling
+from unified.decoding.config import DECODING_MODES, SCHEDULES, Sampling, check_decoding
 from unified.pipeline.options import GenerationOptions, check_whole
 
 if TYPE_CHECKING:
@@ -177,6 +177,8 @@ def _load(args: argparse.Namespace) -> "UnifiedPipeline":
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     pipe = UnifiedPipeline.from_pretrained(args.pipeline, torch_dtype=getattr(torch, args.dtype))
+    if hasattr(args, "decoding"):  # before adapters are loaded and a decoder is made
+        check_decoding(args.decoding, pipe.model.prediction)
     pipe.to(args.device or "cpu")
     if args.lora:
         pipe.load_lora_weights(args.lora)

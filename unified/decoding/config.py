@@ -5,7 +5,10 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from unified.prediction.plan import Prediction
 
 _MOST = 1e4  # of a guidance scale, and of what a temperature multiplies logits by
 
@@ -96,6 +99,18 @@ def _check_finite(name: str, value: object) -> None:
         raise ValueError(f"{name}: {value!r} is not a finite number.")
 
 
+def _any(prediction: "Prediction") -> bool:
+    return True
+
+
+def _code_by_code(prediction: "Prediction") -> bool:
+    return prediction.is_raster and prediction.merge.side == 1
+
+
+def _any_order(prediction: "Prediction") -> bool:
+    return prediction.way.any_order
+
+
 @dataclass(frozen=True)
 class DecodingMode:
     """A way to decode images.
@@ -104,10 +119,14 @@ class DecodingMode:
         about: one line for help texts and pages.
         path: ``module:function``, imported on first use; the function has the arguments of
             :func:`unified.decoding.decode.iterate_codes` and yields the codes so far ``(B, n)``.
+        needs: what a model has to be like, in words.
+        suits: whether a model's way of prediction is like that.
     """
 
     about: str
     path: str
+    needs: str = "any order"
+    suits: Callable[["Prediction"], bool] = _any
 
     def __call__(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
         """Iterate over the codes of a batch, -1 where an image has none yet."""
@@ -115,9 +134,40 @@ class DecodingMode:
         return getattr(import_module(module), function)(*args, **kwargs)
 
 
+_RASTER = ("the order 'raster' with merge 'one'", _code_by_code)
+
 DECODING_MODES = {
-    "plain": DecodingMode("one code at a time", "unified.decoding.decode:iterate_codes"),
-    "jacobi": DecodingMode("several codes at a time, same image", "unified.decoding.speculative:jacobi_codes"),
-    "sjd": DecodingMode("several codes at a time, same distribution", "unified.decoding.speculative:sjd_codes"),
-    "gsd": DecodingMode("fastest, approximate", "unified.decoding.speculative:gsd_codes"),
+    "plain": DecodingMode("pass by pass in the order of the model", "unified.decoding.decode:iterate_codes"),
+    "jacobi": DecodingMode(
+        "several codes at a time, same image", "unified.decoding.speculative:jacobi_codes", *_RASTER
+    ),
+    "sjd": DecodingMode(
+        "several codes at a time, same distribution", "unified.decoding.speculative:sjd_codes", *_RASTER
+    ),
+    "gsd": DecodingMode("fastest, approximate", "unified.decoding.speculative:gsd_codes", *_RASTER),
+    "assd": DecodingMode(
+        "models of any order: several codes at a time, exact",
+        "unified.decoding.any_order_speculation:assd_codes",
+        "the order 'random'",
+        _any_order,
+    ),
 }
+
+
+def modes_for(prediction: "Prediction") -> dict[str, DecodingMode]:
+    """The modes that can decode images of a model that predicts in this way."""
+    return {name: mode for name, mode in DECODING_MODES.items() if mode.suits(prediction)}
+
+
+def check_decoding(decoding: str, prediction: "Prediction") -> None:
+    """Refuse a mode that does not suit a model's way of prediction.
+
+    Raises:
+        ValueError: naming the mode, what it needs, the model's order and the modes that suit it.
+    """
+    mode = DECODING_MODES[decoding]
+    if not mode.suits(prediction):
+        raise ValueError(
+            f"decoding: {decoding!r} needs {mode.needs}; the model has the order {prediction.order!r} with merge "
+            f"{prediction.merge.kind!r}, use one of {tuple(modes_for(prediction))}."
+        )

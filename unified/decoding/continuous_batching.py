@@ -367,7 +367,7 @@ class Batcher:
             own = row.states[:, group.sources].unflatten(1, group.shape)
             for side in range(1 + sampling.guided):
                 states[side].append(own[side])
-            noise.append(noise_of(row.image.noise, group)[0])
+            noise.append(noise_of(row.image.noise, group.ranks)[0])
             scales.append(row.image.scales[int(group.ranks[0])])
             groups.append(group)
         scale = torch.tensor(scales, device=noise[0].device)[:, None, None]

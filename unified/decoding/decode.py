@@ -8,7 +8,7 @@ from torch import Tensor
 from unified.decoding.config import Sampling
 from unified.decoding.decoder import Decoder
 from unified.decoding.fused_llama import make_decoder
-from unified.decoding.passes import Group, Passes, image_passes
+from unified.decoding.passes import Passes, image_passes
 from unified.decoding.prefill import Prefilled, Prompt, bias_among, prefill, read
 from unified.decoding.sampling import PositionNoise, guide, sample_codes
 from unified.model.modeling import UnifiedForCausalLM
@@ -166,12 +166,12 @@ def continue_image(
     ``coordinates (R, L, 2)`` are those of the positions of ``passes``, for all rows. The positions of a group that is known
     in every row run together with those of the next one.
     """
-    cache, device, sides = state.cache, known.device, len(state.hidden) // len(known)
-    scales, codes, model = sampling.scales(known.shape[1]), known.clone(), decoder.model
+    scales, codes, device = sampling.scales(known.shape[1]), known.clone(), known.device
     positions = decoder.positions(coordinates)
-    noise = PositionNoise(generators, model.config.codebook_size, device)
-    everywhere = torch.ones(1, 1, dtype=torch.bool, device=device)
+    noise = PositionNoise(generators, decoder.model.config.codebook_size, device)
     hidden, waiting, reach = state.hidden[:, None], torch.empty(0, dtype=torch.long, device=device), 0
+    if not passes.groups:
+        yield codes  # all given
     fixed = [bool((known.gather(1, g.codes.expand(len(known), -1)) >= 0).all()) for g in passes.groups]
     for group, skipped in zip(passes.groups, fixed, strict=True):
         reach = max(reach, group.reach)
@@ -182,27 +182,52 @@ def continue_image(
             continue
         # 1. Run the codes that were sampled last, and the queries for those to come
         asking = torch.arange(*group.asking, device=device)
-        running = torch.cat([entering, asking])
-        if len(running):
-            embeds = entering_embeddings(decoder, codes, passes.entered[:, entering])
-            if len(asking):
-                embeds = torch.cat([embeds, query_embeddings(decoder, len(embeds), len(asking))], dim=1)
-            visible, width = passes.visible(running), len(running)
-            if visible is not None:
-                bias: Tensor | None = bias_among(state, visible)
-            else:
-                bias = None if state.bias is None else state.bias[..., : cache.column + width]
-            hidden = decoder(embeds.repeat(sides, 1, 1), positions[:, running], cache, bias, everywhere)
-            if len(asking):
-                cache.rewind(cache.column - len(asking))  # nobody sees a query
+        if len(entering) + len(asking):
+            hidden = run_positions(decoder, state, passes, positions, codes, entering, asking)
         # 2. Sample the group
         states = hidden[:, group.sources + len(waiting)].unflatten(1, group.shape)
         scale, index = scales[int(group.ranks[0])], group.codes.expand(len(codes), -1)
-        sampled = sample_cells(decoder, states, group.missing, sampling, scale, noise_of(noise, group))
+        sampled = sample_cells(decoder, states, group.missing, sampling, scale, noise_of(noise, group.ranks))
         before = codes.gather(1, index)
         codes.scatter_(1, index, torch.where(before < 0, sampled, before))
         waiting = waiting[:0]
         yield codes[:, :reach]
+
+
+def run_positions(
+    decoder: Decoder,
+    state: Prefilled,
+    passes: Passes,
+    positions: Tensor,
+    codes: Tensor,
+    entering: Tensor,
+    asking: Tensor,
+) -> Tensor:
+    """One forward pass of an image: final states ``(R, T, D)`` of codes that enter and, behind them, of queries.
+
+    Args:
+        decoder: of the model.
+        state: what has been read.
+        passes: of the image.
+        positions: all of them, from :meth:`Decoder.positions`.
+        codes: ``(B, h*w)``, those that enter among them.
+        entering, asking: which positions run; the cache keeps the first and forgets the queries, which nobody sees.
+    """
+    cache, running = state.cache, torch.cat([entering, asking])
+    embeds = entering_embeddings(decoder, codes, passes.entered[:, entering])
+    if len(asking):
+        embeds = torch.cat([embeds, query_embeddings(decoder, len(embeds), len(asking))], dim=1)
+    visible = passes.visible(running)
+    if visible is not None:
+        bias: Tensor | None = bias_among(state, visible)
+    else:
+        bias = None if state.bias is None else state.bias[..., : cache.column + len(running)]
+    everywhere = torch.ones(1, 1, dtype=torch.bool, device=codes.device)
+    embeds = embeds.repeat(len(state.hidden) // len(codes), 1, 1)
+    hidden = decoder(embeds, positions[:, running], cache, bias, everywhere)
+    if len(asking):
+        cache.rewind(cache.column - len(asking))
+    return hidden
 
 
 def entering_embeddings(decoder: Decoder, codes: Tensor, index: Tensor) -> Tensor:
@@ -220,11 +245,11 @@ def query_embeddings(decoder: Decoder, rows: int, count: int) -> Tensor:
     return decoder.model.image_query(zeros)
 
 
-def noise_of(noise: PositionNoise, group: Group) -> Tensor:
-    """Noise ``(B, n * P, K)`` of the codes of a group; it belongs to a code's rank, whatever else is known."""
-    first, last = int(group.ranks[0]), int(group.ranks[-1])
+def noise_of(noise: PositionNoise, ranks: Tensor) -> Tensor:
+    """Noise ``(B, n, K)`` of codes with rising ranks ``(n,)``; it belongs to a code's rank, whatever else is known."""
+    first, last = int(ranks[0]), int(ranks[-1])
     found = noise.at(first, last - first + 1)
-    return found if len(group.ranks) == found.shape[1] else found[:, group.ranks.to(found.device) - first]
+    return found if len(ranks) == found.shape[1] else found[:, ranks.to(found.device) - first]
 
 
 def sample_cells(
@@ -245,12 +270,19 @@ def sample_cells(
         scale: of the guidance; broadcasts to ``(B, n * P, 1)``.
         noise: standard Gumbel noise.
     """
+    logits = cell_logits(decoder, states, missing, sampling, scale)
+    return sample_codes(logits.flatten(0, 1), sampling, noise.flatten(0, 1)).view(len(logits), -1)
+
+
+def cell_logits(
+    decoder: Decoder, states: Tensor, missing: Tensor | None, sampling: Sampling, scale: float | Tensor
+) -> Tensor:
+    """Image logits ``(B, n * P, K)`` of n cells, guided and not yet filtered; arguments as for :func:`sample_cells`."""
     rows, model = len(states), decoder.model
     everywhere = None if missing is None else missing.repeat(rows, 1)
     merge = "mean" if model.image_split is None else "channel"
     scored = model.image_states(states.flatten(0, 1), everywhere, merge)
-    logits = guided_logits(decoder, scored.reshape(rows, -1, scored.shape[-1]), sampling, scale)
-    return sample_codes(logits.flatten(0, 1), sampling, noise.flatten(0, 1)).view(len(logits), -1)
+    return guided_logits(decoder, scored.reshape(rows, -1, scored.shape[-1]), sampling, scale)
 
 
 def guided_logits(decoder: Decoder, hidden: Tensor, sampling: Sampling, scale: float | Tensor) -> Tensor:

@@ -45,7 +45,7 @@ class Passes:
     """What decoding runs, for B images or alike for all (1).
 
     Attributes:
-        groups: in the order of sampling.
+        groups: in the order of sampling; none if all cells are given.
         entered: ``(B or 1, L, P)``, which codes enter each position, counted row by row in the image; 0 for a query.
         offsets: ``(B or 1, L, 2)`` coordinates.
         seen, sees: ``(L,)`` of :class:`unified.prediction.plan.Plan`.
@@ -74,13 +74,21 @@ class Passes:
         return None if bool(mask.all()) else mask
 
 
-def image_passes(model: UnifiedForCausalLM, grid: Grid, generators: Sequence[torch.Generator], known: Tensor) -> Passes:
+def image_passes(
+    model: UnifiedForCausalLM,
+    grid: Grid,
+    generators: Sequence[torch.Generator],
+    known: Tensor,
+    prediction: Prediction | None = None,
+) -> Passes:
     """The passes of images of a grid of codes; ``known (B, h*w)`` is not negative for given codes, alike in all rows.
+
+    ``prediction`` is the model's own, unless its order is to be sampled in groups of other sizes.
 
     Raises:
         ValueError: if the order does not fit the grid.
     """
-    prediction, coordinates = model.prediction, model.config.coordinates
+    prediction, coordinates = prediction or model.prediction, model.config.coordinates
     if coordinates.positions == "llamagen":
         coordinates = coordinates._replace(positions="2d", coarse_positions="unit")
     given = None
@@ -145,7 +153,8 @@ def _passes(
             )
         )
         width = max(width, stop - middle)
-    groups[-1] = replace(groups[-1], reach=index.size)  # known ones behind the last included
+    if groups:
+        groups[-1] = replace(groups[-1], reach=index.size)  # known ones behind the last included
     entered = np.stack([np.where((plan.cells >= 0)[:, None], index[plan.places], 0) for plan in plans])
     places = torch.from_numpy(np.stack([plan.places for plan in plans]))
     seen, sees = (torch.from_numpy(np.ascontiguousarray(steps)).to(device) for steps in (first.seen, first.sees))

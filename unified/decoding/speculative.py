@@ -1,4 +1,4 @@
-"""Several codes per forward pass: drafts of the codes to come are checked together.
+"""Several codes per forward pass in raster order: drafts of the codes to come are checked together.
 
 All modes guess a window of codes, run it through the model at once and keep the leading codes that the model confirms.
 What it says about the rest of the window, on a context that was partly wrong, becomes the next draft (Jacobi
@@ -23,14 +23,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from unified.decoding.config import DECODING_MODES, Sampling
+from unified.decoding.config import Sampling, check_decoding
 from unified.decoding.decode import forced_codes, guided_logits, paired_prompts, span_coordinates
 from unified.decoding.decoder import Decoder
 from unified.decoding.prefill import Prefilled, Prompt, causal_bias, prefill
 from unified.decoding.sampling import PositionNoise, filter_logits, gumbel_noise, sample_gumbel
 from unified.prediction.merge import Grid
 
-MODES = tuple(mode for mode in DECODING_MODES if mode != "plain")
+MODES = ("jacobi", "sjd", "gsd")
 
 
 @torch.inference_mode()
@@ -60,10 +60,11 @@ def speculate_codes(
         ``(B, n)`` codes so far, n those of the image that is furthest, -1 where an image has none yet.
 
     Raises:
-        ValueError: for an unknown mode, or a window or group below 1.
+        ValueError: for an unknown mode, one that does not suit the model's order, a window below 2 or a group below 1.
     """
     if mode not in MODES:
         raise ValueError(f"decoding: {mode!r} is unknown; use 'plain' or one of {MODES}.")
+    check_decoding(mode, decoder.model.prediction)
     if window < 2 or group_size < 1:
         raise ValueError(f"window, group_size: {window} and {group_size} must be at least 2 and 1.")
     steps, count = grid[0] * grid[1], len(prompts)
@@ -132,8 +133,7 @@ class _Judge:
         device: torch.device,
     ):
         self.exact_image, self.groups, self.columns = mode == "jacobi", groups, columns
-        seed = int(torch.randint(2**63 - 1, (), generator=generator.clone_state(), device=generator.device))
-        self.verdicts = torch.Generator(generator.device).manual_seed(seed)
+        self.verdicts = verdict_stream(generator)
         self.noise = PositionNoise([generator], codebook_size, device)
         self.drafts = torch.empty(0, dtype=torch.int64, device=device)
         self.proposal = torch.empty(0, codebook_size, device=device)  # distributions that the drafts were sampled from
@@ -149,14 +149,14 @@ class _Judge:
         forced = known[position : position + width]
         sampled = self._sampled(range(position, position + width), logits, known, position)
         if self.exact_image:
-            kept = _leading(sampled[:-1] == self.drafts[: width - 1])
+            kept = leading(sampled[:-1] == self.drafts[: width - 1])
             confirmed = sampled[: kept + 1]
         else:
             probability = logits.softmax(dim=-1)
             kept = self._accepted(probability, forced)
             last = sampled[kept : kept + 1]
             if kept < width - 1 and forced[kept] < 0:
-                last = self._resampled(probability[kept], self.proposal[kept])
+                last = residual_codes(probability[kept, None], self.proposal[kept, None], self.verdicts)
             confirmed = torch.cat([self.drafts[:kept], last])
             self.proposal = probability[kept + 1 :]
         self.drafts = sampled[kept + 1 :]
@@ -188,17 +188,29 @@ class _Judge:
         drafts, proposal = self.drafts[: width - 1], self.proposal[: width - 1]
         group = drafts[:, None] if self.groups is None else self.groups[drafts]
         wanted, offered = (p.gather(1, group).sum(dim=1) for p in (probability[:-1], proposal))
-        chance = torch.rand(width - 1, generator=self.verdicts, device=self.verdicts.device).to(wanted.device)
-        return _leading((chance * offered < wanted) | (forced[:-1] >= 0))
-
-    def _resampled(self, wanted: Tensor, offered: Tensor) -> Tensor:
-        """One code from the residual of ``wanted (K,)`` over ``offered``."""
-        rest = (wanted - offered).clamp_min(0)
-        rest = rest if bool(rest.any()) else wanted  # equal up to rounding
-        return sample_gumbel(rest.log()[None], gumbel_noise([self.verdicts], len(rest), rest.device))
+        return leading(accepted(wanted, offered, self.verdicts) | (forced[:-1] >= 0))
 
 
-def _leading(good: Tensor) -> int:
+def verdict_stream(generator: torch.Generator) -> torch.Generator:
+    """The stream of random numbers that judge an image's drafts; beside the one of its noise, which stays."""
+    seed = int(torch.randint(2**63 - 1, (), generator=generator.clone_state(), device=generator.device))
+    return torch.Generator(generator.device).manual_seed(seed)
+
+
+def accepted(wanted: Tensor, offered: Tensor, verdicts: torch.Generator) -> Tensor:
+    """Which drafts pass, each with probability ``min(1, wanted/offered)``: its own under both distributions."""
+    chance = torch.rand(wanted.shape, generator=verdicts, device=verdicts.device).to(wanted.device)
+    return chance * offered < wanted
+
+
+def residual_codes(wanted: Tensor, offered: Tensor, verdicts: torch.Generator) -> Tensor:
+    """Codes ``(N,)`` in place of failed drafts, from the residuals of ``wanted (N, K)`` over ``offered``."""
+    rest = (wanted - offered).clamp_min(0)
+    rest = rest.where(rest.any(dim=1, keepdim=True), wanted)  # equal up to rounding
+    return sample_gumbel(rest.log(), gumbel_noise([verdicts] * len(rest), rest.shape[1], rest.device))
+
+
+def leading(good: Tensor) -> int:
     """Length of the leading run of True."""
     return int(good.long().cumprod(dim=0).sum())
 

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from unified.config import UnifiedConfig
 from unified.decoding import DECODING_MODES, Prompt, Sampling
+from unified.decoding.config import check_decoding
 from unified.decoding.decoder import Decoder
 from unified.pipeline.options import GenerationOptions
 from unified.prediction.merge import Grid
+from unified.prediction.plan import Prediction
 from unified_tokenizers import ImageTokenizer, TextTokenizer
 
 
@@ -260,6 +262,7 @@ def arrange_batch(
     Raises:
         ValueError: naming the argument that is wrong.
     """
+    check_decoding(options.decoding, Prediction.of(config))
     grid = code_grid(config, stride, options.height, options.width)
     options.sampling.check_schedule(grid[0] * grid[1])
     prompts, each = as_prompts(prompt), options.num_images_per_prompt

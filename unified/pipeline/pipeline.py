@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from unified.decoding import Sampling
+from unified.decoding.config import check_decoding
 from unified.decoding.decoder import Decoder
 from unified.decoding.decoder_cache import DecoderCache
 from unified.hub import local_folder
@@ -249,7 +250,7 @@ class UnifiedPipeline:
 
         Raises:
             ValueError: for an empty or too long prompt, a size the model does not know, lists of the wrong length,
-                or an unknown ``output_type`` or ``decoding``.
+                an unknown ``output_type`` or ``decoding``, or a mode that does not suit the model's order.
         """
         # 1. Check inputs
         options = GenerationOptions(
@@ -384,9 +385,12 @@ class UnifiedPipeline:
             if options.get(name) is not None:
                 raise ValueError(f"{name}: an edit takes it from the image; leave it out.")
         images, prompts = as_images(image), as_prompts(prompt)
-        check_sizes(images, base_of(self.model).config, self.image_tokenizer.downsample)
+        model = base_of(self.model)
+        check_sizes(images, model.config, self.image_tokenizer.downsample)
         options = {**options, "height": images[0].height, "width": images[0].width}
-        each = GenerationOptions.from_mapping(options).num_images_per_prompt
+        given = GenerationOptions.from_mapping(options)
+        check_decoding(given.decoding, model.prediction)
+        each = given.num_images_per_prompt
         generators = per_image(generator, len(prompts), each)
         known = codes_to_keep(self.image_tokenizer, images, masks)
         known = one_per_image(known, "image", len(prompts), each)

@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageOps
 
 from unified.data.crops import fit
-from unified.decoding import DECODING_MODES
+from unified.decoding.config import modes_for
 from unified.lora.adapters import base_of, check_base
 from unified.pipeline.arguments import seeded
 from unified.pipeline.options import GenerationOptions
@@ -53,7 +53,7 @@ CSS = """
 def build_demo(engine: Engine, chosen: str = NO_ADAPTER, per_client: int = CLIENT_LIMIT) -> Any:
     """The page as a ``gradio.Blocks`` over a running engine.
 
-    Images that are sampled one code at a time share the engine's batch; everything else runs in it alone.
+    Images of plain decoding share the engine's batch; everything else runs in it alone.
 
     Args:
         engine: what answers; the page offers its adapters.
@@ -221,7 +221,8 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER, per_client: int = CLIEN
                             info="Each has the next seed.",
                             elem_id="count",
                         )
-                        modes = [(mode.about, name) for name, mode in DECODING_MODES.items()]
+                        suitable = modes_for(base_of(pipe.model).prediction)
+                        modes = [(mode.about, name) for name, mode in suitable.items()]
                         decoding = gradio.Dropdown(modes, value="plain", label="Decoding", elem_id="decoding")
                 with gradio.Tab("Edit"):
                     gradio.Markdown(
