@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from unified_eval.diversity import inception_score
-from unified_eval.extraction import extract_features
-from unified_eval.features import ADM_WIDTHS, INCEPTION_SHA256, INCEPTION_URL, Extractor
+from unified_eval.features import ADM_WIDTHS, Extractor
 from unified_eval.files import file_sha256
 from unified_eval.frechet import Moments, frechet_distance_of_moments, moments_of
-from unified_eval.npz import load_npz, load_statistics, npz_shape
+from unified_eval.npz import load_statistics, npz_shape
 from unified_eval.results import Results
 
 EVALUATOR = "guided-diffusion evaluations/evaluator.py at 22e0df8"
@@ -126,12 +125,10 @@ def precision_and_recall(
 
 def measure_adm(
     generated: np.ndarray,
+    real: np.ndarray | None,
     reference: Reference,
     network: Extractor,
     size: tuple[int, int],
-    batch_size: int = 64,
-    cache: str | Path | None = None,
-    progress: bool = False,
     device: str | torch.device = "cpu",
 ) -> Results:
     """FID, sFID, Inception Score, precision and recall of generated images against a reference batch.
@@ -140,41 +137,37 @@ def measure_adm(
 
     Args:
         generated: rows of ``network`` for the generated images, float32.
+        real: rows for the images of the reference batch; None if it has statistics alone.
         reference: the reference batch.
         network: the extractor ``inception-adm``.
         size: height and width of the generated images.
-        batch_size, cache, progress: as for :func:`unified_eval.extract_features`, for images of the reference batch.
         device: where distances for precision and recall are computed.
 
     Raises:
         ValueError: if there are too few images, or the statistics of the reference batch are of other features.
     """
     own, count = split_features(generated), len(generated)
+    there = None if real is None else split_features(real)
     results = Results([], resamples=0)
     names = _names(network, count, results)
     recipe: dict[str, Any] = {**network.recipe(), "n": count, "image_size": list(size), "evaluator": EVALUATOR}
     named: dict[str, Any] = {"reference": reference.path.name, "reference_sha256": file_sha256(reference.path)}
 
-    real = None
-    if reference.images is not None:
-        images = load_npz(reference.path)
-        real = split_features(extract_features(network, images, batch_size, cache, progress, np.float32))
-
     # 1. Distances, to the statistics of the batch if it has them, as they may be of more images than it holds.
     for part, mean, covariance in (("pool", "mu", "sigma"), ("spatial", "mu_s", "sigma_s")):
         key, label = names[part]
         if mean in reference.statistics:
-            there = Moments(*(torch.from_numpy(reference.statistics[name]) for name in (mean, covariance)))
+            moments = Moments(*(torch.from_numpy(reference.statistics[name]) for name in (mean, covariance)))
             origin: dict[str, Any] = {"statistics": "of the reference batch"}
-        elif real is not None and not reference.statistics:
-            there, origin = (
-                moments_of(getattr(real, part)),
-                {"statistics": "of its images", "n_reference": len(real.pool)},
+        elif there is not None and not reference.statistics:
+            moments, origin = (
+                moments_of(getattr(there, part)),
+                {"statistics": "of its images", "n_reference": len(there.pool)},
             )
         else:
             results.note(f"{label}: {reference.path.name} has no {mean}; left out.")
             continue
-        number = frechet_distance_of_moments(moments_of(getattr(own, part)), there)
+        number = frechet_distance_of_moments(moments_of(getattr(own, part)), moments)
         results.add(key, number, label, features_of=part, **recipe, **named, **origin)
 
     # 2. The score, of the generated images alone.
@@ -182,13 +175,13 @@ def measure_adm(
     results.add(key, score_in_runs(own.logits), label, formula=f"mean over runs of {SPLIT:,}, in order", **recipe)
 
     # 3. Precision and recall, to the images of the batch.
-    if real is None:
+    if there is None:
         results.note(f"precision, recall: {reference.path.name} has no images (arr_0); left out.")
         return results
-    *shares, half = precision_and_recall(real.pool, own.pool, device=device)
+    *shares, half = precision_and_recall(there.pool, own.pool, device=device)
     for name, share in zip(("precision", "recall"), shares, strict=True):
         results.add(
-            name, share, f"{name} ({network.name}, k = {NEIGHBOUR})", k=NEIGHBOUR, n_reference=len(real.pool),
+            name, share, f"{name} ({network.name}, k = {NEIGHBOUR})", k=NEIGHBOUR, n_reference=len(there.pool),
             distances="half precision, as ADM" if half else "single precision: too long for half", **recipe, **named,
         )  # fmt: skip
     return results
@@ -196,11 +189,8 @@ def measure_adm(
 
 def _names(network: Extractor, count: int, results: Results) -> dict[str, tuple[str, str]]:
     """Key and label of each value by the features that it is made of; notes say why it is not the published name."""
-    if network.weights_sha256 != INCEPTION_SHA256:
-        results.note(
-            f"inception: the weights have the SHA-256 {network.weights_sha256}, those of {INCEPTION_URL} have "
-            f"{INCEPTION_SHA256}; so nothing here is called FID or Inception Score."
-        )
+    if network.note:
+        results.note(network.note)
         return {
             "pool": ("fd_inception_pool", "Frechet distance, pool features of unknown weights"),
             "spatial": ("fd_inception_spatial", "Frechet distance, spatial features of unknown weights"),

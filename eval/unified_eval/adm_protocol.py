@@ -89,21 +89,24 @@ def evaluate_adm(args: argparse.Namespace, open_pipeline: Callable[[], tuple[Uni
     if images.number != args.num_images:
         raise ValueError(f"--num-images: {args.num_images}, but {args.images!r} has {images.number}; give that number.")
 
-    # 3. Measure. Processes share the generated images; the first one measures.
-    cache, first = args.features or args.out / "features", process_state().is_main_process
-    rows = extract_features(network, images.stream(), args.batch_size, cache, first, np.float32)
-    results = measure_adm(rows, reference, network, images.size, args.batch_size, cache, first, args.device)
+    # 3. Measure. Processes share the forward passes; the first one does the rest.
+    first = process_state().is_main_process
+    settings = (args.batch_size, args.features or args.out / "features", first, np.float32)
+    rows = extract_features(network, images.stream(), *settings)
+    real = None if reference.images is None else extract_features(network, load_npz(reference.path), *settings)
+    if not first:
+        return
+    results = measure_adm(rows, real, reference, network, images.size, args.device)
     results.notes += recipe_note(args.recipe)
 
     # 4. Write.
-    if first:
-        run = {
-            **plain_settings(args), **facts, "image_size": list(images.size), "evaluator": EVALUATOR,
-            "versions": {name: version(name) for name in ("torch", "torch-fidelity", "pillow")},
-        }  # fmt: skip
-        if args.images and args.npz:
-            save_npz(args.out / "generated.npz", list(images.stream()))
-        write(args.out, results, run, images, titles)
+    run = {
+        **plain_settings(args), **facts, "image_size": list(images.size), "evaluator": EVALUATOR,
+        "versions": {name: version(name) for name in ("torch", "torch-fidelity", "pillow")},
+    }  # fmt: skip
+    if args.images and args.npz:
+        save_npz(args.out / "generated.npz", list(images.stream()))
+    write(args.out, results, run, images, titles)
 
 
 def generate(

@@ -21,6 +21,7 @@ INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 )
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"  # of that file
+UNKNOWN_DISTANCE, UNKNOWN_SCORE = "FD-Inception", "exp-KL-classes"  # what FID and Inception Score are of other weights
 INCEPTION_INPUT = {
     "resize": "bilinear as in TensorFlow 1, no antialiasing, to 299x299 (torch-fidelity)",
     "normalisation": "(x - 128) / 128",
@@ -33,8 +34,8 @@ class Extractor:
 
     Attributes:
         name: one of :data:`EXTRACTORS`, :data:`LOGITS_EXTRACTOR`, :data:`ADM_EXTRACTOR` or the name of a CLIP.
-        metric: name of a Frechet distance over these features (``FID`` only for the Inception network; ``IS``
-            for its logits, of which the Inception Score is made).
+        metric: name of a Frechet distance over these features (``FID`` only for the Inception network with the weights of
+            :data:`INCEPTION_SHA256`; ``IS`` for its logits, of which the Inception Score is made).
         width: number of features D.
         weights_sha256: hash of the weights file.
         resize: how an image is brought to the network's size.
@@ -54,6 +55,16 @@ class Extractor:
     def key(self) -> str:
         """The metric's name as a key: ``fd_efflite0`` or ``fid``."""
         return self.metric.lower().replace("-", "_")
+
+    @property
+    def note(self) -> str | None:
+        """Why values of an Inception network with other weights than the known ones have other names."""
+        if self.metric not in (UNKNOWN_DISTANCE, UNKNOWN_SCORE):
+            return None
+        return (
+            f"inception: the weights have the SHA-256 {self.weights_sha256}, those of {INCEPTION_URL} have {INCEPTION_SHA256}; "
+            "so nothing here is called FID, KID or Inception Score."
+        )
 
     def recipe(self) -> dict[str, Any]:
         """Everything about the extractor that changes a distance."""
@@ -167,7 +178,11 @@ def _inception(weights: str | Path | None, device: str | torch.device, logits: b
     model, digest = _load_inception(weights, ["logits_unbiased" if logits else "2048"], device)
     return Extractor(
         name=LOGITS_EXTRACTOR if logits else "inception",
-        metric="IS" if logits else "FID",
+        metric=("IS" if logits else "FID")
+        if digest == INCEPTION_SHA256
+        else UNKNOWN_SCORE
+        if logits
+        else UNKNOWN_DISTANCE,
         width=1008 if logits else 2048,
         weights_sha256=digest,
         network=lambda images: torch.cat([model(pixels)[0] for pixels in _pixels_by_size(images, device)]),
@@ -191,7 +206,7 @@ def _adm_inception(weights: str | Path | None, device: str | torch.device) -> Ex
 
     return Extractor(
         name=ADM_EXTRACTOR,
-        metric="FID" if digest == INCEPTION_SHA256 else "FD-Inception",
+        metric="FID" if digest == INCEPTION_SHA256 else UNKNOWN_DISTANCE,
         width=sum(ADM_WIDTHS),
         weights_sha256=digest,
         network=lambda images: torch.cat([features(pixels) for pixels in _pixels_by_size(images, device)]),
