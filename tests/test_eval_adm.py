@@ -111,25 +111,29 @@ def test_rounding_matters():
     assert precision_and_recall(100 * rows, 100 * rows + 50)[:2] == (0, 0)
 
 
-def test_reference_batches_of_both_kinds(tmp_path):
+def test_reference_batches_of_both_kinds(tmp_path, monkeypatch):
+    monkeypatch.setattr("unified_eval.adm.ADM_WIDTHS", (3, 3, 9))
     mu, sigma = np.arange(3.0), np.eye(3)
-    images = np.zeros((2, 4, 6, 3), np.uint8)
-    np.savez(tmp_path / "images.npz", images, np.arange(2))
+    images = np.zeros((5, 4, 6, 3), np.uint8)
+    np.savez(tmp_path / "images.npz", images, np.arange(5))
     np.savez(tmp_path / "statistics.npz", mu=mu, sigma=sigma, mu_s=mu, sigma_s=2 * sigma)
     np.savez(tmp_path / "both.npz", arr_0=images, mu=mu.astype(np.float32), sigma=sigma)
-    assert npz_shape(tmp_path / "images.npz") == (2, 4, 6) and npz_shape(tmp_path / "statistics.npz") is None
-    assert (open_reference(tmp_path / "images.npz").images, load_statistics(tmp_path / "images.npz")) == ((2, 4, 6), {})
+    assert npz_shape(tmp_path / "images.npz") == (5, 4, 6) and npz_shape(tmp_path / "statistics.npz") is None
+    assert (open_reference(tmp_path / "images.npz").images, load_statistics(tmp_path / "images.npz")) == ((5, 4, 6), {})
     statistics = open_reference(tmp_path / "statistics.npz").statistics
     assert list(statistics) == ["mu", "sigma", "mu_s", "sigma_s"] and statistics["sigma_s"][1, 1] == 2
     both = open_reference(tmp_path / "both.npz")
-    assert both.images == (2, 4, 6) and list(both.statistics) == ["mu", "sigma"]
+    assert both.images == (5, 4, 6) and list(both.statistics) == ["mu", "sigma"]
     assert both.statistics["mu"].dtype == np.float64
 
     np.savez(tmp_path / "neither.npz", other=mu)
     np.savez(tmp_path / "half.npz", mu=mu)
+    np.savez(tmp_path / "few.npz", images[:3])
+    np.savez(tmp_path / "width.npz", mu=mu[:2], sigma=np.eye(2))
     np.savez(tmp_path / "shape.npz", mu=mu, sigma=np.eye(2))
     for name, message in (
         ("neither", "has neither images"), ("half", "has only one of mu and sigma"), ("absent", "is not an .npz file"),
+        ("few", "has 3 images; give more than 3"), ("width", "has 2 features, ADM's has 3"),
         ("shape", r"are \(3,\) and \(2, 2\); need \(D,\) and \(D, D\)"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=rf"^reference: .*{message}"):
@@ -294,6 +298,7 @@ def test_captions_and_folders(stand_ins, pipeline, picture_source, tmp_path, mon
     run_script(monkeypatch, *common, "--images", tmp_path / "text" / "generated", "--npz", "--out", tmp_path / "folder")
     values = [json.loads((tmp_path / name / "metrics.json").read_text())["metrics"] for name in ("text", "folder")]
     assert values[0] == values[1]
+    assert not {"guidance_scale", "seed"} & set(json.loads((tmp_path / "folder" / "metrics.json").read_text())["run"])
     images = [list(load_npz(tmp_path / name / "generated.npz")) for name in ("text", "folder")]
     assert images[0] == images[1]
 
@@ -301,7 +306,7 @@ def test_captions_and_folders(stand_ins, pipeline, picture_source, tmp_path, mon
 def test_mistakes_show_before_anything_is_generated(stand_ins, tmp_path, monkeypatch, capsys):
     reference = reference_file(tmp_path)
     save_npz(tmp_path / "large.npz", [Image.new("RGB", (9, 8))] * 5)
-    np.savez(tmp_path / "none.npz", mu=np.zeros(2), sigma=np.eye(2))
+    np.savez(tmp_path / "none.npz", mu=np.zeros(6), sigma=np.eye(6))
     common = ["evaluate.py", "--protocol", "adm-50k", "--out", tmp_path / "out", "--pipeline", "p"]
     given = [*common, "--reference", reference, "--inception", "w"]
     images = [part for part in given if part not in ("--pipeline", "p")]
@@ -313,6 +318,10 @@ def test_mistakes_show_before_anything_is_generated(stand_ins, tmp_path, monkeyp
         ("--images: are measured as they are", [*images, "--images", reference, "--data", "d"]),
         ("--images: 'absent' is neither a folder of images nor an .npz file", [*images, "--images", "absent"]),
         ("has no arr_0", [*images, "--images", tmp_path / "none.npz"]),
+        ("--images: are measured as they are", [*images, "--images", reference, "--recipe", "npp_c2i_b"]),
+        ("--metrics: the protocol adm-50k has metrics and a network of its own", [*given, "--metrics", "kd"]),
+        ("recipe: 'npp_c2i_b' is for 256x256 images, these are 8x8", [*given, "--recipe", "npp_c2i_b"]),
+        ("--num-images: 3; precision and recall need more than 3", [*given, "--num-images", 3]),
         ("--npz: ", [*images, "--images", reference, "--npz"]),
         ("--reference: its images are 8x9, those to measure 8x8", [*given, "--reference", tmp_path / "large.npz"]),
         ("--samples-per-caption: 3 does not divide the 10", [*given, "--num-images", 10, "--samples-per-caption", 3]),

@@ -54,7 +54,8 @@ def open_reference(path: str | Path) -> Reference:
     """Open a reference batch of ADM: with images (``arr_0``), statistics (``mu``, ``sigma``, ``mu_s``, ``sigma_s``), or both.
 
     Raises:
-        ValueError: if the file has neither, or as for :func:`unified_eval.npz.load_statistics`.
+        ValueError: if the file has neither, too few images or statistics of other features, or as for
+            :func:`unified_eval.npz.load_statistics`.
     """
     path = Path(path)
     try:
@@ -63,6 +64,14 @@ def open_reference(path: str | Path) -> Reference:
         raise ValueError(f"reference: {str(error).removeprefix('path: ')}") from error
     if reference.images is None and "mu" not in reference.statistics:
         raise ValueError(f"reference: {str(path)!r} has neither images (arr_0) nor statistics (mu, sigma).")
+    for mean, width in zip(("mu", "mu_s"), ADM_WIDTHS, strict=False):
+        if mean in reference.statistics and len(reference.statistics[mean]) != width:
+            raise ValueError(
+                f"reference: {mean} of {str(path)!r} has {len(reference.statistics[mean])} features, ADM's has {width}; "
+                "take a batch of ADM, or make its statistics again."
+            )
+    if reference.images is not None and reference.images[0] <= NEIGHBOUR:
+        raise ValueError(f"reference: {str(path)!r} has {reference.images[0]} images; give more than {NEIGHBOUR}.")
     return reference
 
 

@@ -14,13 +14,14 @@ import numpy as np
 
 from unified import UnifiedPipeline
 from unified.files import write_json
-from unified_eval.adm import EVALUATOR, Reference, measure_adm, open_reference
+from unified_eval.adm import EVALUATOR, NEIGHBOUR, Reference, measure_adm, open_reference
 from unified_eval.command_line import SAMPLING, plain_settings
 from unified_eval.evaluation_report import print_results, shown
 from unified_eval.extraction import extract_features, open_images, process_state
-from unified_eval.features import ADM_EXTRACTOR, load_extractor
+from unified_eval.features import ADM_EXTRACTOR, EXTRACTORS, load_extractor
 from unified_eval.files import content_hash
 from unified_eval.generation import balanced_labels, check_prompts, class_count, generate_files
+from unified_eval.metrics import DEFAULT_METRICS
 from unified_eval.npz import LazyImage, load_npz, npz_shape, opened, save_npz
 from unified_eval.recipe_cards import check_resolution, recipe_note
 from unified_eval.report import write_report
@@ -30,6 +31,10 @@ from unified_eval.sheets import captioned_grid, in_rows
 from unified_tokenizers.images import read_image
 
 SHOWN = 64  # images on the sheet
+# Arguments that decide the values: always, and where images are generated.
+SETTINGS = ("protocol", "images", "reference", "inception_weights", "num_images", "batch_size", "device", "out")
+SAMPLED = ("pipeline", "lora", "recipe", "data", "split", "max_samples", "image_column", "caption_column", "samples_per_caption",
+           "seed", "decoding", *SAMPLING)  # fmt: skip
 Size = tuple[int, int]
 
 
@@ -52,10 +57,18 @@ def check_adm_arguments(args: argparse.Namespace) -> None:
             "--inception: missing; FID and Inception Score are of the Inception network: give its weights (eval/README.md "
             "says which file), or take --protocol captions, whose default extractor comes along."
         )
-    if args.images and (args.data or args.lora or args.samples_per_caption > 1):
-        raise ValueError("--images: are measured as they are; leave out --data, --lora and --samples-per-caption.")
+    own = {"metrics": list(DEFAULT_METRICS), "extractor": EXTRACTORS[0], "clip": None, "psnr_data": None}
+    for name, default in own.items():
+        if getattr(args, name) != default:
+            raise ValueError(f"--{name.replace('_', '-')}: the protocol adm-50k has metrics and a network of its own.")
+    if args.images and (args.data or args.lora or args.recipe or args.samples_per_caption > 1):
+        raise ValueError(
+            "--images: are measured as they are; leave out --data, --lora, --recipe and --samples-per-caption."
+        )
     if args.images and args.npz and args.images.endswith(".npz"):
         raise ValueError(f"--npz: {args.images!r} is such a file already.")
+    if args.num_images <= NEIGHBOUR:
+        raise ValueError(f"--num-images: {args.num_images}; precision and recall need more than {NEIGHBOUR}.")
     if args.num_images % args.samples_per_caption:
         raise ValueError(
             f"--samples-per-caption: {args.samples_per_caption} does not divide the {args.num_images} of --num-images."
@@ -79,7 +92,6 @@ def evaluate_adm(args: argparse.Namespace, open_pipeline: Callable[[], tuple[Uni
     # 2. Generate, or take images that are there.
     if args.images:
         images, titles, facts = image_set(args.images), list[str](), {"images_sha256": content_hash(args.images)}
-        check_resolution(args.recipe, images.size)
     else:
         pipeline, identity = open_pipeline()
         check_resolution(args.recipe, pipeline.default_size)
@@ -100,8 +112,10 @@ def evaluate_adm(args: argparse.Namespace, open_pipeline: Callable[[], tuple[Uni
     results.notes += recipe_note(args.recipe)
 
     # 4. Write.
+    used = SETTINGS if args.images else SETTINGS + SAMPLED
     run = {
-        **plain_settings(args), **facts, "image_size": list(images.size), "evaluator": EVALUATOR,
+        **{name: value for name, value in plain_settings(args).items() if name in used}, **facts,
+        "image_size": list(images.size), "evaluator": EVALUATOR,
         "versions": {name: version(name) for name in ("torch", "torch-fidelity", "pillow")},
     }  # fmt: skip
     if args.images and args.npz:
@@ -185,7 +199,7 @@ def write(out: Path, results: Results, run: dict[str, Any], images: ImageSet, ti
     sheet = captioned_grid(in_rows(some, 8), in_rows(titles, 8) if titles else None)
     write_report(
         out / "report.html",
-        f"{run['pipeline'] or run['images']}, protocol {run['protocol']}",
+        f"{run['images'] or run['pipeline']}, protocol {run['protocol']}",
         metrics=[(value.recipe["label"], shown(value.number, value.interval), recipe_line(value.recipe))
                  for value in results.values.values()],
         tables={"Run": [{"setting": name, "value": str(value)} for name, value in run.items()]},
