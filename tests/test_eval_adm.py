@@ -84,17 +84,26 @@ def rounded_squares(a, b):
     return out
 
 
+def exact_squares(a, b):
+    return spatial.distance.cdist(a, b, "sqeuclidean").astype(np.float32)
+
+
+def shares(squares, real, generated):
+    """Precision and recall by brute force."""
+    radius_real = np.sort(squares(real, real), axis=1)[:, 3]  # number 0 is the row itself
+    radius_generated = np.sort(squares(generated, generated), axis=1)[:, 3]
+    between = squares(real, generated)
+    precision = np.mean([(between[:, column] <= radius_real).any() for column in range(len(generated))])
+    recall = np.mean([(between[row] <= radius_generated).any() for row in range(len(real))])
+    return precision, recall
+
+
 @pytest.mark.parametrize("half", [True, False])
 def test_precision_and_recall_by_brute_force(half):
     real, generated = features(40, seed=1), features(31, seed=2, scale=0.7)
     if not half:
         real, generated = 100 * real, 100 * generated  # squares out of the range of half precision
-    squares = rounded_squares if half else lambda a, b: spatial.distance.cdist(a, b, "sqeuclidean").astype(np.float32)
-    radius_real = np.sort(squares(real, real), axis=1)[:, 3]  # number 0 is the row itself
-    radius_generated = np.sort(squares(generated, generated), axis=1)[:, 3]
-    between = squares(real, generated)
-    precision = np.mean([(between[:, column] <= radius_real).any() for column in range(31)])
-    recall = np.mean([(between[row] <= radius_generated).any() for row in range(40)])
+    precision, recall = shares(rounded_squares if half else exact_squares, real, generated)
     assert 0.1 < recall < precision < 1
     for block in ((2048, 8192), (7, 3), (3, 11)):
         assert precision_and_recall(real, generated, block=block) == (precision, recall, half)
@@ -102,13 +111,14 @@ def test_precision_and_recall_by_brute_force(half):
         precision_and_recall(real, generated[:3])
 
 
-def test_rounding_matters():
-    """Otherwise the test above would pass without it: in half precision these distances tie."""
-    rows = features(9, 4, seed=1, scale=0.01)[:8] + np.float32(20)
-    assert precision_and_recall(rows, rows + np.float32(0.004))[:2] == (1, 1)
-    exact = spatial.distance.cdist(rows, rows + np.float32(0.5), "sqeuclidean").min()
-    assert exact > np.sort(spatial.distance.cdist(rows, rows, "sqeuclidean"), axis=1)[:, 3].max()
-    assert precision_and_recall(100 * rows, 100 * rows + 50)[:2] == (0, 0)
+def test_half_precision_matters_and_is_that_of_adm():
+    """Rows far from the origin and close to each other, as Inception's are: rounded distances tie, and ties are inside."""
+    noise = np.random.default_rng(1).normal(size=(2, 60, 32)).astype(np.float32)
+    real, generated = 8 + 0.3 * noise[0], 8.05 + 0.36 * noise[1]
+    rounded, exact = shares(rounded_squares, real, generated), shares(exact_squares, real, generated)
+    found = precision_and_recall(real, generated)
+    assert found[2] and found[:2] == pytest.approx(rounded, abs=1.01 / 60)
+    assert max(abs(a - b) for a, b in zip(rounded, exact, strict=True)) > 3 / 60, (rounded, exact)
 
 
 def test_reference_batches_of_both_kinds(tmp_path, monkeypatch):
