@@ -5,10 +5,15 @@
     python eval/evaluate.py --compare runs/a/pipeline runs/b/pipeline+runs/b/lora --data ... --out runs/comparison
     python eval/evaluate.py --compare runs/a/pipeline runs/a/pipeline --decoding plain gsd+int8 --data ... --out runs/fast
 
+    python eval/evaluate.py --protocol adm-50k --pipeline PIPELINE --reference VIRTUAL_imagenet256_labeled.npz \\
+        --inception weights-inception-2015-12-05-6726825d.pth --recipe npp_c2i_b --out runs/adm
+
 The folder gets `metrics.json` (metrics, 95 % intervals, the recipe of each, and the run), `report.html`,
 `generated/NNN.png`, `samples.png` (every generated image with its caption) and `comparison.png` (real, through the
 tokenizer, generated). Run again, it keeps images and features that are there. `accelerate launch` shares the work.
-With `--compare`, `a/` and `b/` get these files, and the folder the differences in pairs.
+With `--compare`, `a/` and `b/` get these files, and the folder the differences in pairs. With `--protocol adm-50k` it
+gets `metrics.json`, `report.html`, `generated/NNNNN.png` and `generated.npz`: FID, sFID, Inception Score, precision and
+recall as papers of class-conditional ImageNet report them.
 """
 
 import argparse
@@ -31,6 +36,8 @@ from unified.decoding.config import check_decoding
 from unified.errors import explain_errors
 from unified.files import write_json
 from unified.lora.adapters import base_of
+from unified_eval.adm import FULL
+from unified_eval.adm_protocol import check_adm_arguments, evaluate_adm
 from unified_eval.command_line import (
     SAMPLING,
     add_column_arguments,
@@ -44,6 +51,7 @@ from unified_eval.diversity import nearest_neighbours
 from unified_eval.evaluation_report import (
     Neighbour,
     comparison_sheet,
+    print_results,
     sample_sheet,
     shown,
     verdict,
@@ -64,13 +72,15 @@ from unified_eval.metrics import (
     needs_of,
 )
 from unified_eval.npz import save_npz
+from unified_eval.recipe_cards import add_recipe_argument, check_resolution, parse_with_recipe, recipe_note
 from unified_eval.reconstruction import add_tokenizer_psnr, reconstruct, stream_reconstructions
 from unified_eval.report import format_value
-from unified_eval.results import Results, SmallSampleWarning, compare_results, recipe_line
+from unified_eval.results import Results, SmallSampleWarning, compare_results
 from unified_eval.selection import Row, choose_evenly, choose_usable, first_usable_rows, unique_captions, usable_images
 from unified_eval.shapes import check_size, read_claims
 
 INT8 = "+int8"
+PROTOCOLS = ("captions", "adm-50k")
 DECODING = [mode + weights for mode in DECODING_MODES for weights in ("", INT8)]
 
 
@@ -105,15 +115,29 @@ def parse_arguments() -> argparse.Namespace:
     systems.add_argument(
         "--compare", nargs=2, metavar=("A", "B"), help="two pipelines, each possibly with an adapter: PIPELINE+LORA"
     )
+    systems.add_argument("--images", help="adm-50k: a folder of images or an .npz file, in place of a pipeline")
+    task.add_argument(
+        "--protocol", choices=PROTOCOLS, default=PROTOCOLS[0],
+        help="captions: images of captions of a data set, against its real images; adm-50k: 50,000 images against a reference "
+        "batch of ADM (default: %(default)s)",
+    )  # fmt: skip
+    add_recipe_argument(task)
+    task.add_argument(
+        "--reference", type=Path, help="adm-50k: reference batch, ADM's .npz with images, statistics or both"
+    )
     task.add_argument("--lora", help="LoRA adapter folder to load into --pipeline")
-    task.add_argument("--data", required=True, help="data folder, file or Hub name with captioned images")
+    task.add_argument(
+        "--data",
+        help="data folder, file or Hub name with captioned images; adm-50k: its captions, in place of class labels",
+    )
     task.add_argument("--split", default="train", help="split of the captions and real images (default: %(default)s)")
     task.add_argument(
         "--max-samples", type=int, help="use the first this many captioned rows of the split (default: all)"
     )
     task.add_argument(
-        "--num-images", type=int, default=64, help="captions chosen evenly among them (default: %(default)s)"
-    )
+        "--num-images", type=int,
+        help="captions chosen evenly among them (default: 64); adm-50k: images in all (default: 50000)",
+    )  # fmt: skip
     task.add_argument(
         "--samples-per-caption", type=int, default=1, help="images for each caption (default: %(default)s)"
     )
@@ -137,7 +161,12 @@ def parse_arguments() -> argparse.Namespace:
     measure.add_argument(
         "--extractor", choices=EXTRACTORS, default=EXTRACTORS[0], help="feature network (default: %(default)s)"
     )
-    measure.add_argument("--inception-weights", type=Path, help="weights file of the inception extractor and of 'is'")
+    measure.add_argument(
+        "--inception-weights",
+        "--inception",
+        type=Path,
+        help="weights file of the inception extractor, 'is' and adm-50k",
+    )
     measure.add_argument(
         "--resamples", type=int, default=200,
         help="resamples of the prompts for intervals of distances, 0 for none (default: %(default)s)",
@@ -151,7 +180,10 @@ def parse_arguments() -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, help="folder to write; earlier results in it are replaced")
     parser.add_argument("--npz", action="store_true", help="also write generated.npz for the evaluator of ADM")
-    return parser.parse_args()
+    args = parse_with_recipe(parser)
+    if args.num_images is None:
+        args.num_images = FULL if args.protocol == "adm-50k" else 64
+    return args
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -160,6 +192,13 @@ def check_arguments(args: argparse.Namespace) -> None:
     check_sampling(args)
     check_folder("out", args.out)
     check_folder("features", args.features)
+    if args.protocol == "adm-50k":
+        check_adm_arguments(args)
+        return
+    if args.images or args.reference:
+        raise ValueError("--images, --reference: they are for --protocol adm-50k.")
+    if not args.data:
+        raise ValueError("--data: missing; give a data folder, file or Hub name with captioned images.")
     if args.resamples < 0 or args.resamples == 1:
         raise ValueError(f"--resamples: {args.resamples} gives no interval; give 2 or more, or 0 for none.")
     needs_weights = args.extractor == "inception" or "logits_extractor" in needs_of(args.metrics)
@@ -175,7 +214,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def systems_of(args: argparse.Namespace) -> list[System]:
     """The one or two systems of a command line."""
-    if args.pipeline:
+    if not args.compare:
         names, folders = [(args.pipeline, args.lora)], [args.out]
     else:
         names, folders = [pipeline_and_lora(name) for name in args.compare], [args.out / "a", args.out / "b"]
@@ -253,6 +292,7 @@ def evaluate(args: argparse.Namespace, task: Task, system: System, networks: dic
 
     # 1. Open the pipeline and check the captions; crop the chosen images to its size and pass them through its tokenizer.
     pipeline, identity = open_pipeline(system, args.device)
+    check_resolution(args.recipe, pipeline.default_size)
     check_prompts(pipeline, [row.caption for row in task.chosen])
     side, tokenizer = square_side(pipeline), pipeline.image_tokenizer
     if task.claims is not None:
@@ -285,6 +325,7 @@ def evaluate(args: argparse.Namespace, task: Task, system: System, networks: dic
         progress=progress, **networks,
     )  # fmt: skip
     results = measure_images(inputs, args.metrics, resamples=args.resamples, seed=args.seed)
+    results.notes += recipe_note(args.recipe)
     if args.psnr_split != "none":
         source, report = args.psnr_data or args.data, SkipReport()
         held_out = usable_images(source, args.psnr_split, **columns, report=report)
@@ -333,12 +374,7 @@ def write_results(
     title = f"Evaluation of {run['pipeline']}" + (f" with {run['lora']}" if run["lora"] else "")
     command = shlex.join(["python", *sys.argv])
     write_evaluation_report(out / "report.html", title, inputs, results, run, neighbours, command)
-    print(f"\n{'metric':<62} {'value [95 % interval]':>30}  recipe")
-    for value in results.values.values():
-        label, number = value.recipe["label"], shown(value.number, value.interval)
-        print(f"{label:<62} {number:>30}  {recipe_line(value.recipe)}")
-    for note in results.notes:
-        print(f"note: {note}")
+    print_results(results)
     print(f"\n{out / 'metrics.json'}\n{out / 'report.html'}")
 
 
@@ -348,7 +384,7 @@ def write_comparison(
     """Write `metrics.json` and the report of the differences of two systems, and print them."""
     differences = compare_results(*results)
     run = {"a": args.compare[0], "b": args.compare[1], "decoding": [system.decoding for system in systems],
-           "num_images": args.num_images, "seed": args.seed}  # fmt: skip
+           "num_images": args.num_images, "seed": args.seed, "recipe": args.recipe}  # fmt: skip
     notes = list(dict.fromkeys(note for part in results for note in part.notes))
     write_json(args.out / "metrics.json", {"differences": differences, "run": run, "notes": notes})
     names = ["A", "B"]
@@ -372,6 +408,9 @@ def main() -> None:
     args = parse_arguments()
     check_arguments(args)
     systems = systems_of(args)
+    if args.protocol == "adm-50k":
+        evaluate_adm(args, lambda: open_pipeline(systems[0], args.device))
+        return
     warnings.simplefilter("ignore", SmallSampleWarning)  # they are printed as notes
 
     # 2. Choose captions and rows, load the networks, and see whether the second pipeline of a comparison can be opened.

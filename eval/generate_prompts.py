@@ -41,6 +41,7 @@ from unified_eval.files import content_hash
 from unified_eval.generation import generate_images, geneval_name, load_system
 from unified_eval.metrics import readable_places
 from unified_eval.prompts import Prompt, read_prompts
+from unified_eval.recipe_cards import add_recipe_argument, check_resolution, parse_with_recipe, recipe_note
 from unified_eval.results import Results
 from unified_eval.shapes import add_records, check_size, read_claims, scene_records
 
@@ -56,8 +57,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--clip", help="also score by this CLIP: folder, 'architecture/tag' or 'hf-hub:owner/name'")
     parser.add_argument("--shapes", action="store_true", help="also check claims about shapes (.jsonl of shapes only)")
     add_generation_arguments(parser)
+    add_recipe_argument(parser)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    return parser.parse_args()
+    return parse_with_recipe(parser)
 
 
 def add_clip_scores(
@@ -112,6 +114,7 @@ def main() -> None:
     claims = [read_claims(prompt.metadata["include"]) for prompt in prompts] if args.shapes else []
     clip = load_clip(args.clip) if args.clip else None
     pipeline, identity = load_system(args.pipeline, args.lora)
+    check_resolution(args.recipe, pipeline.default_size)
     if args.shapes:
         check_size(*pipeline.default_size)
 
@@ -126,6 +129,7 @@ def main() -> None:
 
     # 3. Measure.
     results = Results([str(number) for number in range(len(prompts))], seed=args.seed)
+    results.notes += recipe_note(args.recipe)
     if clip is not None:
         clip.model.to(args.device)
         add_clip_scores(results, prompts, images, clip, args.batch_size, args.out / "features")

@@ -1,5 +1,6 @@
 """Tiny models and tokenizers, built once."""
 
+import runpy
 import subprocess
 import sys
 from functools import partial
@@ -283,6 +284,20 @@ def finished(config_file, tmp_path_factory):
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     return output
+
+
+def run_script(monkeypatch, name: str, *arguments: object) -> None:
+    """Run a script of eval/ in this process."""
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    runpy.run_path(str(ROOT / "eval" / name), run_name="__main__")
+
+
+def refused(monkeypatch, capsys, name: str, *arguments: object) -> str:
+    """The last line on stderr of a script that ends with exit code 2."""
+    with pytest.raises(SystemExit) as ended:
+        run_script(monkeypatch, name, *arguments)
+    assert ended.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.fixture(params=[1, 2])

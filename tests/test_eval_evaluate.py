@@ -2,7 +2,6 @@
 
 import json
 import re
-import runpy
 import subprocess
 import sys
 import weakref
@@ -12,6 +11,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from conftest import refused, run_script
 from PIL import Image, ImageFile
 
 import unified_eval
@@ -245,19 +245,6 @@ def test_importing_the_package_loads_no_network():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
     assert all(getattr(unified_eval, name) is not None for name in unified_eval.__all__)
     assert not hasattr(unified_eval, "no_such_name")
-
-
-def run_script(monkeypatch, name: str, *arguments: object) -> None:
-    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-    runpy.run_path(str(ROOT / "eval" / name), run_name="__main__")
-
-
-def refused(monkeypatch, capsys, name: str, *arguments: object) -> str:
-    """The last line on stderr of a script that ends with exit code 2."""
-    with pytest.raises(SystemExit) as ended:
-        run_script(monkeypatch, name, *arguments)
-    assert ended.value.code == 2
-    return capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.process

@@ -14,6 +14,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 from unified_eval import (
     extract_features,
+    features,
     frechet_distance,
     inception_score,
     kernel_distance,
@@ -84,7 +85,8 @@ def test_efficientnet_recipe_and_normalisation(efficientnet):
 def test_fid_agrees_with_torchmetrics(random_inception_file):
     real, fake = noise(3, seed=1), [image.resize((12, 12)).resize((24, 24)) for image in noise(4, seed=2)]
     extractor = load_extractor("inception", random_inception_file)
-    assert (extractor.metric, extractor.width) == ("FID", 2048)
+    assert (extractor.metric, extractor.key, extractor.width) == ("FD-Inception", "fd_inception", 2048)
+    assert extractor.weights_sha256 in extractor.note and features.INCEPTION_SHA256 in extractor.note
     ours = frechet_distance(extractor(real, batch_size=2), extractor(fake))
     oracle = FrechetInceptionDistance(feature_extractor_weights_path=str(random_inception_file), antialias=False)
     for images, is_real in ((real, True), (fake, False)):
@@ -149,3 +151,36 @@ def test_no_images_is_an_error(efficientnet):
         efficientnet([])
     with pytest.raises(ValueError, match="batch_size: 0 is below 1"):
         efficientnet(noise(1), batch_size=0)
+
+
+@pytest.mark.process
+def test_features_of_adm_are_pool_spatial_and_logits(random_inception_file, monkeypatch):
+    """Spatial features are those of one branch, computed here from the input of its block, in the order of TensorFlow."""
+    images = noise(2, seed=6)
+    extractor = load_extractor("inception-adm", random_inception_file)
+    rows = extractor(images)
+    assert extractor.metric == "FD-Inception" and rows.shape == (2, 2048 + 2023 + 1008)
+
+    network = inception_module.FeatureExtractorInceptionV3(
+        "inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(random_inception_file)
+    )
+    given = []
+    network.Mixed_6d.register_forward_pre_hook(lambda module, inputs: given.append(inputs[0].clone()))
+    pool, logits = network(torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2))
+    state = {name: network.state_dict()[f"Mixed_6d.branch1x1.{name}"] for name in
+             ("conv.weight", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var")}  # fmt: skip
+    maps = torch.einsum("bihw,oi->bohw", given[0], state["conv.weight"][:, :, 0, 0]).numpy()
+    scale = (state["bn.weight"] / (state["bn.running_var"] + 1e-3).sqrt()).numpy()
+    shift = state["bn.bias"].numpy() - state["bn.running_mean"].numpy() * scale
+    maps = np.maximum(maps * scale[:, None, None] + shift[:, None, None], 0)
+    spatial = np.moveaxis(maps, 1, 3)[..., :7].reshape(2, -1)
+    for part, expected in ((rows[:, :2048], pool), (rows[:, 2048:4071], spatial), (rows[:, 4071:], logits)):
+        np.testing.assert_allclose(part, expected, rtol=1e-3, atol=1e-4 * float(abs(expected).max()))
+    np.testing.assert_allclose(rows[:, 4071:], rows[:, :2048] @ network.fc.weight.numpy().T, rtol=1e-3, atol=1e-3)
+    mixed = extractor([images[0], images[1].resize((30, 20))])  # these pass one by one
+    np.testing.assert_allclose(mixed[0], rows[0], rtol=1e-3, atol=1e-3)
+
+    monkeypatch.setattr(features, "INCEPTION_SHA256", extractor.weights_sha256)
+    names = ("inception-adm", "inception", "inception-logits")
+    known = [load_extractor(name, random_inception_file) for name in names]
+    assert [(each.metric, each.note) for each in known] == [("FID", None), ("FID", None), ("IS", None)]

@@ -1,5 +1,6 @@
 """Results with intervals, differences in pairs, and every metric on images whose values are known."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from unified_eval import (
     wilson_interval,
 )
 from unified_eval.evaluation_report import floors_and_ceilings
+from unified_eval.features import UNKNOWN_SCORE
 from unified_eval.intervals import bootstrap_interval, interval_around, resample
 from unified_eval.metrics import describe_metrics
 from unified_eval.results import Bound
@@ -240,6 +242,8 @@ def test_inception_score_of_generated_and_real_images():
     assert results.metrics["inception_score_real"] == pytest.approx(3, rel=1e-6)
     assert results.metrics["inception_score"] == pytest.approx(1, rel=1e-6)
     assert any(note.startswith("inception score: 3 images") for note in results.notes)
+    other = measure([REAL[0]] * 3, metrics=["is"], logits_extractor=replace(sharp, metric=UNKNOWN_SCORE), seed=1)
+    assert list(other.metrics) == ["exp_kl_classes", "exp_kl_classes_real"] and "SHA-256 00" in other.notes[0]
 
 
 def test_captions_that_the_clip_cannot_read_are_left_out_with_a_note():

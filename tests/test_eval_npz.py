@@ -35,6 +35,8 @@ def test_bad_files_and_images_are_errors(tmp_path):
     assert not (tmp_path / "mixed.npz").exists()
     with pytest.raises(ValueError, match="images: the list is empty"):
         save_npz(tmp_path / "empty.npz", [])
+    with pytest.raises(ValueError, match="labels: 1 labels for 2 images; give one for each"):
+        save_npz(tmp_path / "labels.npz", noise(2), [3])
     with pytest.raises(ValueError, match=r"'.*set.npy' is not named .npz"):
         save_npz(tmp_path / "set.npy", noise(1))
     with pytest.raises(ValueError, match=r"is not an \.npz file"):

@@ -28,6 +28,16 @@ def shown(value: float, interval: Interval | Sequence[float] | None) -> str:
     return text if interval is None else f"{text} [{format_value(interval[0])}, {format_value(interval[1])}]"
 
 
+def print_results(results: Results) -> None:
+    """Print values with their intervals and recipes, and the notes."""
+    print(f"\n{'metric':<62} {'value [95 % interval]':>30}  recipe")
+    for value in results.values.values():
+        label, number = value.recipe["label"], shown(value.number, value.interval)
+        print(f"{label:<62} {number:>30}  {recipe_line(value.recipe)}")
+    for note in results.notes:
+        print(f"note: {note}")
+
+
 def verdict(interval: Interval | None) -> str:
     """The meaning of a 95 % interval of a difference: ``higher``, ``lower`` or ``not told apart``."""
     if interval is None:

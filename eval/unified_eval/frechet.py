@@ -1,10 +1,19 @@
 """Distances between two sets of features: Frechet (FID and its kin), the unbiased kernel distance (KID), and CMMD."""
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
 
 Features = np.ndarray | Tensor
+
+
+class Moments(NamedTuple):
+    """Mean ``(D,)`` and covariance ``(D, D)`` of features, float64."""
+
+    mean: Tensor
+    covariance: Tensor
 
 
 def frechet_distance(a: Features, b: Features) -> float:
@@ -30,10 +39,41 @@ def frechet_distance(a: Features, b: Features) -> float:
     """
     rows_a, rows_b = checked_pair(a, b)
     mean_a, mean_b = rows_a.mean(0), rows_b.mean(0)
-    root_a, root_b = _covariance_root(rows_a - mean_a), _covariance_root(rows_b - mean_b)
-    cross = torch.linalg.svdvals(root_a @ root_b.T).sum()
-    distance = (mean_a - mean_b).square().sum() + root_a.square().sum() + root_b.square().sum() - 2 * cross
-    return max(float(distance), 0.0)  # rounding can leave about -1e-12 for equal sets
+    return _distance(mean_a, _covariance_root(rows_a - mean_a), mean_b, _covariance_root(rows_b - mean_b))
+
+
+def moments_of(features: np.ndarray, block: int = 4096) -> Moments:
+    """Mean and unbiased covariance of features ``(N, D)`` of any precision; only a block is ever held in float64.
+
+    Raises:
+        ValueError: as for :func:`frechet_distance`.
+    """
+    parts = [features[start : start + block] for start in range(0, len(features), block)]
+    if len(features) < 2 or features.ndim != 2:
+        checked("features", features)
+    mean = torch.stack([torch.from_numpy(part).double().sum(0) for part in parts]).sum(0) / len(features)
+    if not torch.isfinite(mean).all():
+        checked("features", features)
+    covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64)
+    for part in parts:
+        centred = torch.from_numpy(part).double() - mean
+        covariance.addmm_(centred.T, centred)
+    return Moments(mean, covariance / (len(features) - 1))
+
+
+def frechet_distance_of_moments(a: Moments, b: Moments) -> float:
+    """Frechet distance between two Gaussians, such as a set of features and the statistics of a reference batch.
+
+    The roots of the covariances come from their eigenvectors, so that rounding of a singular one does no harm.
+
+    Raises:
+        ValueError: if the widths differ, a value is not finite, or a covariance has negative variances.
+    """
+    if a.mean.shape != b.mean.shape:
+        raise ValueError(
+            f"b: {len(b.mean)} features, but a has {len(a.mean)}; take both statistics from one extractor."
+        )
+    return _distance(a.mean, _symmetric_root("a", a.covariance), b.mean, _symmetric_root("b", b.covariance))
 
 
 def kernel_distance(a: Features, b: Features) -> float:
@@ -159,6 +199,23 @@ def _covariance_root(centred: Tensor) -> Tensor:
     rows, width = centred.shape
     root = centred / (rows - 1) ** 0.5
     return torch.linalg.qr(root, mode="r").R if rows > width else root
+
+
+def _symmetric_root(field: str, covariance: Tensor) -> Tensor:
+    """Some R with ``R^T R`` = a covariance matrix."""
+    if not torch.isfinite(covariance).all():
+        raise ValueError(f"{field}: the covariance holds NaN or infinity; make the statistics again.")
+    variances, directions = torch.linalg.eigh(covariance)
+    if float(variances[0]) < -1e-6 * max(float(variances[-1]), 1e-12):
+        raise ValueError(f"{field}: the covariance has the eigenvalue {float(variances[0]):.3g}; make it again.")
+    return (directions * variances.clamp(min=0).sqrt()).T
+
+
+def _distance(mean_a: Tensor, root_a: Tensor, mean_b: Tensor, root_b: Tensor) -> float:
+    """Frechet distance of means and roots of covariances."""
+    cross = torch.linalg.svdvals(root_a @ root_b.T).sum()
+    distance = (mean_a - mean_b).square().sum() + root_a.square().sum() + root_b.square().sum() - 2 * cross
+    return max(float(distance), 0.0)  # rounding can leave about -1e-12 for equal sets
 
 
 def _cubic_kernel(a: Tensor, b: Tensor) -> Tensor:

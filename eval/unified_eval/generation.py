@@ -38,21 +38,55 @@ def square_side(pipeline: UnifiedPipeline) -> int:
     return width
 
 
-def check_prompts(pipeline: UnifiedPipeline, prompts: Sequence[str], **sampling: Any) -> None:
+def class_count(pipeline: UnifiedPipeline) -> int:
+    """How many classes a class-conditional pipeline has. Raises ValueError if it has none."""
+    labels = getattr(pipeline, "labels", None)
+    if not labels:
+        raise ValueError("pipeline: has no class labels; give captions with --data.")
+    return len(labels)
+
+
+def balanced_labels(count: int, classes: int) -> list[int]:
+    """Labels of ``count`` images, in turn, so that any run of them has each class about equally often.
+
+    The Inception Score is taken in runs of images, so that labels in order would lower it.
+    """
+    return [number % classes for number in range(count)]
+
+
+def check_prompts(pipeline: UnifiedPipeline, prompts: Sequence[str] | Sequence[int], **sampling: Any) -> None:
     """Raises ValueError if the pipeline cannot generate one of many prompts, which would show when its batch is reached."""
+    if prompts and isinstance(prompts[0], int):
+        classes = class_count(pipeline)
+        wrong = [label for label in prompts if not (isinstance(label, int) and 0 <= label < classes)]
+        if wrong:
+            raise ValueError(f"prompts: label {wrong[0]!r} is none of 0 to {classes - 1}.")
+        return
+    captions: list[Any] = list(prompts)
     config, stride = base_of(pipeline.model).config, pipeline.image_tokenizer.downsample
     grid = code_grid(config, stride, sampling.get("height"), sampling.get("width"))
-    check_room(as_prompts(list(prompts)) if prompts else [], pipeline.text_tokenizer, config, grid, "prompt")
+    check_room(as_prompts(captions) if captions else [], pipeline.text_tokenizer, config, grid, "prompt")
+
+
+def call_pipeline(pipeline: Any, prompts: list[Any], **options: Any) -> list[Image.Image]:
+    """An image for each caption, or for each class label of a class-conditional pipeline."""
+    if isinstance(prompts[0], int):
+        return pipeline(class_labels=prompts, **options).images
+    return pipeline(prompts, **options).images
 
 
 def stream_images(
-    pipeline: UnifiedPipeline, prompts: Sequence[str], seeds: Sequence[int], batch_size: int = 64, **sampling: Any
+    pipeline: UnifiedPipeline,
+    prompts: Sequence[str] | Sequence[int],
+    seeds: Sequence[int],
+    batch_size: int = 64,
+    **sampling: Any,
 ) -> Iterator[Image.Image]:
     """Generate an image for each prompt, batch by batch; each depends on its own seed only, not on its batch.
 
     Args:
         pipeline: the pipeline; its progress bar is switched off.
-        prompts: one for each image.
+        prompts: one for each image; captions, or class labels.
         seeds: one for each image.
         batch_size: images generated at once.
         sampling: arguments of the pipeline, such as ``guidance_scale``.
@@ -64,12 +98,20 @@ def stream_images(
     pipeline.set_progress_bar_config(disable=True)
     for pairs in batches(zip(prompts, seeds, strict=True), batch_size):
         generators = [torch.Generator().manual_seed(seed) for _, seed in pairs]
-        yield from pipeline([prompt for prompt, _ in pairs], generator=generators, **sampling).images
+        yield from call_pipeline(pipeline, [prompt for prompt, _ in pairs], generator=generators, **sampling)
 
 
 def generate_images(
+    pipeline: UnifiedPipeline, captions: Sequence[str], folder: str | Path, *arguments: Any, **options: Any
+) -> tuple[list[Image.Image], dict[str, Any]]:
+    """Generate files as :func:`generate_files` does, and return all images in memory in place of the files."""
+    files, times = generate_files(pipeline, captions, folder, *arguments, **options)
+    return [read_image(file) for file in files], times
+
+
+def generate_files(
     pipeline: UnifiedPipeline,
-    captions: Sequence[str],
+    captions: Sequence[str] | Sequence[int],
     folder: str | Path,
     samples: int = 1,
     seed: int = 0,
@@ -78,16 +120,17 @@ def generate_images(
     identity: Mapping[str, str] | None = None,
     progress: bool = False,
     file_name: Callable[[int], str] = "{:03d}.png".format,
-) -> tuple[list[Image.Image], dict[str, Any]]:
+) -> tuple[list[Path], dict[str, Any]]:
     """Generate ``samples`` images for each caption into a folder, or continue an earlier call that was interrupted.
 
     Image i, for caption ``i // samples``, has the seed ``seed + i`` and the file ``file_name(i)``. If captions, seeds,
     sampling and ``identity`` are those of the ``.json`` beside the folder, the images that are there are kept; else they
-    are removed. Under ``accelerate launch`` every process generates its share, and all return all images.
+    are removed. Under ``accelerate launch`` every process generates its share, and all return all files. One batch of
+    images is in memory at a time.
 
     Args:
         pipeline: the pipeline.
-        captions: N captions.
+        captions: N captions, or class labels.
         folder: folder to write.
         samples: images for each caption.
         seed: seed of the first image.
@@ -98,7 +141,7 @@ def generate_images(
         file_name: maps i to a name in the folder that begins with a digit; ``NNN.png`` without it.
 
     Returns:
-        The N * samples images, those of a caption adjacent; and ``generated`` (by this process, now), ``kept`` and
+        The N * samples files, those of a caption adjacent; and ``generated`` (by this process, now), ``kept`` and
         ``seconds_per_image`` (of this process; None if it generated none).
 
     Raises:
@@ -107,7 +150,7 @@ def generate_images(
     if samples < 1 or batch_size < 1:
         raise ValueError(f"samples, batch_size: {samples} and {batch_size}; give 1 or more.")
     folder, sampling = Path(folder), dict(sampling or {})
-    prompts = [caption for caption in captions for _ in range(samples)]
+    prompts: list[Any] = [caption for caption in captions for _ in range(samples)]
     files = [folder / file_name(number) for number in range(len(prompts))]
     settings = {"captions": list(captions), "samples": samples, "seed": seed, "sampling": sampling, **(identity or {})}
     state = process_state()
@@ -124,8 +167,7 @@ def generate_images(
         write_image(files[number], image)
     seconds = (time.perf_counter() - start) / len(mine) if mine else None
     state.wait_for_everyone()
-    images = [read_image(file) for file in files]
-    return images, {"generated": len(mine), "kept": len(files) - len(missing), "seconds_per_image": seconds}
+    return files, {"generated": len(mine), "kept": len(files) - len(missing), "seconds_per_image": seconds}
 
 
 def geneval_name(samples: int) -> Callable[[int], str]:

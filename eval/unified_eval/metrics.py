@@ -59,6 +59,8 @@ class FrechetDistance(Metric):
         """See :class:`Metric`."""
         extractor: Extractor = inputs.require("extractor")
         name, key, real = extractor.metric, extractor.key, inputs.features("real")
+        if extractor.note:
+            results.note(extractor.note)
         results.note_if_few(
             "frechet", len(real), 10_000, "report the kernel distance, which has no bias, or sample more"
         )
@@ -223,7 +225,7 @@ class Cmmd(Metric):
 class InceptionScore(Metric):
     """Inception Score of generated images, which looks at no reference.
 
-    ``inception_score``, and ``inception_score_real``.
+    ``inception_score``, and ``inception_score_real``; ``exp_kl_classes`` of other weights than the known ones.
     """
 
     needs = ("logits_extractor",)
@@ -231,6 +233,10 @@ class InceptionScore(Metric):
     def add(self, inputs: Inputs, results: Results) -> None:
         """See :class:`Metric`."""
         network: Extractor = inputs.require("logits_extractor")
+        name = "Inception Score" if network.metric == "IS" else "exp KL of class scores of unknown weights"
+        key = "inception_score" if network.metric == "IS" else "exp_kl_classes"
+        if network.note:
+            results.note(network.note)
         results.note_if_few("inception score", len(inputs.generated), 5_000, "sample more, or leave it out")
         kinds: tuple[ImageSet, ...] = ("generated", "real")
         for kind in kinds:
@@ -239,8 +245,8 @@ class InceptionScore(Metric):
             score, spread = inception_score(logits, splits, results.seed)
             given = kind == "real"
             results.add(
-                "inception_score_real" if given else "inception_score", score, f"Inception Score, {kind}", given=given,
-                bound=Bound("inception_score", REAL) if given else None, n=len(logits), splits=splits,
+                f"{key}_real" if given else key, score, f"{name}, {kind}", given=given,
+                bound=Bound(key, REAL) if given else None, n=len(logits), splits=splits,
                 deviation_over_splits=spread, seed=results.seed, **network.recipe(), **inputs.size,
             )  # fmt: skip
 

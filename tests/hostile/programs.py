@@ -237,7 +237,8 @@ SCRIPTS: dict[str, list[tuple[str, str]]] = {
         ("--config <settings> --data <pictures> --clip a --out <out> --jobs 0", "jobs 0"),
     ],
     "eval/evaluate.py": [
-        ("", "--data"),
+        ("", "--out"),
+        ("--pipeline <pipeline> --out <out>", "--data"),
         ("--data <pictures> --out <out>", "--pipeline"),
         ("--pipeline <nothing> --data <pictures> --out <out> --metrics fd --num-images 3", "pipeline nothing"),
         ("--pipeline <pipeline> --data <nothing> --out <out> --metrics fd --num-images 3", "source nothing"),
