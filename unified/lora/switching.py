@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from peft import LoraModel, PeftModel
@@ -150,7 +150,8 @@ def switch(model: PeftModel, enabled: bool) -> None:
         tuner.disable_adapter_layers()
 
 
-def _disabled(model: PeftModel) -> bool:
+def is_disabled(model: PeftModel) -> bool:
+    """Whether the base model is used alone."""
     return any(isinstance(module, LoraLayer) and bool(module.disable_adapters) for module in model.modules())
 
 
@@ -176,7 +177,7 @@ def fuse_lora(model: PeftModel, lora_scale: float = 1.0) -> None:
                 f"fuse_lora: adapter {name!r} acts on {gate.kinds[name]} positions only, which a weight cannot; leave it out "
                 "with set_adapters."
             )
-    if _disabled(model):
+    if is_disabled(model):
         raise ValueError("fuse_lora: adapters are disabled; call enable_lora first.")
     if not math.isfinite(lora_scale):
         raise ValueError(f"lora_scale: {lora_scale} must be a finite number.")
@@ -232,8 +233,8 @@ def plain_state(model: PeftModel) -> dict[str, Tensor]:
     return state
 
 
-def save_fused(model: PeftModel, folder: Path) -> None:
-    """Write a fused model as one without adapters.
+def save_fused(model: PeftModel, folder: Path, **options: Any) -> None:
+    """Write a fused model as one without adapters; ``options`` are those of ``save_pretrained``.
 
     Raises:
         ValueError: if nothing is fused.
@@ -241,10 +242,10 @@ def save_fused(model: PeftModel, folder: Path) -> None:
     if adapter_state(model).unfused is None:
         raise ValueError(
             "save_pretrained: adapters are loaded; call unload_lora_weights() for the base, fuse_lora() for the sum, "
-            "or save an adapter alone with unified.lora.adapters.save_lora."
+            "or save an adapter alone with save_lora_weights."
         )
     base = cast(UnifiedForCausalLM, model.get_base_model())
-    base.save_pretrained(folder, state_dict=plain_state(model))
+    base.save_pretrained(folder, state_dict=plain_state(model), **options)
     if isinstance(base.image_head, ModulesToSaveWrapper) and base.image_head.active_adapters:
         config = copy.deepcopy(base.config)
         config.new_image_tables = False  # the adapter's are written, which are trained
