@@ -14,7 +14,7 @@ from unified.lora.switching import adapter_state, is_disabled
 from unified.pipeline.options import SAMPLING, GenerationOptions
 from unified.pipeline.pipeline import UnifiedPipeline
 
-TEXTS = ("prompt", "negative_prompt", "model", "software")  # as they are
+TEXTS = ("prompt", "negative_prompt", "edit", "model", "software")  # as they are
 VALUES = ("prompts", "seed", "settings", "adapters")  # as JSON
 SOFTWARE = "unified"
 
@@ -42,15 +42,14 @@ def describe_images(
     """
     filled = GenerationOptions.from_mapping(options).filled(pipe.sampling)
     settings = {name: getattr(filled, name) for name in SAMPLING}
-    if edit is not None:
-        settings["edit"] = edit
     if adapters is None:
         model = pipe.model
         adapters = adapter_state(model).weights if isinstance(model, PeftModel) and not is_disabled(model) else {}
     name = model_name(base_of(pipe.model).name_or_path or "")
     for image, prompt, seed in zip(images, prompts, seeds, strict=True):
-        describe(image, prompt=prompt, negative_prompt=negative_prompt, seed=seed, settings=settings, adapters=adapters,
-                 model=name)  # fmt: skip
+        size = {"height": image.height, "width": image.width}
+        describe(image, prompt=prompt, negative_prompt=negative_prompt, seed=seed, settings=size | settings, edit=edit,
+                 adapters=adapters, model=name)  # fmt: skip
 
 
 def describe(image: Image.Image, **values: Any) -> None:
@@ -73,10 +72,10 @@ def write_png(image: Image.Image, file: str | Path | BinaryIO) -> None:
 
 
 def read_image_metadata(path: str | Path) -> dict[str, Any]:
-    """What a PNG says of itself: ``prompt``, ``negative_prompt``, ``model`` and ``software`` as strings, ``seed`` as a
+    """What a PNG says of itself: ``prompt``, ``negative_prompt``, ``edit``, ``model`` and ``software`` as strings, ``seed`` as a
     number, ``settings`` and ``adapters`` as dicts, a sheet's ``prompts`` as a list; empty for files of other programs.
 
-    With them the image is generated again: ``pipe(found["prompt"], generator=found["seed"], **found["settings"])``.
+    With them an image without ``edit`` is generated again: ``pipe(found["prompt"], generator=found["seed"], **found["settings"])``.
 
     Raises:
         ValueError: if the file is no PNG, or one of the values is not what is written here.
