@@ -1,16 +1,11 @@
 """Adapters on a frozen base that takes less memory: in bfloat16, in 4 or 8 bits."""
 
-import importlib.util
-
 import pytest
 import torch
 from conftest import bits, generators
-from peft import PeftModel
 from safetensors.torch import load_file
 
 from unified import UnifiedPipeline
-from unified.lora.adapters import base_of
-from unified.model.quantization import quantization
 from unified.training.config import load_config
 from unified.training.loop import make_accelerator, save, set_up, train_steps
 from unified.training.tracking import read_log

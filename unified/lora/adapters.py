@@ -314,6 +314,12 @@ def _try_out(model: UnifiedForCausalLM | PeftModel, config: LoraConfig, name: st
         for tensor in chain(model.parameters(), model.buffers())
         for empty in [torch.empty_like(tensor, device="meta")]
     }
+    for tensor in chain(
+        model.parameters(), model.buffers()
+    ):  # how a weight of 4 bits is packed is written on the tensor
+        for name, value in vars(tensor).items():
+            if isinstance(value, bool | int | str):
+                setattr(meta[id(tensor)], name, value)
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they come again with the model itself

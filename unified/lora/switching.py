@@ -167,7 +167,8 @@ def fuse_lora(model: PeftModel, lora_scale: float = 1.0) -> None:
     The base weights are kept as well, so the adapted layers take twice their memory.
 
     Raises:
-        ValueError: if adapters are fused, disabled or act on one modality only, or the scale or the sum is not finite.
+        ValueError: if adapters are fused, disabled or act on one modality only, the base is quantized, or the scale or the
+            sum is not finite.
     """
     check_not_fused(model, "fuse_lora")
     gate = cast(UnifiedForCausalLM, model.get_base_model()).modality_gate
@@ -177,6 +178,10 @@ def fuse_lora(model: PeftModel, lora_scale: float = 1.0) -> None:
                 f"fuse_lora: adapter {name!r} acts on {gate.kinds[name]} positions only, which a weight cannot; leave it out "
                 "with set_adapters."
             )
+    if getattr(model.get_base_model(), "is_quantized", False):
+        raise ValueError(
+            "fuse_lora: the base is in 4 or 8 bits and would be rounded again; load it in bfloat16 to fuse."
+        )
     if is_disabled(model):
         raise ValueError("fuse_lora: adapters are disabled; call enable_lora first.")
     if not math.isfinite(lora_scale):
