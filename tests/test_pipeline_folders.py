@@ -56,7 +56,9 @@ def test_shards_and_variants(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path / "a", max_shard_size="20KB")
     assert len(list((tmp_path / "a" / "model").glob("model-*.safetensors"))) > 2
     assert torch.equal(sample(UnifiedPipeline.from_pretrained(tmp_path / "a")), sample(pipeline))
-    pipeline.save_pretrained(tmp_path / "b", "fp32")
+    pipeline.save_pretrained(tmp_path / "b", variant="fp32")
+    with pytest.raises(ValueError, match="safe_serialization: False would write pickles"):
+        pipeline.save_pretrained(tmp_path / "c", safe_serialization=False)
     assert [file.name for file in (tmp_path / "b" / "model").glob("*.safetensors")] == ["model.fp32.safetensors"]
     loaded = UnifiedPipeline.from_pretrained(tmp_path / "b", variant="fp32")
     assert all(torch.equal(value, bits(pipeline.model)[name]) for name, value in bits(loaded.model).items())

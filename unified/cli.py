@@ -61,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
         added.add_argument("--pipeline", required=True, help="pipeline folder or Hub name")
         added.add_argument("--lora", help="folder of a LoRA adapter")
         added.add_argument("--device", type=_device, help="such as cuda (default: cpu)")
-        added.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"],
+        added.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16", "auto"],
                            help="of the language model (default: %(default)s)")  # fmt: skip
         added.add_argument("--threads", type=int, help="CPU threads (default: as torch chooses)")
         return added
@@ -167,7 +167,7 @@ def _load(args: argparse.Namespace) -> "UnifiedPipeline":
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    pipe = UnifiedPipeline.from_pretrained(args.pipeline, torch_dtype=getattr(torch, args.dtype))
+    pipe = UnifiedPipeline.from_pretrained(args.pipeline, torch_dtype=args.dtype)
     pipe.to(args.device or "cpu")
     if args.lora:
         pipe.load_lora_weights(args.lora)

@@ -171,6 +171,7 @@ class UnifiedPipeline:
     def save_pretrained(
         self,
         save_directory: str | Path,
+        safe_serialization: bool = True,
         variant: str | None = None,
         max_shard_size: int | str | None = None,
         push_to_hub: bool = False,
@@ -189,6 +190,7 @@ class UnifiedPipeline:
 
         Args:
             save_directory: folder to write.
+            safe_serialization: True; nothing but safetensors is written.
             variant: part of the name of the language model's files: ``fp16`` for ``model.fp16.safetensors``.
             max_shard_size: largest file of the language model, such as ``5GB``; default: that of transformers.
             push_to_hub: also upload what is written to the Hub.
@@ -201,6 +203,8 @@ class UnifiedPipeline:
             ValueError: if adapters are loaded and not fused, which :meth:`save_lora_weights` saves; or if the upload fails,
                 after all is written.
         """
+        if not safe_serialization:
+            raise ValueError("safe_serialization: False would write pickles; leave it out, safetensors are written.")
         folder, given = Path(save_directory), {"variant": variant, "max_shard_size": max_shard_size}
         options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         if isinstance(self.model, PeftModel):
