@@ -105,3 +105,16 @@ def test_an_adapter_on_a_base_in_few_bits(kind, pipeline, config_file, tmp_path)
     assert not torch.equal(pipe("red apple", generator=7).codes, plain)
     with pytest.raises(ValueError, match="fuse_lora: the base is in 4 or 8 bits"):
         pipe.fuse_lora()
+
+
+def test_a_language_model_in_bfloat16_gets_tables_and_is_kept(config_file, on_a_backbone, tmp_path):
+    """The pipeline that the run keeps is the base that it trains on, and has the run's sampling defaults."""
+    options = [f"output_dir={tmp_path}/run", *on_a_backbone, "model.dtype=bfloat16", "lora.rank=4", "sampling.top_k=4",
+               "optimizer.ema_decay=null"]  # fmt: skip
+    run = set_up(load_config(config_file, options), make_accelerator(load_config(config_file, options)))
+    base = UnifiedPipeline.from_pretrained(tmp_path / "run" / "base", torch_dtype="auto")
+    assert base.dtype == torch.bfloat16 and base.sampling == {"top_k": 4} == run.pipeline().sampling
+    kept = dict(base.model.named_parameters())
+    for name, weight in frozen(base_of(run.current())).items():
+        name = name.replace(".base_layer", "").replace(".original_module", "")
+        assert torch.equal(weight, kept[name]), name

@@ -88,6 +88,8 @@ def test_bad_defaults_are_named(pipeline, saved, sampling, message):
         UnifiedPipeline.from_pretrained(saved)
     with pytest.raises(ValueError, match=message):
         pipeline.sampling = sampling
+    with pytest.raises(TypeError):
+        pipeline.sampling["top_k"] = 3  # it would not be checked
     assert pipeline.sampling == DEFAULTS
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from threading import RLock, get_ident
+from types import MappingProxyType
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
@@ -235,13 +236,13 @@ class UnifiedPipeline:
         }  # fmt: skip
 
     @property
-    def sampling(self) -> dict[str, Any]:
-        """The sampling defaults that it is saved with. Setting them raises ValueError for a name or value that is none."""
+    def sampling(self) -> Mapping[str, Any]:
+        """The sampling defaults that it is saved with, to be set as a whole: ValueError for a name or value that is none."""
         return self._sampling
 
     @sampling.setter
     def sampling(self, sampling: Mapping[str, Any] | None) -> None:
-        self._sampling = check_defaults(sampling)
+        self._sampling = MappingProxyType(check_defaults(sampling))
 
     @one_at_a_time
     def to(self, *args: Any, **kwargs: Any) -> "UnifiedPipeline":
