@@ -30,9 +30,10 @@ def test_dtypes_under_both_names(pipeline, tmp_path):
         assert (load(tmp_path / "full", **given).dtype, load(tmp_path / "half", **given).dtype) == (full, half)
     for given, message in (
         ({"torch_dtype": torch.float16, "dtype": "auto"}, "torch_dtype, dtype: .* are two names of one thing"),
-        ({"dtype": "int8"}, "dtype: 'int8' is none for weights"),
-        ({"dtype": torch.int64}, "dtype: torch.int64 is none for weights"),
-        ({"dtype": "half-ish"}, "dtype: 'half-ish' is none for weights"),
+        ({"dtype": "int8"}, "dtype: 'int8' is not a floating-point torch.dtype, its name or 'auto'"),
+        ({"dtype": torch.int64}, "dtype: torch.int64 is not a floating-point"),
+        ({"torch_dtype": "float7"}, "torch_dtype: 'float7' is not a floating-point"),
+        ({"torch_dtype": [torch.float32]}, r"torch_dtype: \[torch.float32\] is not a floating-point"),
     ):
         with pytest.raises(ValueError, match=message):
             load(tmp_path / "full", **given)

@@ -184,7 +184,9 @@ def check_base(model: UnifiedForCausalLM | PeftModel, path: str | Path, weight_n
     """
     for name in (_CONFIG_FILE, _weights_name(weight_name)):
         if not (Path(path) / name).is_file():
-            raise ValueError(f"lora: {str(path)!r} holds no {name}; give a folder written by save_lora, or by peft.")
+            raise ValueError(
+                f"lora: {str(path)!r} holds no {name}; give a folder of save_lora (with {BASE_FILE}) or of peft."
+            )
     if not (Path(path) / BASE_FILE).is_file():
         return
     wanted, actual = _read_json(Path(path) / BASE_FILE), base_description(base_of(model))

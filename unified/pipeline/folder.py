@@ -10,6 +10,7 @@ from httpx import HTTPError
 
 from unified.files import write_json
 from unified.pipeline.options import check_defaults
+from unified_tokenizers import ImageTokenizer
 
 PIPELINE_FILE = "pipeline.json"
 PARTS = ("model", "image_tokenizer", "text_tokenizer")
@@ -26,7 +27,7 @@ def read_description(folder: Path) -> dict[str, Any]:
         raise ValueError(f"pipeline: {str(folder)!r} has no {PIPELINE_FILE}; give a folder written by save_pretrained.")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"pipeline: {str(file)!r} is no JSON ({error}); correct it, or save the folder again."
         ) from error
@@ -52,15 +53,26 @@ def as_dtype(torch_dtype: Any, dtype: Any) -> Any:
     Raises:
         ValueError: for two different ones, or what is no dtype of floating point.
     """
-    if torch_dtype is not None and dtype is not None and torch_dtype != dtype:
+    found = []
+    for name, given in (("torch_dtype", torch_dtype), ("dtype", dtype)):
+        if given is not None:
+            known = getattr(torch, given.removeprefix("torch."), None) if isinstance(given, str) else given
+            if given != "auto" and not (isinstance(known, torch.dtype) and known.is_floating_point):
+                raise ValueError(f"{name}: {given!r} is not a floating-point torch.dtype, its name or 'auto'.")
+            found.append(known or "auto")
+    if len(set(found)) > 1:
         raise ValueError(f"torch_dtype, dtype: {torch_dtype} and {dtype} are two names of one thing; give one of them.")
-    given = torch_dtype if dtype is None else dtype
-    if given is None or given == "auto":
-        return given or torch.float32
-    found = getattr(torch, given.removeprefix("torch."), None) if isinstance(given, str) else given
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ValueError(f"dtype: {given!r} is none for weights; use torch.float32, torch.bfloat16, 'auto' or such.")
-    return found
+    return found[0] if found else torch.float32
+
+
+def check_fingerprint(folder: Path, description: Mapping[str, Any], image_tokenizer: ImageTokenizer) -> None:
+    """Raises ValueError if a folder was written with another image tokenizer than it holds."""
+    made_with = description.get("image_tokenizer_fingerprint")
+    if made_with not in (None, image_tokenizer.fingerprint):
+        raise ValueError(
+            f"pipeline: {PIPELINE_FILE} of {str(folder)!r} has the image_tokenizer_fingerprint {made_with!r}, its image "
+            f"tokenizer {image_tokenizer.fingerprint!r}; get the folder again."
+        )
 
 
 def check_one_device(model: Any) -> None:

@@ -84,7 +84,7 @@ def read_image_metadata(path: str | Path) -> dict[str, Any]:
         with Image.open(path, formats=("PNG",)) as image:
             image.load()  # chunks may stand behind the pixels
             texts = {name: text for name, text in image.info.items() if isinstance(text, str)}
-    except OSError as error:
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow's, for damage of one kind or another
         if isinstance(error, FileNotFoundError):
             raise
         raise ValueError(f"image: {str(path)!r} is no PNG that can be read ({error}).") from error

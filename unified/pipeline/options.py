@@ -50,7 +50,7 @@ class GenerationOptions:
         check_whole("num_images_per_prompt", self.num_images_per_prompt)
         given = {name: getattr(self, name) for name in SAMPLING if getattr(self, name) is not None}
         decoding = {**SAMPLING, **given}["decoding"]
-        if decoding not in DECODING_MODES:
+        if decoding not in tuple(DECODING_MODES):  # of a tuple, because it may not be hashable
             raise ValueError(f"decoding: {decoding!r} is unknown; use one of {tuple(DECODING_MODES)}.")
         of_a_code = {name: value for name, value in {**SAMPLING, **given}.items() if name != "decoding"}
         object.__setattr__(self, "sampling", Sampling(**of_a_code))

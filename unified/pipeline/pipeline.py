@@ -46,7 +46,14 @@ from unified.pipeline.arguments import (
 )
 from unified.pipeline.chat import as_messages, as_segments, check_sizes, continue_conversations
 from unified.pipeline.editing import as_images, codes_to_keep, share_to_keep, unfinished_images
-from unified.pipeline.folder import as_dtype, check_one_device, push_folder, read_description, write_description
+from unified.pipeline.folder import (
+    as_dtype,
+    check_fingerprint,
+    check_one_device,
+    push_folder,
+    read_description,
+    write_description,
+)
 from unified.pipeline.options import GenerationOptions, check_defaults, check_whole
 from unified_tokenizers import AutoImageTokenizer, ImageTokenizer, TextTokenizer, load_text_tokenizer
 from unified_tokenizers.images import to_pil
@@ -161,6 +168,7 @@ class UnifiedPipeline:
         check_one_device(model)
         model.name_or_path = str(pretrained_model_name_or_path)  # what an adapter names as its base
         image_tokenizer = AutoImageTokenizer.from_pretrained(folder / "image_tokenizer")
+        check_fingerprint(folder, description, image_tokenizer)
         if device_map is not None and isinstance(image_tokenizer, torch.nn.Module):
             image_tokenizer.to(model.device)
         text_tokenizer = load_text_tokenizer(folder / "text_tokenizer")
