@@ -36,16 +36,17 @@ from unified.decoding.config import check_decoding
 from unified.errors import explain_errors
 from unified.files import write_json
 from unified.lora.adapters import base_of
+from unified.pipeline.options import GenerationOptions
 from unified_eval.adm import FULL
 from unified_eval.adm_protocol import check_adm_arguments, evaluate_adm
 from unified_eval.command_line import (
-    SAMPLING,
     add_column_arguments,
     add_generation_arguments,
     check_counts,
     check_folder,
     check_sampling,
     plain_settings,
+    sampling_of,
 )
 from unified_eval.diversity import nearest_neighbours
 from unified_eval.evaluation_report import (
@@ -81,6 +82,7 @@ from unified_eval.shapes import check_size, read_claims
 
 INT8 = "+int8"
 PROTOCOLS = ("captions", "adm-50k")
+PIPELINES = "of the pipeline"  # the decoding mode, where none is given
 DECODING = [mode + weights for mode in DECODING_MODES for weights in ("", INT8)]
 
 
@@ -89,7 +91,7 @@ class System(NamedTuple):
 
     pipeline: str
     lora: str | None
-    decoding: str
+    decoding: str | None  # None: the pipeline's default
     out: Path
 
 
@@ -175,8 +177,8 @@ def parse_arguments() -> argparse.Namespace:
     generation = parser.add_argument_group("generation")
     add_generation_arguments(generation)
     generation.add_argument(
-        "--decoding", nargs="+", choices=DECODING, default=["plain"], metavar="MODE",
-        help=f"one of {', '.join(DECODING)}; with --compare one for both or one for each (default: plain)",
+        "--decoding", nargs="+", choices=DECODING, default=[None], metavar="MODE",
+        help=f"one of {', '.join(DECODING)}; with --compare one for both or one for each (default: the pipeline's)",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, help="folder to write; earlier results in it are replaced")
     parser.add_argument("--npz", action="store_true", help="also write generated.npz for the evaluator of ADM")
@@ -277,9 +279,11 @@ def choose_task(args: argparse.Namespace) -> Task:
 def open_pipeline(system: System, device: str) -> tuple[UnifiedPipeline, dict[str, str]]:
     """Load a system; return it with the hashes that identify it. Raises ValueError if its decoding does not suit its order."""
     pipeline, identity = load_system(system.pipeline, system.lora)
-    check_decoding(system.decoding.removesuffix(INT8), base_of(pipeline.model).prediction)
+    given = None if system.decoding is None else system.decoding.removesuffix(INT8)
+    decoding = GenerationOptions(decoding=given).filled(pipeline.sampling).decoding
+    check_decoding(str(decoding), base_of(pipeline.model).prediction)
     pipeline.to(device)
-    if system.decoding.endswith(INT8):
+    if system.decoding is not None and system.decoding.endswith(INT8):
         identity["weights"] = "int8"
         pipeline.enable_fast_decoding(int8=True)
     return pipeline, identity
@@ -302,10 +306,11 @@ def evaluate(args: argparse.Namespace, task: Task, system: System, networks: dic
     rebuilt = reconstruct(tokenizer, real, args.batch_size)
 
     # 2. Generate.
-    sampling = {key: getattr(args, key) for key in SAMPLING} | {"decoding": system.decoding.removesuffix(INT8)}
+    sampling = sampling_of(args, pipeline.sampling)
+    decoding = system.decoding or pipeline.sampling.get("decoding", "plain")
     generated, times = generate_images(
-        pipeline, captions, system.out / "generated", args.samples_per_caption, args.seed, args.batch_size, sampling,
-        identity, progress=True,
+        pipeline, captions, system.out / "generated", args.samples_per_caption, args.seed, args.batch_size,
+        sampling | {"decoding": decoding.removesuffix(INT8)}, identity, progress=True,
     )  # fmt: skip
 
     # 3. Measure. Training images and those for the tokenizer's PSNR stream by.
@@ -336,7 +341,7 @@ def evaluate(args: argparse.Namespace, task: Task, system: System, networks: dic
 
     # 4. Write.
     run = {
-        **plain_settings(args), "pipeline": system.pipeline, "lora": system.lora, "decoding": system.decoding, **identity,
+        **plain_settings(args), **sampling, "pipeline": system.pipeline, "lora": system.lora, "decoding": decoding, **identity,
         "samples": task.samples, "rows": [row.row for row in task.chosen], "captions": captions,
         "image_size": [side, side], **times,
         "versions": {name: version(name) for name in ("torch", "open-clip-torch", "pillow")},
@@ -383,13 +388,13 @@ def write_comparison(
 ) -> None:
     """Write `metrics.json` and the report of the differences of two systems, and print them."""
     differences = compare_results(*results)
-    run = {"a": args.compare[0], "b": args.compare[1], "decoding": [system.decoding for system in systems],
+    run = {"a": args.compare[0], "b": args.compare[1], "decoding": [system.decoding or PIPELINES for system in systems],
            "num_images": args.num_images, "seed": args.seed, "recipe": args.recipe}  # fmt: skip
     notes = list(dict.fromkeys(note for part in results for note in part.notes))
     write_json(args.out / "metrics.json", {"differences": differences, "run": run, "notes": notes})
     names = ["A", "B"]
     described = " ".join(
-        f"{name}: {given}, decoding {system.decoding}."
+        f"{name}: {given}, decoding {system.decoding or PIPELINES}."
         for name, given, system in zip(names, args.compare, systems, strict=True)
     )
     command = shlex.join(["python", *sys.argv])

@@ -28,12 +28,12 @@ from unified_eval.clip import (
     load_clip,
 )
 from unified_eval.command_line import (
-    SAMPLING,
     add_generation_arguments,
     check_counts,
     check_folder,
     check_sampling,
     plain_settings,
+    sampling_of,
 )
 from unified_eval.evaluation_report import shown
 from unified_eval.extraction import extract_features, process_state
@@ -119,7 +119,7 @@ def main() -> None:
         check_size(*pipeline.default_size)
 
     # 2. Generate.
-    sampling = {key: getattr(args, key) for key in SAMPLING}
+    sampling = sampling_of(args, pipeline.sampling)
     is_geneval = args.prompts.endswith(".jsonl")
     images, times = generate_images(
         pipeline.to(args.device), [prompt.text for prompt in prompts], args.out / "images", args.samples, args.seed,
@@ -145,7 +145,7 @@ def main() -> None:
         for number, prompt in enumerate(prompts):
             line = json.dumps(prompt.metadata, ensure_ascii=False)
             write_text(args.out / "images" / f"{number:05d}" / "metadata.jsonl", line)
-    run = {**plain_settings(args), **identity, **times, "prompt_file_sha256": content_hash(args.prompts)}
+    run = {**plain_settings(args), **sampling, **identity, **times, "prompt_file_sha256": content_hash(args.prompts)}
     write_json(args.out / "metrics.json", {**results.result(), "run": run})
     for value in results.values.values():
         print(f"{value.recipe['label']:<62} {shown(value.number, value.interval)}")

@@ -143,7 +143,7 @@ def test_bad_adapters_are_refused(pipeline, tmp_path):
     for folders in (["x/a", "y/a"], ["none"], ["v1.2"]):
         with pytest.raises(ValueError, match="must be different names without dots"):
             load_adapters(pipeline, [tmp_path / folder for folder in folders])
-    with pytest.raises(ValueError, match=r"holds no unified_base.json"):
+    with pytest.raises(ValueError, match=r"holds no adapter_config.json"):
         load_adapters(pipeline, [tmp_path / "a"])
 
 

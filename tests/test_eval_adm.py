@@ -160,7 +160,7 @@ class ClassPipeline:
 
     def __init__(self):
         self.calls = []
-        self.model = SimpleNamespace(prediction=RASTER)
+        self.model, self.sampling = SimpleNamespace(prediction=RASTER, name_or_path="p"), {"temperature": 0.9}
 
     def set_progress_bar_config(self, disable):
         pass
@@ -214,7 +214,7 @@ def test_a_class_conditional_run(stand_ins, tmp_path, monkeypatch, capsys):
     run_script(monkeypatch, *command)
     assert stand_ins.calls == [[0, 1, 2, 3], [0, 1, 2, 3], [0, 1]]
     assert stand_ins.options == {
-        "guidance_scale": 3.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "decoding": "plain"
+        "guidance_scale": 3.0, "temperature": 0.9, "top_k": 0, "top_p": 1.0, "decoding": "plain"
     }  # fmt: skip
     with np.load(out / "generated.npz") as arrays:
         pixels, labels = arrays["arr_0"], arrays["arr_1"]

@@ -129,7 +129,7 @@ def test_adapters_of_other_names_reload_from_their_folders(tmp_path):
     noisy_adapter(tiny_model(), tmp_path / "a", 0)
     model = load_lora(tiny_model(), tmp_path / "a", "style", trainable=True)
     save_lora(model, tmp_path / "b")
-    with pytest.raises(ValueError, match=r"holds no unified_base.json"):
+    with pytest.raises(ValueError, match=r"holds no adapter_config.json"):
         load_lora(tiny_model(), tmp_path / "b", "x")
     again = load_lora(tiny_model(), tmp_path / "b" / "style", "x")
     ids = torch.tensor([[1, 5, 6, 7]])
@@ -147,7 +147,7 @@ def test_bad_names_are_refused(pipeline, tmp_path):
         pipeline.set_adapters("a")
     with pytest.raises(ValueError, match=r"lora: '.*nothing' does not exist"):
         pipeline.load_lora_weights(tmp_path / "nothing")
-    with pytest.raises(ValueError, match=r"holds no unified_base.json"):
+    with pytest.raises(ValueError, match=r"holds no adapter_config.json"):
         pipeline.load_lora_weights(tmp_path)
     pipeline.model = noisy_adapter(pipeline.model, tmp_path, 0)
     pipeline.load_lora_weights(tmp_path, "a")

@@ -156,7 +156,7 @@ def test_names_that_cannot_name_modules_are_refused(name, adapter):
         ({"bias": "all"}, "bias 'all' is not supported"),
         ({"trainable_token_indices": [1]}, r"trainable_token_indices \[1\] is not supported"),
         ({"megatron_core": "os"}, "megatron_core 'os' is not supported"),
-        ({"task_type": "CAUSAL_LM"}, "task_type 'CAUSAL_LM' is not supported"),
+        ({"task_type": "SEQ_CLS"}, "task_type 'SEQ_CLS' is not possible; it must be null or CAUSAL_LM"),
         ({"peft_type": "IA3"}, "peft_type 'IA3' is not possible; it must be LORA"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' is not possible; .* the others change the base"),
     ],

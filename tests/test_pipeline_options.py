@@ -27,7 +27,7 @@ def test_options_are_arguments_of_a_call_with_the_same_defaults():
     assert {name: parameters[name].default for name in options} == options
     # The order of diffusers; what only this pipeline has comes last.
     names = ["self", "prompt", "height", "width", "guidance_scale", "negative_prompt", "num_images_per_prompt", "generator",
-             "output_type", "callback_on_step_end"]  # fmt: skip
+             "output_type", "return_dict", "callback_on_step_end"]  # fmt: skip
     assert list(parameters)[: len(names)] == names
 
 

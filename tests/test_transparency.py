@@ -34,12 +34,14 @@ def test_every_kind_of_transparency():
     assert [as_rgb(Image.new(mode, (1, 1))).getpixel((0, 0)) for mode in ("RGB", "L", "P", "1")] == [(0, 0, 0)] * 4
 
 
-def test_the_pipeline_sees_white(pipeline, pair):
+def test_the_pipeline_sees_white(pipeline, pair, tmp_path):
     transparent, seen = pair
     assert torch.equal(to_tensor([transparent]), to_tensor([seen]))
     assert outpainting_canvas(transparent, 24, 24)[0].tobytes() == outpainting_canvas(seen, 24, 24)[0].tobytes()
-    layer = Image.new("RGBA", (16, 16), "red")
-    shown = [image_and_mask({"background": image, "layers": [layer]}, (16, 16))[0].tobytes() for image in pair]
+    files = [tmp_path / name for name in ("transparent.png", "seen.png", "layer.png")]
+    for image, file in zip((*pair, Image.new("RGBA", (16, 16), "red")), files, strict=True):
+        image.save(file)
+    shown = [image_and_mask(file, files[2:], (16, 16))[0].tobytes() for file in files[:2]]
     assert shown[0] == shown[1]
     mask = Image.new("L", (16, 16))
     kept = [pipeline.inpaint("red apple", image, mask).codes for image in pair]

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from unified.decoding.config import Sampling
     from unified.lora.adapters import attach_lora
     from unified.model.modeling import UnifiedForCausalLM, UnifiedOutput
+    from unified.pipeline.metadata import read_image_metadata
     from unified.pipeline.options import GenerationOptions
     from unified.pipeline.pipeline import UnifiedPipeline, UnifiedPipelineOutput
     from unified.prediction.npp import group_embeddings, group_targets, patch_cross_entropy
@@ -36,6 +37,7 @@ _MODULE_OF = {
     "group_embeddings": "prediction.npp",
     "group_targets": "prediction.npp",
     "patch_cross_entropy": "prediction.npp",
+    "read_image_metadata": "pipeline.metadata",
 }
 
 __all__ = [
@@ -54,6 +56,7 @@ __all__ = [
     "group_embeddings",
     "group_targets",
     "patch_cross_entropy",
+    "read_image_metadata",
 ]
 
 __getattr__ = on_first_use(__name__, _MODULE_OF)

@@ -61,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
         added.add_argument("--pipeline", required=True, help="pipeline folder or Hub name")
         added.add_argument("--lora", help="folder of a LoRA adapter")
         added.add_argument("--device", type=_device, help="such as cuda (default: cpu)")
-        added.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"],
+        added.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16", "auto"],
                            help="of the language model (default: %(default)s)")  # fmt: skip
         added.add_argument("--threads", type=int, help="CPU threads (default: as torch chooses)")
         return added
@@ -82,7 +82,8 @@ def build_parser() -> argparse.ArgumentParser:
     caption.add_argument("images", type=Path, nargs="+", help="image files")
     caption.add_argument("--prompt", help="how the caption begins")
     caption.add_argument("--max-new-tokens", type=int, default=32, help="default: %(default)s")
-    _sampling_options(caption)
+    _sampling_options(caption, "1.0", "0", "1.0")
+    caption.set_defaults(temperature=1.0, top_k=0, top_p=1.0)
 
     export = command("export", _export, "Write a plain checkpoint with one joint table, for other engines.")
     export.add_argument("--for", dest="engine", default="vllm", choices=["vllm"], help="default: %(default)s")
@@ -142,10 +143,11 @@ def _seed(text: str) -> int:
     return int(text)
 
 
-def _sampling_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--temperature", type=float, default=1.0, help="below 1 sharpens (default: %(default)s)")
-    parser.add_argument("--top-k", type=int, default=0, help="keep the k most likely; 0 keeps all")
-    parser.add_argument("--top-p", type=float, default=1.0, help="keep the most likely up to this probability")
+def _sampling_options(parser: argparse.ArgumentParser, *defaults: str) -> None:
+    temperature, top_k, top_p = defaults or ["the pipeline's"] * 3
+    parser.add_argument("--temperature", type=float, help=f"below 1 sharpens (default: {temperature})")
+    parser.add_argument("--top-k", type=int, help=f"keep the k most likely; 0 keeps all (default: {top_k})")
+    parser.add_argument("--top-p", type=float, help=f"keep the most likely up to this probability (default: {top_p})")
     parser.add_argument("--seed", type=_seed, default=0, help="image i uses seed + i (default: %(default)s)")
 
 
@@ -154,15 +156,10 @@ def _image_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the images; what is there stays")
     parser.add_argument("--num-images-per-prompt", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--negative-prompt", help="what to steer away from (default: the empty caption)")
-    parser.add_argument(
-        "--guidance-scale",
-        type=float,
-        default=GenerationOptions.guidance_scale,
-        help="1 switches guidance off (default: %(default)s)",
-    )
-    parser.add_argument("--guidance-schedule", default="constant", choices=SCHEDULES, help="default: %(default)s")
+    parser.add_argument("--guidance-scale", type=float, help="1 switches guidance off (default: the pipeline's)")
+    parser.add_argument("--guidance-schedule", choices=SCHEDULES, help="default: the pipeline's")
     modes = "; ".join(f"{name}: {mode.about}" for name, mode in DECODING_MODES.items())
-    parser.add_argument("--decoding", default="plain", choices=DECODING_MODES, help=f"{modes} (default: %(default)s)")
+    parser.add_argument("--decoding", choices=DECODING_MODES, help=f"{modes} (default: the pipeline's)")
     fast = parser.add_mutually_exclusive_group()
     fast.add_argument("--int8", action="store_true", help="8-bit weights: faster on a CPU, not exact")
     fast.add_argument("--compile", action="store_true", help="torch.compile; on an x86 CPU no faster than without")
@@ -176,9 +173,10 @@ def _load(args: argparse.Namespace) -> "UnifiedPipeline":
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    pipe = UnifiedPipeline.from_pretrained(args.pipeline, torch_dtype=getattr(torch, args.dtype))
+    pipe = UnifiedPipeline.from_pretrained(args.pipeline, torch_dtype=args.dtype)
     if hasattr(args, "decoding"):  # before adapters are loaded and a decoder is made
-        check_decoding(args.decoding, pipe.model.prediction)
+        decoding = GenerationOptions(decoding=args.decoding).filled(pipe.sampling).decoding
+        check_decoding(str(decoding), pipe.model.prediction)
     pipe.to(args.device or "cpu")
     if args.lora:
         pipe.load_lora_weights(args.lora)
@@ -206,13 +204,19 @@ def _image_arguments(args: argparse.Namespace) -> dict[str, Any]:
     return {**given, "prompt": prompts, "negative_prompt": args.negative_prompt, "generator": generators}
 
 
-def _save(images: Any, args: argparse.Namespace) -> None:
-    """Write ``NNN-caption.png`` with the numbers that follow those in the folder."""
+def _save(pipe: "UnifiedPipeline", images: Any, args: argparse.Namespace, edit: str | None = None) -> None:
+    """Write ``NNN-caption.png``, with what they were made with, with the numbers that follow those in the folder."""
+    from unified.pipeline.metadata import describe_images, write_png
+
+    options = {each.name: getattr(args, each.name) for each in fields(GenerationOptions) if hasattr(args, each.name)}
+    prompts = [prompt for prompt in args.prompt for _ in range(args.num_images_per_prompt)]
+    seeds = [args.seed + i for i in range(len(prompts))]
+    describe_images(pipe, images, prompts, seeds, options, args.negative_prompt, edit)
     taken = [int(found[0]) for file in args.out.iterdir() if (found := re.match(r"\d+(?=-)", file.name))]
     numbers = count(max(taken, default=-1) + 1)
     for index, image in enumerate(images):
-        with _new_file(args.out, args.prompt[index // args.num_images_per_prompt], numbers) as file:
-            image.save(file, format="PNG")
+        with _new_file(args.out, prompts[index], numbers) as file:
+            write_png(image, file)
             print(file.name)
 
 
@@ -229,7 +233,8 @@ def _new_file(folder: Path, prompt: str, numbers: Iterator[int]) -> BinaryIO:
 
 def _generate(args: argparse.Namespace) -> None:
     arguments = _image_arguments(args)
-    _save(_load(args)(**arguments).images, args)
+    pipe = _load(args)
+    _save(pipe, pipe(**arguments).images, args)
 
 
 def _inpaint(args: argparse.Namespace) -> None:
@@ -237,7 +242,8 @@ def _inpaint(args: argparse.Namespace) -> None:
 
     arguments = _image_arguments(args)
     arguments |= {"image": read_image(args.image), "mask_image": read_image(args.mask)}
-    _save(_load(args).inpaint(**arguments).images, args)
+    pipe = _load(args)
+    _save(pipe, pipe.inpaint(**arguments).images, args, "inpaint")
 
 
 def _caption(args: argparse.Namespace) -> None:

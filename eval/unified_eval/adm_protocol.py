@@ -15,7 +15,7 @@ import numpy as np
 from unified import UnifiedPipeline
 from unified.files import write_json
 from unified_eval.adm import EVALUATOR, NEIGHBOUR, Reference, measure_adm, open_reference
-from unified_eval.command_line import SAMPLING, plain_settings
+from unified_eval.command_line import SAMPLING, plain_settings, sampling_of
 from unified_eval.evaluation_report import print_results, shown
 from unified_eval.extraction import extract_features, open_images, process_state
 from unified_eval.features import ADM_EXTRACTOR, EXTRACTORS, load_extractor
@@ -132,7 +132,8 @@ def generate(
         The images, captions or classes of the first of them, and the facts of the run.
     """
     prompts, out = prompts_of(args, pipeline), args.out / "generated.npz"
-    sampling = {key: getattr(args, key) for key in SAMPLING} | {"decoding": args.decoding[0].partition("+")[0]}
+    decoding = args.decoding[0] or pipeline.sampling.get("decoding", "plain")
+    sampling = sampling_of(args, pipeline.sampling) | {"decoding": decoding.partition("+")[0]}
     files, times = generate_files(
         pipeline, prompts, args.out / "generated", args.samples_per_caption, args.seed, args.batch_size, sampling, identity,
         progress=True, file_name="{:05d}.png".format,

@@ -1,12 +1,13 @@
 """Parts that the command lines of the evaluation share."""
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from unified.decoding.config import Sampling
+from unified.pipeline.options import GenerationOptions
 
 SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p")
 
@@ -22,19 +23,20 @@ def device(name: str) -> str:
 
 def add_generation_arguments(parser: Any) -> None:
     """Add the options of generation, among them :data:`SAMPLING`, to a parser or a group of it."""
-    parser.add_argument(
-        "--guidance-scale", type=float, default=3.0, help="classifier-free guidance (default: %(default)s)"
-    )
-    parser.add_argument("--temperature", type=float, default=1.0, help="sampling temperature (default: %(default)s)")
-    parser.add_argument(
-        "--top-k", type=int, default=0, help="codes kept for sampling, 0 for all (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--top-p", type=float, default=1.0, help="probability mass kept for sampling (default: %(default)s)"
-    )
+    usual = "(default: the pipeline's)"
+    parser.add_argument("--guidance-scale", type=float, help=f"classifier-free guidance {usual}")
+    parser.add_argument("--temperature", type=float, help=f"sampling temperature {usual}")
+    parser.add_argument("--top-k", type=int, help=f"codes kept for sampling, 0 for all {usual}")
+    parser.add_argument("--top-p", type=float, help=f"probability mass kept for sampling {usual}")
     parser.add_argument("--seed", type=int, default=0, help="image i has the seed SEED + i (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=64, help="images at once (default: %(default)s)")
     parser.add_argument("--device", type=device, default="cpu", help="device of all networks (default: %(default)s)")
+
+
+def sampling_of(args: argparse.Namespace, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of :data:`SAMPLING`: those given, else a pipeline's defaults, so that results say what they were."""
+    given = GenerationOptions(**{name: getattr(args, name) for name in SAMPLING}).filled(defaults)
+    return {name: getattr(given, name) for name in SAMPLING}
 
 
 def add_column_arguments(parser: Any) -> None:
@@ -52,7 +54,7 @@ def check_counts(args: argparse.Namespace, *names: str) -> None:
 
 def check_sampling(args: argparse.Namespace) -> None:
     """Raise ValueError if an option of generation is out of its range."""
-    Sampling(**{name: getattr(args, name) for name in SAMPLING})
+    GenerationOptions(**{name: getattr(args, name) for name in SAMPLING})
     if args.seed < 0:
         raise ValueError(f"--seed: {args.seed} is below 0.")
 

@@ -6,11 +6,12 @@ from pathlib import Path
 from PIL import Image
 
 from unified.files import write_whole
+from unified.pipeline.metadata import write_png
 
 
 def write_image(path: str | Path, image: Image.Image) -> Path:
-    """Write a PNG, whole."""
-    return write_whole(path, lambda beside: image.save(beside, format="PNG"))
+    """Write a PNG, whole, with what an image says of itself."""
+    return write_whole(path, lambda beside: write_png(image, beside))
 
 
 def file_sha256(path: str | Path) -> str:

@@ -14,6 +14,7 @@ from unified import UnifiedPipeline
 from unified.files import write_json
 from unified.lora.adapters import base_of
 from unified.pipeline.arguments import as_prompts, check_room, code_grid
+from unified.pipeline.metadata import describe_images
 from unified_eval.extraction import batches, process_state
 from unified_eval.files import content_hash, write_image
 from unified_tokenizers.images import read_image
@@ -164,6 +165,7 @@ def generate_files(
     stream = stream_images(pipeline, [prompts[n] for n in mine], [seed + n for n in mine], batch_size, **sampling)
     hidden = not progress or not state.is_main_process
     for number, image in tqdm(zip(mine, stream, strict=True), "generate", len(mine), unit="image", disable=hidden):
+        describe_images(pipeline, [image], [prompts[number]], [seed + number], sampling)
         write_image(files[number], image)
     seconds = (time.perf_counter() - start) / len(mine) if mine else None
     state.wait_for_everyone()

@@ -56,8 +56,19 @@ def local_path(name: str | Path, field: str) -> Path | None:
     raise ValueError(f"{field}: {text!r} does not exist on this machine; correct the path, or give a name on the Hub.")
 
 
-def local_folder(name: str | Path, field: str = "folder", allow_patterns: Sequence[str] | None = None) -> Path:
+def local_folder(
+    name: str | Path,
+    field: str = "folder",
+    allow_patterns: Sequence[str] | None = None,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Path:
     """A local folder as it is; a repository of the Hub is downloaded, or the files of it that match ``allow_patterns``.
+
+    The other arguments are those of ``huggingface_hub.snapshot_download``; a local folder needs none of them.
 
     Raises:
         ValueError: as :func:`local_path`, or if the Hub does not have it either.
@@ -67,7 +78,10 @@ def local_folder(name: str | Path, field: str = "folder", allow_patterns: Sequen
         return path
     from huggingface_hub import snapshot_download
 
-    options: dict[str, Any] = {} if allow_patterns is None else {"allow_patterns": list(allow_patterns)}
+    given = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only or None}
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if allow_patterns is not None:
+        options["allow_patterns"] = list(allow_patterns)
     with on_the_hub(name, field):
         return Path(snapshot_download(str(name), **options))
 

@@ -70,6 +70,7 @@ class BackboneDecoder(Decoder):
     ) -> Tensor:
         """See :class:`Decoder`."""
         cache.open(embeds.shape[1])
+        embeds = embeds.to(self.model.backbone.dtype)  # an adapter's tables are in float32 on any base
         if embeds.shape[1] > 1:  # a backbone would be causal without, or with one row for all
             shown = embeds.new_zeros(1, 1, embeds.shape[1], cache.end)
             bias = shown if bias is None else bias + shown if bias.shape[2] == 1 else bias

@@ -105,7 +105,7 @@ class LeanDecoder(Decoder):
         self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
         self._activation = decoder.layers[0].mlp.act_fn
         self._norm, self._epsilon = decoder.norm.weight.detach(), config.rms_norm_eps
-        weight = _weights(model.image_head)[0]
+        weight = _weights(model.image_head)[0].to(self._norm.dtype)  # an adapter's tables are in float32 on any base
         dense = Packed if Packed.takes(weight) and not compile else Dense
         self._kind: type[Dense | Packed | Int8] = Int8 if int8 else dense
         with torch.no_grad():
@@ -159,6 +159,7 @@ class LeanDecoder(Decoder):
     ) -> Tensor:
         """See :class:`Decoder`."""
         cache.open(embeds.shape[1])
+        embeds = embeds.to(self._norm.dtype)
         if self._compiled is not None and cache.keys:
             hidden = self._compiled(embeds, positions, bias, cache.keys, cache.values, cache.column, cache.end)
         else:
@@ -168,7 +169,7 @@ class LeanDecoder(Decoder):
 
     def image_logits(self, hidden: Tensor) -> Tensor:
         """See :class:`Decoder`."""
-        return self._head(hidden)
+        return self._head(hidden.to(self._norm.dtype))
 
     def text_logits(self, hidden: Tensor) -> Tensor:
         """See :class:`Decoder`."""

@@ -5,11 +5,13 @@ import json
 import math
 import re
 import reprlib
+import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
@@ -81,7 +83,13 @@ def attach_lora(
     }
     config = _lora_config(fields, model)
     _try_out(model, config, "default", modality)
-    return _add(model, config, "default", modality)
+    adapted = _add(model, config, "default", modality)
+    for parameter in adapted.parameters():
+        if (
+            parameter.requires_grad
+        ):  # copies of the tables of a base in bfloat16, too: small steps would be rounded away
+            parameter.data = parameter.data.float()
+    return adapted
 
 
 def linear_layers(model: UnifiedForCausalLM) -> list[str]:
@@ -140,25 +148,52 @@ def save_lora(
     """
     # Nothing but the adapter: whether tables were resized would be looked up on the Hub.
     model.save_pretrained(str(save_directory), state_dict=state_dict, save_embedding_layers=False)  # type: ignore[arg-type]
-    base = base_of(model)
-    kinds = {} if base.modality_gate is None else base.modality_gate.kinds
     for name in model.peft_config:
-        folder = Path(save_directory) / ("" if name == "default" else name)
-        description = {**base_description(base), "modality": kinds.get(name, "all")}
-        (folder / BASE_FILE).write_text(json.dumps(description, indent=2))
+        _describe(model, name, Path(save_directory) / ("" if name == "default" else name))
     if card is not None:
         (Path(save_directory) / "README.md").write_text(card, encoding="utf-8")
 
 
-def check_base(model: UnifiedForCausalLM | PeftModel, path: str | Path) -> None:
+def save_adapter(model: PeftModel, save_directory: str | Path, adapter_name: str, card: str | None = None) -> None:
+    """Write one adapter as it was trained, whatever its name and weight, into ``save_directory`` itself.
+
+    ``card`` is the text of the ``README.md``; None writes none.
+    """
+    folder = Path(save_directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder) as beside:  # peft writes to a subfolder of the adapter's name
+        model.save_pretrained(beside, selected_adapters=[adapter_name], save_embedding_layers=False)  # type: ignore[arg-type]
+        written = Path(beside) / ("" if adapter_name == "default" else adapter_name)
+        for name in (_CONFIG_FILE, _WEIGHTS_FILE):
+            shutil.copyfile(written / name, folder / name)
+    _describe(model, adapter_name, folder)
+    if card is not None:
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _describe(model: PeftModel, name: str, folder: Path) -> None:
+    """Write what an adapter's folder says of its base."""
+    base = base_of(model)
+    kinds = {} if base.modality_gate is None else base.modality_gate.kinds
+    description = {**base_description(base), "modality": kinds.get(name, "all")}
+    (folder / BASE_FILE).write_text(json.dumps(description, indent=2))
+
+
+def check_base(model: UnifiedForCausalLM | PeftModel, path: str | Path, weight_name: str | None = None) -> None:
     """Refuse an adapter made for another model or tokenizer; fields that older folders do not have are not compared.
+
+    A plain folder of peft says nothing of its base, which passes: its tensors have to fit when it is loaded.
 
     Raises:
         ValueError: naming every field that differs, or the file that is missing.
     """
-    for name in (BASE_FILE, _CONFIG_FILE, _WEIGHTS_FILE):
+    for name in (_CONFIG_FILE, _weights_name(weight_name)):
         if not (Path(path) / name).is_file():
-            raise ValueError(f"lora: {str(path)!r} holds no {name}; give a folder written by save_lora.")
+            raise ValueError(
+                f"lora: {str(path)!r} holds no {name}; give a folder of save_lora (with {BASE_FILE}) or of peft."
+            )
+    if not (Path(path) / BASE_FILE).is_file():
+        return
     wanted, actual = _read_json(Path(path) / BASE_FILE), base_description(base_of(model))
     different = [
         f"{name}: adapter {reprlib.repr(wanted[name])}, model {value!r}"
@@ -172,23 +207,42 @@ def check_base(model: UnifiedForCausalLM | PeftModel, path: str | Path) -> None:
 
 
 def load_lora(
-    model: UnifiedForCausalLM | PeftModel, path: str | Path, adapter_name: str, trainable: bool = False
+    model: UnifiedForCausalLM | PeftModel,
+    path: str | Path,
+    adapter_name: str,
+    trainable: bool = False,
+    weight_name: str | None = None,
 ) -> PeftModel:
     """Add an adapter from a folder under a name and make it the active one; disabled adapters are enabled.
+
+    A plain folder of peft, without a ``unified_base.json``, is taken if its tensors are exactly those that its config
+    describes in this model, by name and shape; a warning says that nothing else is known of its base. So is an adapter that
+    was trained on the bare backbone, whose names lack the part of a unified model's that leads to it.
+
+    Args:
+        model: the model, perhaps with adapters.
+        path: the folder.
+        adapter_name: name for it.
+        trainable: whether it is to be trained further.
+        weight_name: name of its safetensors file; default ``adapter_model.safetensors``.
 
     Raises:
         ValueError: if the adapter belongs to another model, is not whole, asks for what is not supported, the name is not
             possible or taken, or adapters are fused. The model and its adapters are as before then.
     """
     folder = Path(path)
-    check_base(model, folder)
+    check_base(model, folder, weight_name)
     _check_name(model, adapter_name)
-    fields, modality = _read_json(folder / _CONFIG_FILE), _read_json(folder / BASE_FILE).get("modality", "all")
+    described = (folder / BASE_FILE).is_file()
+    modality = _read_json(folder / BASE_FILE).get("modality", "all") if described else "all"
+    fields = _read_json(folder / _CONFIG_FILE)
     config = _lora_config(fields, base_of(model))
     config.inference_mode = not trainable
     check_modality(modality, config.use_dora)
-    state = read_weights(folder / _WEIGHTS_FILE)
+    state = read_weights(folder / _weights_name(weight_name))
     wanted = _try_out(model, config, adapter_name, modality)
+    if not described:
+        state = _as_in_model(state, wanted, base_of(model))
     problem = (
         f"lora: the tensors of {str(path)!r} are not those that its {_CONFIG_FILE} describes; get or save them again"
     )
@@ -199,6 +253,12 @@ def load_lora(
                 f"lora: {name!r} of {str(path)!r} holds {tensor.dtype} values that are not all finite numbers."
             )
     check_names(problem, state.keys() - wanted.keys(), wanted.keys() - state.keys(), shapes)
+    if not described:
+        warnings.warn(
+            f"lora: {str(path)!r} has no {BASE_FILE} and does not say which model it is for; its tensors fit this one, so it "
+            "is taken. save_lora_weights writes a folder that says it.",
+            stacklevel=2,
+        )
 
     adapted = _add(model, config, adapter_name, modality)  # the first change, and nothing is left to go wrong
     set_peft_model_state_dict(adapted, state, adapter_name)
@@ -232,6 +292,29 @@ def _add(model: UnifiedForCausalLM | PeftModel, config: LoraConfig, name: str, m
     return model
 
 
+def _weights_name(given: str | None) -> str:
+    """The name of an adapter's file of weights. Raises ValueError for a path, or what is no safetensors file."""
+    if given is not None and (Path(given).name != given or not given.endswith(".safetensors")):
+        raise ValueError(f"weight_name: {given!r} is not the name of a .safetensors file in the adapter's folder.")
+    return given or _WEIGHTS_FILE
+
+
+def _as_in_model(state: dict[str, Tensor], wanted: dict[str, Tensor], base: UnifiedForCausalLM) -> dict[str, Tensor]:
+    """The tensors of a plain folder of peft by the names that they have in a unified model.
+
+    Its model may have been this one, its language model or the decoder in that: the names lack nothing, ``backbone.`` or
+    ``backbone.model.``. The place under which all names match is taken; where none does, the names stay for the error.
+    """
+    root = "base_model.model."
+    for place in ("", "backbone.", f"backbone.{base.backbone.base_model_prefix}."):
+        renamed = {
+            name.replace(root, root + place, 1) if name.startswith(root) else name: t for name, t in state.items()
+        }
+        if renamed.keys() == wanted.keys():
+            return renamed
+    return state
+
+
 def _try_out(model: UnifiedForCausalLM | PeftModel, config: LoraConfig, name: str, modality: str) -> dict[str, Tensor]:
     """Add the adapter to a copy of the model without memory for weights; returns its tensors by the names of a saved file.
 
@@ -243,6 +326,12 @@ def _try_out(model: UnifiedForCausalLM | PeftModel, config: LoraConfig, name: st
         for tensor in chain(model.parameters(), model.buffers())
         for empty in [torch.empty_like(tensor, device="meta")]
     }
+    for tensor in chain(
+        model.parameters(), model.buffers()
+    ):  # how a weight of 4 bits is packed is written on the tensor
+        for name, value in vars(tensor).items():
+            if isinstance(value, bool | int | str):
+                setattr(meta[id(tensor)], name, value)
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they come again with the model itself
@@ -314,6 +403,7 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "alpha_pattern": ("a number for each of some names of modules", _is_pattern(_is_scale)),
     "base_model_name_or_path": ("a name", lambda v: v is None or isinstance(v, str)),
     "peft_type": ("LORA", lambda v: v == "LORA"),
+    "task_type": ("null or CAUSAL_LM, which changes nothing; others add modules", lambda v: v in (None, "CAUSAL_LM")),
 }  # fmt: skip
 _NOTES = ("auto_mapping", "inference_mode", "peft_version", "revision", "runtime_config")  # in a file, and not used
 
@@ -346,4 +436,5 @@ def _lora_config(fields: Mapping[str, Any], model: UnifiedForCausalLM) -> LoraCo
                 f"lora: {field} {reprlib.repr(unknown)} are no modules of {type(model.backbone).__name__}; its linear layers are "
                 f"{linear_layers(model)}."
             )
-    return LoraConfig(**{name: value for name, value in fields.items() if name in _FIELDS and name != "peft_type"})
+    taken = _FIELDS.keys() - {"peft_type", "task_type"}
+    return LoraConfig(**{name: value for name, value in fields.items() if name in taken})

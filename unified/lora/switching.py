@@ -4,7 +4,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from peft import LoraModel, PeftModel
@@ -150,7 +150,8 @@ def switch(model: PeftModel, enabled: bool) -> None:
         tuner.disable_adapter_layers()
 
 
-def _disabled(model: PeftModel) -> bool:
+def is_disabled(model: PeftModel) -> bool:
+    """Whether the base model is used alone."""
     return any(isinstance(module, LoraLayer) and bool(module.disable_adapters) for module in model.modules())
 
 
@@ -166,7 +167,8 @@ def fuse_lora(model: PeftModel, lora_scale: float = 1.0) -> None:
     The base weights are kept as well, so the adapted layers take twice their memory.
 
     Raises:
-        ValueError: if adapters are fused, disabled or act on one modality only, or the scale or the sum is not finite.
+        ValueError: if adapters are fused, disabled or act on one modality only, the base is quantized, or the scale or the
+            sum is not finite.
     """
     check_not_fused(model, "fuse_lora")
     gate = cast(UnifiedForCausalLM, model.get_base_model()).modality_gate
@@ -176,7 +178,11 @@ def fuse_lora(model: PeftModel, lora_scale: float = 1.0) -> None:
                 f"fuse_lora: adapter {name!r} acts on {gate.kinds[name]} positions only, which a weight cannot; leave it out "
                 "with set_adapters."
             )
-    if _disabled(model):
+    if getattr(model.get_base_model(), "is_quantized", False):
+        raise ValueError(
+            "fuse_lora: the base is in 4 or 8 bits and would be rounded again; load it in bfloat16 to fuse."
+        )
+    if is_disabled(model):
         raise ValueError("fuse_lora: adapters are disabled; call enable_lora first.")
     if not is_finite(lora_scale):
         raise ValueError(f"lora_scale: {lora_scale!r} must be a finite number.")
@@ -232,8 +238,8 @@ def plain_state(model: PeftModel) -> dict[str, Tensor]:
     return state
 
 
-def save_fused(model: PeftModel, folder: Path) -> None:
-    """Write a fused model as one without adapters.
+def save_fused(model: PeftModel, folder: Path, **options: Any) -> None:
+    """Write a fused model as one without adapters; ``options`` are those of ``save_pretrained``.
 
     Raises:
         ValueError: if nothing is fused.
@@ -241,10 +247,10 @@ def save_fused(model: PeftModel, folder: Path) -> None:
     if adapter_state(model).unfused is None:
         raise ValueError(
             "save_pretrained: adapters are loaded; call unload_lora_weights() for the base, fuse_lora() for the sum, "
-            "or save an adapter alone with unified.lora.adapters.save_lora."
+            "or save an adapter alone with save_lora_weights."
         )
     base = cast(UnifiedForCausalLM, model.get_base_model())
-    base.save_pretrained(folder, state_dict=plain_state(model))
+    base.save_pretrained(folder, state_dict=plain_state(model), **options)
     if isinstance(base.image_head, ModulesToSaveWrapper) and base.image_head.active_adapters:
         config = copy.deepcopy(base.config)
         config.new_image_tables = False  # the adapter's are written, which are trained

@@ -36,7 +36,7 @@ class WindowMerge(nn.Module):
 
     def forward(self, embeds: Tensor) -> Tensor:
         """``(..., s^2, D)`` to ``(..., D)``."""
-        return self.mlp(self.narrow(embeds).flatten(-2))
+        return self.mlp(self.narrow(embeds.to(self.narrow.weight.dtype)).flatten(-2))
 
 
 class WindowSplit(nn.Module):
@@ -50,7 +50,7 @@ class WindowSplit(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """``(..., D)`` to ``(..., s^2, D)``."""
-        return self.widen(self.mlp(hidden)).unflatten(-1, (self.codes, -1))
+        return self.widen(self.mlp(hidden.to(self.widen.weight.dtype))).unflatten(-1, (self.codes, -1))
 
 
 @torch.no_grad()

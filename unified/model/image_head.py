@@ -31,7 +31,9 @@ class ImageHead(nn.Linear):
         ``(N,)``.
         """
         if targets is None:
-            return super().forward(hidden)
+            return super().forward(
+                hidden.to(self.weight.dtype)
+            )  # an adapter's copy is in float32 on a base in bfloat16
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         if dtype == torch.float16:  # gradients as small as these vanish unless the loss was scaled before

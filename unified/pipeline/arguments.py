@@ -143,10 +143,19 @@ def seeded(first: int, count: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(first + i) for i in range(count)]
 
 
+def as_generator(generator: Any) -> torch.Generator:
+    """A generator as it is, or one with a whole number as its seed. Raises ValueError for anything else."""
+    if isinstance(generator, torch.Generator):
+        return generator
+    if isinstance(generator, bool) or not isinstance(generator, int) or not -(2**63) <= generator < 2**64:
+        raise ValueError(f"generator: {generator!r} is not a torch.Generator or a seed, or a list of them.")
+    return torch.Generator().manual_seed(generator)
+
+
 def per_image(
-    generator: torch.Generator | Sequence[torch.Generator] | None, prompts: int, images_per_prompt: int = 1
+    generator: torch.Generator | int | Sequence[torch.Generator | int] | None, prompts: int, images_per_prompt: int = 1
 ) -> list[torch.Generator]:
-    """One generator per image.
+    """One generator per image. A whole number stands for a generator with this seed.
 
     A list is taken as it is, and image i depends on its generator alone. A single generator generates the first image,
     so that it means the same as a list of one. All others are seeded by its state, or by the global one for None: every
@@ -157,22 +166,22 @@ def per_image(
         ValueError: if a list has another length, or holds something else or one generator twice.
     """
     count = prompts * images_per_prompt
-    if generator is None or isinstance(generator, torch.Generator):
-        state = None if generator is None else generator.clone_state()
-        device = torch.device("cpu") if generator is None else generator.device
+    if not isinstance(generator, Sequence) or isinstance(generator, str):
+        first = None if generator is None else as_generator(generator)
+        state = None if first is None else first.clone_state()
+        device = torch.device("cpu") if first is None else first.device
         seeds = torch.randint(2**63 - 1, (prompts,), generator=state, device=device).tolist()
         result = []
         for seed in seeds:
             more = torch.randint(2**63 - 1, (images_per_prompt - 1,), generator=torch.Generator().manual_seed(seed))
             result += [torch.Generator().manual_seed(each) for each in (seed, *more.tolist())]
-        return result if generator is None else [generator, *result[1:]]
-    if not isinstance(generator, Sequence) or not all(isinstance(each, torch.Generator) for each in generator):
-        raise ValueError(f"generator: {generator!r} is not a torch.Generator or a list of them.")
-    if len(generator) != count:
-        raise ValueError(f"generator: {len(generator)} given for {count} images; give one, or one per image.")
-    if len({id(each) for each in generator}) < count:
+        return result if first is None else [first, *result[1:]]
+    generators = [as_generator(each) for each in generator]
+    if len(generators) != count:
+        raise ValueError(f"generator: {len(generators)} given for {count} images; give one, or one per image.")
+    if len({id(each) for each in generators}) < count:
         raise ValueError("generator: one and the same is given for several images; they would depend on one another.")
-    return list(generator)
+    return generators
 
 
 def one_per_image(codes: Tensor, name: str, prompts: int, images_per_prompt: int) -> Tensor:
@@ -262,6 +271,8 @@ def arrange_batch(
     Raises:
         ValueError: naming the argument that is wrong.
     """
+    options = options.filled({})
+    assert options.decoding is not None
     check_decoding(options.decoding, Prediction.of(config))
     grid = code_grid(config, stride, options.height, options.width)
     options.sampling.check_schedule(grid[0] * grid[1])

@@ -1,12 +1,12 @@
 """`UnifiedPipeline`: text and images in, images and text out."""
 
 import functools
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from threading import RLock, get_ident
+from types import MappingProxyType
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
@@ -21,7 +21,7 @@ from unified.decoding.config import check_decoding
 from unified.decoding.decoder import Decoder
 from unified.decoding.decoder_cache import DecoderCache
 from unified.hub import local_folder
-from unified.lora.adapters import base_of, load_lora, unload_lora
+from unified.lora.adapters import base_of, load_lora, save_adapter, unload_lora
 from unified.lora.switching import (
     adapter_state,
     delete_adapters,
@@ -47,14 +47,21 @@ from unified.pipeline.arguments import (
 )
 from unified.pipeline.chat import as_messages, as_segments, check_sizes, continue_conversations
 from unified.pipeline.editing import as_images, codes_to_keep, share_to_keep, unfinished_images
-from unified.pipeline.options import GenerationOptions, check_whole
+from unified.pipeline.folder import (
+    as_dtype,
+    check_fingerprint,
+    check_one_device,
+    push_folder,
+    read_description,
+    write_description,
+)
+from unified.pipeline.options import GenerationOptions, check_defaults, check_whole
 from unified_tokenizers import AutoImageTokenizer, ImageTokenizer, TextTokenizer, load_text_tokenizer
 from unified_tokenizers.images import to_pil
 
-PIPELINE_FILE = "pipeline.json"
 OUTPUT_TYPES = ("pil", "np", "pt", "codes")
 StepCallback = Callable[["UnifiedPipeline", int, int, dict[str, Tensor]], Any]
-Generators = torch.Generator | Sequence[torch.Generator] | None
+Generators = torch.Generator | int | Sequence[torch.Generator | int] | None
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -66,6 +73,10 @@ class UnifiedPipelineOutput:
     images: list[Image.Image] | np.ndarray | Tensor
     codes: Tensor
     interrupted: bool = False
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The fields in their order, which ``return_dict=False`` returns."""
+        return self.images, self.codes, self.interrupted
 
 
 def one_at_a_time(
@@ -90,6 +101,8 @@ class UnifiedPipeline:
         model: the language model.
         image_tokenizer: the tokenizer whose codes the model was trained on.
         text_tokenizer: the tokenizer of its text ids.
+        sampling: defaults of the options in :data:`unified.pipeline.options.SAMPLING`, saved with the pipeline: what None
+            means in a call, in the engine, on the page and on the command line.
 
     Attributes:
         lock: held while the model is in use.
@@ -98,9 +111,17 @@ class UnifiedPipeline:
         ValueError: if the parts do not belong together.
     """
 
-    def __init__(self, model: UnifiedForCausalLM, image_tokenizer: ImageTokenizer, text_tokenizer: TextTokenizer):
-        check_parts(model.config, image_tokenizer, text_tokenizer)
-        model.config.text_tokenizer_fingerprint = text_tokenizer.fingerprint
+    def __init__(
+        self,
+        model: UnifiedForCausalLM | PeftModel,
+        image_tokenizer: ImageTokenizer,
+        text_tokenizer: TextTokenizer,
+        sampling: Mapping[str, Any] | None = None,
+    ):
+        config = base_of(model).config
+        check_parts(config, image_tokenizer, text_tokenizer)
+        self.sampling = sampling
+        config.text_tokenizer_fingerprint = text_tokenizer.fingerprint
         self.model: UnifiedForCausalLM | PeftModel = model.eval()
         self.image_tokenizer = image_tokenizer
         self.text_tokenizer = text_tokenizer
@@ -115,40 +136,63 @@ class UnifiedPipeline:
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path, torch_dtype: torch.dtype = torch.float32
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        torch_dtype: torch.dtype | str | None = None,
+        *,
+        dtype: torch.dtype | str | None = None,
+        device_map: Any = None,
+        variant: str | None = None,
+        quantization_config: Any = None,
+        **hub: Any,
     ) -> "UnifiedPipeline":
         """Load a pipeline folder: ``pipeline.json``, ``model/``, ``image_tokenizer/``, ``text_tokenizer/``.
 
         Args:
             pretrained_model_name_or_path: a local folder, or a repository on the Hub.
-            torch_dtype: dtype of the language model; the image tokenizer stays in float32.
+            torch_dtype, dtype: dtype of the language model, ``auto`` for the one that it was saved in; default float32. The
+                image tokenizer stays in float32.
+            device_map: as in transformers, where all lands on one device, such as ``cuda``; the image tokenizer follows.
+            variant: which weights of the language model, ``fp16`` for ``model.fp16.safetensors``.
+            quantization_config: of transformers, for 8 or 4 bits; see :func:`unified.model.quantization.quantization`.
+            hub: ``revision``, ``token``, ``cache_dir`` and ``local_files_only``, for a repository.
 
         Raises:
-            ValueError: if a local folder is not a pipeline, its parts do not belong together, or for another dtype.
+            ValueError: if a local folder is not a pipeline, or an argument does not fit.
         """
-        folder = local_folder(pretrained_model_name_or_path, "pipeline")
-        if not (folder / PIPELINE_FILE).is_file():
-            raise ValueError(
-                f"pipeline: {str(folder)!r} has no {PIPELINE_FILE}; give a folder written by save_pretrained."
-            )
-        if not isinstance(torch_dtype, torch.dtype) or not torch_dtype.is_floating_point:
-            raise ValueError(f"torch_dtype: {torch_dtype!r} is not a floating-point torch.dtype.")
-        made_with = _fingerprint_of(folder / PIPELINE_FILE)
-        model = UnifiedForCausalLM.from_pretrained(folder / "model", dtype=torch_dtype)
+        options = {"device_map": device_map, "variant": variant, "quantization_config": quantization_config}
+        options = {name: value for name, value in options.items() if value is not None}
+        options["dtype"] = as_dtype(torch_dtype, dtype)
+        folder = local_folder(pretrained_model_name_or_path, "pipeline", **hub)
+        description = read_description(folder)
+        model = UnifiedForCausalLM.from_pretrained(folder / "model", **options)
+        check_one_device(model)
         model.name_or_path = str(pretrained_model_name_or_path)  # what an adapter names as its base
         image_tokenizer = AutoImageTokenizer.from_pretrained(folder / "image_tokenizer")
-        if made_with not in (None, image_tokenizer.fingerprint):
-            raise ValueError(
-                f"pipeline: {PIPELINE_FILE} of {str(folder)!r} has the image_tokenizer_fingerprint {made_with!r}, its image "
-                f"tokenizer {image_tokenizer.fingerprint!r}; get the folder again."
-            )
-        pipe = cls(model, image_tokenizer, load_text_tokenizer(folder / "text_tokenizer"))
+        check_fingerprint(folder, description, image_tokenizer)
+        if device_map is not None and isinstance(image_tokenizer, torch.nn.Module):
+            image_tokenizer.to(model.device)
+        text_tokenizer = load_text_tokenizer(folder / "text_tokenizer")
+        pipe = cls(model, image_tokenizer, text_tokenizer, description["sampling"])
         pipe._card = read_card(folder)
         return pipe
 
     @one_at_a_time
     def save_pretrained(
-        self, save_directory: str | Path, state_dict: dict[str, Tensor] | None = None, card: str | None = None
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        *,
+        repo_id: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+        card: str | None = None,
     ) -> None:
         """Write the model and both tokenizers: safetensors, JSON and the sentencepiece model; no pickle.
 
@@ -156,30 +200,58 @@ class UnifiedPipeline:
 
         Args:
             save_directory: folder to write.
+            safe_serialization: True; nothing but safetensors is written.
+            variant: part of the name of the language model's files: ``fp16`` for ``model.fp16.safetensors``.
+            max_shard_size: largest file of the language model, such as ``5GB``; default: that of transformers.
+            push_to_hub: also upload what is written to the Hub.
+            repo_id: ``owner/name`` of the repository; default: the folder's name.
+            private, token, commit_message, create_pr: of the upload, as in ``huggingface_hub``.
             state_dict: weights in place of the model's own, for models whose weights are cut over processes.
             card: text of a ``README.md``; by default that of the folder it came from, with those of fused adapters.
 
         Raises:
-            ValueError: if adapters are loaded and not fused: those are saved with ``unified.lora.adapters.save_lora``.
+            ValueError: if adapters are loaded and not fused, which :meth:`save_lora_weights` saves; or if the upload fails,
+                after all is written.
         """
-        folder = Path(save_directory)
+        if not safe_serialization:
+            raise ValueError("safe_serialization: False would write pickles; leave it out, safetensors are written.")
+        folder, given = Path(save_directory), {"variant": variant, "max_shard_size": max_shard_size}
+        options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         if isinstance(self.model, PeftModel):
-            save_fused(self.model, folder / "model")
+            save_fused(self.model, folder / "model", **options)
         else:
-            self.model.save_pretrained(folder / "model", state_dict=state_dict)
+            self.model.save_pretrained(folder / "model", state_dict=state_dict, **options)
         self.image_tokenizer.save_pretrained(folder / "image_tokenizer")
         self.text_tokenizer.save_pretrained(folder / "text_tokenizer")
-        description = {
-            "_class_name": type(self).__name__,
-            "image_tokenizer_fingerprint": self.image_tokenizer.fingerprint,
-        }
-        (folder / PIPELINE_FILE).write_text(json.dumps(description, indent=2))
+        write_description(folder, type(self).__name__, self.image_tokenizer.fingerprint, self.sampling)
         if card is None:
             card = combined_card(
                 self._card, {name: self._adapter_cards.get(name) for name in self.get_active_adapters()}
             )
         if card is not None:
             (folder / "README.md").write_text(card, encoding="utf-8")
+        if push_to_hub:
+            push_folder(folder, repo_id, private, token, commit_message, create_pr)
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """The arguments of another pipeline of the same parts, ``UnifiedPipeline(**pipe.components)``.
+
+        They share the model, with its adapters; use one of them at a time.
+        """
+        return {
+            "model": self.model, "image_tokenizer": self.image_tokenizer, "text_tokenizer": self.text_tokenizer,
+            "sampling": dict(self.sampling),
+        }  # fmt: skip
+
+    @property
+    def sampling(self) -> Mapping[str, Any]:
+        """The sampling defaults that it is saved with, to be set as a whole: ValueError for a name or value that is none."""
+        return self._sampling
+
+    @sampling.setter
+    def sampling(self, sampling: Mapping[str, Any] | None) -> None:
+        self._sampling = MappingProxyType(check_defaults(sampling))
 
     @one_at_a_time
     def to(self, *args: Any, **kwargs: Any) -> "UnifiedPipeline":
@@ -219,17 +291,18 @@ class UnifiedPipeline:
         prompt: str | Sequence[str],
         height: int | None = None,
         width: int | None = None,
-        guidance_scale: float = GenerationOptions.guidance_scale,
+        guidance_scale: float | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         num_images_per_prompt: int = 1,
         generator: Generators = None,
         output_type: str = "pil",
+        return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        guidance_schedule: str | Callable[[float], float] = "constant",
-        decoding: str = "plain",
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        guidance_schedule: str | Callable[[float], float] | None = None,
+        decoding: str | None = None,
         known: Tensor | None = None,
     ) -> UnifiedPipelineOutput:
         """Generate images for prompts.
@@ -237,12 +310,13 @@ class UnifiedPipeline:
         Args:
             prompt: one caption or several.
             height, width, guidance_scale, num_images_per_prompt, temperature, top_k, top_p, guidance_schedule, decoding: see
-                :class:`unified.pipeline.options.GenerationOptions`.
+                :class:`unified.pipeline.options.GenerationOptions`; None is the pipeline's default, see :attr:`sampling`.
             negative_prompt: what to steer away from; one for all, or one per prompt. Default: the empty caption.
             generator: one ``torch.Generator`` per image, or one that generates the first and seeds the others; fixes the
-                images. Image i depends on its generator alone, not on the batch; the same generator with another caption
-                meets the same noise.
+                images. A seed 7 is ``torch.Generator().manual_seed(7)``, here and in every other method. Image i depends on
+                its generator alone, not on the batch; the same generator with another caption meets the same noise.
             output_type: ``pil``; ``np``, ``(N, H, W, 3)``, or ``pt``, ``(N, 3, H, W)``, floats in [0, 1]; or ``codes``.
+            return_dict: False returns the output as a tuple, images first.
             callback_on_step_end: called as ``f(pipeline, step, timestep, {"codes": (N, n)})`` after every pass, which is every
                 code in plain decoding in raster order; -1 stands for codes that an image does not have yet. Step and
                 timestep are the number of the last code; the result is ignored: codes that are sampled stay.
@@ -266,7 +340,8 @@ class UnifiedPipeline:
         *_, codes = self._sample(batch, callback_on_step_end)
 
         # 4. Decode them to images
-        return self._output(codes, batch, output_type)
+        output = self._output(codes, batch, output_type)
+        return output if return_dict else output.to_tuple()  # type: ignore[return-value]
 
     def stream(
         self,
@@ -319,6 +394,7 @@ class UnifiedPipeline:
         negative_prompt: str | Sequence[str] | None = None,
         generator: Generators = None,
         output_type: str = "pil",
+        return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
         **options: Any,
     ) -> UnifiedPipelineOutput:
@@ -331,7 +407,7 @@ class UnifiedPipeline:
             prompt: what the whole image shows.
             image: one image, one per prompt or one per image generated, of a size that the model was trained on.
             mask_image: as many masks of the same size.
-            negative_prompt, generator, output_type, callback_on_step_end: as in :meth:`__call__`.
+            negative_prompt, generator, output_type, return_dict, callback_on_step_end: as in :meth:`__call__`.
             options: those of :class:`unified.pipeline.options.GenerationOptions`, without the size.
 
         Raises:
@@ -340,7 +416,7 @@ class UnifiedPipeline:
         masks = as_images(mask_image, "mask_image")
         known, generators, options = self._known_codes(prompt, image, masks, None, generator, options)
         return self(prompt, negative_prompt=negative_prompt, generator=generators, output_type=output_type,
-                    callback_on_step_end=callback_on_step_end, known=known, **options)  # fmt: skip
+                    return_dict=return_dict, callback_on_step_end=callback_on_step_end, known=known, **options)  # fmt: skip
 
     def variation(
         self,
@@ -350,6 +426,7 @@ class UnifiedPipeline:
         negative_prompt: str | Sequence[str] | None = None,
         generator: Generators = None,
         output_type: str = "pil",
+        return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
         **options: Any,
     ) -> UnifiedPipelineOutput:
@@ -359,7 +436,7 @@ class UnifiedPipeline:
         """
         known, generators, options = self._known_codes(prompt, image, None, keep, generator, options)
         return self(prompt, negative_prompt=negative_prompt, generator=generators, output_type=output_type,
-                    callback_on_step_end=callback_on_step_end, known=known, **options)  # fmt: skip
+                    return_dict=return_dict, callback_on_step_end=callback_on_step_end, known=known, **options)  # fmt: skip
 
     def interrupt(self) -> None:
         """Stop sampling after the current code; what is missing stays grey.
@@ -374,6 +451,7 @@ class UnifiedPipeline:
         self, prompt: Any, negative_prompt: Any, options: GenerationOptions, generator: Any, known: Any
     ) -> ImageBatch:
         config, stride = base_of(self.model).config, self.image_tokenizer.downsample
+        options = options.filled(self.sampling)
         return arrange_batch(config, self.text_tokenizer, stride, prompt, negative_prompt, options, generator, known)
 
     @one_at_a_time
@@ -388,8 +466,8 @@ class UnifiedPipeline:
         model = base_of(self.model)
         check_sizes(images, model.config, self.image_tokenizer.downsample)
         options = {**options, "height": images[0].height, "width": images[0].width}
-        given = GenerationOptions.from_mapping(options)
-        check_decoding(given.decoding, model.prediction)
+        given = GenerationOptions.from_mapping(options).filled(self.sampling)
+        check_decoding(str(given.decoding), model.prediction)
         each = given.num_images_per_prompt
         generators = per_image(generator, len(prompts), each)
         known = codes_to_keep(self.image_tokenizer, images, masks)
@@ -497,8 +575,8 @@ class UnifiedPipeline:
         Args:
             messages: texts and PIL images in turn, or a list of such conversations.
             max_new_tokens, max_images: how much a reply may hold at most.
-            text_sampling, image_sampling: how text and codes are sampled; guidance applies to images, which have the
-                default scale of :meth:`__call__`.
+            text_sampling, image_sampling: how text and codes are sampled; guidance applies to images, which are sampled as
+                in :meth:`__call__` by default.
             height, width: size of the images in a reply.
             generator: one per conversation, or one for all as in :meth:`__call__`.
 
@@ -528,7 +606,7 @@ class UnifiedPipeline:
         # 3. Generate text and codes
         replies = continue_conversations(
             self.decoder(), read, grid, self.text_tokenizer, generators, text_sampling or Sampling(),
-            image_sampling or options.sampling, max_new_tokens, max_images,
+            image_sampling or options.filled(self.sampling).sampling, max_new_tokens, max_images,
         )  # fmt: skip
 
         # 4. Decode them to texts and images
@@ -538,12 +616,22 @@ class UnifiedPipeline:
     # Adapters; the names are those of diffusers
 
     @one_at_a_time
-    def load_lora_weights(self, pretrained_model_name_or_path: str | Path, adapter_name: str | None = None) -> None:
-        """Add a LoRA adapter and make it the active one.
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path: str | Path,
+        adapter_name: str | None = None,
+        *,
+        weight_name: str | None = None,
+        **hub: Any,
+    ) -> None:
+        """Add a LoRA adapter and make it the active one; plain folders of peft are taken, see
+        :func:`unified.lora.adapters.load_lora`.
 
         Args:
             pretrained_model_name_or_path: a local folder, or a repository on the Hub.
             adapter_name: its name; without one ``default``, then ``default_1`` and so on.
+            weight_name: name of its safetensors file; default ``adapter_model.safetensors``.
+            hub: as in :meth:`from_pretrained`.
 
         Raises:
             ValueError: if it belongs to another model, or the name is taken.
@@ -551,9 +639,30 @@ class UnifiedPipeline:
         taken = self.model.peft_config if isinstance(self.model, PeftModel) else {}
         numbered = ("default" if i == 0 else f"default_{i}" for i in count())
         name = next(free for free in numbered if free not in taken) if adapter_name is None else adapter_name
-        folder = local_folder(pretrained_model_name_or_path, "lora")
-        self.model = load_lora(self.model, folder, name).eval()
+        folder = local_folder(pretrained_model_name_or_path, "lora", **hub)
+        self.model = load_lora(self.model, folder, name, weight_name=weight_name).eval()
         self._adapter_cards[name] = read_card(folder)
+
+    @one_at_a_time
+    def save_lora_weights(self, save_directory: str | Path, adapter_name: str | None = None) -> None:
+        """Write one adapter, as it was trained, to a folder that :meth:`load_lora_weights` takes.
+
+        Args:
+            save_directory: folder to write.
+            adapter_name: which one; it may be left out if only one is loaded.
+
+        Raises:
+            ValueError: if there is no such adapter, or several and none is named.
+        """
+        names = list(self._adapted("adapter_name").peft_config)
+        name = names[0] if adapter_name is None and len(names) == 1 else adapter_name
+        if name not in names:
+            raise ValueError(f"adapter_name: {name!r} is none of those that are loaded; name one of {names}.")
+        save_adapter(self._adapted("adapter_name"), save_directory, name, self._adapter_cards.get(name))
+
+    def get_list_adapters(self) -> dict[str, list[str]]:
+        """Names of all loaded adapters, active or not, by the part that they belong to: ``{"model": [...]}``."""
+        return {"model": list(self.model.peft_config)} if isinstance(self.model, PeftModel) else {}
 
     @one_at_a_time
     def set_adapters(
@@ -647,17 +756,6 @@ def check_output_type(output_type: Any) -> None:
     """Refuse a form of images that there is not. Raises ValueError."""
     if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
         raise ValueError(f"output_type: {output_type!r} is unknown; use one of {OUTPUT_TYPES}.")
-
-
-def _fingerprint_of(file: Path) -> str | None:
-    """The image tokenizer's fingerprint in a ``pipeline.json``. Raises ValueError if that cannot be read."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"pipeline: {str(file)!r} is no JSON ({error}).") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"pipeline: {str(file)!r} holds a {type(content).__name__}; need names with values.")
-    return content.get("image_tokenizer_fingerprint")
 
 
 def as_names(adapter_names: Any) -> list[str]:

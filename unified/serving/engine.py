@@ -131,7 +131,7 @@ class Engine:
         options: GenerationOptions | None = None,
         adapter: str | None = None,
         negative_prompt: str | Sequence[str] | None = None,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        generator: torch.Generator | int | Sequence[torch.Generator | int] | None = None,
     ) -> Job:
         """Generate images; the job shows a :class:`UnifiedPipelineOutput` for every row of the grid.
 
@@ -139,13 +139,13 @@ class Engine:
 
         Args:
             prompt, negative_prompt, generator: as for :class:`UnifiedPipeline`.
-            options: how they are sampled; None for the defaults.
+            options: how they are sampled; None, here and in a field, for the pipeline's defaults.
             adapter: name of the active adapter; None for the base model.
 
         Raises:
             ValueError: for arguments that the pipeline refuses, a long prompt, an unknown adapter, or a full queue.
         """
-        options = options or GenerationOptions()
+        options = (options or GenerationOptions()).filled(self.pipe.sampling)
         prompts = as_prompts(prompt)
         self.check_length(prompts, "prompt")
         self.check_length(as_negatives(negative_prompt, len(prompts)), "negative_prompt")

@@ -46,7 +46,7 @@ def export_pipeline(pipe: UnifiedPipeline, folder: str | Path) -> None:
     joint.save_pretrained(out)
     pipe.text_tokenizer.save_pretrained(out / "text_tokenizer")
     pipe.image_tokenizer.save_pretrained(out / "image_tokenizer")
-    defaults = GenerationOptions()
+    defaults = GenerationOptions().filled(pipe.sampling).sampling
     description = {
         "first_code": vocabulary.text_vocab_size,
         "codebook_size": vocabulary.codebook_size,
@@ -57,7 +57,7 @@ def export_pipeline(pipe: UnifiedPipeline, folder: str | Path) -> None:
         "image_tokenizer_fingerprint": pipe.image_tokenizer.fingerprint,
         "text_tokenizer_fingerprint": pipe.text_tokenizer.fingerprint,
         "guidance_scale": defaults.guidance_scale,
-        "needs_guidance": defaults.guidance_scale > 1,
+        "needs_guidance": defaults.guided,
         "temperature": defaults.temperature,
         "top_k": defaults.top_k,
         "top_p": defaults.top_p,

@@ -17,6 +17,7 @@ from unified.data.crops import fit
 from unified.decoding.config import modes_for
 from unified.lora.adapters import base_of, check_base
 from unified.pipeline.arguments import seeded
+from unified.pipeline.metadata import describe_images
 from unified.pipeline.options import GenerationOptions
 from unified.pipeline.pipeline import UnifiedPipeline, UnifiedPipelineOutput
 from unified.serving.address import answered_hosts, bracketed, is_everywhere
@@ -71,6 +72,7 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER, per_client: int = CLIEN
     pipe, visitors = engine.pipe, Visitors(per_client)
     pipe.set_progress_bar_config(disable=True)
     height, width = pipe.default_size
+    usual = {"guidance_scale": 1.5, "temperature": 0.85, "decoding": "plain", **pipe.sampling}
 
     def followed(job: Job, show: Callable[[Any], Any]) -> Iterator[Any]:
         """What the page shows of a job; the job is cancelled when the page is closed or stopped."""
@@ -97,6 +99,9 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER, per_client: int = CLIEN
     def adapter_of(lora: str) -> str | None:
         return None if lora == NO_ADAPTER else lora
 
+    def weights_of(lora: str) -> dict[str, float]:
+        return {} if lora == NO_ADAPTER else {lora: 1.0}
+
     def generate(
         prompt: str,
         negative: str,
@@ -110,15 +115,18 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER, per_client: int = CLIEN
     ) -> Iterator[Any]:
         with answering(request):
             check_request(prompt, negative, seed, count)
-            options = GenerationOptions(
-                guidance_scale=guidance, num_images_per_prompt=int(count), temperature=temperature, decoding=decoding
-            )
+            given: dict[str, Any] = {"guidance_scale": guidance, "temperature": temperature, "decoding": decoding}
+            options = GenerationOptions(num_images_per_prompt=int(count), **given)
             generators = seeded(int(seed), int(count))
             job = engine.submit(prompt, options, adapter_of(lora), negative or None, generators)
             captions = [f"seed {int(seed) + i}" for i in range(int(count))]
             about = f"guidance {guidance:g}, temperature {temperature:g}, LoRA {lora}"
 
             def show(output: UnifiedPipelineOutput) -> tuple[list[tuple[str, str]], str]:
+                seeds = [int(seed) + i for i in range(int(count))]
+                describe_images(
+                    pipe, output.images, [prompt] * len(seeds), seeds, given, negative, adapters=weights_of(lora)
+                )
                 paths = [stored(image, gallery.GRADIO_CACHE) for image in output.images]
                 return list(zip(paths, captions, strict=True)), progress_text(output.codes, about)
 
@@ -139,15 +147,21 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER, per_client: int = CLIEN
             background, layers = files
             check_files(background, layers)
             generators = seeded(int(seed), 1)
+            given: dict[str, Any] = {"guidance_scale": guidance, "temperature": temperature}
 
             def work() -> Iterator[UnifiedPipelineOutput]:
                 image, mask = image_and_mask(background, layers, (height, width))  # one request's at a time
-                return pipe.stream(prompt, image=image, mask_image=mask, generator=generators,
-                                   guidance_scale=guidance, temperature=temperature)  # fmt: skip
+                return pipe.stream(prompt, image=image, mask_image=mask, generator=generators, **given)
+
+            def show(output: UnifiedPipelineOutput) -> tuple[Any, str]:
+                describe_images(
+                    pipe, output.images, [prompt], [int(seed)], given, edit="inpaint", adapters=weights_of(lora)
+                )
+                return output.images[0], progress_text(output.codes, about)
 
             job = engine.alone(work, adapter_of(lora))
             about = f"seed {int(seed)}, guidance {guidance:g}, temperature {temperature:g}, LoRA {lora}"
-            yield from followed(job, lambda output: (output.images[0], progress_text(output.codes, about)))
+            yield from followed(job, show)
 
     def describe(file: Any, seed: float, temperature: float, lora: str, request: gradio.Request) -> Iterator[Any]:
         with answering(request):
@@ -177,17 +191,17 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER, per_client: int = CLIEN
                     fresh = gradio.Button("New seed", size="sm")
                 guidance = gradio.Slider(
                     1,
-                    10,
-                    1.5,
+                    max(10, usual["guidance_scale"]),
+                    usual["guidance_scale"],
                     step=0.1,
                     label="Guidance",
                     info="How closely to follow the prompt; 1 is off.",
                     elem_id="guidance",
                 )
                 temperature = gradio.Slider(
-                    0.1,
-                    2,
-                    0.85,
+                    min(0.1, usual["temperature"]),
+                    max(2, usual["temperature"]),
+                    usual["temperature"],
                     step=0.05,
                     label="Temperature",
                     info="Lower is safer, higher more varied.",
@@ -223,7 +237,7 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER, per_client: int = CLIEN
                         )
                         suitable = modes_for(base_of(pipe.model).prediction)
                         modes = [(mode.about, name) for name, mode in suitable.items()]
-                        decoding = gradio.Dropdown(modes, value="plain", label="Decoding", elem_id="decoding")
+                        decoding = gradio.Dropdown(modes, value=usual["decoding"], label="Decoding", elem_id="decoding")
                 with gradio.Tab("Edit"):
                     gradio.Markdown(
                         "Upload an image, paint over the part that shall change, and say what the whole image shows."

@@ -18,7 +18,8 @@ _STATE_FILE = "trainer_state.json"
 _SETTINGS_FILE = "settings.yaml"
 # Settings that do not change what is trained.
 _FREE = (
-    "output_dir", "resume", "allow_changes", "keep_checkpoints", "checkpoint_every", "track_with", "project", "processes"
+    "output_dir", "resume", "allow_changes", "keep_checkpoints", "checkpoint_every", "track_with", "project", "processes",
+    "sample", "sampling",
 )  # fmt: skip
 
 

@@ -11,9 +11,10 @@ from typing import Any
 from omegaconf import MISSING
 
 from unified.config import UnifiedConfig, language_config
-from unified.decoding import Sampling
 from unified.lora.modality_gate import check_modality
 from unified.model.init import EMBED_KINDS, HEAD_KINDS
+from unified.model.quantization import BITS, check_quantization
+from unified.pipeline.options import GenerationOptions, check_defaults
 from unified.prediction.plan import Prediction
 from unified.prediction.schedule import PatchSchedule
 from unified.settings import check_choice, check_range, did_you_mean, load_settings
@@ -117,6 +118,10 @@ class ModelConfig:
     head_init: str = "normal"  # likewise normal, text, zero (a loss of ln K) or tied-like (rows of the image embedding)
     options: dict[str, Any] = field(default_factory=dict)  # fields of UnifiedConfig: positions, loss weights, ...
     gradient_checkpointing: bool = False  # less memory for activations, about a third more time
+    dtype: str = (
+        "float32"  # or bfloat16, of the frozen base of an adapter: half of its memory; the adapter is in float32
+    )
+    quantization: str | None = None  # 4bit or 8bit, of the frozen base of an adapter; needs bitsandbytes and a pipeline
 
     def check(self) -> None:
         """Raises ValueError for a field that is unknown, missing, or contradicts another."""
@@ -134,6 +139,18 @@ class ModelConfig:
             check_choice(f"model.{name}", kind, kinds)
             if kind != default and not self.backbone:
                 raise ValueError(f"model.{name}: {kind!r} is for image tables on a model.backbone; leave it out.")
+        check_choice("model.dtype", self.dtype, ("float32", "bfloat16"))
+        if self.architecture and self.dtype != "float32":
+            raise ValueError(
+                f"model.dtype: {self.dtype!r} is for a frozen base, and a new model is trained; leave it out."
+            )
+        if self.quantization is not None:
+            check_choice("model.quantization", self.quantization, tuple(BITS))
+            if not self.pipeline:
+                raise ValueError(
+                    "model.quantization: for the pipeline of an adapter; save the model as one, name it there."
+                )
+            check_quantization("model.quantization")
         self._check_options()
         if self.architecture:
             self._check_architecture(self.architecture)
@@ -233,6 +250,22 @@ class PredictionConfig:
 
 
 @dataclass
+class SamplingConfig:
+    """Sampling defaults that the trained pipeline is saved with; null: those of ``model.pipeline``, or the usual ones."""
+
+    guidance_scale: float | None = None  # 1 switches guidance off
+    temperature: float | None = None  # below 1 sharpens
+    top_k: int | None = None  # keep the k most likely codes; 0 keeps all
+    top_p: float | None = None  # keep the most likely codes up to this probability
+    guidance_schedule: str | None = None  # constant, linear or cosine
+    decoding: str | None = None  # plain, jacobi, sjd, gsd
+
+    def given(self) -> dict[str, Any]:
+        """Those that are set. Raises ValueError for one that is out of its range."""
+        return check_defaults(vars(self))
+
+
+@dataclass
 class OptimizerConfig:
     """Optimizer, clipping and average of the weights."""
 
@@ -262,14 +295,14 @@ class SampleConfig:
 
     every: int | None = None  # steps between two sheets of samples
     prompts: list[str] = field(default_factory=list)  # one image each
-    guidance_scale: float = 3.0  # 1 switches guidance off
+    guidance_scale: float | None = None  # 1 switches guidance off; null: as `sampling`
     seed: int = 0  # image i uses seed + i
 
     def check(self) -> None:
         """Raises ValueError for a field that is missing or out of range."""
         check_range("sample.", self, "[1, inf)", "every")
         check_range("sample.", self, "[0, inf)", "seed")
-        Sampling(self.guidance_scale)
+        GenerationOptions(guidance_scale=self.guidance_scale)
         if self.every and not self.prompts:
             raise ValueError("sample.prompts: empty; name what to generate, or leave out sample.every.")
 
@@ -285,15 +318,15 @@ class EvaluationConfig:
     extractor: str = "efficientnet-lite0"  # network whose features are compared
     metrics: list[str] = field(default_factory=lambda: ["fd", "kd", "clip"])  # as in eval/evaluate.py
     num_images: int = 64  # images to generate
-    guidance_scale: float = 3.0  # 1 switches guidance off
-    temperature: float = 1.0  # below 1 sharpens
+    guidance_scale: float | None = None  # 1 switches guidance off; null: as `sampling`
+    temperature: float | None = None  # below 1 sharpens; null: as `sampling`
     seed: int = 0  # of the choice of captions and of the images
 
     def check(self) -> None:
         """Raises ValueError for a field that is out of range."""
         check_range("evaluation.", self, "[1, inf)", "every", "num_images")
         check_range("evaluation.", self, "[0, inf)", "seed")
-        Sampling(self.guidance_scale, self.temperature)
+        GenerationOptions(guidance_scale=self.guidance_scale, temperature=self.temperature)
 
 
 @dataclass
@@ -323,6 +356,7 @@ class TrainConfig:
     prediction: PredictionConfig | None = None  # default: raster order, or that of model.pipeline
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     evaluation: EvaluationConfig | None = None
 
@@ -342,6 +376,16 @@ class TrainConfig:
                 part.check()
         if self.prediction is not None:
             self.prediction.build()
+        if self.sampling.given() and self.lora is not None and self.model.pipeline:
+            raise ValueError(
+                "sampling: an adapter is sampled as its pipeline is; leave it out, or set pipe.sampling there."
+            )
+        for name in ("dtype", "quantization"):
+            if getattr(self.model, name) not in (None, "float32") and self.lora is None:
+                raise ValueError(
+                    f"model.{name}: {getattr(self.model, name)!r} is for the frozen base of an adapter; set lora, or leave it "
+                    "out (mixed_precision=bf16 computes in bfloat16)."
+                )
         self.patch_schedule().stages(self.steps)
         if self.checkpoint_every and self.checkpoint_every % self.log_every:
             # A logged loss is a mean over log_every steps; a resumed run starts its mean at the checkpoint.

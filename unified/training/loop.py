@@ -132,7 +132,7 @@ def save(run: Run) -> Path:
         if isinstance(model, PeftModel):
             save_lora(model, folder, state, card)
         else:
-            run.pipeline().save_pretrained(folder, state, card)
+            run.pipeline().save_pretrained(folder, state_dict=state, card=card)
         accelerator.print(f"saved {folder}")
     accelerator.wait_for_everyone()
     accelerator.end_training()

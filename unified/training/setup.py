@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import GradientAccumulationPlugin, set_seed
 from peft import PeftModel
@@ -17,8 +18,10 @@ from unified.config import UnifiedConfig
 from unified.lora.adapters import attach_lora, base_of
 from unified.model.family import check_family, check_packing
 from unified.model.modeling import UnifiedForCausalLM
+from unified.model.quantization import quantization
 from unified.model.retrofit import change_prediction
 from unified.pipeline.arguments import as_prompts, check_room
+from unified.pipeline.folder import PIPELINE_FILE, read_description
 from unified.pipeline.pipeline import UnifiedPipeline
 from unified.prediction.plan import Prediction
 from unified.prediction.schedule import PatchSchedule
@@ -60,6 +63,7 @@ class Run:
     log: RunLog
     step: int
     positions: int
+    sampling: dict[str, Any]
 
     @property
     def output(self) -> Path:
@@ -74,7 +78,7 @@ class Run:
 
     def pipeline(self) -> UnifiedPipeline:
         """The current model as a pipeline, in evaluation mode."""
-        pipeline = UnifiedPipeline(base_of(self.current()), self.image_tokenizer, self.text_tokenizer)
+        pipeline = UnifiedPipeline(base_of(self.current()), self.image_tokenizer, self.text_tokenizer, self.sampling)
         pipeline.model.eval()
         return pipeline
 
@@ -142,7 +146,7 @@ def set_up(config: TrainConfig, accelerator: Accelerator) -> Run:
     for stage in schedule.stages(config.steps):
         accelerator.print(f"  p = {stage.patch_size}: steps {stage.start} to {stage.end}")
     return Run(config, accelerator, model, optimizers, average, image_tokenizer, text_tokenizer, data, schedule, inputs,
-               log, step, positions)  # fmt: skip
+               log, step, positions, sampling_of(config))  # fmt: skip
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -178,16 +182,28 @@ def average_of(model: nn.Module, decay: float | None) -> AveragedModel | None:
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
 
+def sampling_of(config: TrainConfig) -> dict[str, Any]:
+    """The sampling defaults of what is trained: those of the pipeline that it goes on from, and the settings' own."""
+    folder = config.model.pipeline
+    inherited = (
+        read_description(Path(folder))["sampling"] if folder and (Path(folder) / PIPELINE_FILE).is_file() else {}
+    )
+    return {**inherited, **config.sampling.given()}
+
+
 def build_parts(config: TrainConfig) -> Parts:
     """Model, image tokenizer and text tokenizer."""
-    source = config.model
+    source, dtype = config.model, getattr(torch, config.model.dtype)
     if source.pipeline:
         folder = Path(source.pipeline)
         if not (folder / "model").is_dir():
             raise ValueError(f"model.pipeline: {source.pipeline!r} is not a pipeline folder.")
         image_tokenizer = AutoImageTokenizer.from_pretrained(folder / "image_tokenizer")
         text_tokenizer = load_text_tokenizer(folder / "text_tokenizer")
-        model = UnifiedForCausalLM.from_pretrained(folder / "model", **source.options)
+        packed = (
+            {} if source.quantization is None else {"quantization_config": quantization(source.quantization, dtype)}
+        )
+        model = UnifiedForCausalLM.from_pretrained(folder / "model", dtype=dtype, **packed, **source.options)
         if config.prediction is not None and Prediction.of(model.config) != Prediction.from_mapping(
             config.prediction.build()
         ):
@@ -222,7 +238,7 @@ def adapt(
     if not config.model.pipeline or (config.prediction is not None and model.config.new_image_tables):
         model.name_or_path = str(Path(config.output_dir) / "base")
         if PartialState().is_main_process:
-            _keep_base(config, UnifiedPipeline(model, image_tokenizer, text_tokenizer))
+            _keep_base(config, UnifiedPipeline(model, image_tokenizer, text_tokenizer, sampling_of(config)))
     s = config.lora
     return attach_lora(
         model,
@@ -269,6 +285,7 @@ def _new_model(
     }
     if config.model.backbone:
         shared |= {"image_init": config.model.image_init, "head_init": config.model.head_init}
+        shared["dtype"] = getattr(torch, config.model.dtype)
         if config.model.image_init == "codebook":
             shared["codebook"] = image_tokenizer.codebook_vectors()
         return UnifiedForCausalLM.from_backbone(config.model.backbone, **shared)

@@ -13,10 +13,12 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from PIL.Image import Image
 from torchvision.transforms.functional import to_pil_image
-from torchvision.utils import make_grid, save_image
+from torchvision.utils import make_grid
 
 from unified.files import write_text
 from unified.pipeline.arguments import seeded
+from unified.pipeline.metadata import describe, write_png
+from unified.pipeline.options import SAMPLING, GenerationOptions
 from unified.pipeline.pipeline import UnifiedPipeline
 from unified.settings import flat
 from unified.training.config import SampleConfig, TrainConfig
@@ -70,10 +72,14 @@ class RunLog:
             config.prompts, guidance_scale=config.guidance_scale, generator=generators, output_type="pt"
         ).images
         grid = make_grid(torch.as_tensor(images), nrow=min(8, len(config.prompts)), padding=2, pad_value=1)
+        sheet = to_pil_image((grid * 255).round().to(torch.uint8))
+        run, options = self.path.parent.resolve().name, GenerationOptions(guidance_scale=config.guidance_scale)
+        settings = {name: getattr(options.filled(pipeline.sampling), name) for name in SAMPLING}
+        describe(sheet, prompts=list(config.prompts), seed=config.seed, settings=settings, model=f"{run}, step {step}")
         folder = self.path.parent / "samples"
         folder.mkdir(exist_ok=True)
-        save_image(grid, folder / f"step-{step:08d}.png")
-        self._track(to_pil_image(grid), step)
+        write_png(sheet, folder / f"step-{step:08d}.png")
+        self._track(sheet, step)
 
     def _track(self, image: Image, step: int) -> None:
         """Give an image to those trackers that take images."""
