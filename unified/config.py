@@ -2,6 +2,7 @@
 
 import math
 import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,6 +11,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 MAX_LAYERS, MAX_SIZE = 10_000, 2**24  # beyond any model; what fits into memory is another question
+# Kinds of conditions that are no text, and the sizes that describe each.
+CONDITION_SIZES = {"class": ("classes",), "features": ("length", "features")}
 _LAYERS, _WIDTH = re.compile(r"(^|_)layers?$"), re.compile(r"(_size|_dim|_heads|_experts)$|^n_embd$")
 
 
@@ -59,7 +62,10 @@ class UnifiedConfig(PreTrainedConfig):
         loss_normalization: ``position`` weighs every predicted position alike, ``token`` weighs a patch by its p*p codes.
         text_loss_weight, image_loss_weight: weights of the two parts in the mean.
         conditioning: the condition in front of an image that is no text (see :mod:`unified.model.prefix`):
-            ``{"kind": "class", "classes": N}`` or ``{"kind": "features", "length": P, "features": F}``; None without.
+            ``{"kind": "class", "classes": N}``, with ``names`` of the N classes where they are known, or
+            ``{"kind": "features", "length": P, "features": F}``; None without.
+        dropout: share of numbers that training drops from the embeddings and from the output of every attention and MLP,
+            as LlamaGen does (0.1).
         prediction: order and merge of image codes (see :class:`unified.prediction.plan.Prediction`): a mapping with ``order``,
             ``size``, ``merge`` and ``window``; None for next-token prediction.
     """
@@ -84,6 +90,7 @@ class UnifiedConfig(PreTrainedConfig):
     text_loss_weight: float = 1.0
     image_loss_weight: float = 1.0
     conditioning: dict[str, Any] | None = None
+    dropout: float = 0.0
     prediction: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: object) -> None:
@@ -100,6 +107,10 @@ class UnifiedConfig(PreTrainedConfig):
         for name in ("text_loss_weight", "image_loss_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: {getattr(self, name)} must be a finite number of at least 0.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout: {self.dropout} must lie in [0, 1).")
+        if self.conditioning is not None:
+            check_conditioning(self.conditioning)
         if not 0 < self.normalized_range < math.inf:
             raise ValueError(f"normalized_range: {self.normalized_range} must be a finite number above 0.")
         _choice("positions", self.positions, ("1d", "2d", "llamagen"))
@@ -136,9 +147,44 @@ class UnifiedConfig(PreTrainedConfig):
         )
 
     @property
+    def classes(self) -> int | None:
+        """Number of classes of a class-conditional model, None of any other."""
+        given = self.conditioning or {}
+        return given["classes"] if given.get("kind") == "class" else None
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """Names of the classes in order, each of one or more words for it with commas between; None if they have none."""
+        return (self.conditioning or {}).get("names")
+
+    @property
     def coordinates(self) -> Coordinates:
         """Where image codes sit for the rotary embedding."""
         return Coordinates(self.positions, self.coarse_positions, self.normalized_range)
+
+
+def check_conditioning(given: Mapping[str, Any]) -> None:
+    """Raises ValueError if a condition is of an unknown kind, or a size is missing or no number above 0."""
+    kind = given.get("kind")
+    if kind not in CONDITION_SIZES:
+        raise ValueError(f"conditioning: kind {kind!r} is unknown; use one of {sorted(CONDITION_SIZES)}.")
+    sizes = CONDITION_SIZES[kind]
+    missing = [name for name in sizes if name not in given]
+    if missing:
+        raise ValueError(f"conditioning: {missing} missing for kind {kind!r}.")
+    unknown = sorted(set(given) - {"kind", *sizes, *(["names"] if kind == "class" else [])})
+    if unknown:
+        raise ValueError(f"conditioning: {unknown} unknown for kind {kind!r}; leave them out.")
+    for name in sizes:
+        if type(given[name]) is not int or not 1 <= given[name] <= MAX_SIZE:
+            raise ValueError(f"conditioning.{name}: {given[name]!r} must be a whole number in [1, {MAX_SIZE}].")
+    names = given.get("names")
+    if names is None:
+        return
+    if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
+        raise ValueError(f"conditioning.names: {reprlib.repr(names)} must be a list of names that are not empty.")
+    if len(names) != given["classes"]:
+        raise ValueError(f"conditioning.names: {len(names)} names for {given['classes']} classes; give one each.")
 
 
 def head_dim(text_config: Any) -> int:

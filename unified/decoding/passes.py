@@ -81,8 +81,6 @@ def image_passes(model: UnifiedForCausalLM, grid: Grid, generators: Sequence[tor
         ValueError: if the order does not fit the grid.
     """
     prediction, coordinates = model.prediction, model.config.coordinates
-    if coordinates.positions == "llamagen":
-        coordinates = coordinates._replace(positions="2d", coarse_positions="unit")
     given = None
     if prediction.known_first and bool((known[0] >= 0).any()):
         index = torch.from_numpy(cell_codes(grid, prediction.merge.side))
