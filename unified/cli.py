@@ -66,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
         added.add_argument("--threads", type=int, help="CPU threads (default: as torch chooses)")
         return added
 
-    generate = command("generate", _generate, "Generate images for prompts.")
+    generate = command("generate", _generate, "Generate images for prompts or classes.")
     _image_options(generate)
     generate.add_argument("--height", type=int, help="pixels (default: the model's first size)")
     generate.add_argument("--width", type=int, help="pixels")
@@ -136,6 +136,11 @@ def _seed(text: str) -> int:
     return int(text)
 
 
+def _class_label(text: str) -> int | str:
+    """A number in digits, else a name."""
+    return int(text) if re.fullmatch(r"-?\d+", text) else text
+
+
 def _sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=1.0, help="below 1 sharpens (default: %(default)s)")
     parser.add_argument("--top-k", type=int, default=0, help="keep the k most likely; 0 keeps all")
@@ -144,10 +149,19 @@ def _sampling_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _image_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--prompt", required=True, nargs="+", help="one caption or several")
+    wanted = parser.add_mutually_exclusive_group(required=True)
+    wanted.add_argument("--prompt", nargs="+", help="one caption or several")
+    wanted.add_argument(
+        "--class", dest="class_labels", type=_class_label, action="append", metavar="CLASS",
+        help="number or name of a class, for a class-conditional model; may be repeated",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, help="folder for the images; what is there stays")
     parser.add_argument("--num-images-per-prompt", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--negative-prompt", help="what to steer away from (default: the empty caption)")
+    parser.add_argument(
+        "--negative-class", dest="negative_class_labels", type=_class_label, metavar="CLASS",
+        help="class to steer away from (default: the unconditional one)",
+    )  # fmt: skip
     parser.add_argument(
         "--guidance-scale",
         type=float,
@@ -191,19 +205,21 @@ def _image_arguments(args: argparse.Namespace) -> dict[str, Any]:
     options = GenerationOptions.from_mapping(given)
     from unified.pipeline.arguments import as_prompts, check_unicode, seeded
 
-    prompts = as_prompts(args.prompt)
+    wanted = {name: getattr(args, name) for name in ("negative_prompt", "class_labels", "negative_class_labels")}
+    prompts = None if args.prompt is None else as_prompts(args.prompt)
     check_unicode(args.negative_prompt or "", "negative_prompt")
     args.out.mkdir(parents=True, exist_ok=True)
-    generators = seeded(args.seed, len(prompts) * options.num_images_per_prompt)
-    return {**given, "prompt": prompts, "negative_prompt": args.negative_prompt, "generator": generators}
+    generators = seeded(args.seed, len(prompts or args.class_labels) * options.num_images_per_prompt)
+    return {**given, **wanted, "prompt": prompts, "generator": generators}
 
 
 def _save(images: Any, args: argparse.Namespace) -> None:
-    """Write ``NNN-caption.png`` with the numbers that follow those in the folder."""
+    """Write ``NNN-caption.png``, or ``NNN-class.png``, with the numbers that follow those in the folder."""
+    labels = args.prompt or [f"class {label}" for label in args.class_labels]
     taken = [int(found[0]) for file in args.out.iterdir() if (found := re.match(r"\d+(?=-)", file.name))]
     numbers = count(max(taken, default=-1) + 1)
     for index, image in enumerate(images):
-        with _new_file(args.out, args.prompt[index // args.num_images_per_prompt], numbers) as file:
+        with _new_file(args.out, labels[index // args.num_images_per_prompt], numbers) as file:
             image.save(file, format="PNG")
             print(file.name)
 

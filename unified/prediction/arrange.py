@@ -330,7 +330,9 @@ def collate(rows: Sequence[Row], config: UnifiedConfig, multiple: int = 1) -> Ba
     conditions = [row.condition for row in rows if row.condition is not None]
     if conditions:
         if len(conditions) != len(rows):
-            raise ValueError(f"rows: {len(conditions)} of {len(rows)} have a condition; give one to all of them or none.")
+            raise ValueError(
+                f"rows: {len(conditions)} of {len(rows)} have a condition; give one to all of them or none."
+            )
         inputs["condition"] = torch.tensor(conditions)
     packed = [row.document_ids for row in rows if row.document_ids is not None]
     if packed:
