@@ -276,8 +276,8 @@ class UnifiedPipeline:
             negative_class_labels: classes to steer away from; one for all, or one per class. Default: the unconditional one.
 
         Raises:
-            ValueError: for an empty or too long prompt, an unknown class, prompts beside classes, a size the model does not know, lists of the wrong length,
-                or an unknown ``output_type`` or ``decoding``.
+            ValueError: for an empty or too long prompt, an unknown class, prompts beside classes, a size the model does not
+                know, lists of the wrong length, or an unknown ``output_type`` or ``decoding``.
         """
         # 1. Check inputs
         options = GenerationOptions(

@@ -61,15 +61,16 @@ class RunLog:
         self.accelerator.log({name: value for name, value in values.items() if value is not None}, step=step)
 
     def samples(self, step: int, pipeline: UnifiedPipeline, config: SampleConfig) -> None:
-        """Generate the sample prompts with fixed seeds into ``samples/step-N.png``, and hand the sheet to the trackers."""
+        """Generate the sample prompts or classes, with fixed seeds, into ``samples/step-N.png`` and for the trackers."""
         if not self.accelerator.is_main_process:
             return
         pipeline.set_progress_bar_config(disable=True)
-        generators = seeded(config.seed, len(config.prompts))
+        count = len(config.prompts or config.class_labels)
         images = pipeline(
-            config.prompts, guidance_scale=config.guidance_scale, generator=generators, output_type="pt"
-        ).images
-        grid = make_grid(torch.as_tensor(images), nrow=min(8, len(config.prompts)), padding=2, pad_value=1)
+            config.prompts or None, class_labels=config.class_labels or None, guidance_scale=config.guidance_scale,
+            generator=seeded(config.seed, count), output_type="pt",
+        ).images  # fmt: skip
+        grid = make_grid(torch.as_tensor(images), nrow=min(8, count), padding=2, pad_value=1)
         folder = self.path.parent / "samples"
         folder.mkdir(exist_ok=True)
         save_image(grid, folder / f"step-{step:08d}.png")
