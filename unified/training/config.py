@@ -132,11 +132,14 @@ class ModelConfig:
             raise ValueError(f"model: set exactly one of pipeline, backbone and architecture, got {given or 'none'}.")
         if not self.pipeline and not self.image_tokenizer:
             raise ValueError("model.image_tokenizer: missing; a new model needs the folder of its tokenizer.")
-        kind = (self.options.get("conditioning") or {}).get("kind") if isinstance(self.options, dict) else None
+        given = self.options.get("conditioning")
+        kind = given.get("kind", "none") if isinstance(given, dict) else given
         if kind is None and self.architecture and not self.text_tokenizer:
             raise ValueError("model.text_tokenizer: missing; a new model needs the folder of its tokenizer.")
         if kind is not None and kind != "class":
             raise ValueError(f"model.options.conditioning: kind {kind!r} cannot be trained here; use class.")
+        if self.pipeline and "conditioning" in self.options:
+            raise ValueError("model.options.conditioning: a pipeline has its own; leave it out.")
         if kind is not None and (not self.architecture or self.text_tokenizer):
             raise ValueError(
                 "model.options.conditioning: a class-conditional model reads no text; it needs a model.architecture and no "
