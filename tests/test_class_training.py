@@ -172,7 +172,7 @@ schedule: {{patch_sizes: [1], shares: [1]}}
         pipe.load_lora_weights(folder)
     assert pipe.labels == {"blue": 0, "green": 1, "red": 2}
     assert int(pipe(class_labels="red", generator=generators(0), output_type="codes").codes.min()) >= 0
-    with pytest.raises(ValueError, match="model.options.conditioning: a pipeline has its own; leave it out"):
+    with pytest.raises(ValueError, match=r"model.options.conditioning: a pipeline has its own; leave it out"):
         load_config(tmp_path / "run.yaml", ["model.options.conditioning={kind: class, classes: 4}"])
 
 
@@ -184,7 +184,7 @@ schedule: {{patch_sizes: [1], shares: [1]}}
         (["data.train_on_captions=true"], "data.train_on_captions: not for a class-conditional model"),
         (["data.class_column=kind"], "class_column: 'kind' is not a column of the source"),
         (["model.options.conditioning.classes=5"], "conditioning.classes: 5, but .* has 3 classes; set it to 3"),
-        (["sample.every=6", "sample.class_labels=[grene]"], "sample.class_labels: no class is called 'grene'; did you mean 'green'"),
+        (["sample.every=6", "sample.class_labels=[grene]"], "class_labels: no class is called 'grene'; did you mean 'green'"),
         (["sample.every=6", "sample.class_labels=[7]"], "sample.class_labels: 7 is not one of the 3 classes"),
         (["sample.every=6", "sample.prompts=[red]"], "sample.prompts: not for a class-conditional model"),
         (["model.architecture.max_position_embeddings=16"], "the backbone has 16 positions, an image of 4x4 codes needs 17"),
@@ -205,7 +205,7 @@ def test_settings_that_do_not_go_with_classes_are_named(class_config, options, m
             r"\['length', 'features'\] missing for kind 'features'|cannot be trained",
         ),
         (["model.options.conditioning.classes=0"], "conditioning.classes: 0 must be a whole number in"),
-        (["model.options.conditioning.kind=klass"], "kind 'klass'"),
+        (["model.options.conditioning=klass"], "conditioning: kind 'klass' cannot be trained here; use class"),
         (["model.options.dropout=1"], r"dropout: 1 must lie in \[0, 1\)"),
         (["data.one_view=true", "data.bucket=true"], "data.bucket: not possible with data.one_view"),
         (
@@ -220,7 +220,7 @@ def test_bad_settings_are_named(class_config, options, message):
 
 
 def test_classes_for_a_model_of_text_are_refused(config_file, tmp_path):
-    with pytest.raises(ValueError, match="data.class_column: 'kind' is for a class-conditional model"):
+    with pytest.raises(ValueError, match=r"data.class_column: 'kind' is for a class-conditional model"):
         train(load_config(config_file, [f"output_dir={tmp_path}", "data.class_column=kind"]))
 
 

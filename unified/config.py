@@ -163,8 +163,10 @@ class UnifiedConfig(PreTrainedConfig):
         return Coordinates(self.positions, self.coarse_positions, self.normalized_range)
 
 
-def check_conditioning(given: Mapping[str, Any]) -> None:
+def check_conditioning(given: Any) -> None:
     """Raises ValueError if a condition is of an unknown kind, or a size is missing or no number above 0."""
+    if not isinstance(given, Mapping):
+        raise ValueError(f"conditioning: {given!r} must be a mapping such as {{kind: class, classes: 1000}}.")
     kind = given.get("kind")
     if kind not in CONDITION_SIZES:
         raise ValueError(f"conditioning: kind {kind!r} is unknown; use one of {sorted(CONDITION_SIZES)}.")

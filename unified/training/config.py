@@ -132,8 +132,8 @@ class ModelConfig:
             raise ValueError(f"model: set exactly one of pipeline, backbone and architecture, got {given or 'none'}.")
         if not self.pipeline and not self.image_tokenizer:
             raise ValueError("model.image_tokenizer: missing; a new model needs the folder of its tokenizer.")
-        given = self.options.get("conditioning")
-        kind = given.get("kind", "none") if isinstance(given, dict) else given
+        condition = self.options.get("conditioning")
+        kind = condition.get("kind", "none") if isinstance(condition, dict) else condition
         if kind is None and self.architecture and not self.text_tokenizer:
             raise ValueError("model.text_tokenizer: missing; a new model needs the folder of its tokenizer.")
         if kind is not None and kind != "class":
