@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +154,20 @@ def test_a_resumed_run_is_the_one_that_was_not_stopped(class_config, tmp_path):
     train(load_config(class_config, [f"output_dir={again}", *options, "resume=latest"]))
     ours, theirs = (load_file(folder / "pipeline/model/model.safetensors") for folder in (again, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.process
+def test_two_processes_equal_one(class_config, tmp_path):
+    """No text is in the loss; DDP raises if a weight has no gradient."""
+    options = ["validate_every=null", "model.options.dropout=0", "model.architecture.attention_dropout=0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "recipes/train.py",
+               "--config", str(class_config), f"output_dir={tmp_path}/two", "batch_size=2", *options]  # fmt: skip
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    train(load_config(class_config, [f"output_dir={tmp_path}/one", "batch_size=4", *options]))
+    ours, theirs = ([(r["image_loss"], r["positions"]) for r in read_log(tmp_path / name)] for name in ("two", "one"))
+    assert len(ours) == 6 and np.array(ours) == pytest.approx(np.array(theirs), rel=1e-5)
 
 
 @pytest.mark.parametrize("lora", [False, True])

@@ -205,12 +205,15 @@ def _image_arguments(args: argparse.Namespace) -> dict[str, Any]:
     options = GenerationOptions.from_mapping(given)
     from unified.pipeline.arguments import as_prompts, check_unicode, seeded
 
-    wanted = {name: getattr(args, name) for name in ("negative_prompt", "class_labels", "negative_class_labels")}
     prompts = None if args.prompt is None else as_prompts(args.prompt)
     check_unicode(args.negative_prompt or "", "negative_prompt")
     args.out.mkdir(parents=True, exist_ok=True)
     generators = seeded(args.seed, len(prompts or args.class_labels) * options.num_images_per_prompt)
-    return {**given, **wanted, "prompt": prompts, "generator": generators}
+    wanted = {"prompt": prompts, "negative_prompt": args.negative_prompt, "generator": generators}
+    for name in ("class_labels", "negative_class_labels"):
+        if getattr(args, name) is not None:
+            wanted[name] = getattr(args, name)
+    return {**given, **wanted}
 
 
 def _save(images: Any, args: argparse.Namespace) -> None:
