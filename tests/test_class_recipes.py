@@ -10,6 +10,7 @@ from PIL import Image
 from test_convert import CODES, HEADS, llamagen_state
 
 from convert_checkpoint import main as convert
+from encode_images import main as encode
 from prepare_imagenet import main as prepare
 from unified import UnifiedPipeline
 from unified.cli import main as unified
@@ -171,6 +172,30 @@ class TestImageNet:
             run(monkeypatch, prepare, "--source", imagenet, "--image-tokenizer", parts / "image_tokenizer", "--out",
                 tmp_path / "codes", "--image-size", 16)  # fmt: skip
         assert not (tmp_path / "codes").exists()
+
+
+def test_encode_images_with_classes(parts, monkeypatch, capsys, tmp_path):
+    """Of a folder for each class; a caption beside it is refused."""
+    for name in ("cat", "dog"):
+        (tmp_path / "data" / "train" / name).mkdir(parents=True)
+        Image.new("RGB", (16, 16)).save(tmp_path / "data" / "train" / name / "0.png")
+    command = ["--source", tmp_path / "data", "--image-tokenizer", parts / "image_tokenizer", "--out", tmp_path / "codes",
+               "--splits", "train", "--image-size", 16, "--class-column", "label"]  # fmt: skip
+    with pytest.raises(SystemExit):
+        run(monkeypatch, encode, *command, "--caption", "a cat")
+    assert "--class-column: images have classes, captions or segments" in capsys.readouterr().err
+    run(monkeypatch, encode, *command)
+    rows = load_codes(tmp_path / "codes", "train", None, "labelled")
+    assert class_names(rows, "label") == ["cat", "dog"] and [int(row["label"]) for row in rows] == [0, 1]
+
+
+def test_inpaint_takes_a_class(converted, photo, tmp_path):
+    photo.save(tmp_path / "photo.png")
+    Image.new("L", (16, 16), 255).save(tmp_path / "mask.png")
+    command = ["inpaint", "--pipeline", str(converted / "out"), "--class", "2", "--out", str(tmp_path / "out"), "--image",
+               str(tmp_path / "photo.png"), "--mask", str(tmp_path / "mask.png")]  # fmt: skip
+    assert unified(command) == 0
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["000-class-2.png"]
 
 
 class TestNames:

@@ -156,6 +156,20 @@ def test_a_resumed_run_is_the_one_that_was_not_stopped(class_config, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_sources_of_classes_are_mixed(class_config, class_folder, tmp_path):
+    """Classes are found by name in each; a source of texts is refused."""
+    (tmp_path / "more" / "train").mkdir(parents=True)
+    for name in ("green", "red"):
+        shutil.copytree(class_folder / "train" / name, tmp_path / "more" / "train" / name)
+    sources = f"[{{path: {class_folder}, validation_split: validation}},{{path: {tmp_path}/more}}]"
+    options = [f"output_dir={tmp_path}/run", "data.train=null", f"data.sources={sources}"]
+    train(load_config(class_config, options))
+    assert "image_validation_loss" in read_log(tmp_path / "run")[-1]
+    wrong = [*options[:2], f"data.sources=[{{path: {tmp_path}/more, kind: text, validation_split: train}}]"]
+    with pytest.raises(ValueError, match=r"data.sources.kind: not for a class-conditional model"):
+        train(load_config(class_config, [f"output_dir={tmp_path}/wrong", *wrong[1:]]))
+
+
 @pytest.mark.process
 def test_two_processes_equal_one(class_config, tmp_path):
     """No text is in the loss; DDP raises if a weight has no gradient."""
@@ -170,8 +184,8 @@ def test_two_processes_equal_one(class_config, tmp_path):
     assert len(ours) == 6 and np.array(ours) == pytest.approx(np.array(theirs), rel=1e-5)
 
 
-@pytest.mark.parametrize("lora", [False, True])
-def test_a_pipeline_is_trained_on(trained, parts, class_folder, lora, tmp_path):
+@pytest.mark.parametrize("way", ["", "lora: {rank: 2}", "prediction: {order: spread}"])
+def test_a_pipeline_is_trained_on(trained, class_folder, way, tmp_path):
     (tmp_path / "run.yaml").write_text(f"""
 output_dir: {tmp_path}/run
 steps: 2
@@ -180,12 +194,12 @@ track_with: []
 data: {{train: {class_folder}, image_size: 16}}
 model: {{pipeline: {trained}/pipeline}}
 schedule: {{patch_sizes: [1], shares: [1]}}
-{"lora: {rank: 2}" if lora else ""}
+{way}
 """)
     folder = train(load_config(tmp_path / "run.yaml"))
-    pipe = UnifiedPipeline.from_pretrained(trained / "pipeline" if lora else folder)
+    pipe = UnifiedPipeline.from_pretrained(trained / "pipeline" if "lora" in way else folder)
     pipe.set_progress_bar_config(disable=True)
-    if lora:
+    if "lora" in way:
         pipe.load_lora_weights(folder)
     assert pipe.labels == {"blue": 0, "green": 1, "red": 2}
     assert int(pipe(class_labels="red", generator=generators(0), output_type="codes").codes.min()) >= 0

@@ -1,10 +1,12 @@
 """Class-conditional models: sampling by class, through every way to decode."""
 
+import json
+
 import pytest
 import torch
-from conftest import generators, tiny_model
+from conftest import generators, tiny_config, tiny_model
 
-from unified import GenerationOptions, UnifiedPipeline
+from unified import GenerationOptions, UnifiedForCausalLM, UnifiedPipeline
 from unified.data.batches import make_batch
 from unified.decoding import Prompt, Sampling, generate_codes, generate_conditioned
 from unified.lora.adapters import base_of
@@ -201,6 +203,68 @@ def test_decoding_equals_a_full_pass(positions, prediction):
     states, targets = found[0][:2]
     here, other = (states @ model.image_head.weight.T).argmax(dim=-1).flatten().eq(targets.flatten()).chunk(2)
     assert bool(here.all()) and not bool(other.all()) and len(codes.unique()) > 2
+
+
+def test_forward_depends_on_no_values():
+    """It compiles to one graph, with classes and dropout."""
+    torch._dynamo.reset()
+    model = class_model(dropout=0.5).train()
+    sequences = [class_sequence(model, torch.arange(16).reshape(4, 4), label) for label in (1, 5)]
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled(**make_batch(sequences, model.config).inputs).loss.backward()
+    touched = (model.condition.table.weight.grad != 0).any(dim=1)
+    assert touched.nonzero().flatten().tolist() == [1, 5]
+
+
+class TestPrompts:
+    @pytest.mark.parametrize(
+        ("prompt", "message"),
+        [
+            (Prompt((5, BOI), condition=1), r"samples after a class, not after a prompt; give Prompt\(\(1,\), condition=...\)"),
+            (Prompt((BOI,)), "samples after a class, not after a prompt"),
+            (Prompt((BOI,), condition=6), r"condition: 6 is not in \[0, 5\]; the last one is the unconditional class"),
+        ],
+    )  # fmt: skip
+    def test_bad_prompts_are_named(self, prompt, message):
+        with pytest.raises(ValueError, match=message):
+            generate_codes(class_model(), [prompt], None, (4, 4), Sampling(), generators(0))
+
+    def test_a_class_for_a_model_of_text(self):
+        with pytest.raises(ValueError, match="condition: class 1 given, but the model takes prompts of text"):
+            generate_codes(tiny_model(), [Prompt((1, 3), condition=1)], None, (4, 4), Sampling(), generators(0))
+
+    def test_conditions_do_not_mix_in_a_batch(self):
+        model = class_model()
+        rows = [class_sequence(model, torch.arange(16).reshape(4, 4), label) for label in (1, None)]
+        with pytest.raises(ValueError, match="rows: 1 of 2 have a condition; give one to all of them or none"):
+            make_batch(rows, model.config)
+        with pytest.raises(ValueError, match=r"condition: not possible in packed rows; leave data.pack out"):
+            make_batch(rows[:1], model.config, pack_length=64)
+
+    def test_a_checkpoint_of_another_size(self, tmp_path):
+        class_model().save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text())
+        config["conditioning"]["classes"] = 6
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=r"condition\.table\.weight"):
+            UnifiedForCausalLM.from_pretrained(tmp_path)
+
+    @pytest.mark.parametrize(
+        ("conditioning", "message"),
+        [
+            ("class", "conditioning: 'class' must be a mapping"),
+            ({"kind": "class", "classes": 0}, r"conditioning.classes: 0 must be a whole number in"),
+            (
+                {"kind": "class", "classes": 2, "names": ["a"]},
+                r"conditioning.names: 1 names for 2 classes; give one each",
+            ),
+            ({"kind": "class", "classes": 1, "names": [" "]}, r"conditioning.names: .* must be a list of names"),
+            ({"kind": "class", "classes": 1, "labels": 3}, r"conditioning: \['labels'\] unknown for kind 'class'"),
+        ],
+    )
+    def test_bad_conditions_are_named(self, conditioning, message):
+        with pytest.raises(ValueError, match=message):
+            tiny_config(conditioning=conditioning)
 
 
 def test_dropout_acts_in_training_alone():

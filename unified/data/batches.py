@@ -136,10 +136,9 @@ class Batches(Dataset):
                 ranks[owners == source] = np.arange(share)
             self._block = (block, owners, ranks)
         source = int(self._block[1][offset])
-        view = np.random.default_rng((self.seed, _VIEW, number))
-        number = block * self.shares[source] + int(self._block[2][offset])
+        own = block * self.shares[source] + int(self._block[2][offset])
         rows = self.sources[source].epoch
-        epoch, position = divmod(number, rows)
+        epoch, position = divmod(own, rows)
         if source not in self._orders or self._orders[source][0] != epoch:
             rng = np.random.default_rng((self.seed, _SHUFFLE, source, epoch))
             if self._grids is None:
@@ -149,7 +148,10 @@ class Batches(Dataset):
                 order = bucketed_order(self._grids, total, -epoch * rows % total, rng)
             self._orders[source] = (epoch, order)
         place, images = int(self._orders[source][1][position]), self.sources[source].images
-        return source, place if images is None else int(view.integers(images[place], images[place + 1]))
+        if images is None:
+            return source, place
+        view = np.random.default_rng((self.seed, _VIEW, number))
+        return source, int(view.integers(images[place], images[place + 1]))
 
 
 def first_views(rows: datasets.Dataset) -> np.ndarray:

@@ -201,6 +201,8 @@ class Batcher:
         images = request.max_images and request.max_images * image_columns(self.decoder.model, request.grid)
         rows = [request.prompt, request.negative] if guided and request.negative else [request.prompt]
         check_conditions(self.decoder.model, rows)
+        if self.decoder.model.config.classes is not None and request.max_new_tokens:
+            raise ValueError(f"max_new_tokens: {request.max_new_tokens}, but a model of classes writes no text; use 0.")
         longest = max(prompt_columns(self.decoder.model, row) for row in rows)
         if longest + images + request.max_new_tokens > self.length:
             raise ValueError(
