@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,9 @@ from conftest import generators
 from PIL import Image
 from safetensors.torch import load_file
 
-from unified import UnifiedPipeline
+from unified import UnifiedConfig, UnifiedForCausalLM, UnifiedPipeline
+from unified.model.prefix import BOI, EOI, NO_TEXT
+from unified.prediction.schedule import image_flops, schedule_flops
 from unified.training.config import load_config
 from unified.training.data import Context, open_data
 from unified.training.loop import train
@@ -253,6 +256,31 @@ def test_bad_settings_are_named(class_config, options, message):
 def test_classes_for_a_model_of_text_are_refused(config_file, tmp_path):
     with pytest.raises(ValueError, match=r"data.class_column: 'kind' is for a class-conditional model"):
         train(load_config(config_file, [f"output_dir={tmp_path}", "data.class_column=kind"]))
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [("npp_c2i_b", 111), ("npp_c2i_l", 343), ("npp_c2i_xl", 775), ("npp_c2i_xxl", 1411), ("llamagen_c2i_b", 111)],
+)
+def test_the_papers_sizes_and_what_their_files_say(name, millions):
+    """Parameters as published; steps, positions and FLOPs in the header as the formula has them."""
+    path = ROOT / "recipes" / "configs" / f"{name}.yaml"
+    config, header = load_config(path), path.read_text()
+    architecture = {**config.model.architecture, **NO_TEXT}
+    model_config = UnifiedConfig(
+        text_config=architecture, codebook_size=16384, boi_token_id=BOI, eoi_token_id=EOI, **config.model.options
+    )
+    with torch.device("meta"):
+        model = UnifiedForCausalLM(model_config)
+    assert round(model.num_parameters() / 1e6) == millions
+    batch = config.batch_size * config.processes
+    assert batch == 256 and config.steps == round(300 * 1281167 / batch)
+    stated = re.search(r"A step: (.+)\.", header)[1]
+    for patch_size in config.schedule.patch_sizes:
+        flops = batch * image_flops(model_config, (16, 16), 0, patch_size) / 1e12
+        assert f"{256 * batch // patch_size**2:,} positions and {flops:.3g} TFLOPs at p = {patch_size}" in stated
+    whole = config.steps * batch * schedule_flops(config.patch_schedule(), model_config, (16, 16), 0)
+    assert f"images: {whole:.2g} FLOPs".replace("e+", "e") in header
 
 
 def test_the_papers_configuration_starts_on_two_cores(parts, class_folder, tmp_path):

@@ -1,5 +1,8 @@
 """Images with classes: encoded without captions, and as sequences of a class-conditional model."""
 
+import io
+import tarfile
+
 import datasets
 import numpy as np
 import pytest
@@ -69,6 +72,27 @@ class TestEncoding:
         assert report.examples[1].startswith("row 3: missing class (-1 is not one of the")
         rows = load_codes(tmp_path / "codes", "train", None, "labelled")
         assert [int(row["label"]) for row in rows] == [0, 2]
+
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_classes_in_a_tar(self, image_tokenizer, tmp_path, streaming):
+        """WebDataset keeps them as digits in files of their own."""
+        with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+            for number, (image, label) in enumerate(zip(pictures(3), (b"2", b"none", b"0"), strict=True)):
+                png = io.BytesIO()
+                image.save(png, format="PNG")
+                for suffix, content in (("png", png.getvalue()), ("cls", label)):
+                    member = tarfile.TarInfo(f"{number}.{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+        report = encode_labelled(
+            image_tokenizer, str(tmp_path / "shard.tar"), tmp_path / "codes", VIEWS, ("train",), class_column="cls",
+            streaming=streaming,
+        )["train"]  # fmt: skip
+        assert (report.used, report.missing_class) == (
+            2,
+            1,
+        ) and "'none' is not the number of a class" in report.examples[0]
+        assert [int(row["label"]) for row in load_codes(tmp_path / "codes", "train", None, "labelled")] == [2, 0]
 
     @pytest.mark.parametrize(
         ("labels", "column", "message"),

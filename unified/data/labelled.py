@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 from accelerate import PartialState
 
-from unified.config import Vocabulary
+from unified.config import MAX_SIZE, Vocabulary
 from unified.data.captioned import add_code_noise, grids_of
 from unified.data.code_cache import Prepared, first_rows, write_cache
 from unified.data.crops import Views
@@ -95,7 +95,7 @@ def class_number(value: Any, names: list[str] | None = None) -> int:
         value = int(value)  # of a tar
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"{value!r:.60} is not the number of a class")
-    if value < 0 or (names is not None and value >= len(names)):
+    if value < 0 or value >= (MAX_SIZE if names is None else len(names)):
         raise ValueError(f"{value} is not one of the {'' if names is None else f'{len(names)} '}classes")
     return value
 

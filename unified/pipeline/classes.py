@@ -46,6 +46,7 @@ def as_classes(config: UnifiedConfig, given: Any, name: str = "class_labels") ->
     Raises:
         ValueError: which calls them ``name``, for a number outside, an unknown name (with the nearest ones), or anything else.
     """
+    given = given.tolist() if hasattr(given, "tolist") else given  # of torch or NumPy
     several = isinstance(given, Sequence) and not isinstance(given, str)
     if given is None or (several and not len(given)):
         raise ValueError(f"{name}: {given!r} is no class; give a number or a name, or a list of them.")
