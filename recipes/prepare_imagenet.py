@@ -13,6 +13,7 @@ same command again after a kill and it goes on; several processes share the work
 """
 
 import argparse
+import json
 import time
 from pathlib import Path
 
@@ -21,13 +22,14 @@ from torch import nn
 
 from encode_images import this_process
 from unified.data.class_names import read_synsets
-from unified.data.code_cache import is_codes_cache
+from unified.data.code_cache import CACHE_FILE, is_codes_cache
 from unified.data.crops import Views
 from unified.data.labelled import encode_labelled
 from unified.data.rows import column_names
 from unified.data.sources import load_source
 from unified.errors import explain_errors
 from unified.hub import expanded
+from unified.settings import refuse_other
 from unified_tokenizers import AutoImageTokenizer, ImageTokenizer
 
 MAPPING = "LOC_synset_mapping.txt"
@@ -56,6 +58,20 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def is_there(args: argparse.Namespace, split: str, tokenizer: ImageTokenizer, views: Views) -> bool:
+    """Whether a split is encoded. Raises ValueError if it was with other settings."""
+    out = args.out / split
+    if not is_codes_cache(out):
+        return False
+    wanted = {
+        "tokenizer_fingerprint": tokenizer.fingerprint, "source": args.source, "views": views.described(),
+        "columns": [args.image_column, args.class_column], "max_rows": args.max_rows,
+    }  # fmt: skip
+    refuse_other("out", out, json.loads((out / CACHE_FILE).read_text()), wanted)
+    print(f"{out}: encoded already")
+    return True
+
+
 def check_classes(args: argparse.Namespace, split: str) -> None:
     """Raises ValueError if the images of a split have no classes, as those of ImageNet's flat ``val`` folder."""
     rows = load_source(args.source, split, args.streaming, image_column=args.image_column)
@@ -71,15 +87,15 @@ def prepare(args: argparse.Namespace, tokenizer: ImageTokenizer, process: Partia
     mapping = args.class_names or expanded(args.source) / MAPPING
     names = read_synsets(mapping) if args.class_names or mapping.is_file() else None
     size = ((args.image_size, args.image_size),)
-    missing = [split for split in args.splits if not is_codes_cache(args.out / split)]
+    views = {"train": Views(size, "ten", zoom=args.zoom), "validation": Views(size)}
+    missing = [split for split in args.splits if not is_there(args, split, tokenizer, views[split])]
     for split in missing:  # before days of encoding
         check_classes(args, split)
     for split in missing:
         start, out = time.monotonic(), args.out / split
         out.parent.mkdir(parents=True, exist_ok=True)
-        views = Views(size, "ten", zoom=args.zoom) if split == "train" else Views(size)
         report = encode_labelled(
-            tokenizer, args.source, out, views, (split,), args.image_column, args.class_column, args.batch_size,
+            tokenizer, args.source, out, views[split], (split,), args.image_column, args.class_column, args.batch_size,
             args.streaming, args.block_rows, process, max_rows=args.max_rows, names=names,
         )[split]  # fmt: skip
         if process.is_main_process:

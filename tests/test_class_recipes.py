@@ -162,6 +162,9 @@ class TestImageNet:
         stamp = (tmp_path / "codes" / "train" / "codes.json").stat().st_mtime_ns
         run(monkeypatch, prepare, *command)  # what is there stays
         assert (tmp_path / "codes" / "train" / "codes.json").stat().st_mtime_ns == stamp
+        assert "encoded already" in capsys.readouterr().out
+        with pytest.raises(ValueError, match=r"out: .*train' was made with other settings \(views: .* set them back"):
+            run(monkeypatch, prepare, *command, "--zoom", 1.25)
 
     def test_a_flat_folder_of_held_out_images_is_named_first(self, imagenet, parts, monkeypatch, tmp_path):
         for file in list((imagenet / "val").rglob("*.JPEG")):
