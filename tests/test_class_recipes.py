@@ -1,13 +1,15 @@
 """Class-conditional models through the recipes and the command line."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from conftest import generators
 from PIL import Image
-from test_convert import CODES, HEADS, llamagen_state
+from test_convert import HEADS, llamagen_state
+from test_vqgan import CODES, make_layout
 
 from convert_checkpoint import main as convert
 from encode_images import main as encode
@@ -25,13 +27,16 @@ NAMES = ["tench", "goldfish", "great white shark", "tiger shark", "hammerhead"]
 
 
 @pytest.fixture(scope="module")
-def converted(parts, tmp_path_factory):
-    """A pipeline of random weights in LlamaGen's layout, converted by the recipe."""
+def converted(tmp_path_factory):
+    """A pipeline of random weights in LlamaGen's two files, converted by the recipe."""
     folder = tmp_path_factory.mktemp("converted")
-    torch.save({"model": llamagen_state("c2i")}, folder / "c2i_B_16.pt")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("test_convert.CODES", CODES)
+        torch.save({"model": llamagen_state("c2i")}, folder / "c2i_B_16.pt")
+    torch.save({"model": make_layout("llamagen")}, folder / "vq_ds16_c2i.pt")
     (folder / "names.txt").write_text("\n".join(NAMES))
     with pytest.MonkeyPatch.context() as patch:
-        run(patch, convert, "llamagen", "--checkpoint", folder / "c2i_B_16.pt", "--image-tokenizer", parts / "image_tokenizer",
+        run(patch, convert, "llamagen", "--checkpoint", folder / "c2i_B_16.pt", "--image-tokenizer", folder / "vq_ds16_c2i.pt",
             "--heads", HEADS, "--class-names", folder / "names.txt", "--out", folder / "out")  # fmt: skip
     return folder
 
@@ -101,34 +106,21 @@ class TestConversion:
             ),
         ],
     )
-    def test_bad_conversions_are_named(self, converted, parts, monkeypatch, names, options, message, tmp_path):
+    def test_bad_conversions_are_named(self, converted, monkeypatch, names, options, message, tmp_path):
         given = ["--checkpoint", converted / "c2i_B_16.pt", "--heads", HEADS, *options]
         if "other.pt" in options:
-            torch.save(llamagen_state("c2i"), tmp_path / "other.pt")
-            given[1] = given[-1] = tmp_path / "other.pt"
+            given[1] = given[-1] = shutil.copy(converted / "c2i_B_16.pt", tmp_path / "other.pt")
         if names:
             (tmp_path / "names.txt").write_text(names)
             given += ["--class-names", tmp_path / "names.txt"]
         with pytest.raises(ValueError, match=message):
-            run(
-                monkeypatch,
-                convert,
-                "llamagen",
-                "--image-tokenizer",
-                parts / "image_tokenizer",
-                "--out",
-                tmp_path / "o",
-                *given,
-            )
+            run(monkeypatch, convert, "llamagen", "--image-tokenizer", converted / "vq_ds16_c2i.pt", "--out", tmp_path / "o",
+                *given)  # fmt: skip
         assert not (tmp_path / "o").exists()
 
     def test_an_image_tokenizer_of_another_size(self, converted, monkeypatch, parts, tmp_path):
-        state = llamagen_state("c2i")
-        state["tok_embeddings.weight"] = state["tok_embeddings.weight"][: CODES - 1]
-        state["output.weight"] = state["output.weight"][: CODES - 1]
-        torch.save(state, tmp_path / "c2i_B_16.pt")
-        with pytest.raises(ValueError, match=f"has {CODES} codes, the model {CODES - 1}; it was trained with another"):
-            run(monkeypatch, convert, "llamagen", "--checkpoint", tmp_path / "c2i_B_16.pt", "--heads", HEADS,
+        with pytest.raises(ValueError, match=f"has 20 codes, the model {CODES}; it was trained with another"):
+            run(monkeypatch, convert, "llamagen", "--checkpoint", converted / "c2i_B_16.pt", "--heads", HEADS,
                 "--image-tokenizer", parts / "image_tokenizer", "--out", tmp_path / "o")  # fmt: skip
 
 
