@@ -24,7 +24,7 @@ from encode_images import this_process
 from unified.data.class_names import read_synsets
 from unified.data.code_cache import CACHE_FILE, is_codes_cache
 from unified.data.crops import Views
-from unified.data.labelled import encode_labelled
+from unified.data.labelled import digest_of, encode_labelled
 from unified.data.rows import column_names
 from unified.data.sources import load_source
 from unified.errors import explain_errors
@@ -58,7 +58,9 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def is_there(args: argparse.Namespace, split: str, tokenizer: ImageTokenizer, views: Views) -> bool:
+def is_there(
+    args: argparse.Namespace, split: str, tokenizer: ImageTokenizer, views: Views, names: dict[str, str] | None
+) -> bool:
     """Whether a split is encoded. Raises ValueError if it was with other settings."""
     out = args.out / split
     if not is_codes_cache(out):
@@ -66,6 +68,7 @@ def is_there(args: argparse.Namespace, split: str, tokenizer: ImageTokenizer, vi
     wanted = {
         "tokenizer_fingerprint": tokenizer.fingerprint, "source": args.source, "views": views.described(),
         "columns": [args.image_column, args.class_column], "max_rows": args.max_rows,
+        "names": digest_of(names),
     }  # fmt: skip
     refuse_other("out", out, json.loads((out / CACHE_FILE).read_text()), wanted)
     print(f"{out}: encoded already")
@@ -88,7 +91,7 @@ def prepare(args: argparse.Namespace, tokenizer: ImageTokenizer, process: Partia
     names = read_synsets(mapping) if args.class_names or mapping.is_file() else None
     size = ((args.image_size, args.image_size),)
     views = {"train": Views(size, "ten", zoom=args.zoom), "validation": Views(size)}
-    missing = [split for split in args.splits if not is_there(args, split, tokenizer, views[split])]
+    missing = [split for split in args.splits if not is_there(args, split, tokenizer, views[split], names)]
     for split in missing:  # before days of encoding
         check_classes(args, split)
     for split in missing:

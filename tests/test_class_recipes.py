@@ -157,6 +157,9 @@ class TestImageNet:
         assert "encoded already" in capsys.readouterr().out
         with pytest.raises(ValueError, match=r"out: .*train' was made with other settings \(views: .* set them back"):
             run(monkeypatch, prepare, *command, "--zoom", 1.25)
+        (imagenet / "LOC_synset_mapping.txt").write_text("n01440764 tench\nn02012849 crane\nn03126707 crane\n")
+        with pytest.raises(ValueError, match=r"train' was made with other settings \(names: "):
+            run(monkeypatch, prepare, *command)
 
     def test_a_flat_folder_of_held_out_images_is_named_first(self, imagenet, parts, monkeypatch, tmp_path):
         for file in list((imagenet / "val").rglob("*.JPEG")):

@@ -1,5 +1,7 @@
 """Images with classes: encoded once without captions, and as sequences of a class-conditional model."""
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -64,7 +66,7 @@ def encode_labelled(
     """
     settings = {
         "kind": "labelled", "source": source, "views": views.described(), "block_rows": block_rows,
-        "columns": [image_column, class_column], "max_rows": max_rows,
+        "columns": [image_column, class_column], "max_rows": max_rows, "names": digest_of(names),
     }  # fmt: skip
 
     def load(split: str) -> Rows:
@@ -83,6 +85,11 @@ def encode_labelled(
         return rows, make, datasets.Features({**VIEW_COLUMNS, "label": label})
 
     return write_cache(tokenizer, out, splits, views.sizes, settings, load, prepare, block_rows, batch_size, process)
+
+
+def digest_of(names: Mapping[str, str] | None) -> str | None:
+    """A few characters that stand for what classes are called, by which a cache notices other names."""
+    return None if names is None else hashlib.sha256(json.dumps(sorted(names.items())).encode()).hexdigest()[:16]
 
 
 def class_number(value: Any, names: list[str] | None = None) -> int:
