@@ -1,22 +1,25 @@
 """Turn published checkpoints into folders of this library: config.json and safetensors.
 
     python recipes/convert_checkpoint.py image-tokenizer --checkpoint vq_ds16_c2i.pt --out runs/llamagen_vq16
-    python recipes/convert_checkpoint.py llamagen --checkpoint c2i_B_256.pt --image-tokenizer runs/llamagen_vq16 \\
-        --grid 16 16 --out runs/llamagen_b
+    python recipes/convert_checkpoint.py llamagen --checkpoint c2i_B_256.pt --image-tokenizer vq_ds16_c2i.pt --out runs/llamagen_b
     python recipes/convert_checkpoint.py joint-table --checkpoint Junfeng5/Liquid_V1_7B --codebook-size 8192 \\
         --boi 7 --eoi 8 --out runs/liquid
 
-image-tokenizer reads LlamaGen's vq_ds16/vq_ds8 files, Janus (a model folder or its weights file), Chameleon's vqgan.ckpt and
-Emu3 -hf folders. Weights are opened without running code; a pickle of anything but tensors is refused.
+llamagen writes a whole pipeline, which `unified generate --class 207` samples, if the model is class-conditional and its
+image tokenizer is given; else the model alone. image-tokenizer reads LlamaGen's vq_ds16/vq_ds8 files, Janus (a model folder or
+its weights file), Chameleon's vqgan.ckpt and Emu3 -hf folders. Weights are opened without running code; a pickle of anything
+but tensors is refused.
 """
 
 import argparse
+import re
 from pathlib import Path
 
-from unified import UnifiedForCausalLM
+from unified import UnifiedForCausalLM, UnifiedPipeline
 from unified.convert import llamagen_from_weights, split_joint_table
+from unified.data.class_names import read_class_names
 from unified.errors import explain_errors
-from unified_tokenizers import AutoImageTokenizer, read_weights
+from unified_tokenizers import AutoImageTokenizer, ImageTokenizer, read_weights
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -30,6 +33,9 @@ def parse_arguments() -> argparse.Namespace:
         kind.add_argument("--checkpoint", required=True, help="weights file, model folder or Hub name")
         kind.add_argument("--out", type=Path, required=True, help="folder to write")
     llamagen.add_argument("--heads", type=int, help="attention heads, for widths that were not published")
+    llamagen.add_argument(
+        "--class-names", type=Path, help="what the classes are called: a line each, JSON, or LOC_synset_mapping.txt"
+    )
     joint.add_argument("--codebook-size", type=int, required=True, help="how many of the last rows are codes")
     joint.add_argument("--boi", type=int, required=True, help="id of the token that opens an image")
     joint.add_argument("--eoi", type=int, required=True, help="id of the token that closes an image")
@@ -39,13 +45,31 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def convert_model(args: argparse.Namespace) -> UnifiedForCausalLM:
+def named_grid(path: str, tokenizer: ImageTokenizer) -> tuple[int, int] | None:
+    """The code grid that a name such as ``c2i_B_256.pt`` tells; None if it tells none."""
+    found = re.search(r"c2i_[A-Za-z0-9]+_(\d+)(?:\.|$)", Path(path).name)
+    side = int(found[1]) if found else 0
+    return (side // tokenizer.downsample,) * 2 if side and side % tokenizer.downsample == 0 else None
+
+
+def name_classes(model: UnifiedForCausalLM, path: Path) -> None:
+    """Give the classes of a model the names in a file. Raises ValueError if it has none, or another number of them."""
+    names, count = read_class_names(path), model.config.classes
+    if count is None:
+        raise ValueError("class_names: the model is not class-conditional; leave them out.")
+    if len(names) != count:
+        raise ValueError(f"class_names: {len(names)} names in {str(path)!r}, the model has {count} classes.")
+    model.config.conditioning = {"kind": "class", "classes": count, "names": names}
+
+
+def convert_model(args: argparse.Namespace, tokenizer: ImageTokenizer | None) -> UnifiedForCausalLM:
     """Convert a language model; raises ValueError if the image tokenizer has another codebook."""
-    tokenizer = AutoImageTokenizer.from_pretrained(args.image_tokenizer) if args.image_tokenizer else None
     fingerprint = tokenizer.fingerprint if tokenizer is not None else None
     grids = [(args.grid[0], args.grid[1])] if args.grid else None
     if args.kind == "llamagen":
         model = llamagen_from_weights(read_weights(args.checkpoint), args.checkpoint, args.heads, grids, fingerprint)
+        if args.class_names:
+            name_classes(model, args.class_names)
     else:
         model = split_joint_table(
             args.checkpoint, args.codebook_size, args.boi, args.eoi,
@@ -63,14 +87,25 @@ def main() -> None:
     """Convert, save, and say what was written."""
     args = parse_arguments()
     if args.kind == "image-tokenizer":
-        tokenizer = AutoImageTokenizer.from_pretrained(args.checkpoint)
-        tokenizer.save_pretrained(args.out)
-        print(
-            f"{args.out}: {tokenizer.codebook_size} codes, stride {tokenizer.downsample}, fingerprint {tokenizer.fingerprint}"
-        )
+        read = AutoImageTokenizer.from_pretrained(args.checkpoint)
+        read.save_pretrained(args.out)
+        print(f"{args.out}: {read.codebook_size} codes, stride {read.downsample}, fingerprint {read.fingerprint}")
         return
-    model = convert_model(args)
-    model.save_pretrained(args.out)
+    tokenizer = AutoImageTokenizer.from_pretrained(args.image_tokenizer) if args.image_tokenizer else None
+    model = convert_model(args, tokenizer)
+    if tokenizer is not None and model.config.classes is not None:
+        if not model.config.image_grids:
+            grid = named_grid(args.checkpoint, tokenizer)
+            if grid is None:
+                raise ValueError(
+                    f"grid: {args.checkpoint!r} does not tell the size that the model was trained on; give --grid ROWS COLUMNS."
+                )
+            model.config.image_grids = [list(grid)]
+        UnifiedPipeline(model, tokenizer).save_pretrained(args.out)
+        height, width = model.config.image_grids[0]
+        print(f"{args.out}: a pipeline of {model.config.classes} classes, {height}x{width} codes an image")
+    else:
+        model.save_pretrained(args.out)
     size = sum(parameter.numel() for parameter in model.parameters())
     print(f"{args.out}: {size / 1e6:.1f} M parameters, {model.config.codebook_size} codes")
 

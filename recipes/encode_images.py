@@ -1,6 +1,7 @@
-"""Encode the images of any captioned or interleaved source once, so that training reads codes.
+"""Encode the images of any captioned, labelled or interleaved source once, so that training reads codes.
 
     python recipes/encode_images.py --image-tokenizer runs/tokenizer --source data/openmoji --out data/openmoji-codes
+    python recipes/encode_images.py --image-tokenizer runs/tokenizer --source folders --class-column label --out data/codes
     python recipes/encode_images.py --image-tokenizer runs/tokenizer --source articles.parquet --segments-column segments \\
         --buckets 64x64 64x96 96x64 --out data/article-codes
 
@@ -20,6 +21,7 @@ from torch import nn
 from unified.data.code_cache import encode_source
 from unified.data.crops import CROPS, Views
 from unified.data.interleaved import encode_interleaved
+from unified.data.labelled import encode_labelled
 from unified.errors import explain_errors
 from unified_tokenizers import AutoImageTokenizer
 
@@ -45,6 +47,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--splits", nargs="+", default=["train", "validation"], help="splits to encode")
     parser.add_argument("--image-column", default="image", help="column with the images")
     parser.add_argument("--caption-column", default="caption", help="column with the captions")
+    parser.add_argument(
+        "--class-column",
+        help="column with classes, for class-conditional models: encode these in place of captions; of a folder of images with "
+        "a folder for each class, label",
+    )
     parser.add_argument("--caption", help="caption of all images, for a source that has none")
     parser.add_argument(
         "--segments-column",
@@ -71,6 +78,8 @@ def parse_arguments() -> argparse.Namespace:
     given = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) != parser.get_default(name)]
     if args.segments_column and given:
         parser.error(f"{', '.join(given)}: not for interleaved rows; leave out --segments-column")
+    if args.class_column and (args.segments_column or args.caption or args.caption_column != "caption"):
+        parser.error("--class-column: images have classes, captions or segments; leave the others out")
     return args
 
 
@@ -99,6 +108,12 @@ def main() -> None:
         reports = encode_interleaved(
             tokenizer, args.source, args.out, tuple(args.splits), sizes, args.segments_column, args.batch_size,
             args.streaming, args.block_rows, process, max_rows=args.max_rows,
+        )  # fmt: skip
+    elif args.class_column:
+        views = Views(sizes, args.crop, args.crops, args.zoom, args.flips, args.seed)
+        reports = encode_labelled(
+            tokenizer, args.source, args.out, views, tuple(args.splits), args.image_column, args.class_column,
+            args.batch_size, args.streaming, args.block_rows, process, max_rows=args.max_rows,
         )  # fmt: skip
     else:
         reports = encode_source(

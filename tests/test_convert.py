@@ -221,7 +221,7 @@ class TestLlamaGen:
             model(**batch, condition=torch.tensor([0, 6]))
         with pytest.raises(ValueError, match="generators: 1 given for 2 conditions"):
             generate_conditioned(model, torch.tensor([0, 1]), (3, 4), Sampling(), generators(0))
-        with pytest.raises(ValueError, match="samples after a class or features, not after a prompt"):
+        with pytest.raises(ValueError, match="samples after a class, not after a prompt"):
             generate_codes(model, [[1]], None, (3, 4), Sampling(), generators(0))
         features = llamagen_from_weights(llamagen_state("t2i"), "x.pt", num_attention_heads=HEADS)
         with pytest.raises(ValueError, match=r"condition: need features \(B, 6, 10\), got \(2, 5, 10\)"):

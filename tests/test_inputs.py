@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from unified import UnifiedPipeline
 from unified.data.code_cache import load_codes
+from unified.prediction.plan import RASTER
 from unified.training.config import load_config
 from unified.training.inputs import add_grids, check_grids, check_lengths, code_grids
 from unified.training.loop import train
@@ -23,9 +24,9 @@ def rows_of(*grids):
 def test_grids_come_from_the_codes():
     rows = rows_of((4, 8), (6, 6), (4, 8), (4, 4))
     assert code_grids(rows) == [(4, 4), (4, 8), (6, 6)]
-    check_grids(code_grids(rows), (2, 1))
+    check_grids(code_grids(rows), (2, 1), RASTER)
     with pytest.raises(ValueError, match=r"schedule.patch_sizes: 4 does not divide the code grid 6x6 of the data"):
-        check_grids(code_grids(rows), (4, 2, 1))
+        check_grids(code_grids(rows), (4, 2, 1), RASTER)
 
 
 def test_a_model_learns_new_grids_and_an_adapters_base_does_not():

@@ -66,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
         added.add_argument("--threads", type=int, help="CPU threads (default: as torch chooses)")
         return added
 
-    generate = command("generate", _generate, "Generate images for prompts.")
+    generate = command("generate", _generate, "Generate images for prompts or classes.")
     _image_options(generate)
     generate.add_argument("--height", type=int, help="pixels (default: the model's first size)")
     generate.add_argument("--width", type=int, help="pixels")
@@ -143,6 +143,11 @@ def _seed(text: str) -> int:
     return int(text)
 
 
+def _class_label(text: str) -> int | str:
+    """A number in digits, else a name."""
+    return int(text) if re.fullmatch(r"-?\d+", text) else text
+
+
 def _sampling_options(parser: argparse.ArgumentParser, *defaults: str) -> None:
     temperature, top_k, top_p = defaults or ["the pipeline's"] * 3
     parser.add_argument("--temperature", type=float, help=f"below 1 sharpens (default: {temperature})")
@@ -152,10 +157,19 @@ def _sampling_options(parser: argparse.ArgumentParser, *defaults: str) -> None:
 
 
 def _image_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--prompt", required=True, nargs="+", help="one caption or several")
+    wanted = parser.add_mutually_exclusive_group(required=True)
+    wanted.add_argument("--prompt", nargs="+", help="one caption or several")
+    wanted.add_argument(
+        "--class", dest="class_labels", type=_class_label, action="append", metavar="CLASS",
+        help="number or name of a class, for a class-conditional model; may be repeated",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, help="folder for the images; what is there stays")
     parser.add_argument("--num-images-per-prompt", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--negative-prompt", help="what to steer away from (default: the empty caption)")
+    parser.add_argument(
+        "--negative-class", dest="negative_class_labels", type=_class_label, metavar="CLASS",
+        help="class to steer away from (default: the unconditional one)",
+    )  # fmt: skip
     parser.add_argument("--guidance-scale", type=float, help="1 switches guidance off (default: the pipeline's)")
     parser.add_argument("--guidance-schedule", choices=SCHEDULES, help="default: the pipeline's")
     modes = "; ".join(f"{name}: {mode.about}" for name, mode in DECODING_MODES.items())
@@ -197,19 +211,24 @@ def _image_arguments(args: argparse.Namespace) -> dict[str, Any]:
     options = GenerationOptions.from_mapping(given)
     from unified.pipeline.arguments import as_prompts, check_unicode, seeded
 
-    prompts = as_prompts(args.prompt)
+    prompts = None if args.prompt is None else as_prompts(args.prompt)
     check_unicode(args.negative_prompt or "", "negative_prompt")
     args.out.mkdir(parents=True, exist_ok=True)
-    generators = seeded(args.seed, len(prompts) * options.num_images_per_prompt)
-    return {**given, "prompt": prompts, "negative_prompt": args.negative_prompt, "generator": generators}
+    generators = seeded(args.seed, len(prompts or args.class_labels) * options.num_images_per_prompt)
+    wanted = {"prompt": prompts, "negative_prompt": args.negative_prompt, "generator": generators}
+    for name in ("class_labels", "negative_class_labels"):
+        if getattr(args, name) is not None:
+            wanted[name] = getattr(args, name)
+    return {**given, **wanted}
 
 
 def _save(pipe: "UnifiedPipeline", images: Any, args: argparse.Namespace, edit: str | None = None) -> None:
-    """Write ``NNN-caption.png``, with what they were made with, with the numbers that follow those in the folder."""
+    """Write ``NNN-caption.png`` or ``NNN-class.png``, with what they were made with; numbers follow those in the folder."""
     from unified.pipeline.metadata import describe_images, write_png
 
     options = {each.name: getattr(args, each.name) for each in fields(GenerationOptions) if hasattr(args, each.name)}
-    prompts = [prompt for prompt in args.prompt for _ in range(args.num_images_per_prompt)]
+    labels = args.prompt or [f"class {label}" for label in args.class_labels]
+    prompts = [label for label in labels for _ in range(args.num_images_per_prompt)]
     seeds = [args.seed + i for i in range(len(prompts))]
     describe_images(pipe, images, prompts, seeds, options, args.negative_prompt, edit)
     taken = [int(found[0]) for file in args.out.iterdir() if (found := re.match(r"\d+(?=-)", file.name))]

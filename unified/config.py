@@ -2,6 +2,7 @@
 
 import math
 import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ _FIELDS: dict[str, Rule] = {
     "normalized_range": ("a finite number above 0", lambda value: is_finite(value) and value > 0),
     "text_loss_weight": _WEIGHT,
     "image_loss_weight": _WEIGHT,
+    "dropout": ("a number in [0, 1)", lambda value: is_finite(value) and 0 <= value < 1),
     "conditioning": ("null or a description with a kind", lambda value: value is None or isinstance(value, dict)),
 }
 _SIZES = (
@@ -32,6 +34,8 @@ _SIZES = (
     "head_dim", "max_position_embeddings",
 )  # fmt: skip
 MAX_LAYERS, MAX_SIZE = 10_000, 2**24  # beyond any model; what fits into memory is another question
+# Kinds of conditions that are no text, and the sizes that describe each.
+CONDITION_SIZES = {"class": ("classes",), "features": ("length", "features")}
 _LAYERS, _WIDTH = re.compile(r"(^|_)layers?$"), re.compile(r"(_size|_dim|_heads|_experts)$|^n_embd$")
 
 
@@ -81,7 +85,10 @@ class UnifiedConfig(PreTrainedConfig):
         loss_normalization: ``position`` weighs every predicted position alike, ``token`` weighs a patch by its p*p codes.
         text_loss_weight, image_loss_weight: weights of the two parts in the mean.
         conditioning: the condition in front of an image that is no text (see :mod:`unified.model.prefix`):
-            ``{"kind": "class", "classes": N}`` or ``{"kind": "features", "length": P, "features": F}``; None without.
+            ``{"kind": "class", "classes": N}``, with ``names`` of the N classes where they are known, or
+            ``{"kind": "features", "length": P, "features": F}``; None without.
+        dropout: share of numbers that training drops from the embeddings and from the output of every attention and MLP,
+            as LlamaGen does (0.1).
         prediction: order and merge of image codes (see :class:`unified.prediction.plan.Prediction`): a mapping with ``order``,
             ``size``, ``merge`` and ``window``; None for next-token prediction.
     """
@@ -106,6 +113,7 @@ class UnifiedConfig(PreTrainedConfig):
     text_loss_weight: float = 1.0
     image_loss_weight: float = 1.0
     conditioning: dict[str, Any] | None = None
+    dropout: float = 0.0
     prediction: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: object) -> None:
@@ -119,6 +127,8 @@ class UnifiedConfig(PreTrainedConfig):
         check_fields(self, _FIELDS)
         if self.codebook_size > MAX_SIZE:
             raise ValueError(f"codebook_size: {self.codebook_size} must lie in [1, {MAX_SIZE}].")
+        if self.conditioning is not None:
+            check_conditioning(self.conditioning)
         _choice("positions", self.positions, ("1d", "2d", "llamagen"))
         _choice("coarse_positions", self.coarse_positions, ("center", "unit", "normalized"))
         _choice("loss_normalization", self.loss_normalization, ("position", "token"))
@@ -153,6 +163,17 @@ class UnifiedConfig(PreTrainedConfig):
         )
 
     @property
+    def classes(self) -> int | None:
+        """Number of classes of a class-conditional model, None of any other."""
+        given = self.conditioning or {}
+        return given["classes"] if given.get("kind") == "class" else None
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """Names of the classes in order, each of one or more words for it with commas between; None if they have none."""
+        return (self.conditioning or {}).get("names")
+
+    @property
     def coordinates(self) -> Coordinates:
         """Where image codes sit for the rotary embedding."""
         return Coordinates(self.positions, self.coarse_positions, self.normalized_range)
@@ -178,6 +199,32 @@ def language_config(fields: dict[str, Any], name: str) -> PreTrainedConfig:
         return AutoConfig.for_model(**fields)
     except (StrictDataclassError, ValueError, TypeError, AttributeError, KeyError) as error:  # each model has its own
         raise ValueError(f"{name}: {kind!r} cannot have these values ({' '.join(str(error).split())}).") from error
+
+
+def check_conditioning(given: Any) -> None:
+    """Raises ValueError if a condition is of an unknown kind, or a size is missing or no number above 0."""
+    if not isinstance(given, Mapping):
+        raise ValueError(f"conditioning: {given!r} must be a mapping such as {{kind: class, classes: 1000}}.")
+    kind = given.get("kind")
+    if not isinstance(kind, str) or kind not in CONDITION_SIZES:
+        raise ValueError(f"conditioning: kind {kind!r} is unknown; use one of {sorted(CONDITION_SIZES)}.")
+    sizes = CONDITION_SIZES[kind]
+    missing = [name for name in sizes if name not in given]
+    if missing:
+        raise ValueError(f"conditioning: {missing} missing for kind {kind!r}.")
+    unknown = sorted(set(given) - {"kind", *sizes, *(["names"] if kind == "class" else [])})
+    if unknown:
+        raise ValueError(f"conditioning: {unknown} unknown for kind {kind!r}; leave them out.")
+    for name in sizes:
+        if type(given[name]) is not int or not 1 <= given[name] <= MAX_SIZE:
+            raise ValueError(f"conditioning.{name}: {given[name]!r} must be a whole number in [1, {MAX_SIZE}].")
+    names = given.get("names")
+    if names is None:
+        return
+    if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
+        raise ValueError(f"conditioning.names: {reprlib.repr(names)} must be a list of names that are not empty.")
+    if len(names) != given["classes"]:
+        raise ValueError(f"conditioning.names: {len(names)} names for {given['classes']} classes; give one each.")
 
 
 def head_dim(text_config: Any) -> int:

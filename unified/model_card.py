@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 _ABOUT = {
-    "pipeline": "A language model that generates images, with its image and text tokenizer.",
+    "pipeline": "A language model that generates images, with its tokenizers.",
     "lora": "A LoRA adapter for a language model that generates images.",
     "base": "A language model with image tables that are not trained yet; the adapter beside it is loaded into it.",
 }
@@ -18,7 +18,7 @@ _LOAD = """```python
 from unified import UnifiedPipeline
 
 pipe = UnifiedPipeline.from_pretrained("{pipeline}")
-{adapter}image = pipe("a caption").images[0]
+{adapter}image = pipe({wanted}).images[0]
 ```"""
 # A part that weights were made from: what it is, and its `license` and `attribution`, None where nothing states them.
 Origin = tuple[str, Mapping[str, Any]]
@@ -32,6 +32,7 @@ def model_card(
     log: Sequence[Mapping[str, Any]],
     image_tokenizer_fingerprint: str,
     settings: str,
+    classes: int | None = None,
 ) -> str:
     """Text of a ``README.md`` with front matter; terms that nothing states are said to be unknown.
 
@@ -43,10 +44,15 @@ def model_card(
         log: records of the run's log, whose last values are shown; empty for none.
         image_tokenizer_fingerprint: of the tokenizer whose codes the model was trained on.
         settings: settings of the run as YAML.
+        classes: of a class-conditional model.
     """
     adapter = f'pipe.load_lora_weights("{folder}")\n' if part == "lora" else ""
     sections = {
-        "How to load it": _LOAD.format(pipeline=base if adapter else folder, adapter=adapter),
+        "How to load it": _LOAD.format(
+            pipeline=base if adapter else folder,
+            adapter=adapter,
+            wanted='"a caption"' if classes is None else "class_labels=0, guidance_scale=2.0",
+        ),
         "What it was made from": "\n".join(
             f"- {what}. Licence: {_stated(terms['license'], 'unknown')}. "
             f"Attribution: {_stated(terms['attribution'], 'none stated')}"
@@ -59,8 +65,10 @@ def model_card(
     }
     body = "\n\n".join(f"## {heading}\n\n{text}" for heading, text in sections.items() if text)
     licences, attributions = ([terms[name] for _, terms in origins] for name in ("license", "attribution"))
-    front = _front_matter(licences, attributions, ["lora"] if part == "lora" else [])
-    return str(ModelCard(f"{front}# {folder.parent.name}\n\n{_ABOUT[part]}\n\n{body}\n"))
+    tags = ["lora"] * (part == "lora") + ["class-conditional"] * (classes is not None)
+    front = _front_matter(licences, attributions, tags)
+    about = _ABOUT[part] if classes is None else f"{_ABOUT[part]} Its images show one of {classes} classes."
+    return str(ModelCard(f"{front}# {folder.parent.name}\n\n{about}\n\n{body}\n"))
 
 
 def combined_card(base: str | None, adapters: Mapping[str, str | None]) -> str | None:

@@ -41,13 +41,15 @@ Segment = TextSegment | ImageSegment
 class TokenSequence:
     """``input_ids`` and ``labels`` of shape ``(T,)``, and the grid of every image span.
 
-    ``seed`` chooses the permutation of codes, for a model that predicts them in any order.
+    ``seed`` chooses the permutation of codes, for a model that predicts them in any order; ``condition`` is the class of
+    a class-conditional model, whose embedding takes the place of ``<boi>``.
     """
 
     input_ids: Tensor
     labels: Tensor
     image_grids: list[tuple[int, int]]
     seed: int = 0
+    condition: int | None = None
 
 
 def build_sequence(segments: Iterable[Segment], vocabulary: Vocabulary, end: bool = False) -> TokenSequence:

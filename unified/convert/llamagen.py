@@ -6,12 +6,12 @@ from torch import Tensor
 
 from unified.config import UnifiedConfig
 from unified.model.modeling import UnifiedForCausalLM
+from unified.model.prefix import BOI, EOI, NO_TEXT
 from unified.prediction.merge import Grid
 from unified_tokenizers.weights import load_exactly, shape_of
 
 # Heads cannot be read from the weights; these are the published sizes, by width.
 _HEADS = {768: 12, 1024: 16, 1280: 20, 1536: 24, 2048: 32, 2560: 40, 3200: 32, 4096: 32}
-_PAD, _BOI, _EOI = range(3)  # the whole text vocabulary: the condition says what text would
 _BLOCK = {
     "attention.wo": "self_attn.o_proj",
     "feed_forward.w1": "mlp.gate_proj",
@@ -65,7 +65,7 @@ def llamagen_from_weights(
     config = UnifiedConfig(
         text_config={
             "model_type": "llama",
-            "vocab_size": 3,
+            **NO_TEXT,
             "hidden_size": width,
             "intermediate_size": shape_of(state, "layers.0.feed_forward.w1.weight", source)[0],
             "num_hidden_layers": len(layers),
@@ -75,13 +75,10 @@ def llamagen_from_weights(
             "rms_norm_eps": 1e-5,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
             "tie_word_embeddings": False,
-            "pad_token_id": _PAD,
-            "bos_token_id": None,
-            "eos_token_id": None,
         },
         codebook_size=codebook_size,
-        boi_token_id=_BOI,
-        eoi_token_id=_EOI,
+        boi_token_id=BOI,
+        eoi_token_id=EOI,
         positions="llamagen",
         coarse_positions="unit",
         text_loss_weight=0.0,

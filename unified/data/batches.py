@@ -17,7 +17,7 @@ from unified.sequence import TokenSequence
 from unified_tokenizers.fields import is_finite
 
 BLOCK = 1000
-_MIX, _SHUFFLE, _CHOICE, _ORDER = 10, 11, 12, 13  # independent random streams of one seed
+_MIX, _SHUFFLE, _CHOICE, _ORDER, _VIEW = 10, 11, 12, 13, 14  # independent random streams of one seed
 
 
 @dataclass
@@ -29,12 +29,20 @@ class Source:
         rows: of any kind.
         sequence: from a row and a generator to a sequence.
         weight: share of the rows, relative to the weights of other sources.
+        images: where the views of each image begin, and behind the last one the number of rows; an epoch has one view of every
+            image then, chosen at random. None: every row is an image.
     """
 
     name: str
     rows: datasets.Dataset
     sequence: Callable[[dict[str, Any], np.random.Generator], TokenSequence]
     weight: float = 1.0
+    images: np.ndarray | None = None
+
+    @property
+    def epoch(self) -> int:
+        """Sequences of an epoch."""
+        return len(self.rows) if self.images is None else len(self.images) - 1
 
 
 class Batches(Dataset):
@@ -42,8 +50,9 @@ class Batches(Dataset):
 
     Sequences are numbered through all batches and processes, and every block of 1000 numbers holds the sources' shares
     exactly (rounded to thousandths), shuffled. The n-th sequence of a source is row ``n mod rows`` of its epoch
-    ``n // rows``, each epoch a new permutation: every row once before any comes again. Random choices of a sequence depend
-    on the seed and its number alone, so that resuming, gradient accumulation and the number of processes change nothing.
+    ``n // rows``, each epoch a new permutation: every row, or a view of every image, once before any comes again. Random
+    choices of a sequence depend on the seed and its number alone, so that resuming, gradient accumulation and the number of
+    processes change nothing.
 
     Args:
         sources: one or more.
@@ -75,6 +84,8 @@ class Batches(Dataset):
         for source in sources:
             if len(source.rows) == 0:
                 raise ValueError(f"data: {source.name} has no row to train on.")
+        if bucket and any(source.images is not None for source in sources):
+            raise ValueError("data.bucket: not possible with data.one_view; leave one of them out.")
         if bucket and len(sources) > 1:
             raise ValueError(
                 "data.bucket: batches of several sources hold several lengths anyway; use data.pack instead."
@@ -126,9 +137,9 @@ class Batches(Dataset):
                 ranks[owners == source] = np.arange(share)
             self._block = (block, owners, ranks)
         source = int(self._block[1][offset])
-        number = block * self.shares[source] + int(self._block[2][offset])
-        rows = len(self.sources[source].rows)
-        epoch, position = divmod(number, rows)
+        own = block * self.shares[source] + int(self._block[2][offset])
+        rows = self.sources[source].epoch
+        epoch, position = divmod(own, rows)
         if source not in self._orders or self._orders[source][0] != epoch:
             rng = np.random.default_rng((self.seed, _SHUFFLE, source, epoch))
             if self._grids is None:
@@ -137,7 +148,24 @@ class Batches(Dataset):
                 total = self.batch_size * self.world_size
                 order = bucketed_order(self._grids, total, -epoch * rows % total, rng)
             self._orders[source] = (epoch, order)
-        return source, int(self._orders[source][1][position])
+        place, images = int(self._orders[source][1][position]), self.sources[source].images
+        if images is None:
+            return source, place
+        view = np.random.default_rng((self.seed, _VIEW, number))
+        return source, int(view.integers(images[place], images[place + 1]))
+
+
+def first_views(rows: datasets.Dataset) -> np.ndarray:
+    """``(N + 1,)``: where the views of each of N images begin in rows of a codes cache, and behind the last the number of rows.
+
+    Raises:
+        ValueError: if the rows do not say which image they are of.
+    """
+    missing = [name for name in ("source_row", "view") if name not in rows.column_names]
+    if missing:
+        raise ValueError(f"data.one_view: the codes have no column {missing[0]!r}; encode the images again.")
+    numbers = rows.select_columns("source_row").with_format("numpy")[:]["source_row"]
+    return np.concatenate([[0], 1 + np.flatnonzero(np.diff(numbers)), [len(numbers)]])
 
 
 def make_batch(

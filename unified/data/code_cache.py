@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 from accelerate import PartialState
 
 from unified.data.content import content_of, was_streamed
@@ -28,7 +29,7 @@ Prepared = tuple[Rows, MakeRecords, datasets.Features]  # undecoded rows, how th
 
 
 def is_codes_cache(path: str | Path) -> bool:
-    """Whether a folder was written by :func:`encode_source`."""
+    """Whether a folder was written by :func:`write_cache`."""
     return (Path(path) / CACHE_FILE).is_file()
 
 
@@ -97,7 +98,7 @@ def encode_source(
     settings = {
         "source": source,
         "image_size": image_size,
-        "views": {**asdict(views), "sizes": [list(size) for size in views.sizes]},
+        "views": views.described(),
         "block_rows": block_rows,
         "columns": [image_column, caption_column],
         "caption": caption,
@@ -128,7 +129,8 @@ def write_cache(
     batch_size: int,
     process: PartialState | None,
 ) -> dict[str, SkipReport]:
-    """Write a codes cache; :func:`encode_source` and :func:`unified.data.interleaved.encode_interleaved` say of what.
+    """Write a codes cache; :func:`encode_source`, :func:`unified.data.interleaved.encode_interleaved` and
+    :func:`unified.data.labelled.encode_labelled` say of what.
 
     Args:
         tokenizer, out, splits, block_rows, batch_size, process: as in :func:`encode_source`.
@@ -255,14 +257,14 @@ def load_codes(path: str | Path, split: str, fingerprint: str | None, kind: str 
     """Open one split of a codes cache.
 
     Args:
-        path: folder written by :func:`encode_source` or :func:`unified.data.interleaved.encode_interleaved`.
+        path: folder written by :func:`write_cache`.
         split: split to open.
         fingerprint: fingerprint of the tokenizer in use; None skips the comparison.
-        kind: what the rows have to be, ``captioned`` or ``interleaved``.
+        kind: what the rows have to be, ``captioned``, ``interleaved`` or ``labelled``.
 
     Raises:
         ValueError: if the folder is no cache of this kind, the split is missing, the codes are of another tokenizer or no
-            whole numbers, or a caption is null.
+            whole numbers, a caption is null, or a class null or negative.
     """
     if not is_codes_cache(path):
         raise ValueError(f"codes: {str(path)!r} has no {CACHE_FILE}; write it with recipes/encode_images.py.")
@@ -285,8 +287,9 @@ def _check_columns(rows: datasets.Dataset, path: str | Path, kind: str) -> None:
     whole, text = {
         "captioned": (("codes", "height", "width"), "caption"),
         "interleaved": (("codes", "heights", "widths"), "texts"),
+        "labelled": (("codes", "height", "width", "label"), None),
     }[kind]
-    for name in (*whole, text):
+    for name in (*whole, *([] if text is None else [text])):
         column = rows.features.get(name)
         dtype = str(getattr(getattr(column, "feature", column), "dtype", None))
         if not dtype.startswith(("string", "large_string") if name == text else ("int", "uint")):
@@ -300,4 +303,11 @@ def _check_columns(rows: datasets.Dataset, path: str | Path, kind: str) -> None:
             raise ValueError(
                 f"codes: {empty.null_count} rows of {str(path)!r} have no {name}, the first is row {first}; encode the images "
                 "again, or leave these rows out."
+            )
+    if kind == "labelled":
+        negative = np.flatnonzero(rows.data.column("label").to_numpy() < 0)
+        if len(negative):
+            raise ValueError(
+                f"codes: {len(negative)} rows of {str(path)!r} have a negative label, the first is row {negative[0]}; leave these "
+                "rows out."
             )

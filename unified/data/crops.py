@@ -1,7 +1,8 @@
 """From an image to the views of it that are encoded: centre, random or ten crops, mirrored, in aspect buckets."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -10,6 +11,7 @@ from unified_tokenizers.fields import is_finite, is_whole
 
 Size = tuple[int, int]  # height, width in pixels
 CROPS = ("center", "random", "ten")
+_LONG = 16  # ratio of sides beyond which an image is not scaled whole
 _LARGE = 2**22  # pixels of a scaled image, from where on only those that are kept are computed if they are few
 
 
@@ -19,8 +21,8 @@ class Views:
 
     Args:
         sizes: sizes ``(height, width)``; an image goes to the one with the most similar aspect ratio.
-        crop: ``center``, ``random`` (random places and scales for every row) or ``ten`` (corners and centre, each mirrored,
-            as LlamaGen encodes ImageNet).
+        crop: ``center``, ``random`` (random places and scales for every row) or ``ten`` (of the centre, its corners and
+            its middle, each mirrored, as LlamaGen encodes ImageNet; see :func:`center_cover`).
         count: random crops per image.
         zoom: ``ten`` and ``random`` resize an image to this factor above what the size needs (``random``: up to).
         flips: also encode every view mirrored; ``ten`` does so anyway.
@@ -49,6 +51,10 @@ class Views:
         if not is_whole(self.seed, 0):
             raise ValueError(f"seed: {self.seed!r} must be a whole number of at least 0.")
 
+    def described(self) -> dict[str, Any]:
+        """All fields, as JSON has them."""
+        return {**asdict(self), "sizes": [list(size) for size in self.sizes]}
+
     def __call__(self, image: Image.Image, row: int) -> Iterator[Image.Image]:
         """The views of one image, each of one of the sizes, always in the same order."""
         size = nearest_aspect(image, self.sizes)
@@ -61,8 +67,12 @@ class Views:
         if self.crop == "center":
             yield fit(image, size)
         elif self.crop == "ten":
+            height, width = size
+            whole = center_cover(image, (int(height * self.zoom), int(width * self.zoom)))
+            down, across = whole.height - height, whole.width - width
             for x, y in ((0, 0), (1, 0), (0, 1), (1, 1), (0.5, 0.5)):
-                yield fit(image, size, self.zoom, x, y)
+                left, top = round(across * x), round(down * y)
+                yield whole.crop((left, top, left + width, top + height))
         else:
             rng = np.random.default_rng((self.seed, row))
             for _ in range(self.count):
@@ -78,6 +88,24 @@ def nearest_aspect(image: Image.Image, sizes: Sequence[Size]) -> Size:
     """The size whose aspect ratio is nearest to the image's, measured as a ratio of ratios."""
     wanted = np.log(image.height / image.width)
     return min(sizes, key=lambda size: abs(np.log(size[0] / size[1]) - wanted))
+
+
+def center_cover(image: Image.Image, size: Size) -> Image.Image:
+    """The centre of an image as ADM (arXiv 2105.05233) prepares ImageNet: halved by box filters while it stays large enough,
+    scaled by a cubic filter to cover ``size``, and cut to it.
+
+    An image that would be scaled to far more pixels than are kept goes through :func:`fit`.
+    """
+    height, width = size
+    if max(image.height / image.width, image.width / image.height) > _LONG:
+        return fit(image, size)
+    while image.height >= 2 * height and image.width >= 2 * width:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = max(height / image.height, width / image.width)
+    whole = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+    image = image.resize(whole, Image.Resampling.BICUBIC)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def fit(image: Image.Image, size: Size | int, zoom: float = 1.0, x: float = 0.5, y: float = 0.5) -> Image.Image:

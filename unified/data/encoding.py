@@ -26,14 +26,15 @@ from unified_tokenizers.images import to_tensor
 
 Numbered: TypeAlias = Iterable[tuple[int, dict[str, Any]]]
 MakeRecords: TypeAlias = Callable[[Numbered, SkipReport], Iterable[dict[str, Any]]]
-_COLUMNS = {
+Viewed: TypeAlias = tuple[Image.Image, int, dict[str, Any]]  # an image, its row, what the records of its views share
+VIEW_COLUMNS = {
     "codes": datasets.List(datasets.Value("int32")),
     "height": datasets.Value("int32"),
     "width": datasets.Value("int32"),
-    "caption": datasets.Value("string"),
     "source_row": datasets.Value("int64"),
     "view": datasets.Value("int32"),
 }
+_COLUMNS = {**VIEW_COLUMNS, "caption": datasets.Value("string")}
 
 
 def encode_blocks(
@@ -68,7 +69,11 @@ def captioned_records(
 
     def make(numbered: Numbered, report: SkipReport) -> Iterator[dict[str, Any]]:
         usable = usable_rows(numbered, report, image_column, caption_column, names)
-        return _encode(tokenizer, usable, views, batch_size, text)
+        images = (
+            (row.image, row.row, {"caption": row.caption, **{name: row.extra.get(name) for name in text}})
+            for row in usable
+        )
+        return encode_views(tokenizer, images, views, batch_size)
 
     return make, datasets.Features(_COLUMNS | {name: datasets.Value("string") for name in text})
 
@@ -119,15 +124,14 @@ def _text_columns(rows: Rows, image_column: str, caption_column: str) -> list[st
     return [name for name in names if name not in taken]
 
 
-def _encode(
-    tokenizer: ImageTokenizer, rows: Iterable[Any], views: Views, batch_size: int, text: list[str]
+def encode_views(
+    tokenizer: ImageTokenizer, images: Iterable[Viewed], views: Views, batch_size: int
 ) -> Iterator[dict[str, Any]]:
-    """Records of all views, batched by size, so not in order."""
+    """Records of all views of images, batched by size, so not in order."""
     waiting: dict[tuple[int, int], list[tuple[Image.Image, dict[str, Any]]]] = defaultdict(list)
-    for row in rows:
-        shared = {"caption": row.caption, "source_row": row.row, **{name: row.extra.get(name) for name in text}}
-        for number, view in enumerate(views(row.image, row.row)):
-            waiting[view.size].append((view, shared | {"view": number}))
+    for image, row, shared in images:
+        for number, view in enumerate(views(image, row)):
+            waiting[view.size].append((view, {**shared, "source_row": row, "view": number}))
             if len(waiting[view.size]) == batch_size:
                 yield from _encode_batch(tokenizer, waiting.pop(view.size))
     for batch in waiting.values():

@@ -22,6 +22,7 @@ _REASONS = {
     "corrupt_image": "corrupt images",
     "empty_caption": "empty captions",
     "unreadable_caption": "unreadable captions",
+    "missing_class": "missing classes",
     "unreadable_row": "unreadable rows",
 }
 
@@ -44,6 +45,7 @@ class SkipReport:
     corrupt_image: int = 0
     empty_caption: int = 0
     unreadable_caption: int = 0  # not UTF-8, or no text at all
+    missing_class: int = 0  # no class, or none that there is
     unreadable_row: int = 0  # a damaged line of a table, or a damaged member of a tar
     examples: list[str] = field(default_factory=list)
 
@@ -66,7 +68,11 @@ class SkipReport:
 
     def summary(self) -> str:
         """One line for the log, then examples of the skipped rows."""
-        counts = ", ".join(f"{getattr(self, reason)} {words}" for reason, words in _REASONS.items())
+        counts = ", ".join(
+            f"{getattr(self, reason)} {words}"
+            for reason, words in _REASONS.items()
+            if reason != "missing_class" or self.missing_class  # of rows with classes alone
+        )
         return f"{self.used} rows used, {counts} skipped" + "".join(f"\n  {example}" for example in self.examples)
 
 

@@ -21,7 +21,7 @@ from unified.decoding.decode import entering_embeddings, noise_of, query_embeddi
 from unified.decoding.decoder import Decoder
 from unified.decoding.kv_cache import KeyValueCache
 from unified.decoding.passes import image_columns, image_passes
-from unified.decoding.prefill import Prompt, prefill, prompt_columns
+from unified.decoding.prefill import Prompt, check_conditions, prefill, prompt_columns
 from unified.decoding.sampling import PositionNoise, sample_codes
 from unified.prediction.coordinates import span_offsets
 from unified.prediction.merge import Grid
@@ -200,6 +200,9 @@ class Batcher:
             request.image_sampling.check_schedule(request.grid[0] * request.grid[1])
         images = request.max_images and request.max_images * image_columns(self.decoder.model, request.grid)
         rows = [request.prompt, request.negative] if guided and request.negative else [request.prompt]
+        check_conditions(self.decoder.model, rows)
+        if self.decoder.model.config.classes is not None and request.max_new_tokens:
+            raise ValueError(f"max_new_tokens: {request.max_new_tokens}, but a model of classes writes no text; use 0.")
         longest = max(prompt_columns(self.decoder.model, row) for row in rows)
         if longest + images + request.max_new_tokens > self.length:
             raise ValueError(

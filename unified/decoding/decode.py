@@ -9,7 +9,7 @@ from unified.decoding.config import Sampling
 from unified.decoding.decoder import Decoder
 from unified.decoding.fused_llama import make_decoder
 from unified.decoding.passes import Passes, image_passes
-from unified.decoding.prefill import Prefilled, Prompt, bias_among, prefill, read
+from unified.decoding.prefill import Prefilled, Prompt, bias_among, check_conditions, prefill, read
 from unified.decoding.sampling import PositionNoise, guide, sample_codes
 from unified.model.modeling import UnifiedForCausalLM
 from unified.prediction.coordinates import span_offsets
@@ -111,6 +111,8 @@ def generate_conditioned(
     condition_mask: Tensor | None = None,
 ) -> Tensor:
     """Decode one image span after a class or features instead of a prompt, with a model converted from LlamaGen.
+
+    Classes may also be prompts of :func:`iterate_codes`, which has all modes and positions.
 
     Args:
         model: a model with a condition module and its own ``llamagen`` positions, or a decoder of one.
@@ -309,8 +311,6 @@ def paired_prompts(
     Raises:
         ValueError: if the model takes a condition instead of a prompt, or a list has another length.
     """
-    if model.condition is not None or model.config.positions == "llamagen":
-        raise ValueError("model: samples after a class or features, not after a prompt; use generate_conditioned.")
     rows = list(prompts)
     if len(generators) != len(rows):
         raise ValueError(f"generators: {len(generators)} given for {len(rows)} prompts; give one each.")
@@ -318,7 +318,9 @@ def paired_prompts(
         if negatives is None or len(negatives) != len(prompts):
             raise ValueError(f"negative_prompts: guidance needs one row per prompt ({len(prompts)}).")
         rows += negatives
-    return [row if isinstance(row, Prompt) else Prompt(tuple(row)) for row in rows]
+    made = [row if isinstance(row, Prompt) else Prompt(tuple(row)) for row in rows]
+    check_conditions(model, made)
+    return made
 
 
 def span_coordinates(model: UnifiedForCausalLM, position: Tensor, grid: Grid) -> Tensor:

@@ -89,8 +89,6 @@ def image_passes(
         ValueError: if the order does not fit the grid.
     """
     prediction, coordinates = prediction or model.prediction, model.config.coordinates
-    if coordinates.positions == "llamagen":
-        coordinates = coordinates._replace(positions="2d", coarse_positions="unit")
     given = None
     if prediction.known_first and bool((known[0] >= 0).any()):
         index = torch.from_numpy(cell_codes(grid, prediction.merge.side))

@@ -18,10 +18,14 @@ from unified.sequence import IGNORE, TokenSequence
 
 @dataclass(frozen=True)
 class Prompt:
-    """Ids of a row, image codes as ``V_text + c``, and the grids of its images in order."""
+    """Ids of a row, image codes as ``V_text + c``, and the grids of its images in order.
+
+    For a class-conditional model the row is ``<boi>`` alone, and ``condition`` the class that takes its place.
+    """
 
     ids: tuple[int, ...]
     grids: tuple[Grid, ...] = ()
+    condition: int | None = None
 
 
 @dataclass
@@ -43,6 +47,22 @@ class Prefilled:
     lengths: list[int]
 
 
+def check_conditions(model: UnifiedForCausalLM, prompts: Sequence[Prompt]) -> None:
+    """Raises ValueError if prompts hold text for a model that samples after a condition, or a class for any other."""
+    classes, boi = model.config.classes, model.config.boi_token_id
+    if classes is None and (model.condition is not None or model.config.positions == "llamagen"):
+        raise ValueError("model: samples after features, not after a prompt; use generate_conditioned.")
+    for prompt in prompts:
+        if classes is None and prompt.condition is not None:
+            raise ValueError(f"condition: class {prompt.condition} given, but the model takes prompts of text.")
+        if classes is not None and (prompt.condition is None or prompt.ids != (boi,)):
+            raise ValueError(f"model: samples after a class, not after a prompt; give Prompt(({boi},), condition=...).")
+        if classes is not None and prompt.condition is not None and not 0 <= prompt.condition <= classes:
+            raise ValueError(
+                f"condition: {prompt.condition} is not in [0, {classes}]; the last one is the unconditional class."
+            )
+
+
 def prompt_columns(model: UnifiedForCausalLM, prompt: Prompt) -> int:
     """Columns of the cache that a prompt fills: one for a text token, and those of its images."""
     codes = sum(height * width for height, width in prompt.grids)
@@ -53,12 +73,13 @@ def prefill(decoder: Decoder, prompts: Sequence[Prompt], room: int) -> Prefilled
     """Run prompts through the model, equal ones once, and leave ``room`` columns behind them.
 
     Raises:
-        ValueError: if a prompt is empty or its images are no valid spans.
+        ValueError: if a prompt is empty, its images are no valid spans, or :func:`check_conditions` refuses it.
     """
     if not prompts or not all(prompt.ids for prompt in prompts):
         raise ValueError("prompts: need one or more rows of at least one id.")
     distinct = list(dict.fromkeys(prompts))
     model = decoder.model
+    check_conditions(model, distinct)
     config, prediction, device = model.config, model.prediction, model.device
     rows = [
         _without_queries(arrange(_sequence(prompt), config.vocabulary, config.coordinates, prediction))
@@ -82,6 +103,9 @@ def prefill(decoder: Decoder, prompts: Sequence[Prompt], room: int) -> Prefilled
         each.to(device) for each in (ids, image_inputs, coordinates, visible, real, is_image, owners)
     )
     embeds = model.embed(ids if columns > 1 else ids[..., 0], image_inputs, merge=prediction.merge.kind)
+    if model.condition is not None:
+        labels = torch.tensor([prompt.condition for prompt in distinct], device=device)
+        embeds = model.condition(labels).to(embeds.dtype)
     return read(decoder, embeds, coordinates, real, is_image, owners, room, visible)
 
 

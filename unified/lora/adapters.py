@@ -125,6 +125,7 @@ def base_description(model: UnifiedForCausalLM) -> dict[str, Any]:
         "positions": config.positions,
         "coarse_positions": config.coarse_positions,
         "prediction": asdict(model.prediction),
+        **({} if config.classes is None else {"classes": config.classes}),
         **{name: value for name, value in optional.items() if value is not None},
     }
 

@@ -12,6 +12,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from unified.config import UnifiedConfig
 from unified.model.backbone import load_language_model
 from unified.model.channel_merge import WindowMerge, WindowSplit, initialize_merge
+from unified.model.dropout import add_dropout
 from unified.model.family import check_family
 from unified.model.image_head import ImageHead, patch_losses
 from unified.model.init import initialize_image_tables
@@ -84,6 +85,8 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
         self.condition = None if config.conditioning is None else build_condition(config.conditioning, width)
         self.modality_gate: Any = None  # of unified.lora, while an adapter is loaded that acts on one modality only
         self._wrap_rotary()
+        if config.dropout:
+            add_dropout(self.backbone, config.dropout)
         if prediction.has_queries:
             _check_no_window(self.backbone.config)
         self.post_init()
@@ -323,6 +326,8 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
         embeds = self.embed(input_ids, image_inputs, query_inputs, merge)
         if self.condition is not None:
             embeds = torch.cat([self.condition(condition).to(embeds.dtype), embeds[:, self.condition.length :]], dim=1)
+        if self.config.dropout:
+            embeds = F.dropout(embeds, self.config.dropout, self.training)
         image_positions = None
         if self.modality_gate is not None:
             image_positions = self._image_positions(embeds, image_inputs, query_inputs)

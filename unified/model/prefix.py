@@ -1,7 +1,8 @@
 """Conditions that are no text: a class, or features of another network, as the first positions of a sequence.
 
 A conditioned sequence reads ``<pad> ... <pad> <boi> codes <eoi>``. The output of a condition module replaces the first
-``length`` embeddings, of which ``<boi>`` is the last; that position predicts the first code.
+``length`` embeddings, of which ``<boi>`` is the last; that position predicts the first code. A model with a condition reads
+no text: its text vocabulary holds what frames an image, and nothing else.
 """
 
 from collections.abc import Callable
@@ -11,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unified.config import Vocabulary
+from unified.config import CONDITION_SIZES, Vocabulary, check_conditioning
 from unified.sequence import TextSegment
-from unified_tokenizers.fields import is_whole
+
+BOI, EOI = 1, 2  # of a model without text
+NO_TEXT: dict[str, Any] = {"vocab_size": 3, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
 
 
 class ClassCondition(nn.Module):
@@ -27,13 +30,23 @@ class ClassCondition(nn.Module):
         self.table = nn.Embedding(classes + 1, width)
 
     def forward(self, labels: Tensor) -> Tensor:
-        """``(B,)`` int64 in [0, classes] to ``(B, 1, D)``. Raises ValueError outside."""
-        if labels.ndim != 1 or labels.is_floating_point() or labels.min() < 0 or labels.max() > self.classes:
-            raise ValueError(
-                f"condition: need class numbers (B,) in [0, {self.classes}] ({self.classes} is unconditional), got "
-                f"{labels.dtype} {tuple(labels.shape)}."
-            )
-        return self.table(labels)[:, None]
+        """``(B,)`` int64 in [0, classes] to ``(B, 1, D)``.
+
+        Raises:
+            ValueError: for another shape or type, and on a CPU for other numbers, which a GPU is not asked for.
+        """
+        if labels.ndim != 1 or labels.is_floating_point():
+            raise self._refusal(labels)
+        try:
+            return self.table(labels)[:, None]
+        except IndexError as error:
+            raise self._refusal(labels) from error
+
+    def _refusal(self, labels: Tensor) -> ValueError:
+        return ValueError(
+            f"condition: need class numbers (B,) in [0, {self.classes}] ({self.classes} is unconditional), got "
+            f"{labels.dtype} {tuple(labels.shape)}."
+        )
 
     def unconditional(self, batch_size: int) -> Tensor:
         """The condition that guidance steers away from."""
@@ -70,21 +83,13 @@ def build_condition(description: dict[str, Any], width: int) -> ClassCondition |
     Raises:
         ValueError: if ``kind`` is unknown, or a size is missing or no size.
     """
-    kinds: dict[Any, tuple[Callable[..., ClassCondition | FeatureCondition], tuple[str, ...]]] = {
-        "class": (ClassCondition, ("classes",)),
-        "features": (FeatureCondition, ("length", "features")),
+    modules: dict[str, Callable[..., ClassCondition | FeatureCondition]] = {
+        "class": ClassCondition,
+        "features": FeatureCondition,
     }
-    kind = description.get("kind")
-    if not isinstance(kind, str) or kind not in kinds:
-        raise ValueError(f"conditioning: kind {kind!r} is unknown; use one of {sorted(kinds)}.")
-    module, sizes = kinds[kind]
-    missing = [name for name in sizes if name not in description]
-    if missing:
-        raise ValueError(f"conditioning: {missing} missing for kind {kind!r}.")
-    for name in sizes:
-        if not is_whole(description[name]):
-            raise ValueError(f"conditioning: {name} {description[name]!r} must be a whole number of at least 1.")
-    return module(width, **{name: description[name] for name in sizes})
+    check_conditioning(description)
+    kind = description["kind"]
+    return modules[kind](width, **{name: description[name] for name in CONDITION_SIZES[kind]})
 
 
 def condition_positions(length: int, vocabulary: Vocabulary) -> TextSegment:

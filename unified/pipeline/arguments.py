@@ -1,4 +1,4 @@
-"""Prompts, sizes, generators and known codes that a pipeline is called with: checked, and arranged as one batch."""
+"""Prompts or classes, sizes, generators and known codes that a pipeline is called with: checked, and arranged as one batch."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,18 +12,24 @@ from unified.config import UnifiedConfig
 from unified.decoding import DECODING_MODES, Prompt, Sampling
 from unified.decoding.config import check_decoding
 from unified.decoding.decoder import Decoder
+from unified.pipeline.classes import as_classes, class_count, class_prompt
 from unified.pipeline.options import GenerationOptions
 from unified.prediction.merge import Grid
 from unified.prediction.plan import Prediction
 from unified_tokenizers import ImageTokenizer, TextTokenizer
 
 
-def check_parts(config: UnifiedConfig, image_tokenizer: ImageTokenizer, text_tokenizer: TextTokenizer) -> None:
+def check_parts(config: UnifiedConfig, image_tokenizer: ImageTokenizer, text_tokenizer: TextTokenizer | None) -> None:
     """Refuse tokenizers that a model was not trained with.
 
     Raises:
         ValueError: naming the tokenizer.
     """
+    if config.conditioning is not None and config.classes is None:
+        raise ValueError(
+            "model: it samples after features of another network, which a pipeline does not make; use "
+            "unified.decoding.generate_conditioned."
+        )
     expected = config.image_tokenizer_fingerprint
     if expected is not None and image_tokenizer.fingerprint != expected:
         raise ValueError(
@@ -34,6 +40,13 @@ def check_parts(config: UnifiedConfig, image_tokenizer: ImageTokenizer, text_tok
         raise ValueError(
             f"image_tokenizer: {image_tokenizer.codebook_size} codes, the model has {config.codebook_size}."
         )
+    if (text_tokenizer is None) != (config.classes is not None):
+        missing = (
+            "missing; the model reads text" if text_tokenizer is None else "given, but a model of classes reads none"
+        )
+        raise ValueError(f"text_tokenizer: {missing}.")
+    if text_tokenizer is None:
+        return
     if text_tokenizer.vocab_size > config.vocabulary.text_vocab_size:
         raise ValueError(
             f"text_tokenizer: {text_tokenizer.vocab_size} ids, the model has {config.vocabulary.text_vocab_size}."
@@ -250,12 +263,62 @@ class ImageBatch:
         return decode(decoder, self.rows, self.negatives, self.grid, self.sampling, self.generators, self.known)
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What the images of a call show: prompts, or classes of a class-conditional model.
+
+    Args:
+        prompt, negative_prompt, class_labels, negative_class_labels: as for :class:`unified.UnifiedPipeline`.
+    """
+
+    prompt: Any = None
+    negative_prompt: Any = None
+    class_labels: Any = None
+    negative_class_labels: Any = None
+
+    def count(self, config: UnifiedConfig) -> int:
+        """Number of prompts or classes. Raises ValueError as :meth:`rows`."""
+        if self._classes(config) is None:
+            return len(as_prompts(self.prompt))
+        return len(as_classes(config, self.class_labels))
+
+    def rows(
+        self, config: UnifiedConfig, tokenizer: TextTokenizer | None, grid: Grid
+    ) -> tuple[list[Prompt], list[Prompt]]:
+        """A row for each prompt or class, and as many unconditional ones.
+
+        Raises:
+            ValueError: for prompts or classes that are none, too long or unknown, or that the model does not take.
+        """
+        classes = self._classes(config)
+        if classes is None:
+            assert tokenizer is not None
+            prompts = as_prompts(self.prompt)
+            negatives = as_negatives(self.negative_prompt, len(prompts))
+            check_room(prompts, tokenizer, config, grid, "prompt")
+            check_room(negatives, tokenizer, config, grid, "negative_prompt")
+            first, second = ([image_prompt(text, tokenizer, config) for text in each] for each in (prompts, negatives))
+            return first, second
+        labels, name = as_classes(config, self.class_labels), "negative_class_labels"
+        given = (
+            [classes] if self.negative_class_labels is None else as_classes(config, self.negative_class_labels, name)
+        )
+        if len(given) not in (1, len(labels)):
+            raise ValueError(f"{name}: {len(given)} given for {len(labels)} classes; give one, or one each.")
+        opposite = given * (len(labels) if len(given) == 1 else 1)
+        return [class_prompt(config, label) for label in labels], [class_prompt(config, label) for label in opposite]
+
+    def _classes(self, config: UnifiedConfig) -> int | None:
+        given = {name: getattr(self, name) for name in ("class_labels", "negative_class_labels")}
+        texts = {name: getattr(self, name) for name in ("prompt", "negative_prompt")}
+        return class_count(config, given, texts)
+
+
 def arrange_batch(
     config: UnifiedConfig,
-    tokenizer: TextTokenizer,
+    tokenizer: TextTokenizer | None,
     stride: int,
-    prompt: Any,
-    negative_prompt: Any,
+    wanted: Wanted,
     options: GenerationOptions,
     generator: Any,
     known: Tensor | None = None,
@@ -264,9 +327,10 @@ def arrange_batch(
 
     Args:
         config: of the model.
-        tokenizer: of its text.
+        tokenizer: of its text; None for a class-conditional model.
         stride: pixels per code.
-        prompt, negative_prompt, options, generator, known: as for :class:`unified.UnifiedPipeline`.
+        wanted: what the images show.
+        options, generator, known: as for :class:`unified.UnifiedPipeline`.
 
     Raises:
         ValueError: naming the argument that is wrong.
@@ -274,20 +338,15 @@ def arrange_batch(
     options = options.filled({})
     assert options.decoding is not None
     check_decoding(options.decoding, Prediction.of(config))
-    grid = code_grid(config, stride, options.height, options.width)
+    grid, each = code_grid(config, stride, options.height, options.width), options.num_images_per_prompt
     options.sampling.check_schedule(grid[0] * grid[1])
-    prompts, each = as_prompts(prompt), options.num_images_per_prompt
-    negatives = as_negatives(negative_prompt, len(prompts))
-    check_room(prompts, tokenizer, config, grid, "prompt")
-    check_room(negatives, tokenizer, config, grid, "negative_prompt")
+    rows, negatives = wanted.rows(config, tokenizer, grid)
+    count = len(rows)
     if known is not None:
         check_known(known)
         if tuple(known.shape[1:]) != tuple(grid):
             raise ValueError(f"known: shape {tuple(known.shape)}, need (N, {grid[0]}, {grid[1]}) for this size.")
-        known = one_per_image(known, "known", len(prompts), each).long()
-    rows, opposite = (
-        [row for text in texts for row in [image_prompt(text, tokenizer, config)] * each]
-        for texts in (prompts, negatives)
-    )
-    generators = per_image(generator, len(prompts), each)
-    return ImageBatch(rows, opposite, grid, options.sampling, generators, known, options.decoding)
+        known = one_per_image(known, "known", count, each).long()
+    rows, negatives = ([row for row in side for _ in range(each)] for side in (rows, negatives))
+    generators = per_image(generator, count, each)
+    return ImageBatch(rows, negatives, grid, options.sampling, generators, known, options.decoding)

@@ -35,8 +35,8 @@ from unified.model.modeling import UnifiedForCausalLM
 from unified.model_card import combined_card, read_card
 from unified.pipeline.arguments import (
     ImageBatch,
+    Wanted,
     arrange_batch,
-    as_prompts,
     check_callback,
     check_parts,
     check_prompt,
@@ -46,6 +46,7 @@ from unified.pipeline.arguments import (
     per_image,
 )
 from unified.pipeline.chat import as_messages, as_segments, check_sizes, continue_conversations
+from unified.pipeline.classes import as_classes, class_count, labels_of
 from unified.pipeline.editing import as_images, codes_to_keep, share_to_keep, unfinished_images
 from unified.pipeline.folder import (
     as_dtype,
@@ -61,6 +62,7 @@ from unified_tokenizers.images import to_pil
 
 OUTPUT_TYPES = ("pil", "np", "pt", "codes")
 StepCallback = Callable[["UnifiedPipeline", int, int, dict[str, Tensor]], Any]
+Classes = int | str | Sequence[int | str] | None
 Generators = torch.Generator | int | Sequence[torch.Generator | int] | None
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -100,7 +102,7 @@ class UnifiedPipeline:
     Args:
         model: the language model.
         image_tokenizer: the tokenizer whose codes the model was trained on.
-        text_tokenizer: the tokenizer of its text ids.
+        text_tokenizer: the tokenizer of its text ids; None for a class-conditional model, which reads no text.
         sampling: defaults of the options in :data:`unified.pipeline.options.SAMPLING`, saved with the pipeline: what None
             means in a call, in the engine, on the page and on the command line.
 
@@ -115,16 +117,17 @@ class UnifiedPipeline:
         self,
         model: UnifiedForCausalLM | PeftModel,
         image_tokenizer: ImageTokenizer,
-        text_tokenizer: TextTokenizer,
+        text_tokenizer: TextTokenizer | None = None,
         sampling: Mapping[str, Any] | None = None,
     ):
         config = base_of(model).config
         check_parts(config, image_tokenizer, text_tokenizer)
         self.sampling = sampling
-        config.text_tokenizer_fingerprint = text_tokenizer.fingerprint
+        if text_tokenizer is not None:
+            config.text_tokenizer_fingerprint = text_tokenizer.fingerprint
         self.model: UnifiedForCausalLM | PeftModel = model.eval()
         self.image_tokenizer = image_tokenizer
-        self.text_tokenizer = text_tokenizer
+        self._text_tokenizer = text_tokenizer
         self.lock = RLock()
         self._calls: list[ImageBatch] = []  # in progress; the one that sampled last is at the end
         self._decoders = DecoderCache()
@@ -146,7 +149,8 @@ class UnifiedPipeline:
         quantization_config: Any = None,
         **hub: Any,
     ) -> "UnifiedPipeline":
-        """Load a pipeline folder: ``pipeline.json``, ``model/``, ``image_tokenizer/``, ``text_tokenizer/``.
+        """Load a pipeline folder: ``pipeline.json``, ``model/``, ``image_tokenizer/`` and, unless the model is
+        class-conditional, ``text_tokenizer/``.
 
         Args:
             pretrained_model_name_or_path: a local folder, or a repository on the Hub.
@@ -172,7 +176,8 @@ class UnifiedPipeline:
         check_fingerprint(folder, description, image_tokenizer)
         if device_map is not None and isinstance(image_tokenizer, torch.nn.Module):
             image_tokenizer.to(model.device)
-        text_tokenizer = load_text_tokenizer(folder / "text_tokenizer")
+        reads_text = model.config.conditioning is None
+        text_tokenizer = load_text_tokenizer(folder / "text_tokenizer") if reads_text else None
         pipe = cls(model, image_tokenizer, text_tokenizer, description["sampling"])
         pipe._card = read_card(folder)
         return pipe
@@ -194,7 +199,7 @@ class UnifiedPipeline:
         state_dict: dict[str, Tensor] | None = None,
         card: str | None = None,
     ) -> None:
-        """Write the model and both tokenizers: safetensors, JSON and the sentencepiece model; no pickle.
+        """Write the model and its tokenizers: safetensors, JSON and the sentencepiece model; no pickle.
 
         Fused adapters are part of the weights that are written.
 
@@ -222,7 +227,8 @@ class UnifiedPipeline:
         else:
             self.model.save_pretrained(folder / "model", state_dict=state_dict, **options)
         self.image_tokenizer.save_pretrained(folder / "image_tokenizer")
-        self.text_tokenizer.save_pretrained(folder / "text_tokenizer")
+        if self._text_tokenizer is not None:
+            self._text_tokenizer.save_pretrained(folder / "text_tokenizer")
         write_description(folder, type(self).__name__, self.image_tokenizer.fingerprint, self.sampling)
         if card is None:
             card = combined_card(
@@ -279,6 +285,30 @@ class UnifiedPipeline:
         height, width = code_grid(base_of(self.model).config, stride, None, None)
         return height * stride, width * stride
 
+    @property
+    def text_tokenizer(self) -> TextTokenizer:
+        """The tokenizer of the model's text. Raises ValueError for a class-conditional model, which reads none."""
+        if self._text_tokenizer is None:
+            raise ValueError("text_tokenizer: the model has classes and reads no text; only class_labels make images.")
+        return self._text_tokenizer
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """Numbers of the classes by name, of a class-conditional model whose classes have names; else empty.
+
+        Each of the words for a class is a name, but none that several classes share.
+        """
+        return labels_of(base_of(self.model).config)
+
+    def get_label_ids(self, label: str | Sequence[str]) -> list[int]:
+        """Numbers of classes by name. Raises ValueError for an unknown name, with the nearest ones."""
+        config = base_of(self.model).config
+        class_count(config, {"label": label}, {})
+        names = [label] if isinstance(label, str) else list(label)
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError(f"label: {label!r} is not a name, or a list of names.")
+        return as_classes(config, names, "label")
+
     def set_progress_bar_config(self, **kwargs: Any) -> None:
         """Options for the tqdm bar, such as ``disable=True``."""
         self._progress_bar = kwargs
@@ -288,7 +318,7 @@ class UnifiedPipeline:
     @one_at_a_time
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = None,
         height: int | None = None,
         width: int | None = None,
         guidance_scale: float | None = None,
@@ -304,8 +334,10 @@ class UnifiedPipeline:
         guidance_schedule: str | Callable[[float], float] | None = None,
         decoding: str | None = None,
         known: Tensor | None = None,
+        class_labels: Classes = None,
+        negative_class_labels: Classes = None,
     ) -> UnifiedPipelineOutput:
-        """Generate images for prompts.
+        """Generate images for prompts, or for the classes of a class-conditional model.
 
         Args:
             prompt: one caption or several.
@@ -321,10 +353,13 @@ class UnifiedPipeline:
                 code in plain decoding in raster order; -1 stands for codes that an image does not have yet. Step and
                 timestep are the number of the last code; the result is ignored: codes that are sampled stay.
             known: ``(N, h, w)`` codes that are forced, -1 where the model samples; one for all, per prompt or per image.
+            class_labels: in place of prompts, one class or several by number or name (see :attr:`labels`).
+            negative_class_labels: classes to steer away from; one for all, or one per class. Default: the unconditional one.
 
         Raises:
-            ValueError: for an empty or too long prompt, a size the model does not know, lists of the wrong length,
-                an unknown ``output_type`` or ``decoding``, or a mode that does not suit the model's order.
+            ValueError: for an empty or too long prompt, an unknown class, prompts beside classes, a size the model does not
+                know, lists of the wrong length, an unknown ``output_type`` or ``decoding``, or a mode that does not suit the
+                model's order.
         """
         # 1. Check inputs
         options = GenerationOptions(
@@ -334,7 +369,8 @@ class UnifiedPipeline:
         check_callback(callback_on_step_end)
 
         # 2. Arrange the batch: one row of ids, one unconditional row and one generator per image
-        batch = self._arrange(prompt, negative_prompt, options, generator, known)
+        wanted = Wanted(prompt, negative_prompt, class_labels, negative_class_labels)
+        batch = self._arrange(wanted, options, generator, known)
 
         # 3. Sample the codes
         *_, codes = self._sample(batch, callback_on_step_end)
@@ -345,7 +381,7 @@ class UnifiedPipeline:
 
     def stream(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = None,
         preview_every: int | None = None,
         image: Image.Image | Sequence[Image.Image] | None = None,
         mask_image: Image.Image | Sequence[Image.Image] | None = None,
@@ -355,12 +391,15 @@ class UnifiedPipeline:
         output_type: str = "pil",
         callback_on_step_end: StepCallback | None = None,
         known: Tensor | None = None,
+        class_labels: Classes = None,
+        negative_class_labels: Classes = None,
         **options: Any,
     ) -> Iterator[UnifiedPipelineOutput]:
-        """Generate images for prompts and show them on the way; other calls may come in between two previews.
+        """Generate images for prompts or classes and show them on the way; other calls may come in between two previews.
 
         Args:
-            prompt, negative_prompt, generator, output_type, callback_on_step_end, known: as in :meth:`__call__`.
+            prompt, negative_prompt, generator, output_type, callback_on_step_end, known, class_labels,
+                negative_class_labels: as in :meth:`__call__`.
             preview_every: codes between two previews; default one row of the grid.
             image, mask_image: as in :meth:`inpaint`.
             image, keep: as in :meth:`variation`.
@@ -380,15 +419,16 @@ class UnifiedPipeline:
             check_whole("preview_every", preview_every)
         check_output_type(output_type)
         check_callback(callback_on_step_end)
+        wanted = Wanted(prompt, negative_prompt, class_labels, negative_class_labels)
         if image is not None:
             given = options if known is None else {**options, "known": known}
-            known, generator, options = self._known_codes(prompt, image, mask_image, keep, generator, given)
-        batch = self._arrange(prompt, negative_prompt, GenerationOptions.from_mapping(options), generator, known)
+            known, generator, options = self._known_codes(wanted, image, mask_image, keep, generator, given)
+        batch = self._arrange(wanted, GenerationOptions.from_mapping(options), generator, known)
         return self._previews(batch, preview_every or batch.grid[1], callback_on_step_end, output_type)
 
     def inpaint(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None,
         image: Image.Image | Sequence[Image.Image],
         mask_image: Image.Image | Sequence[Image.Image],
         negative_prompt: str | Sequence[str] | None = None,
@@ -396,6 +436,8 @@ class UnifiedPipeline:
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
+        class_labels: Classes = None,
+        negative_class_labels: Classes = None,
         **options: Any,
     ) -> UnifiedPipelineOutput:
         """Generate the bright part of a mask again; every other code stays.
@@ -404,23 +446,25 @@ class UnifiedPipeline:
         see :func:`unified.pipeline.editing.outpainting_canvas`.
 
         Args:
-            prompt: what the whole image shows.
+            prompt: what the whole image shows; None with ``class_labels``.
             image: one image, one per prompt or one per image generated, of a size that the model was trained on.
             mask_image: as many masks of the same size.
-            negative_prompt, generator, output_type, return_dict, callback_on_step_end: as in :meth:`__call__`.
+            negative_prompt, generator, output_type, return_dict, callback_on_step_end, class_labels, negative_class_labels:
+                as in :meth:`__call__`.
             options: those of :class:`unified.pipeline.options.GenerationOptions`, without the size.
 
         Raises:
             ValueError: if sizes differ or are unknown to the model, and as :meth:`__call__`.
         """
         masks = as_images(mask_image, "mask_image")
-        known, generators, options = self._known_codes(prompt, image, masks, None, generator, options)
-        return self(prompt, negative_prompt=negative_prompt, generator=generators, output_type=output_type,
-                    return_dict=return_dict, callback_on_step_end=callback_on_step_end, known=known, **options)  # fmt: skip
+        wanted = Wanted(prompt, negative_prompt, class_labels, negative_class_labels)
+        known, generators, options = self._known_codes(wanted, image, masks, None, generator, options)
+        return self(generator=generators, output_type=output_type, return_dict=return_dict, known=known,
+                    callback_on_step_end=callback_on_step_end, **vars(wanted), **options)  # fmt: skip
 
     def variation(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None,
         image: Image.Image | Sequence[Image.Image],
         keep: float = 0.5,
         negative_prompt: str | Sequence[str] | None = None,
@@ -428,15 +472,18 @@ class UnifiedPipeline:
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
+        class_labels: Classes = None,
+        negative_class_labels: Classes = None,
         **options: Any,
     ) -> UnifiedPipelineOutput:
         """Generate an image again but for a share ``keep`` of its codes; arguments as in :meth:`inpaint`.
 
         Which codes stay depends on the image's generator.
         """
-        known, generators, options = self._known_codes(prompt, image, None, keep, generator, options)
-        return self(prompt, negative_prompt=negative_prompt, generator=generators, output_type=output_type,
-                    return_dict=return_dict, callback_on_step_end=callback_on_step_end, known=known, **options)  # fmt: skip
+        wanted = Wanted(prompt, negative_prompt, class_labels, negative_class_labels)
+        known, generators, options = self._known_codes(wanted, image, None, keep, generator, options)
+        return self(generator=generators, output_type=output_type, return_dict=return_dict, known=known,
+                    callback_on_step_end=callback_on_step_end, **vars(wanted), **options)  # fmt: skip
 
     def interrupt(self) -> None:
         """Stop sampling after the current code; what is missing stays grey.
@@ -447,31 +494,29 @@ class UnifiedPipeline:
         for batch in own[-1:] or list(self._calls):
             batch.interrupted = True
 
-    def _arrange(
-        self, prompt: Any, negative_prompt: Any, options: GenerationOptions, generator: Any, known: Any
-    ) -> ImageBatch:
+    def _arrange(self, wanted: Wanted, options: GenerationOptions, generator: Any, known: Any) -> ImageBatch:
         config, stride = base_of(self.model).config, self.image_tokenizer.downsample
         options = options.filled(self.sampling)
-        return arrange_batch(config, self.text_tokenizer, stride, prompt, negative_prompt, options, generator, known)
+        return arrange_batch(config, self._text_tokenizer, stride, wanted, options, generator, known)
 
     @one_at_a_time
     def _known_codes(
-        self, prompt: Any, image: Any, masks: Any, keep: Any, generator: Generators, options: dict[str, Any]
+        self, wanted: Wanted, image: Any, masks: Any, keep: Any, generator: Generators, options: dict[str, Any]
     ) -> tuple[Tensor, list[torch.Generator], dict[str, Any]]:
         """Codes that an edit keeps, all but those under masks or all but a share; its generators; options with the size."""
         for name in ("height", "width", "known"):
             if options.get(name) is not None:
                 raise ValueError(f"{name}: an edit takes it from the image; leave it out.")
-        images, prompts = as_images(image), as_prompts(prompt)
         model = base_of(self.model)
+        images, count = as_images(image), wanted.count(model.config)
         check_sizes(images, model.config, self.image_tokenizer.downsample)
         options = {**options, "height": images[0].height, "width": images[0].width}
         given = GenerationOptions.from_mapping(options).filled(self.sampling)
         check_decoding(str(given.decoding), model.prediction)
         each = given.num_images_per_prompt
-        generators = per_image(generator, len(prompts), each)
+        generators = per_image(generator, count, each)
         known = codes_to_keep(self.image_tokenizer, images, masks)
-        known = one_per_image(known, "image", len(prompts), each)
+        known = one_per_image(known, "image", count, each)
         if masks is None:
             known = share_to_keep(known, keep, generators)
         return known, generators, options

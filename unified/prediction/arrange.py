@@ -39,6 +39,7 @@ class Row:
         steps: ``(S, 2)``, from which step on others see a position, and up to which step it sees others; None where each
             sees all before it.
         document_ids: ``(S,)`` for packed rows.
+        condition: class of a class-conditional model.
     """
 
     input_ids: Tensor
@@ -50,6 +51,7 @@ class Row:
     sources: Tensor | None = None
     steps: Tensor | None = None
     document_ids: Tensor | None = None
+    condition: int | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -150,6 +152,7 @@ def arrange(
     row_labels[:1] = IGNORE
     tensor = torch.from_numpy
     row = Row(tensor(row_ids), tensor(row_labels), tensor(positions), tensor(is_image), len(spans), merge.kind)
+    row.condition = sequence.condition
     if not prediction.is_raster:
         row.sources, row.steps = tensor(sources), tensor(steps)
     return row
@@ -224,9 +227,11 @@ def pack(rows: Iterable[Row], max_length: int) -> list[Row]:
     fewest rows possible, plus one). Inside a row the documents keep their order.
 
     Raises:
-        ValueError: if a single row is longer than ``max_length``.
+        ValueError: if a single row is longer than ``max_length``, or has a condition.
     """
     documents = list(rows)
+    if any(document.condition is not None for document in documents):
+        raise ValueError("condition: not possible in packed rows; leave data.pack out.")
     packed: list[list[int]] = []
     room: list[int] = []
     for index in sorted(range(len(documents)), key=lambda i: -len(documents[i])):
@@ -296,10 +301,10 @@ def collate(rows: Sequence[Row], config: UnifiedConfig, multiple: int = 1) -> Ba
         indices into ``B * S``: ``image_inputs``, the positions that codes enter, ``text_targets`` and ``image_targets``, the
         supervised ones (B * S stands for none). Unless codes come in raster order: ``image_sources (N, m)``, what predicts
         each of ``image_targets``; ``query_inputs``, flat indices of queries; ``steps (B, S, 2)``. ``document_ids (B, S)`` (-1
-        on padding) if the rows are packed. ``merge`` if it is a learned one.
+        on padding) if the rows are packed. ``merge`` if it is a learned one. ``condition (B,)`` of a class-conditional model.
 
     Raises:
-        ValueError: if some rows are packed and others are not, or a learned merge stands beside another one.
+        ValueError: if some rows are packed, or have a condition, and others not, or a learned merge stands beside another one.
     """
     longest, vocabulary = max(map(len, rows)), config.vocabulary
     length, columns = longest + -longest % multiple, max(row.input_ids.shape[1] for row in rows)
@@ -332,6 +337,13 @@ def collate(rows: Sequence[Row], config: UnifiedConfig, multiple: int = 1) -> Ba
         inputs["merge"] = "channel"
     if any(row.steps is not None for row in rows):
         inputs |= _order_inputs(rows, length, found["image_targets"], queries, multiple)
+    conditions = [row.condition for row in rows if row.condition is not None]
+    if conditions:
+        if len(conditions) != len(rows):
+            raise ValueError(
+                f"rows: {len(conditions)} of {len(rows)} have a condition; give one to all of them or none."
+            )
+        inputs["condition"] = torch.tensor(conditions)
     packed = [row.document_ids for row in rows if row.document_ids is not None]
     if packed:
         if len(packed) != len(rows):

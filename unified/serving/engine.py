@@ -20,10 +20,10 @@ from torch import Tensor
 from unified.decoding.continuous_batching import Batcher, Request
 from unified.decoding.passes import image_columns
 from unified.lora.adapters import base_of
-from unified.pipeline.arguments import arrange_batch, as_negatives, as_prompts, token_ids, trained_grids
+from unified.pipeline.arguments import Wanted, arrange_batch, as_negatives, as_prompts, token_ids, trained_grids
 from unified.pipeline.editing import unfinished_images
 from unified.pipeline.options import GenerationOptions, check_whole
-from unified.pipeline.pipeline import UnifiedPipeline, UnifiedPipelineOutput
+from unified.pipeline.pipeline import Classes, UnifiedPipeline, UnifiedPipelineOutput
 from unified.sequence import ImageSegment
 from unified_tokenizers.images import to_pil
 
@@ -127,18 +127,20 @@ class Engine:
 
     def submit(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = None,
         options: GenerationOptions | None = None,
         adapter: str | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         generator: torch.Generator | int | Sequence[torch.Generator | int] | None = None,
+        class_labels: Classes = None,
+        negative_class_labels: Classes = None,
     ) -> Job:
         """Generate images; the job shows a :class:`UnifiedPipelineOutput` for every row of the grid.
 
         With plain decoding they join the batch; the other modes run alone.
 
         Args:
-            prompt, negative_prompt, generator: as for :class:`UnifiedPipeline`.
+            prompt, negative_prompt, generator, class_labels, negative_class_labels: as for :class:`UnifiedPipeline`.
             options: how they are sampled; None, here and in a field, for the pipeline's defaults.
             adapter: name of the active adapter; None for the base model.
 
@@ -146,16 +148,17 @@ class Engine:
             ValueError: for arguments that the pipeline refuses, a long prompt, an unknown adapter, or a full queue.
         """
         options = (options or GenerationOptions()).filled(self.pipe.sampling)
-        prompts = as_prompts(prompt)
-        self.check_length(prompts, "prompt")
-        self.check_length(as_negatives(negative_prompt, len(prompts)), "negative_prompt")
         pipe, config = self.pipe, base_of(self.pipe.model).config
-        batch = arrange_batch(
-            config, pipe.text_tokenizer, pipe.image_tokenizer.downsample, prompts, negative_prompt, options, generator
-        )
+        wanted = Wanted(prompt, negative_prompt, class_labels, negative_class_labels)
+        count = wanted.count(config)
+        if config.classes is None:
+            self.check_length(as_prompts(prompt), "prompt")
+            self.check_length(as_negatives(negative_prompt, count), "negative_prompt")
+        tokenizer = pipe.text_tokenizer if config.classes is None else None
+        batch = arrange_batch(config, tokenizer, pipe.image_tokenizer.downsample, wanted, options, generator)
         if options.decoding != "plain":
-            given = {"negative_prompt": negative_prompt, "generator": batch.generators, **options.to_mapping()}
-            return self.alone(lambda: pipe.stream(prompts, **given), adapter)
+            given = {**vars(wanted), "generator": batch.generators, **options.to_mapping()}
+            return self.alone(lambda: pipe.stream(**given), adapter)
         job = Job(adapter, self._images)
         for row, negative, each in zip(batch.rows, batch.negatives, batch.generators, strict=True):
             job.requests.append(Request(row, batch.grid, each, batch.sampling, negative=negative))

@@ -70,6 +70,7 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER, per_client: int = CLIEN
     from unified.serving.guard import Visitors
 
     pipe, visitors = engine.pipe, Visitors(per_client)
+    check_reads_text(pipe)
     pipe.set_progress_bar_config(disable=True)
     height, width = pipe.default_size
     usual = {"guidance_scale": 1.5, "temperature": 0.85, "decoding": "plain", **pipe.sampling}
@@ -333,6 +334,12 @@ def check_installed() -> None:
     """Raises ValueError if gradio is not installed."""
     if importlib.util.find_spec("gradio") is None:
         raise ValueError("serve: gradio is not installed; pip install 'unified-npp[demo]'.")
+
+
+def check_reads_text(pipe: UnifiedPipeline) -> None:
+    """Raises ValueError for a class-conditional model, for which the page has no fields."""
+    if base_of(pipe.model).config.classes is not None:
+        raise ValueError("serve: the page is for prompts, the model has classes; use `unified generate --class`.")
 
 
 def parameters(pipe: UnifiedPipeline) -> str:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from unified.config import UnifiedConfig
 from unified.data.code_cache import description_of, is_codes_cache
 from unified.data.sources import terms_of
 from unified.model_card import Origin, model_card
@@ -10,13 +11,16 @@ from unified.training.config import TrainConfig
 from unified.training.tracking import read_log
 
 
-def run_card(config: TrainConfig, part: str, image_tokenizer_fingerprint: str) -> str:
+def run_card(
+    config: TrainConfig, part: str, image_tokenizer_fingerprint: str, model_config: UnifiedConfig | None = None
+) -> str:
     """Text of the ``README.md`` of what a run writes.
 
     Args:
         config: settings of the run; its ``output_dir`` holds the log, and the codes of images that the run encoded.
         part: ``pipeline``, ``lora``, or ``base``, which has neither data nor metrics.
         image_tokenizer_fingerprint: of the tokenizer whose codes the model was trained on.
+        model_config: of the model, which may be class-conditional.
     """
     output = Path(config.output_dir)
     base = config.model.pipeline or str(output / "base")
@@ -26,7 +30,9 @@ def run_card(config: TrainConfig, part: str, image_tokenizer_fingerprint: str) -
     if part != "base":
         origins += _data(config)
         log = read_log(output)
-    return model_card(part, output / part, base, origins, log, image_tokenizer_fingerprint, dump_settings(config))
+    classes = None if model_config is None else model_config.classes
+    settings = dump_settings(config)
+    return model_card(part, output / part, base, origins, log, image_tokenizer_fingerprint, settings, classes)
 
 
 def _data(config: TrainConfig) -> list[Origin]:

@@ -39,11 +39,12 @@ class SourceConfig:
     image_column: str = "image"  # column with the images
     caption_column: str = "caption"  # column with their captions
     caption: str | None = None  # one caption for all images, in place of the column
+    class_column: str = "label"  # column with the classes, for a class-conditional model
     text_column: str = "text"  # column with the plain texts
     segments_column: str = "segments"  # column with the interleaved rows: lists of {text, image}, one of them null
     max_length: int = 512  # tokens that a text or an interleaved row is cut to
     captioning: float | None = None  # for images; default: that of `data`
-    caption_dropout: float | None = None  # for images; default: that of `data`
+    caption_dropout: float | None = None  # for images, with captions or classes; default: that of `data`
 
     def check(self) -> None:
         """Raises ValueError for a field that is out of range or does not go with the kind."""
@@ -69,6 +70,7 @@ class DataConfig:
     image_column: str = "image"  # column with the images
     caption_column: str = "caption"  # column with their captions
     caption: str | None = None  # one caption for all images of `train`, in place of the column
+    class_column: str = "label"  # column with the classes, for a class-conditional model; it needs no captions
     image_size: int = 64  # side in pixels of images that the run encodes
     crops: int | None = None  # number of random crops of every image that the run encodes; default: the centre
     flips: bool = False  # also encode every image mirrored
@@ -77,7 +79,8 @@ class DataConfig:
         default_factory=dict
     )  # of fsspec, for remote files; no secrets, they are saved
     max_samples: int | None = None  # use only the first rows of the training split
-    caption_dropout: float = 0.1  # share of empty captions, for classifier-free guidance
+    one_view: bool = False  # an epoch has one of the crops of every image, chosen at random, in place of all
+    caption_dropout: float = 0.1  # share of empty captions, or of unconditional classes, for classifier-free guidance
     code_noise: float = 0.0  # input codes are replaced at random, at a rate sampled from [0, code_noise] for each image
     train_on_captions: bool = False  # captions in front of images are in the loss too
     captioning: float = 0.0  # share of rows with the image first, whose caption alone is in the loss
@@ -95,6 +98,8 @@ class DataConfig:
         check_range("data.", self, "[0, inf)", "num_workers")
         for source in self.sources:
             source.check()
+        if self.bucket and self.one_view:
+            raise ValueError("data.bucket: not possible with data.one_view; leave one of them out.")
         if self.sources and self.bucket:
             raise ValueError(
                 "data.bucket: batches of several sources hold several lengths anyway; use data.pack instead."
@@ -130,8 +135,19 @@ class ModelConfig:
             raise ValueError(f"model: set exactly one of pipeline, backbone and architecture, got {given or 'none'}.")
         if not self.pipeline and not self.image_tokenizer:
             raise ValueError("model.image_tokenizer: missing; a new model needs the folder of its tokenizer.")
-        if self.architecture and not self.text_tokenizer:
+        condition = self.options.get("conditioning")
+        kind = condition.get("kind", "none") if isinstance(condition, dict) else condition
+        if kind is None and self.architecture and not self.text_tokenizer:
             raise ValueError("model.text_tokenizer: missing; a new model needs the folder of its tokenizer.")
+        if kind is not None and kind != "class":
+            raise ValueError(f"model.options.conditioning: kind {kind!r} cannot be trained here; use class.")
+        if self.pipeline and "conditioning" in self.options:
+            raise ValueError("model.options.conditioning: a pipeline has its own; leave it out.")
+        if kind is not None and (not self.architecture or self.text_tokenizer):
+            raise ValueError(
+                "model.options.conditioning: a class-conditional model reads no text; it needs a model.architecture and no "
+                "model.text_tokenizer."
+            )
         if self.boi is not None and self.boi == self.eoi:
             raise ValueError(f"model.boi, model.eoi: both are {self.boi!r}; use two different tokens.")
         for name, kinds, default in (("image_init", EMBED_KINDS, "text"), ("head_init", HEAD_KINDS, "normal")):
@@ -295,6 +311,7 @@ class SampleConfig:
 
     every: int | None = None  # steps between two sheets of samples
     prompts: list[str] = field(default_factory=list)  # one image each
+    class_labels: list[Any] = field(default_factory=list)  # in place of prompts, for a class-conditional model
     guidance_scale: float | None = None  # 1 switches guidance off; null: as `sampling`
     seed: int = 0  # image i uses seed + i
 
@@ -303,8 +320,10 @@ class SampleConfig:
         check_range("sample.", self, "[1, inf)", "every")
         check_range("sample.", self, "[0, inf)", "seed")
         GenerationOptions(guidance_scale=self.guidance_scale)
-        if self.every and not self.prompts:
+        if self.every and not self.prompts and not self.class_labels:
             raise ValueError("sample.prompts: empty; name what to generate, or leave out sample.every.")
+        if self.prompts and self.class_labels:
+            raise ValueError("sample.class_labels: a model reads prompts or classes; leave one of them out.")
 
 
 @dataclass

@@ -1,28 +1,30 @@
 """From a run's data settings to its batches, and to the losses that are measured on held-out rows."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
+import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from torch import nn
 
 from unified.config import UnifiedConfig
 from unified.data import SkipReport, load_source
-from unified.data.batches import Batches, Source, in_order
+from unified.data.batches import Batches, Source, first_views, in_order
 from unified.data.captioned import captioned_sequence, text_sequence
 from unified.data.code_cache import description_of, encode_source, is_codes_cache, load_codes, source_changed
 from unified.data.crops import Views
 from unified.data.interleaved import encode_interleaved, interleaved_sequence
-from unified.data.rows import UNREADABLE, readable
+from unified.data.labelled import encode_labelled, labelled_sequence, with_classes
+from unified.data.rows import UNREADABLE, class_names, readable
 from unified.prediction.merge import Grid, Merge, patches
 from unified.prediction.schedule import PatchSchedule
 from unified.settings import refuse_other
-from unified.training.config import SourceConfig, TrainConfig
+from unified.training.config import DataConfig, SourceConfig, TrainConfig
 from unified.training.inputs import check_lengths, code_grids
 from unified.training.validation import mean_loss
 from unified_tokenizers import ImageTokenizer, TextTokenizer
@@ -56,7 +58,7 @@ class Context(NamedTuple):
     accelerator: Accelerator
     config: TrainConfig
     image_tokenizer: ImageTokenizer
-    text_tokenizer: TextTokenizer
+    text_tokenizer: TextTokenizer | None
     model_config: UnifiedConfig
 
 
@@ -128,6 +130,7 @@ def train_source(config: TrainConfig) -> SourceConfig:
     return SourceConfig(
         path=str(data.train), split=data.train_split, validation_split=data.validation_split,
         image_column=data.image_column, caption_column=data.caption_column, caption=data.caption,
+        class_column=data.class_column,
     )  # fmt: skip
 
 
@@ -141,6 +144,10 @@ def open_source(context: Context, source: SourceConfig, split: str, folder: Path
     """One split of a source; ``clean`` rows have no crops, flips, dropout or noise, and no row is left out."""
     config, text_tokenizer, vocabulary = context.model_config, context.text_tokenizer, context.model_config.vocabulary
     name = f"{source.kind} {source.path!r}"
+    if config.classes is not None:
+        return _open_labelled(context, source, split, folder, clean)
+    check_no_classes(source)
+    assert text_tokenizer is not None
     shared: dict[str, Any] = {"text_tokenizer": text_tokenizer, "vocabulary": vocabulary}
     if source.kind != "image":
         limit = getattr(config.text_config, "max_position_embeddings", None)
@@ -157,10 +164,8 @@ def open_source(context: Context, source: SourceConfig, split: str, folder: Path
         rows = _interleaved_rows(context, source, split, folder)
         return Source(name, rows, partial(interleaved_sequence, **shared), source.weight)
     data = context.config.data
-    rows = _captioned_rows(context, source, split, folder, clean)
+    rows = _first_samples(_captioned_rows(context, source, split, folder, clean), data, clean)
     if not clean:
-        if data.max_samples is not None:
-            rows = rows.select(range(min(data.max_samples, len(rows))))
         shared |= {
             "caption_dropout": data.caption_dropout if source.caption_dropout is None else source.caption_dropout,
             "captioning": data.captioning if source.captioning is None else source.captioning,
@@ -168,22 +173,109 @@ def open_source(context: Context, source: SourceConfig, split: str, folder: Path
             "train_on_captions": data.train_on_captions,
         }
     check_lengths(rows, text_tokenizer, config)
-    return Source(name, rows, partial(captioned_sequence, **shared), source.weight)
+    images = first_views(rows) if data.one_view and not clean else None
+    return Source(name, rows, partial(captioned_sequence, **shared), source.weight, images)
+
+
+def _open_labelled(context: Context, source: SourceConfig, split: str, folder: Path, clean: bool) -> Source:
+    """One split of images with classes. The names of its classes become those of a model that has none yet."""
+    config, data = context.model_config, context.config.data
+    check_classes(context.config, source)
+    assert config.classes is not None and config.conditioning is not None
+    rows = _first_samples(_labelled_rows(context, source, split, folder, clean), data, clean)
+    names = class_names(rows, "label")
+    if names is not None and config.class_names is None:
+        if len(names) != config.classes:
+            raise ValueError(
+                f"model.options.conditioning.classes: {config.classes}, but {source.path!r} has {len(names)} classes; set it to "
+                f"{len(names)}."
+            )
+        config.conditioning = {**config.conditioning, "names": names}
+    rows = with_classes(rows, config.classes, config.class_names, source.path)
+    check_lengths(rows, None, config)
+    options: dict[str, Any] = {"vocabulary": config.vocabulary, "classes": config.classes}
+    if not clean:
+        dropout = data.caption_dropout if source.caption_dropout is None else source.caption_dropout
+        options |= {"dropout": dropout, "code_noise": data.code_noise}
+    images = first_views(rows) if data.one_view and not clean else None
+    return Source(f"classes {source.path!r}", rows, partial(labelled_sequence, **options), source.weight, images)
+
+
+def check_classes(config: TrainConfig, source: SourceConfig) -> None:
+    """Raises ValueError for settings that a class-conditional model has no use for: it reads no text."""
+    data = config.data
+    wrong = {
+        "data.pack": data.pack is not None,
+        "data.captioning": bool(data.captioning or source.captioning),
+        "data.train_on_captions": data.train_on_captions,
+        "data.caption": source.caption is not None,
+        "data.sources.kind": source.kind != "image",
+        "sample.prompts": bool(config.sample.prompts),
+        "evaluation": config.evaluation is not None,
+    }
+    for name, given in wrong.items():
+        if given and name == "data.pack":
+            raise ValueError("condition: not possible in packed rows; leave data.pack out.")
+        if given:
+            raise ValueError(f"{name}: not for a class-conditional model, which reads no text; leave it out.")
+
+
+def check_no_classes(source: SourceConfig) -> None:
+    """Raises ValueError if a source names its classes for a model that has none."""
+    if source.class_column != SourceConfig.class_column:
+        raise ValueError(
+            f"data.class_column: {source.class_column!r} is for a class-conditional model; set model.options.conditioning, or "
+            "leave it out."
+        )
+
+
+def _first_samples(rows: datasets.Dataset, data: DataConfig, clean: bool) -> datasets.Dataset:
+    """At most ``data.max_samples`` rows to train on."""
+    if clean or data.max_samples is None:
+        return rows
+    return rows.select(range(min(data.max_samples, len(rows))))
+
+
+def _views(context: Context, source: SourceConfig, clean: bool) -> Views:
+    """Views of images that the run encodes. Raises ValueError if they are codes already, and views are asked for."""
+    data = context.config.data
+    if is_codes_cache(source.path):
+        alone = not data.sources
+        if not clean and (source.caption is not None or (alone and (data.crops is not None or data.flips))):
+            raise ValueError(f"data: {source.path!r} holds codes already; crops, flips and caption are for images.")
+    size = ((data.image_size, data.image_size),)
+    if clean:
+        return Views(size)
+    return Views(size, "center" if data.crops is None else "random", data.crops or 1, flips=data.flips)
+
+
+def _labelled_rows(context: Context, source: SourceConfig, split: str, folder: Path, clean: bool) -> datasets.Dataset:
+    """A split of images with classes as codes; images are encoded once by all processes."""
+    data, tokenizer, path = context.config.data, context.image_tokenizer, source.path
+    views = _views(context, source, clean)
+    if is_codes_cache(path):
+        return load_codes(path, split, tokenizer.fingerprint, "labelled")
+    max_rows = None if clean else data.max_samples
+
+    def encode() -> dict[str, SkipReport]:
+        return encode_labelled(
+            tokenizer, path, folder, views, (split,), source.image_column, source.class_column, streaming=data.streaming,
+            process=PartialState(), storage_options=data.storage_options or None, max_rows=max_rows,
+        )  # fmt: skip
+
+    wanted = {
+        "kind": "labelled", "source": path, "columns": [source.image_column, source.class_column],
+        "views": views.described(), "max_rows": max_rows,
+    }  # fmt: skip
+    return load_codes(encode_once(context, folder, wanted, encode), split, tokenizer.fingerprint, "labelled")
 
 
 def _captioned_rows(context: Context, source: SourceConfig, split: str, folder: Path, clean: bool) -> datasets.Dataset:
     """A split of captioned images as codes; images are encoded once by all processes."""
     data, tokenizer, path = context.config.data, context.image_tokenizer, source.path
+    views = _views(context, source, clean)
     if is_codes_cache(path):
-        alone = not context.config.data.sources
-        if not clean and (source.caption is not None or (alone and (data.crops is not None or data.flips))):
-            raise ValueError(f"data: {path!r} holds codes already; crops, flips and caption are for images.")
         return load_codes(path, split, tokenizer.fingerprint)
-    size = ((data.image_size, data.image_size),)
-    views = Views(size)
-    if not clean:
-        views = Views(size, "center" if data.crops is None else "random", data.crops or 1, flips=data.flips)
-
     max_rows = None if clean else data.max_samples
 
     def encode() -> dict[str, SkipReport]:
@@ -195,7 +287,7 @@ def _captioned_rows(context: Context, source: SourceConfig, split: str, folder: 
 
     wanted = {
         "source": path, "image_size": data.image_size, "columns": [source.image_column, source.caption_column],
-        "views": {**asdict(views), "sizes": [list(s) for s in size]}, "caption": source.caption,
+        "views": views.described(), "caption": source.caption,
         "max_rows": max_rows,
     }  # fmt: skip
     return load_codes(encode_once(context, folder, wanted, encode), split, tokenizer.fingerprint)
@@ -280,7 +372,8 @@ def _check(context: Context, source: Source, loss: str) -> Check:
 
 def _further_checks(context: Context, train: Source, held_out: Source) -> dict[str, Check]:
     """For a single source: the loss on as many rows that the model has seen, and that of captions after images."""
-    seen = train.rows.select(range(min(len(train.rows), len(held_out.rows))))
+    every = np.arange(len(train.rows)) if train.images is None else train.images[:-1]  # one view of an image
+    seen = train.rows.select(every[: len(held_out.rows)])
     checks = {"train_subset_loss": _check(context, replace(held_out, rows=seen), "image_loss")}
     if context.config.data.captioning:
         captions = replace(held_out, sequence=partial(held_out.sequence, captioning=1.0))  # type: ignore[call-arg]

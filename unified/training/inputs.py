@@ -44,10 +44,18 @@ def check_grids(grids: Iterable[Grid], patch_sizes: Iterable[int], prediction: P
                 )
 
 
-def check_lengths(rows: datasets.Dataset, tokenizer: TextTokenizer, config: UnifiedConfig) -> None:
-    """Raises ValueError if a caption and its image need more positions than the backbone has."""
+def check_lengths(rows: datasets.Dataset, tokenizer: TextTokenizer | None, config: UnifiedConfig) -> None:
+    """Raises ValueError if a caption, or a class without a tokenizer, and its image need more positions than there are."""
     limit = getattr(config.text_config, "max_position_embeddings", None)
     if limit is None:
+        return
+    if tokenizer is None:
+        height, width = max(code_grids(rows), key=lambda grid: grid[0] * grid[1])
+        if height * width + 1 > limit:
+            raise ValueError(
+                f"max_position_embeddings: the backbone has {limit} positions, an image of {height}x{width} codes needs "
+                f"{height * width + 1}; raise it in model.architecture, or encode the images at a smaller size."
+            )
         return
     columns = rows.select_columns(["height", "width", "caption"])[:]
     longest = 0
@@ -79,13 +87,16 @@ def add_grids(config: UnifiedConfig, grids: Iterable[Grid], fixed: bool) -> None
 
 
 def describe_inputs(
-    rows: Mapping[str, datasets.Dataset | None], model: nn.Module, accelerator: Accelerator, tokenizer: TextTokenizer
+    rows: Mapping[str, datasets.Dataset | None],
+    model: nn.Module,
+    accelerator: Accelerator,
+    tokenizer: TextTokenizer | None,
 ) -> dict[str, Any]:
     """What a resumed run has to share with its checkpoint besides the settings: data, processes, frozen weights."""
     described: dict[str, Any] = {
         "num_processes": accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,  # accelerate launch may set it
-        "text_tokenizer": tokenizer.fingerprint,
+        "text_tokenizer": None if tokenizer is None else tokenizer.fingerprint,
     }
     described |= {name: [len(part), part._fingerprint] for name, part in rows.items() if part is not None}
     frozen = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]

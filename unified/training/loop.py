@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from unified.data.batches import loader
 from unified.locks import locked
-from unified.lora.adapters import save_lora
+from unified.lora.adapters import base_of, save_lora
 from unified.pipeline.pipeline import UnifiedPipeline
 from unified.training.card import run_card
 from unified.training.checkpoint import save_checkpoint
@@ -128,7 +128,7 @@ def save(run: Run) -> Path:
     part = "lora" if isinstance(model, PeftModel) else "pipeline"
     folder = run.output / part
     if accelerator.is_main_process:
-        card = run_card(run.config, part, fingerprint)
+        card = run_card(run.config, part, fingerprint, base_of(model).config)
         if isinstance(model, PeftModel):
             save_lora(model, folder, state, card)
         else:

@@ -18,9 +18,11 @@ from unified.config import UnifiedConfig
 from unified.lora.adapters import attach_lora, base_of
 from unified.model.family import check_family, check_packing
 from unified.model.modeling import UnifiedForCausalLM
+from unified.model.prefix import BOI, EOI, NO_TEXT
 from unified.model.quantization import quantization
 from unified.model.retrofit import change_prediction
 from unified.pipeline.arguments import as_prompts, check_room
+from unified.pipeline.classes import as_classes
 from unified.pipeline.folder import PIPELINE_FILE, read_description
 from unified.pipeline.pipeline import UnifiedPipeline
 from unified.prediction.plan import Prediction
@@ -43,7 +45,7 @@ from unified.training.tracking import RunLog, start_trackers
 from unified_tokenizers import AutoImageTokenizer, ImageTokenizer, TextTokenizer, load_text_tokenizer
 
 BASE_FILE = "made_from.json"
-Parts = tuple[UnifiedForCausalLM, ImageTokenizer, TextTokenizer]
+Parts = tuple[UnifiedForCausalLM, ImageTokenizer, TextTokenizer | None]  # class-conditional models read no text
 
 
 @dataclass
@@ -56,7 +58,7 @@ class Run:
     optimizers: list[Optimizer]
     average: AveragedModel | None
     image_tokenizer: ImageTokenizer
-    text_tokenizer: TextTokenizer
+    text_tokenizer: TextTokenizer | None
     data: TrainingData
     schedule: PatchSchedule
     inputs: dict[str, Any]
@@ -112,7 +114,7 @@ def set_up(config: TrainConfig, accelerator: Accelerator) -> Run:
     if isinstance(image_tokenizer, nn.Module):
         image_tokenizer.to(accelerator.device)
     data = open_data(Context(accelerator, config, image_tokenizer, text_tokenizer, base.config))
-    run_card(config, "pipeline", image_tokenizer.fingerprint)  # fails here rather than after the training
+    run_card(config, "pipeline", image_tokenizer.fingerprint, base.config)  # fails here rather than after the training
     schedule = config.patch_schedule()
     check_grids(data.grids, schedule.patch_sizes, Prediction.of(base.config))
     add_grids(base.config, data.grids, fixed=config.lora is not None and config.model.pipeline is not None)
@@ -166,11 +168,17 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
-def check_samples(config: TrainConfig, model_config: UnifiedConfig, text_tokenizer: TextTokenizer) -> None:
-    """Raises ValueError if the prompts of ``sample`` cannot be sampled, which would show after the coarse stages only."""
-    if config.sample.every and model_config.image_grids:
-        height, width = model_config.image_grids[0]
-        check_room(as_prompts(config.sample.prompts), text_tokenizer, model_config, (height, width), "sample.prompts")
+def check_samples(config: TrainConfig, model_config: UnifiedConfig, text_tokenizer: TextTokenizer | None) -> None:
+    """Raises ValueError if what ``sample`` names cannot be sampled, which would show after the coarse stages only."""
+    if not config.sample.every or not model_config.image_grids:
+        return
+    if text_tokenizer is None:
+        as_classes(model_config, config.sample.class_labels, "sample.class_labels")
+        return
+    if config.sample.class_labels:
+        raise ValueError("sample.class_labels: the model has no classes; give sample.prompts.")
+    height, width = model_config.image_grids[0]
+    check_room(as_prompts(config.sample.prompts), text_tokenizer, model_config, (height, width), "sample.prompts")
 
 
 def average_of(model: nn.Module, decay: float | None) -> AveragedModel | None:
@@ -199,23 +207,26 @@ def build_parts(config: TrainConfig) -> Parts:
         if not (folder / "model").is_dir():
             raise ValueError(f"model.pipeline: {source.pipeline!r} is not a pipeline folder.")
         image_tokenizer = AutoImageTokenizer.from_pretrained(folder / "image_tokenizer")
-        text_tokenizer = load_text_tokenizer(folder / "text_tokenizer")
         packed = (
             {} if source.quantization is None else {"quantization_config": quantization(source.quantization, dtype)}
         )
         model = UnifiedForCausalLM.from_pretrained(folder / "model", dtype=dtype, **packed, **source.options)
+        text_tokenizer = None if model.config.classes else load_text_tokenizer(folder / "text_tokenizer")
         if config.prediction is not None and Prediction.of(model.config) != Prediction.from_mapping(
             config.prediction.build()
         ):
             model = change_prediction(model, config.prediction.build())
         model.name_or_path = source.pipeline  # what the adapter names as its base
-        if model.config.text_tokenizer_fingerprint is None:
+        if model.config.text_tokenizer_fingerprint is None and text_tokenizer is not None:
             model.config.text_tokenizer_fingerprint = text_tokenizer.fingerprint
     else:
         image_tokenizer = AutoImageTokenizer.from_pretrained(str(source.image_tokenizer))
-        text_tokenizer = load_text_tokenizer(str(source.text_tokenizer or source.backbone), source.boi, source.eoi)
+        if source.options.get("conditioning"):
+            text_tokenizer = None
+        else:
+            text_tokenizer = load_text_tokenizer(str(source.text_tokenizer or source.backbone), source.boi, source.eoi)
         model = _new_model(config, image_tokenizer, text_tokenizer)
-    if config.data.pack is not None:
+    if config.data.pack is not None and model.condition is None:
         check_packing(model.backbone)
     if source.gradient_checkpointing:
         model.gradient_checkpointing_enable()
@@ -223,7 +234,10 @@ def build_parts(config: TrainConfig) -> Parts:
 
 
 def adapt(
-    config: TrainConfig, model: UnifiedForCausalLM, image_tokenizer: ImageTokenizer, text_tokenizer: TextTokenizer
+    config: TrainConfig,
+    model: UnifiedForCausalLM,
+    image_tokenizer: ImageTokenizer,
+    text_tokenizer: TextTokenizer | None,
 ) -> UnifiedForCausalLM | PeftModel:
     """The model with a fresh adapter if the run trains one.
 
@@ -266,20 +280,21 @@ def _keep_base(config: TrainConfig, pipeline: UnifiedPipeline) -> None:
         return
     partial = folder.with_name(".partial-base")
     shutil.rmtree(partial, ignore_errors=True)
-    pipeline.save_pretrained(partial, card=run_card(config, "base", pipeline.image_tokenizer.fingerprint))
+    card = run_card(config, "base", pipeline.image_tokenizer.fingerprint, base_of(pipeline.model).config)
+    pipeline.save_pretrained(partial, card=card)
     (partial / BASE_FILE).write_text(json.dumps(origin, indent=2))
     partial.rename(folder)
 
 
 def _new_model(
-    config: TrainConfig, image_tokenizer: ImageTokenizer, text_tokenizer: TextTokenizer
+    config: TrainConfig, image_tokenizer: ImageTokenizer, text_tokenizer: TextTokenizer | None
 ) -> UnifiedForCausalLM:
     shared: dict[str, Any] = {
         "codebook_size": image_tokenizer.codebook_size,
-        "boi_token_id": text_tokenizer.boi_token_id,
-        "eoi_token_id": text_tokenizer.eoi_token_id,
+        "boi_token_id": BOI if text_tokenizer is None else text_tokenizer.boi_token_id,
+        "eoi_token_id": EOI if text_tokenizer is None else text_tokenizer.eoi_token_id,
         "image_tokenizer_fingerprint": image_tokenizer.fingerprint,
-        "text_tokenizer_fingerprint": text_tokenizer.fingerprint,
+        "text_tokenizer_fingerprint": None if text_tokenizer is None else text_tokenizer.fingerprint,
         "prediction": None if config.prediction is None else config.prediction.build(),
         **config.model.options,
     }
@@ -289,13 +304,11 @@ def _new_model(
         if config.model.image_init == "codebook":
             shared["codebook"] = image_tokenizer.codebook_vectors()
         return UnifiedForCausalLM.from_backbone(config.model.backbone, **shared)
-    architecture = {
-        **(config.model.architecture or {}),
-        "vocab_size": text_tokenizer.vocab_size,
-        "bos_token_id": text_tokenizer.bos_token_id,
-        "eos_token_id": text_tokenizer.eos_token_id,
-        "pad_token_id": text_tokenizer.pad_token_id,
-    }
+    text = NO_TEXT
+    if text_tokenizer is not None:
+        names = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
+        text = {name: getattr(text_tokenizer, name) for name in names}
+    architecture = {**(config.model.architecture or {}), **text}
     model = UnifiedForCausalLM(UnifiedConfig(text_config=architecture, **shared))
     check_family(model.backbone, model.text_logits, model.config.positions)
     return model

@@ -72,7 +72,12 @@ def kept_on_failure(
         yield
     except FloatingPointError as error:
         path = folder / f"failed-step-{step:08d}-process-{accelerator.process_index}.safetensors"
-        tensors = {f"{i}.{name}": t.contiguous() for i, batch in enumerate(batches) for name, t in batch.inputs.items()}
+        tensors = {
+            f"{i}.{name}": t.contiguous()
+            for i, batch in enumerate(batches)
+            for name, t in batch.inputs.items()
+            if isinstance(t, Tensor)
+        }
         save_file(tensors, path, {name: str(number) for name, number in {"step": step, **numbers}.items()})
         raise FloatingPointError(
             f"{error} at step {step}; the batches are kept in {str(path)!r}. Lower optimizer.learning_rate, or "

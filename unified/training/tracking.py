@@ -63,19 +63,21 @@ class RunLog:
         self.accelerator.log({name: value for name, value in values.items() if value is not None}, step=step)
 
     def samples(self, step: int, pipeline: UnifiedPipeline, config: SampleConfig) -> None:
-        """Generate the sample prompts with fixed seeds into ``samples/step-N.png``, and hand the sheet to the trackers."""
+        """Generate the sample prompts or classes, with fixed seeds, into ``samples/step-N.png`` and for the trackers."""
         if not self.accelerator.is_main_process:
             return
         pipeline.set_progress_bar_config(disable=True)
-        generators = seeded(config.seed, len(config.prompts))
+        count = len(config.prompts or config.class_labels)
         images = pipeline(
-            config.prompts, guidance_scale=config.guidance_scale, generator=generators, output_type="pt"
-        ).images
-        grid = make_grid(torch.as_tensor(images), nrow=min(8, len(config.prompts)), padding=2, pad_value=1)
+            config.prompts or None, class_labels=config.class_labels or None, guidance_scale=config.guidance_scale,
+            generator=seeded(config.seed, count), output_type="pt",
+        ).images  # fmt: skip
+        grid = make_grid(torch.as_tensor(images), nrow=min(8, count), padding=2, pad_value=1)
         sheet = to_pil_image((grid * 255).round().to(torch.uint8))
         run, options = self.path.parent.resolve().name, GenerationOptions(guidance_scale=config.guidance_scale)
         settings = {name: getattr(options.filled(pipeline.sampling), name) for name in SAMPLING}
-        describe(sheet, prompts=list(config.prompts), seed=config.seed, settings=settings, model=f"{run}, step {step}")
+        labels = [str(each) for each in config.prompts or config.class_labels]
+        describe(sheet, prompts=labels, seed=config.seed, settings=settings, model=f"{run}, step {step}")
         folder = self.path.parent / "samples"
         folder.mkdir(exist_ok=True)
         write_png(sheet, folder / f"step-{step:08d}.png")
