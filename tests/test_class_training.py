@@ -240,7 +240,7 @@ def test_settings_that_do_not_go_with_classes_are_named(class_config, options, m
         ),
         (["model.options.conditioning.classes=0"], "conditioning.classes: 0 must be a whole number in"),
         (["model.options.conditioning=klass"], "conditioning: kind 'klass' cannot be trained here; use class"),
-        (["model.options.dropout=1"], r"dropout: 1 must lie in \[0, 1\)"),
+        (["model.options.dropout=1"], r"dropout: 1 must be a number in \[0, 1\)"),
         (["data.one_view=true", "data.bucket=true"], "data.bucket: not possible with data.one_view"),
         (
             ["sample.every=1", "sample.prompts=[a]", "sample.class_labels=[1]"],

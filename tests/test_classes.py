@@ -254,7 +254,7 @@ class TestPrompts:
     @pytest.mark.parametrize(
         ("conditioning", "message"),
         [
-            ("class", "conditioning: 'class' must be a mapping"),
+            ("class", "conditioning: 'class' must be null or a description"),
             ({"kind": "class", "classes": 0}, r"conditioning.classes: 0 must be a whole number in"),
             (
                 {"kind": "class", "classes": 2, "names": ["a"]},
