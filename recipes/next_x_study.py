@@ -6,7 +6,7 @@
 Trains every variant with every seed, generates images for the same captions and measures them: quality, held-out nats a code
 in the variant's own factorisation, passes and CPU seconds an image. A finished run is not run again. Writes `study.json`
 (every run), `table.md` (mean and spread) and `study.png` (quality against cost and against passes). The top of each config
-lists the commands to run before: tokenizers, codes, a small CLIP. `--variants` without names lists them all.
+lists the commands to run before: tokenizers, codes, a small CLIP. `--help` lists all variants.
 """
 
 import argparse
@@ -173,7 +173,8 @@ def passes(pipeline: UnifiedPipeline) -> int:
     """Forward passes of an image in plain decoding, its prompt's included."""
     model = base_of(pipeline.model)
     ((height, width),) = model.config.image_grids or []
-    return int(model.prediction.plan(merged_grid((height, width), model.prediction.merge.side)).groups.max()) + 1
+    plan = model.prediction.plan(merged_grid((height, width), model.prediction.merge.side))
+    return 1 + len(set(plan.passes[plan.passes <= plan.groups.max()].tolist()))
 
 
 def sampling_seconds(run: Run, pipeline: UnifiedPipeline) -> dict[str, float]:
@@ -261,6 +262,8 @@ def plan(args: argparse.Namespace) -> list[Run]:
                 Run(variant, seed, args.config, overrides, other, args.data, args.clip, args.split, args.num_images,
                     args.guidance_scale, args.temperature, out)
             )  # fmt: skip
+    if len({run.out for run in runs}) < len(runs):
+        raise ValueError("seeds, variants: one is given twice; leave it out.")
     return runs
 
 

@@ -90,7 +90,8 @@ def plot(summary: dict[str, dict[str, tuple[float, float]]], baseline: str, out:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = [name for name in METRICS if name not in NOT_QUALITY and all(name in row for row in summary.values())]
+    left_out = (*NOT_QUALITY, "training_loss")
+    names = [name for name in METRICS if name not in left_out and all(name in row for row in summary.values())]
     costs = {"flops": "training FLOPs, next-token = 1"}
     if all("passes" in row for row in summary.values()) and len({row["passes"] for row in summary.values()}) > 1:
         costs["passes"] = "forward passes of an image"
@@ -108,7 +109,8 @@ def plot(summary: dict[str, dict[str, tuple[float, float]]], baseline: str, out:
                                if variant.split(",")[0] == baseline)  # fmt: skip
                 axes.plot(*zip(*plain, strict=True), color="gray", lw=1, ls="--", zorder=0)
             else:
-                axes.set_xscale("log")
+                axes.set_xscale("log", base=2)
+                axes.xaxis.set_major_formatter("{x:.0f}")
             better = "higher" if METRICS[name][2] else "lower"
             axes.set(title=f"{METRICS[name][0]} ({better} is better)", xlabel=label)
             axes.spines[["top", "right"]].set_visible(False)

@@ -187,13 +187,13 @@ def test_wrong_grids_are_named(grids, message):
 
 def test_patches_that_do_not_divide_missing_boi_and_foreign_ids_are_named():
     made = sequence(TextSegment([5]), image())
-    with pytest.raises(ValueError, match="patch_size: 3 does not divide the code grid 4x4"):
+    with pytest.raises(ValueError, match=r"patch_size, prediction\.window: 3 does not divide the code grid 4x4"):
         arranged(made, merge=patches(3))
     made.input_ids[2] = 5
     with pytest.raises(ValueError, match="not preceded by <boi>"):
         arranged(made)
     made.input_ids[3] = 70
-    with pytest.raises(ValueError, match="input_ids: 70 is beyond text vocabulary and codebook"):
+    with pytest.raises(ValueError, match=r"input_ids: 70 is not in \[0, 70\), text vocabulary and codebook"):
         arranged(made)
 
 

@@ -94,7 +94,7 @@ def plan_of(model, grid, seed, as_sampled=True):
 
 def test_one_cell_at_a_time_in_raster_order_is_next_token_prediction(monkeypatch):
     """The general path, with groups of one cell, against the plain causal one."""
-    monkeypatch.setitem(ORDERS, "single", Order("", order_module._raster, order_module._previous))
+    monkeypatch.setitem(ORDERS, "single", Order(order_module._raster, order_module._previous))
     plain, single = model_of(None), model_of({"order": "single"})
     assert single.load_state_dict(plain.state_dict())
     losses = []
@@ -309,6 +309,8 @@ def test_known_codes_stay_and_queries_read_them_first(way):
     assert torch.equal(codes[1], alone[0])
     whole = torch.stack([image(5), image(6)])
     assert torch.equal(generate_codes(model, PROMPTS[:2], None, GRID, sampling, generators(), known=whole), whole)
+    same = generate_codes(model, PROMPTS[:2], None, GRID, sampling, generators(), known=known[:1].expand(2, -1, -1))
+    assert torch.equal(same[0], codes[0]) and torch.equal(same[:, known[0] >= 0], known[0][known[0] >= 0].expand(2, -1))
     if model.prediction.known_first:
         other = known.clone()
         other[0, 2:, 4:] = (other[0, 2:, 4:] + 7) % CODES

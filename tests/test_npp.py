@@ -67,7 +67,9 @@ def test_gradients():
 
 @pytest.mark.parametrize(("grid", "p"), [((4, 6), 4), ((3, 3), 2), ((4, 4), 0)])
 def test_undivisible_grid_is_named(grid, p):
-    with pytest.raises(ValueError, match=rf"patch_size: {p} does not divide the code grid {grid[0]}x{grid[1]}"):
+    with pytest.raises(
+        ValueError, match=rf"patch_size, prediction.window: {p} does not divide the code grid {grid[0]}x{grid[1]}"
+    ):
         group_targets(torch.zeros(1, grid[0] * grid[1], dtype=torch.long), grid, p)
 
 

@@ -61,7 +61,7 @@ def assd_codes(
     rows = paired_prompts(model, prompts, negative_prompts, sampling, generators)
     forced = forced_codes(known, count, grid, model)
     one_by_one = replace(model.prediction, size=math.prod(merged_grid(grid, model.prediction.merge.side)))
-    codes, reach = torch.full_like(forced, -1), 0
+    codes, reach = forced.clone(), 0
     for index in range(count):
         passes = image_passes(model, grid, [generators[index]], forced[index, None], one_by_one)
         state = prefill(decoder, rows[index::count], passes.columns + 2 * window)

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +24,7 @@ from unified.decoding.kv_cache import KeyValueCache
 from unified.decoding.passes import image_columns, image_passes
 from unified.decoding.prefill import Prompt, check_conditions, prefill, prompt_columns
 from unified.decoding.sampling import PositionNoise, sample_codes
+from unified.prediction.arrange import image_spans
 from unified.prediction.coordinates import span_offsets
 from unified.prediction.merge import Grid
 from unified.sequence import ImageSegment, Segment, TextSegment
@@ -173,9 +175,15 @@ class Batcher:
         self.waiting: deque[Request] = deque()
         self.rows: list[_Row] = []
         self.failed: dict[Request, ValueError] = {}  # requests that :meth:`step` gave up
-        spare = (
-            length // 4 if decoder.model.prediction.is_raster else length
-        )  # rows of other orders leave columns empty
+        raster = decoder.model.prediction.is_raster
+        window = getattr(decoder.model.config.text_config, "sliding_window", None)
+        if not raster and window is not None and window < length:
+            raise ValueError(
+                f"prediction.order: {decoder.model.prediction.order!r} leaves columns empty in a running batch, and layers with a "
+                f"window of {window} would count them; generate such images without it."
+            )
+        # Rows of other orders leave columns empty, and queries stand behind what others write.
+        spare = length // 4 if raster else 2 * length
         self._cache = KeyValueCache(length + max(1, spare))
         self._column = 0
         dtype, device = decoder.model.dtype, decoder.model.device
@@ -191,15 +199,24 @@ class Batcher:
         """Refuse a request that cannot be run; may be called from any thread.
 
         Raises:
-            ValueError: if it is too long, guidance lacks its negative row, or its schedule is refused.
+            ValueError: if it is too long, a row is empty or its images are no valid spans, guidance lacks its negative row,
+                or its schedule is refused.
         """
-        guided = request.rows == 2
+        guided, vocabulary = request.rows == 2, self.decoder.model.config.vocabulary
         if guided and request.negative is None:
             raise ValueError("negative: guidance needs an unconditional row ending with <boi>.")
         if request.max_images:
             request.image_sampling.check_schedule(request.grid[0] * request.grid[1])
         images = request.max_images and request.max_images * image_columns(self.decoder.model, request.grid)
         rows = [request.prompt, request.negative] if guided and request.negative else [request.prompt]
+        for name, row in zip(("prompt", "negative"), rows, strict=False):
+            if not row.ids:
+                raise ValueError(f"{name}: need a row of at least one id.")
+            image_spans(np.array(row.ids), row.grids, vocabulary)
+        if not request.max_images and request.prompt.ids[-1] == vocabulary.boi_token_id:
+            raise ValueError("max_images: 0, but the prompt ends with <boi>; use at least 1.")
+        if guided and rows[-1].ids[-1] != vocabulary.boi_token_id:
+            raise ValueError("negative: guidance needs an unconditional row ending with <boi>.")
         check_conditions(self.decoder.model, rows)
         if self.decoder.model.config.classes is not None and request.max_new_tokens:
             raise ValueError(f"max_new_tokens: {request.max_new_tokens}, but a model of classes writes no text; use 0.")
@@ -312,9 +329,7 @@ class Batcher:
         return min((row.first for row in self.rows), default=self._column)
 
     def _move(self, by: int) -> None:
-        """Move the columns that are still read on, if there is room; else together first."""
-        if self._column + by > self._cache.length:
-            self._compact()
+        """Move the columns that are still read on, to make room for a longer prompt."""
         first, stop = self._first, self._column
         bias = self._bias[..., first:stop].clone()
         self._bias.fill_(float("-inf"))
@@ -350,17 +365,21 @@ class Batcher:
                 row.request.grid,
             )
 
-        for group in _grouped(rows, alike):
+        self._sample_groups(_grouped(rows, alike), self._sample_codes_alike)
+
+    def _sample_groups(self, groups: list[list[_Row]], sample: Callable[[list[_Row]], None]) -> None:
+        """Sample rows that are alike together; one whose logits are not finite shall not take the others with it."""
+        for group in groups:
             try:
-                self._sample_alike(group)
-            except ValueError:  # of one row or more, which shall not take the others with it
+                sample(group)
+            except ValueError:
                 for row in group:
                     try:
-                        self._sample_alike([row])
+                        sample([row])
                     except ValueError as error:
                         self._give_up(row, error)
 
-    def _sample_alike(self, rows: list[_Row]) -> None:
+    def _sample_codes_alike(self, rows: list[_Row]) -> None:
         sampling = rows[0].request.image_sampling
         states: list[list[Tensor]] = [[], []]
         noise, scales, groups = [], [], []
@@ -390,30 +409,30 @@ class Batcher:
             kept[row.indices] = 0.0  # a bias of -inf would not hide NaN from the next request
 
     def _sample_text(self, rows: list[_Row]) -> None:
+        self._sample_groups(_grouped(rows, lambda row: row.request.text_sampling), self._sample_text_alike)
+
+    def _sample_text_alike(self, rows: list[_Row]) -> None:
         vocabulary = self.decoder.model.config.vocabulary
-        never = {vocabulary.eoi_token_id, vocabulary.bos_token_id, vocabulary.pad_token_id} - {
-            *vocabulary.eos_token_ids,
-            None,
-        }
-        for alike in _grouped(rows, lambda row: row.request.text_sampling):
-            sampling = alike[0].request.text_sampling
-            logits = self.decoder.text_logits(torch.stack([row.states[0, -1] for row in alike])).float()
-            logits[:, list(never)] = float("-inf")
-            for own, row in zip(logits, alike, strict=True):
-                if row.images >= row.request.max_images:
-                    own[vocabulary.boi_token_id] = float("-inf")
-                if row.request.text_ids is not None:
-                    own[row.request.text_ids :] = float("-inf")
-            noise = torch.cat([row.text_noise.at(row.written)[:, 0] for row in alike])
-            for row, token in zip(alike, sample_codes(logits, sampling, noise).tolist(), strict=True):
-                row.written += 1
-                if token in vocabulary.eos_token_ids:
-                    row.finished = True
-                    continue
-                row.next = token
-                if token != vocabulary.boi_token_id:
-                    row.text.append(token)
-                    row.finished = row.written >= row.request.max_new_tokens
+        ends = set(vocabulary.eos_token_ids)
+        never = {vocabulary.eoi_token_id, vocabulary.bos_token_id, vocabulary.pad_token_id} - {*ends, None}
+        logits = self.decoder.text_logits(torch.stack([row.states[0, -1] for row in rows])).float()
+        logits[:, list(never)] = float("-inf")
+        for own, row in zip(logits, rows, strict=True):
+            if row.images >= row.request.max_images:
+                own[vocabulary.boi_token_id] = float("-inf")
+            if row.request.text_ids is not None:
+                own[row.request.text_ids :] = float("-inf")
+        noise = torch.cat([row.text_noise.at(row.written)[:, 0] for row in rows])
+        sampling = rows[0].request.text_sampling
+        for row, token in zip(rows, sample_codes(logits, sampling, noise).tolist(), strict=True):
+            row.written += 1
+            if token in ends:
+                row.finished = True
+                continue
+            row.next = token
+            if token != vocabulary.boi_token_id:
+                row.text.append(token)
+                row.finished = row.written >= row.request.max_new_tokens
 
     def _advance(self) -> None:
         """Run what every row has to run and write it to the next columns."""

@@ -76,7 +76,7 @@ def iterate_codes(
     """
     rows = paired_prompts(decoder.model, prompts, negative_prompts, sampling, generators)
     forced = forced_codes(known, len(prompts), grid, decoder.model)
-    parts, whole, reach = _alike(decoder.model.prediction, forced), torch.full_like(forced, -1), 0
+    parts, whole, reach = _alike(decoder.model.prediction, forced), forced.clone(), 0
     for part in parts:
         own = [generators[row] for row in part]
         passes = image_passes(decoder.model, grid, own, forced[part])
@@ -94,10 +94,15 @@ def iterate_codes(
 
 
 def _alike(prediction: Prediction, known: Tensor) -> list[list[int]]:
-    """Rows that can be decoded together: all, unless the codes that are given first differ."""
-    rows: dict[bytes, list[int]] = {}
+    """Rows that can be decoded together: all, unless the codes that are given first differ.
+
+    A permutation without those leaves other groups in every image.
+    """
+    rows: dict[object, list[int]] = {}
     for row, given in enumerate((known >= 0).cpu().numpy()):
-        rows.setdefault(given.tobytes() if prediction.known_first else b"", []).append(row)
+        alone = prediction.way.any_order and given.any()
+        key = row if alone else given.tobytes() if prediction.known_first else None
+        rows.setdefault(key, []).append(row)
     return list(rows.values())
 
 
@@ -312,6 +317,8 @@ def paired_prompts(
         ValueError: if the model takes a condition instead of a prompt, or a list has another length.
     """
     rows = list(prompts)
+    if not rows:
+        raise ValueError("prompts: need one or more rows of at least one id.")
     if len(generators) != len(rows):
         raise ValueError(f"generators: {len(generators)} given for {len(rows)} prompts; give one each.")
     if sampling.guided:

@@ -449,7 +449,7 @@ def _check_no_window(config: Any) -> None:
     ):
         raise ValueError(
             f"prediction.order: {config.model_type} sees windows of {window} positions, which an order with queries cannot keep; "
-            "use raster, rows or diagonals."
+            "use raster, rows, diagonals or regions."
         )
 
 

@@ -12,7 +12,7 @@ from unified.prediction.plan import Prediction
 def change_prediction(model: UnifiedForCausalLM, prediction: dict[str, Any]) -> UnifiedForCausalLM:
     """A model of another order or merge around the same backbone, with the same image embedding.
 
-    Each of its heads starts as the image head of the model, because it scores the same codes. Queries and merges start
+    Each of its heads starts as the first image head of the model, because it scores the same codes. Queries and merges start
     untrained. The model that is given must not be used any more.
 
     Args:
@@ -26,8 +26,13 @@ def change_prediction(model: UnifiedForCausalLM, prediction: dict[str, Any]) -> 
     config = copy.deepcopy(model.config)
     config.prediction, config.new_image_tables = prediction, True
     decoder = model.backbone.base_model
-    decoder.rotary_emb = decoder.rotary_emb.rotary
-    changed = UnifiedForCausalLM(config, model.backbone)
+    wrapped = decoder.rotary_emb
+    decoder.rotary_emb = wrapped.rotary
+    try:
+        changed = UnifiedForCausalLM(config, model.backbone)
+    except Exception:
+        decoder.rotary_emb = wrapped  # a change that is refused leaves the model as it was
+        raise
     with torch.no_grad():
         changed.image_embed.weight.copy_(model.image_embed.weight)
         head = model.image_head.weight[:, : model.config.text_config.hidden_size]

@@ -195,12 +195,12 @@ def image_spans(ids: np.ndarray, grids: Sequence[Grid], vocabulary: Vocabulary) 
 
     Raises:
         ValueError: if the runs of image codes do not match the grids one to one, a span has no ``<boi>`` before it, or an
-            id lies beyond the codebook.
+            id is negative or beyond the codebook.
     """
     total = vocabulary.text_vocab_size + vocabulary.codebook_size
     if len(ids) and (ids.max() >= total or ids.min() < 0):
         outside = ids.max() if ids.max() >= total else ids.min()
-        raise ValueError(f"input_ids: {outside} is beyond text vocabulary and codebook ({total} ids).")
+        raise ValueError(f"input_ids: {outside} is not in [0, {total}), text vocabulary and codebook.")
     for grid in grids:
         if not isinstance(grid, tuple | list) or len(grid) != 2 or not all(map(is_whole, grid)):
             raise ValueError(f"image_grids: {grid!r} is not a grid (h, w) of whole numbers of at least 1.")
@@ -217,7 +217,7 @@ def image_spans(ids: np.ndarray, grids: Sequence[Grid], vocabulary: Vocabulary) 
             )
         if start == 0 or ids[start - 1] != vocabulary.boi_token_id:
             raise ValueError(f"input_ids: the image span at {start} is not preceded by <boi>.")
-    return list(zip(starts, grids, strict=True))
+    return [(start, (int(grid[0]), int(grid[1]))) for start, grid in zip(starts, grids, strict=True)]
 
 
 def pack(rows: Iterable[Row], max_length: int) -> list[Row]:

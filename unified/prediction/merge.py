@@ -1,7 +1,7 @@
 """How finished image codes enter the backbone: one position each, or a window of s x s codes a position.
 
 ``one``
-    A position for every code: next-token prediction, and every way of sampling.
+    A position for every code, in any order; training and sampling.
 ``mean``
     The mean of the embeddings of a window (next-patch prediction, arXiv 2412.15321): training only, because the codes of
     a window are predicted by one distribution.
@@ -59,7 +59,7 @@ def merged_grid(grid: Grid, side: int) -> Grid:
     height, width = grid
     if side < 1 or height % side or width % side:
         raise ValueError(
-            f"patch_size: {side} does not divide the code grid {height}x{width}; use a common divisor of its sides."
+            f"patch_size, prediction.window: {side} does not divide the code grid {height}x{width}; use a divisor of both sides."
         )
     return height // side, width // side
 

@@ -28,7 +28,6 @@ class Order:
     """A way to go through a grid.
 
     Attributes:
-        about: one line for help texts.
         groups: of a grid and ``size``.
         sources: of a grid and ``size``.
         size: default of the number that the order takes, 0 to choose it by the grid; None for an order that takes none.
@@ -37,7 +36,6 @@ class Order:
             them one by one, and groups of any size may be sampled.
     """
 
-    about: str
     groups: Callable[[Grid, int], Cells]
     sources: Callable[[Grid, int], Cells]
     size: int | None = None
@@ -145,7 +143,7 @@ def _spread(grid: Grid, size: int) -> Cells:
 
 
 def rising_sizes(cells: int, passes: int) -> Cells:
-    """Sizes of ``passes`` groups that rise along a cosine, as in MaskGIT (arXiv 2202.04200), eq. of its section 3.3.
+    """Sizes of ``passes`` groups that rise along a cosine, as in MaskGIT (arXiv 2202.04200, section 3.3).
 
     Raises:
         ValueError: for more passes than cells.
@@ -193,13 +191,13 @@ def _locality(grid: Grid, size: int) -> Cells:
 _SPACING = 3.0  # cells; further apart than that, two cells hardly depend on one another
 
 ORDERS: dict[str, Order] = {
-    "raster": Order("one code after the other, row by row", _raster, _previous),
-    "rows": Order("a row at a time, the first code by code", _rows, _previous_or_above),
-    "rows_at_once": Order("a row at a time, the first one too", _rows_at_once, _query_or_above),
-    "diagonals": Order("an anti-diagonal at a time, by two heads", _diagonals, _left_and_above, heads=2),
-    "regions": Order("one code of each of size x size regions at a time", _regions, _previous_in_region, size=2),
-    "cells": Order("blocks of size x size at a time, by queries", _blocks, _by_query, size=4),
-    "spread": Order("one code of each size x size window at a time, by queries", _spread, _by_query, size=4),
-    "locality": Order("size groups of codes far apart, near to known ones, by queries", _locality, _by_query, size=0),
-    "random": Order("any order, by queries; size groups by default", _cosine, _by_query, size=0, any_order=True),
+    "raster": Order(_raster, _previous),
+    "rows": Order(_rows, _previous_or_above),
+    "rows_at_once": Order(_rows_at_once, _query_or_above),
+    "diagonals": Order(_diagonals, _left_and_above, heads=2),
+    "regions": Order(_regions, _previous_in_region, size=2),
+    "cells": Order(_blocks, _by_query, size=4),
+    "spread": Order(_spread, _by_query, size=4),
+    "locality": Order(_locality, _by_query, size=0),
+    "random": Order(_cosine, _by_query, size=0, any_order=True),
 }

@@ -130,7 +130,9 @@ class Prediction:
         return _make(self.way, self.size, grid, seed, known)
 
     def training_plan(self, grid: Grid, seed: int) -> Plan:
-        """The plan of a grid for training: that of sampling, but for an order of any kind cell by cell."""
+        """The plan of a grid for training: that of sampling, but cell by cell for an order with ``any_order``, whose
+        permutation ``seed`` chooses.
+        """
         if not self.way.any_order:
             return _plan(self.order, self.size, grid)
         return _make(self.way, grid[0] * grid[1], grid, seed, None)
@@ -161,8 +163,8 @@ def _make(order: Order, size: int, grid: Grid, seed: int | None, known: Cells | 
 def arrange_positions(groups: Cells, sources: Cells, ranks: Cells, one_by_one: bool = False) -> Plan:
     """Positions that predict ``groups`` from ``sources``, in the order in which they run.
 
-    Pass g holds the codes of group g - 1, the sources of group g that have entered before all of that was known and
-    enter again, and the queries of group g.
+    Pass g holds the codes of group g - 1, the sources of group g that entered in an earlier pass and enter again, and the
+    queries of group g.
 
     Args:
         groups: ``(n,)``, -1 for cells that are given first.

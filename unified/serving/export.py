@@ -78,7 +78,9 @@ def check_exportable(model: UnifiedForCausalLM) -> None:
             "other engines generate one token after the other. Train in raster order."
         )
     if model.condition is not None:
-        raise ValueError("export: the model samples after a class or features, not after a prompt.")
+        raise ValueError(
+            "export: the model samples after a class or features, not after a prompt; export a model without conditioning."
+        )
 
 
 @torch.no_grad()
