@@ -173,7 +173,7 @@ def test_more_options_decide(page):
         ("sjd", "same distribution"),
         ("jacobi", "same image"),
         ("gsd", "fastest"),
-        ("plain", "one code"),
+        ("plain", "pass by pass"),
     ):
         page.choose("decoding", text)
         page.tab.locator("#generate").click()
