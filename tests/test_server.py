@@ -55,7 +55,7 @@ class Client:
         assert self.http.post("/gradio_api/queue/join", json=asked).status_code == 200
 
     def messages(self):
-        """The answers to this session."""
+        """The answers to this client."""
         with self.http.stream("GET", "/gradio_api/queue/data", params={"session_hash": self.session}) as answers:
             yield from (json.loads(line[5:]) for line in answers.iter_lines() if line.startswith("data:"))
 
@@ -102,7 +102,7 @@ class Client:
 
     @contextmanager
     def listening(self):
-        """A bare connection on which the answers to this session come."""
+        """A bare connection on which the answers to this client come."""
         path = f"/gradio_api/queue/data?session_hash={self.session}"
         with socket.create_connection((self.http.base_url.host, self.http.base_url.port)) as connection:
             head = f"GET {path} HTTP/1.1\r\nHost: localhost\r\nX-Forwarded-For: {self.address}\r\n\r\n"

@@ -122,7 +122,8 @@ class Batches(Dataset):
         made = [
             self.sources[place[0]].sequence(rows[place], rng) for place, rng in zip(places, generators, strict=True)
         ]
-        for number, sequence in zip(numbers, made, strict=True):
+        any_order = Prediction.of(self.config).way.any_order  # others have one permutation for all
+        for number, sequence in zip(numbers, made, strict=True) if any_order else ():
             sequence.seed = int(np.random.default_rng((self.seed, _ORDER, number)).integers(2**62))
         return made
 

@@ -6,7 +6,7 @@ query says follows all drafts before it. Drafts pass the test of :mod:`unified.d
 is sampled again from the residual. The same pass asks for the cells behind the drafts, so every pass both judges and
 drafts.
 
-The paper drafts again, in a pass of its own, after a draft has failed. Here drafts behind it are sampled again from what
+The paper drafts again, in another pass, after a draft has failed. Here drafts behind it are sampled again from what
 this pass has said of them, on a context that was wrong in that cell: more codes a pass, and the test makes up for it.
 Every pass confirms a cell or more, so there are never more passes than cells.
 

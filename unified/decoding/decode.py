@@ -179,8 +179,8 @@ def continue_image(
     hidden, waiting, reach = state.hidden[:, None], torch.empty(0, dtype=torch.long, device=device), 0
     if not passes.groups:
         yield codes  # all given
-    fixed = [bool((known.gather(1, g.codes.expand(len(known), -1)) >= 0).all()) for g in passes.groups]
-    for group, skipped in zip(passes.groups, fixed, strict=True):
+        return
+    for group, skipped in zip(passes.groups, _fixed(passes, known), strict=True):
         reach = max(reach, group.reach)
         entering = torch.cat([waiting, torch.arange(*group.entering, device=device)])
         if skipped:
@@ -235,6 +235,13 @@ def run_positions(
     if len(asking):
         cache.rewind(cache.column - len(asking))
     return hidden
+
+
+def _fixed(passes: Passes, known: Tensor) -> list[bool]:
+    """Of each group, whether it is known in every row; the device is read once."""
+    order = torch.cat([group.codes for group in passes.groups], dim=1).expand(len(known), -1)
+    given = (known.gather(1, order) >= 0).all(dim=0).cpu()
+    return [bool(part.all()) for part in given.split([group.codes.shape[1] for group in passes.groups])]
 
 
 def entering_embeddings(decoder: Decoder, codes: Tensor, index: Tensor) -> Tensor:

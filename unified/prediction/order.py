@@ -6,7 +6,7 @@ An order is two functions of a grid ``(h, w)``, whose cells are numbered row by 
     ``(h*w,)``, when each cell is predicted; cells of a group are predicted together.
 ``sources``
     ``(h*w, m)``, whose positions predict each cell: a cell of an earlier group, ``START`` (the position before the image),
-    ``QUERY`` (a position for this purpose, which holds no code) or ``NONE``. With m = 2 each source has a head of its own,
+    ``QUERY`` (a position for this purpose, which holds no code) or ``NONE``. With m = 2 each source has its head,
     and their logits are averaged.
 
 Everything else follows (see :mod:`unified.prediction.plan`). Add two functions here and a line in :data:`ORDERS`.
