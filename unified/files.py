@@ -35,6 +35,17 @@ def write_text(path: str | Path, text: str) -> Path:
     return write_whole(path, lambda beside: beside.write_text(text, encoding="utf-8"))
 
 
+def read_json(file: Path, name: str) -> dict[str, Any]:
+    """Names with values from a JSON file. Raises ValueError, which calls the file ``name``, if it holds anything else."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name}: {str(file)!r} is no JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{name}: {str(file)!r} holds a {type(content).__name__}; need names with values.")
+    return content
+
+
 def write_json(path: str | Path, content: Any) -> Path:
     """Write JSON, whole. Raises ValueError if a number is not finite."""
     return write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
+from unified.files import read_json
 from unified_eval.features import Extractor
 from unified_eval.frechet import mean_off_diagonal
 from unified_tokenizers.checkpoint import check_counts, check_weights
@@ -97,7 +98,7 @@ def _name_of_folder(folder: Path) -> str:
     """Check the layout and the sizes of a local CLIP and return the name of its scores."""
     if not (folder / CONFIG_FILE).is_file():
         raise ValueError(f"clip: {str(folder)!r} has no {CONFIG_FILE}; give a folder in open_clip's local-dir layout.")
-    config = _read_json(folder / CONFIG_FILE)
+    config = read_json(folder / CONFIG_FILE, "clip")
     missing = [key for key in ("size", "mean", "std") if key not in (config.get("preprocess_cfg") or {})]
     if missing:
         raise ValueError(
@@ -108,7 +109,7 @@ def _name_of_folder(folder: Path) -> str:
         raise ValueError(f"clip: {str(folder)!r} has no weights; put open_clip_model.safetensors beside {CONFIG_FILE}.")
     _check_sizes(folder, config, weights)
     if (folder / NANO_CLIP_FILE).is_file():
-        return str(_read_json(folder / NANO_CLIP_FILE).get("name"))
+        return str(read_json(folder / NANO_CLIP_FILE, "clip").get("name"))
     return folder.resolve().name
 
 
@@ -130,16 +131,6 @@ def _check_sizes(folder: Path, config: dict[str, Any], weights: list[Path]) -> N
         (open_clip.CoCa if "multimodal_cfg" in described else open_clip.CustomTextCLIP) if custom else open_clip.CLIP
     )
     check_weights(lambda: kind(**described), stored, folder)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"clip: {str(file)!r} is no JSON ({error}).") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"clip: {str(file)!r} holds a {type(content).__name__}; need names with values.")
-    return content
 
 
 def clip_recipe(clip: Clip) -> dict[str, Any]:

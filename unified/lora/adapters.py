@@ -19,6 +19,7 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_mode
 from torch import Tensor, nn
 
 from unified.config import head_dim
+from unified.files import read_json
 from unified.lora.modality_gate import check_modality, forget_gates, gate_adapter
 from unified.lora.switching import adapter_state, apply_weights, check_not_fused, switch, unfuse_lora, wrapped_tables
 from unified.model.backbone import decoder_layers
@@ -195,7 +196,7 @@ def check_base(model: UnifiedForCausalLM | PeftModel, path: str | Path, weight_n
             )
     if not (Path(path) / BASE_FILE).is_file():
         return
-    wanted, actual = _read_json(Path(path) / BASE_FILE), base_description(base_of(model))
+    wanted, actual = read_json(Path(path) / BASE_FILE, "lora"), base_description(base_of(model))
     different = [
         f"{name}: adapter {reprlib.repr(wanted[name])}, model {value!r}"
         for name, value in actual.items()
@@ -235,8 +236,8 @@ def load_lora(
     check_base(model, folder, weight_name)
     _check_name(model, adapter_name)
     described = (folder / BASE_FILE).is_file()
-    modality = _read_json(folder / BASE_FILE).get("modality", "all") if described else "all"
-    fields = _read_json(folder / _CONFIG_FILE)
+    modality = read_json(folder / BASE_FILE, "lora").get("modality", "all") if described else "all"
+    fields = read_json(folder / _CONFIG_FILE, "lora")
     config = _lora_config(fields, base_of(model))
     config.inference_mode = not trainable
     check_modality(modality, config.use_dora)
@@ -355,16 +356,6 @@ def _check_name(model: UnifiedForCausalLM | PeftModel, name: str) -> None:
         raise ValueError(
             f"adapter_name: {name!r} is not possible; use letters, digits, '_' and '-', and no name of a module of the model."
         )
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"lora: {str(file)!r} is no JSON ({error}).") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"lora: {str(file)!r} holds a {type(content).__name__}; need names with values.")
-    return content
 
 
 def _is_names(value: Any) -> bool:
