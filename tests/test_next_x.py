@@ -13,6 +13,7 @@ from unified.decoding import passes as passes_module
 from unified.decoding.decoder import BackboneDecoder
 from unified.decoding.fused_llama import LeanDecoder, make_decoder
 from unified.decoding.sampling import PositionNoise, filter_logits, guide
+from unified.model.image_modules import SourceJoin, initialize_image_module
 from unified.prediction import order as order_module
 from unified.prediction.arrange import arrange, cell_codes
 from unified.prediction.merge import merged_grid, patches
@@ -433,3 +434,19 @@ def test_no_coarse_patches_beside_a_learned_merge():
 
     with pytest.raises(ValueError, match=r"rows: merges \['channel', 'mean'\] cannot stand in one batch"):
         collate(rows, model.config)
+
+
+def test_joined_states_equal_their_formula_and_ignore_missing_sources():
+    torch.manual_seed(0)
+    join = SourceJoin(4, 2).double()
+    assert initialize_image_module(join) and initialize_image_module(join.mlp)
+    hidden, missing = torch.randn(3, 2, 4).double(), torch.tensor([[False, False], [True, False], [False, True]])
+    mean = torch.stack([hidden[0].mean(dim=0), hidden[1, 1], hidden[2, 0]])
+    torch.testing.assert_close(join(hidden, missing), mean)  # before training
+    for weight in join.parameters():
+        torch.nn.init.normal_(weight)
+    left, above = join.narrow.weight.split(4, dim=1)
+    x = torch.stack([(left @ hidden[0, 0] + above @ hidden[0, 1]) / 2, above @ hidden[1, 1], left @ hidden[2, 0]])
+    normed = x / (x.square().mean(dim=1, keepdim=True) + 1e-6).sqrt() * join.mlp.norm.weight
+    gate, up = (normed @ join.mlp.gate_up.weight.T).split(4, dim=1)
+    torch.testing.assert_close(join(hidden, missing), x + (gate * gate.sigmoid() * up) @ join.mlp.down.weight.T)

@@ -28,7 +28,7 @@ from unified_tokenizers import read_weights
 from unified_tokenizers.checkpoint import check_names
 
 BASE_FILE = "unified_base.json"
-IMAGE_MODULES = ("image_embed", "image_head", "image_query", "image_merge", "image_split")
+IMAGE_MODULES = ("image_embed", "image_head", "image_query", "image_merge", "image_split", "image_join")
 _CONFIG_FILE, _WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _SHAPES = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 _INITS = (True, False, "gaussian", "orthogonal")  # the others of peft change the base, or need data

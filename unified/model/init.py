@@ -24,7 +24,7 @@ def initialize_image_tables(
 
     Args:
         image_embed: the weight of the image embedding ``(K, D)``, written in place.
-        image_head: the weight of the image head ``(K, D)``, or ``(K, m * D)`` of m heads, written in place.
+        image_head: the weight of the image head ``(K, D)``, written in place.
         text_embed: the text embedding, ids to ``(..., D)``; a module, because some backbones (Gemma 3) scale its rows.
         text_head: the weight of the text head ``(V_text, D)``.
         vocab_size: number of text ids V_text.
@@ -57,11 +57,10 @@ def initialize_image_tables(
         image_head.normal_(0, initializer_range, generator=generator)
     else:
         text_rows = text_head.float()  # made only where it is read: a text head may have gigabytes
-        for head in image_head.split(image_embed.shape[1], dim=1):
-            if head_init == "text":
-                head.copy_(text_rows.mean(dim=0) + _noise(head, generator) * text_rows.std(dim=0))
-            else:
-                head.copy_(_standard(image_embed.float()) * text_rows.std(dim=0))
+        if head_init == "text":
+            image_head.copy_(text_rows.mean(dim=0) + _noise(image_head, generator) * text_rows.std(dim=0))
+        else:
+            image_head.copy_(_standard(image_embed.float()) * text_rows.std(dim=0))
 
 
 def _noise(like: Tensor, generator: torch.Generator | None) -> Tensor:

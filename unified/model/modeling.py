@@ -11,10 +11,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from unified.config import UnifiedConfig
 from unified.model.backbone import load_language_model
-from unified.model.channel_merge import WindowMerge, WindowSplit, initialize_merge
 from unified.model.dropout import add_dropout
 from unified.model.family import check_family
 from unified.model.image_head import ImageHead, patch_losses
+from unified.model.image_modules import SourceJoin, WindowMerge, WindowSplit, initialize_image_module
 from unified.model.init import initialize_image_tables
 from unified.model.masks import NoCache, masked_arguments
 from unified.model.prefix import build_condition
@@ -75,13 +75,14 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
         self.backbone: Any = backbone
         width = self.backbone.config.hidden_size
         prediction = Prediction.of(config)
-        side = prediction.merge.side
+        side, sources = prediction.merge.side, prediction.way.most_sources
         self.image_embed = nn.Embedding(config.codebook_size, width)
-        self.image_head = ImageHead(width * prediction.way.heads, config.codebook_size)  # several heads side by side
+        self.image_head = ImageHead(width, config.codebook_size)
         self.image_query = nn.Embedding(1, width) if prediction.has_queries else None
         self.image_merge = WindowMerge(width, side) if side > 1 else None
         self.image_split = WindowSplit(width, side) if side > 1 else None
-        self._heads, self._window = prediction.way.heads, side
+        self.image_join = SourceJoin(width, sources) if sources > 1 else None
+        self._window = side
         self.condition = None if config.conditioning is None else build_condition(config.conditioning, width)
         self.modality_gate: Any = None  # of unified.lora, while an adapter is loaded that acts on one modality only
         self._wrap_rotary()
@@ -97,7 +98,7 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
         return Prediction.of(self.config)
 
     def _init_weights(self, module: nn.Module) -> None:
-        if not initialize_merge(module):
+        if not initialize_image_module(module):
             super()._init_weights(module)
 
     def _wrap_rotary(self) -> None:
@@ -185,7 +186,7 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
 
     def image_modules(self) -> dict[str, nn.Module]:
         """The modules that the model has for images beside the backbone, by name."""
-        names = ("image_embed", "image_head", "image_query", "image_merge", "image_split")
+        names = ("image_embed", "image_head", "image_query", "image_merge", "image_split", "image_join")
         return {name: module for name in names if (module := getattr(self, name)) is not None}
 
     def embed(
@@ -230,21 +231,20 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
         return mean_embedding(self.image_embed, codes)
 
     def image_states(self, hidden: Tensor, missing: Tensor | None = None, merge: str = "mean") -> Tensor:
-        """What the image head scores, ``(N, P, m * D)``, of the final states ``(N, m, D)`` of N cells' sources.
+        """What the image head scores, ``(N, P, D)``, of the final states ``(N, m, D)`` of N cells' sources.
 
         P is 1, or with ``channel`` merges the number of codes of a cell. ``missing (N, m)`` is True for sources that a cell
-        does not have; the logits of the others are averaged.
+        does not have.
         """
-        if merge == "channel":
-            assert self.image_split is not None
-            states = self.image_split(hidden)  # (N, m, P, D)
+        if self.image_join is None:
+            joined = hidden[:, 0]
         else:
-            states = hidden[:, :, None]
-        if hidden.shape[1] > 1:
             assert missing is not None
-            there = (~missing).to(states.dtype)
-            states = states * (there / there.sum(dim=1, keepdim=True).clamp_min(1))[:, :, None, None]
-        return states.transpose(1, 2).flatten(2)
+            joined = self.image_join(hidden, missing)
+        if merge != "channel":
+            return joined[:, None]
+        assert self.image_split is not None
+        return self.image_split(joined)
 
     def text_logits(self, hidden: Tensor) -> Tensor:
         """``(..., D)`` to ``(..., V_text)`` through the backbone's own head."""
@@ -352,7 +352,7 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
             )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         kept = outputs.last_hidden_state[:, keep]
-        plain = self._heads == self._window == 1
+        plain = self.image_join is None and self.image_split is None
         image_logits = self.image_head(kept) if image_inputs is not None and plain else None
         return UnifiedOutput(logits=self.text_logits(kept), image_logits=image_logits, cache=outputs.cache)
 
@@ -416,7 +416,7 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
         )
 
     def _image_loss(self, states: Tensor, codes: Tensor, weights: Tensor) -> Tensor:
-        """Weighted sum of the losses of N cells: ``states (N, P or 1, m * D)``, ``codes (N, P)``, ``weights (N,)``."""
+        """Weighted sum of the losses of N cells: ``states (N, P or 1, D)``, ``codes (N, P)``, ``weights (N,)``."""
         if states.shape[1] > 1:  # a distribution for each code
             weights = (weights[:, None] / codes.shape[1]).expand_as(codes).flatten()
             codes = codes.reshape(-1, 1)
@@ -427,10 +427,12 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
         no_ids = torch.empty(0, dtype=torch.long, device=nothing.device)
         total = nothing.sum()
         if not images:
-            wide = nothing.new_empty(0, self._heads * nothing.shape[-1])
             total = (
-                total + patch_losses(self.image_head, wide, no_ids[:, None], no_ids) + self.image_embed(no_ids).sum()
+                total + patch_losses(self.image_head, nothing, no_ids[:, None], no_ids) + self.image_embed(no_ids).sum()
             )
+            if self.image_join is not None:
+                sources = nothing.new_empty(0, self.prediction.way.most_sources, nothing.shape[-1])
+                total = total + self.image_join(sources, sources[..., 0] > 0).sum()
         if self.image_query is not None and not (images and queries):
             total = total + self.image_query(no_ids).sum()
         if self.image_merge is not None and self.image_split is not None and not (images and merge == "channel"):

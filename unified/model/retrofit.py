@@ -10,10 +10,10 @@ from unified.prediction.plan import Prediction
 
 
 def change_prediction(model: UnifiedForCausalLM, prediction: dict[str, Any]) -> UnifiedForCausalLM:
-    """A model of another order or merge around the same backbone, with the same image embedding.
+    """A model of another order or merge around the same backbone, with the same image embedding and image head.
 
-    Each of its heads starts as the first image head of the model, because it scores the same codes. Queries and merges start
-    untrained. The model that is given must not be used any more.
+    Queries, merges and the join of sources start untrained; the join as a mean. The model that is given must not be used any
+    more.
 
     Args:
         model: a trained model, without adapters.
@@ -22,7 +22,7 @@ def change_prediction(model: UnifiedForCausalLM, prediction: dict[str, Any]) -> 
     Raises:
         ValueError: for a prediction that is unknown, or that the backbone does not allow.
     """
-    wanted = Prediction.from_mapping(prediction)
+    Prediction.from_mapping(prediction)  # checks it
     config = copy.deepcopy(model.config)
     config.prediction, config.new_image_tables = prediction, True
     decoder = model.backbone.base_model
@@ -35,8 +35,7 @@ def change_prediction(model: UnifiedForCausalLM, prediction: dict[str, Any]) -> 
         raise
     with torch.no_grad():
         changed.image_embed.weight.copy_(model.image_embed.weight)
-        head = model.image_head.weight[:, : model.config.text_config.hidden_size]
-        changed.image_head.weight.copy_(head.repeat(1, wanted.way.heads))
+        changed.image_head.weight.copy_(model.image_head.weight)
     changed.condition = model.condition
     for part in changed.image_modules().values():
         part.to(device=model.device, dtype=model.dtype)

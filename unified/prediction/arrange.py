@@ -121,7 +121,7 @@ def arrange(
     shape = (length, merge.side**2 if spans else 1)
     row_ids, row_labels = np.full(shape, IGNORE), np.full(shape, IGNORE)
     positions, is_image = np.full((length, 2), -1.0, dtype=np.float32), np.zeros(length, dtype=bool)
-    sources, steps = np.full((length, prediction.way.heads), -1), np.empty((length, 2), dtype=np.int64)
+    sources, steps = np.full((length, prediction.way.most_sources), -1), np.empty((length, 2), dtype=np.int64)
     cursor, end, step, base = 0, 0, 0, 0.0  # in the sequence, in the row, the next step, and the index of the text
     for number in range(len(spans) + 1):
         stop = spans[number][0] if number < len(spans) else len(ids)

@@ -6,8 +6,7 @@ An order is two functions of a grid ``(h, w)``, whose cells are numbered row by 
     ``(h*w,)``, when each cell is predicted; cells of a group are predicted together.
 ``sources``
     ``(h*w, m)``, whose positions predict each cell: a cell of an earlier group, ``START`` (the position before the image),
-    ``QUERY`` (a position for this purpose, which holds no code) or ``NONE``. With m = 2 each source has its head,
-    and their logits are averaged.
+    ``QUERY`` (a position for this purpose, which holds no code) or ``NONE``. Where m > 1, the model joins their states.
 
 Everything else follows (see :mod:`unified.prediction.plan`). Add two functions here and a line in :data:`ORDERS`.
 """
@@ -31,7 +30,7 @@ class Order:
         groups: of a grid and ``size``.
         sources: of a grid and ``size``.
         size: default of the number that the order takes, 0 to choose it by the grid; None for an order that takes none.
-        heads: m, the most sources of a cell.
+        most_sources: m, of a cell.
         any_order: groups are only the default of sampling: cells come in another order in every image, training predicts
             them one by one, and groups of any size may be sampled.
     """
@@ -39,7 +38,7 @@ class Order:
     groups: Callable[[Grid, int], Cells]
     sources: Callable[[Grid, int], Cells]
     size: int | None = None
-    heads: int = 1
+    most_sources: int = 1
     any_order: bool = False
 
 
@@ -194,7 +193,7 @@ ORDERS: dict[str, Order] = {
     "raster": Order(_raster, _previous),
     "rows": Order(_rows, _previous_or_above),
     "rows_at_once": Order(_rows_at_once, _query_or_above),
-    "diagonals": Order(_diagonals, _left_and_above, heads=2),
+    "diagonals": Order(_diagonals, _left_and_above, most_sources=2),
     "regions": Order(_regions, _previous_in_region, size=2),
     "cells": Order(_blocks, _by_query, size=4),
     "spread": Order(_spread, _by_query, size=4),

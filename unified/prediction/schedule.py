@@ -140,7 +140,7 @@ def training_flops(
         config: the model's configuration.
         text_positions: text tokens of the sequence, frame tokens included.
         image_positions: image positions, ``h*w/p^2`` for every image.
-        scored: states that the image head scores, counted for each of its heads; default ``image_positions``.
+        scored: states that the image head scores; default ``image_positions``.
     """
     c = config.text_config
     width = head_dim(c)
@@ -157,21 +157,21 @@ def training_flops(
 def image_flops(config: UnifiedConfig, grid: Grid, text_positions: float, patch_size: int = 1) -> float:
     """FLOPs of one training step on one image of ``grid`` codes behind a text, in the order and with the merge of a model.
 
-    The merge's own matrices are counted too.
+    The modules of a merge, and of a join of sources, are counted too (unified/model/image_modules.py).
     """
     prediction = Prediction.of(config)
     merge = prediction.merge if patch_size == 1 else patches(patch_size)
     cells = merged_grid(grid, merge.side)
     plan = prediction.training_plan(cells, 0)
-    count, heads, learned = cells[0] * cells[1], prediction.way.heads, merge.kind == "channel"
+    count, sources, learned = cells[0] * cells[1], prediction.way.most_sources, merge.kind == "channel"
     codes = merge.side**2 if learned else 1
-    flops = training_flops(config, text_positions, len(plan.cells), count * codes * heads)
-    if (
-        learned
-    ):  # of unified/model/channel_merge.py, in squares of the width: for each position, and for each source of a cell
-        squares = 4 * int((plan.cells >= 0).sum()) + (3 + codes) * count * heads
-        flops += 6.0 * squares * config.text_config.hidden_size**2
-    return flops
+    squares = 0  # matrices of width x width that a vector passes
+    if learned:
+        squares += 4 * int((plan.cells >= 0).sum()) + (3 + codes) * count
+    if sources > 1:
+        squares += (3 + sources) * count
+    flops = training_flops(config, text_positions, len(plan.cells), count * codes)
+    return flops + 6.0 * squares * config.text_config.hidden_size**2
 
 
 def schedule_flops(schedule: PatchSchedule, config: UnifiedConfig, grid: Grid, text_positions: float) -> float:

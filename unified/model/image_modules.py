@@ -1,4 +1,7 @@
-"""A learned merge of s x s codes into one position, and back (Token-Shuffle, arXiv 2504.17789, section 3.2)."""
+"""Small learned modules between image codes and the backbone: a window of codes to one position and back, and a join of sources.
+
+The merge of s x s codes is Token-Shuffle's (arXiv 2504.17789, section 3.2).
+"""
 
 import torch
 import torch.nn.functional as F
@@ -53,13 +56,35 @@ class WindowSplit(nn.Module):
         return self.widen(self.mlp(hidden.to(self.widen.weight.dtype))).unflatten(-1, (self.codes, -1))
 
 
+class SourceJoin(nn.Module):
+    """Final states of the sources of a cell to one: a matrix for each source, then an MLP.
+
+    A position then need not say in one state what follows on its right and what follows below it. The published way, a head
+    for each source and the mean of their logits (arXiv 2503.10696), scores all codes once for each source.
+    """
+
+    def __init__(self, width: int, sources: int):
+        super().__init__()
+        self.narrow = nn.Linear(sources * width, width, bias=False)
+        self.mlp = _Residual(width)
+
+    def forward(self, hidden: Tensor, missing: Tensor) -> Tensor:
+        """``(..., m, D)`` to ``(..., D)``; ``missing (..., m)`` is True for sources that a cell does not have."""
+        there = (~missing).to(self.narrow.weight.dtype)
+        shares = there / there.sum(dim=-1, keepdim=True).clamp_min(1)
+        return self.mlp(self.narrow((hidden.to(shares.dtype) * shares[..., None]).flatten(-2)))
+
+
 @torch.no_grad()
-def initialize_merge(module: nn.Module) -> bool:
+def initialize_image_module(module: nn.Module) -> bool:
     """Give a module of this file its first weights, which keep the size of what passes; False for any other module."""
     if isinstance(module, WindowMerge):
         initialization.orthogonal_(module.narrow.weight)
     elif isinstance(module, WindowSplit):
         initialization.normal_(module.widen.weight, 0.0, module.widen.in_features**-0.5)
+    elif isinstance(module, SourceJoin):  # the mean of the sources
+        width = module.narrow.out_features
+        initialization.copy_(module.narrow.weight, torch.eye(width).repeat(1, module.narrow.in_features // width))
     elif isinstance(module, _Residual):
         initialization.ones_(module.norm.weight)
         initialization.normal_(module.gate_up.weight, 0.0, module.gate_up.in_features**-0.5)
