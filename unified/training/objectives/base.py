@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from torch import Tensor, nn
 
+from unified.config import UnifiedConfig
 from unified.model.modeling import UnifiedOutput
 from unified.prediction.arrange import Batch
 from unified.sequence import TokenSequence
@@ -78,10 +79,13 @@ class Objective:
         """
         return None
 
-    def further(self, sequences: Sequence[TokenSequence], rng: np.random.Generator) -> list[TokenSequence] | None:
+    def further(
+        self, sequences: Sequence[TokenSequence], rng: np.random.Generator, config: UnifiedConfig
+    ) -> list[TokenSequence] | None:
         """Further sequences for a micro-batch, one for each of its own, which are arranged as those are; None for none.
 
-        Called in the data layer, perhaps in a process of its own. An image of a sequence that does not count has labels of -100.
+        Called in the data layer, perhaps in a process of its own; ``config`` is that of the model. What does not count has labels
+        of -100.
         """
         return None
 

@@ -63,11 +63,18 @@ def per_image(values: Tensor, inputs: dict[str, Any], images: int) -> Tensor:
     return values.new_zeros(images).index_add(0, image_of_targets(inputs).clamp_max(images - 1), values.sum(dim=1))
 
 
-def per_sequence(values: Tensor, batch: Batch, inputs: dict[str, Any], sequences: int) -> Tensor:
-    """Sums ``(sequences,)`` of values ``(N, P)`` over the images of each sequence of a batch, however they are packed."""
-    if not batch.counts.images:
-        return values.new_zeros(sequences) + values.sum()
+def per_sequence(values: Tensor, batch: Batch, inputs: dict[str, Any]) -> Tensor:
+    """Sums over the images of each sequence of a batch, however they are packed: ``(n,)`` up to the last one with an image.
+
+    Args:
+        values: ``(N, P)``, of the codes of each target.
+        batch: what :func:`unified.data.batches.make_batch` made of the sequences.
+        inputs: its inputs, on the device of ``values``.
+    """
+    if not len(batch.owners):
+        return values.new_zeros(0) + values.sum()
     sums = per_image(values, inputs, batch.counts.images)
+    sequences = int(batch.owners.max()) + 1
     return sums.new_zeros(sequences).index_add(0, batch.owners.to(sums.device), sums)
 
 

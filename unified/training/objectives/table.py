@@ -9,9 +9,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from unified.settings import did_you_mean
 from unified.training.objectives.base import Objective
+from unified.training.objectives.cca import CCA
 from unified.training.objectives.likelihood import Likelihood
 
-OBJECTIVES: dict[str, type[Objective]] = {kind.name: kind for kind in (Likelihood,)}
+OBJECTIVES: dict[str, type[Objective]] = {kind.name: kind for kind in (Likelihood, CCA)}
 
 
 def build_objectives(given: Sequence[Any]) -> list[Objective]:
