@@ -7,14 +7,13 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate.utils import send_to_device
 
 from unified.config import UnifiedConfig
 from unified.prediction.arrange import Batch, image_spans
 from unified.sequence import IGNORE, TokenSequence
 from unified.settings import check_range
-from unified.training.objectives.base import MicroBatch, Objective, Term
-from unified.training.objectives.log_probs import log_probs_of, per_sequence, reference_log_probs, supervised_codes
+from unified.training.objectives.base import MicroBatch, Objective, Term, unsupervised
+from unified.training.objectives.log_probs import log_ratios, pairs_of
 
 
 @dataclass
@@ -53,24 +52,18 @@ class CCA(Objective):
         conditions = [condition_of(sequence, config) for sequence in sequences]
         partners = mismatched(conditions, rng)
         return [
-            _unsupervised(sequence) if partner is None else _after(sequence, sequences[partner], config)
+            unsupervised(sequence) if partner is None else _after(sequence, sequences[partner], config)
             for sequence, partner in zip(sequences, partners, strict=True)
         ]
 
     def count(self, batch: Batch) -> float:
         """Images that have a pair."""
         negatives = batch.further[self.name]
-        return float(_pairs(negatives, negatives.inputs).sum())
+        return float(pairs_of(negatives, negatives.inputs).sum())
 
     def loss(self, given: MicroBatch, items: float) -> Term:
         """The loss of all pairs, with the share that the model tells apart and the distance of their ratios."""
-        assert given.output is not None and given.output.log_probs is not None
-        negatives = given.batch.further[self.name]
-        inputs = send_to_device(negatives.inputs, given.inputs["labels"].device)
-        own = given.output.log_probs - reference_log_probs(given.model, given.inputs)
-        other = log_probs_of(given.model, inputs) - reference_log_probs(given.model, inputs)
-        positive, negative = per_sequence(own, given.batch, given.inputs), per_sequence(other, negatives, inputs)
-        pairs = _pairs(negatives, inputs)
+        positive, negative, pairs = log_ratios(given, self.name)
         losses = -F.logsigmoid(self.beta * positive) - self.negative_weight * F.logsigmoid(-self.beta * negative)
         metrics = {"accuracy": ((positive > negative) * pairs).sum(), "margin": ((positive - negative) * pairs).sum()}
         return Term((losses * pairs).sum() / max(self.negative_weight, 1.0) / items, metrics)
@@ -125,12 +118,3 @@ def _after(sequence: TokenSequence, other: TokenSequence, config: UnifiedConfig)
     own, theirs = _start(sequence, config) - 1, _start(other, config) - 1
     labels = torch.cat([torch.full((theirs,), IGNORE), sequence.labels[own:]])
     return replace(sequence, input_ids=torch.cat([other.input_ids[:theirs], sequence.input_ids[own:]]), labels=labels)
-
-
-def _unsupervised(sequence: TokenSequence) -> TokenSequence:
-    return replace(sequence, labels=torch.full_like(sequence.labels, IGNORE))
-
-
-def _pairs(negatives: Batch, inputs: dict[str, Any]) -> torch.Tensor:
-    """``(n,)``: 1 where a sequence has an image in the loss, as in a negative batch those with a pair have."""
-    return (per_sequence(supervised_codes(inputs), negatives, inputs) > 0).float()
