@@ -42,7 +42,8 @@ class TokenSequence:
     """``input_ids`` and ``labels`` of shape ``(T,)``, and the grid of every image span.
 
     ``seed`` chooses the permutation of codes, for a model that predicts them in any order; ``condition`` is the class of
-    a class-conditional model, whose embedding takes the place of ``<boi>``.
+    a class-conditional model, whose embedding takes the place of ``<boi>``; ``rejected`` is the other sequence of a pair of which
+    this one is preferred.
     """
 
     input_ids: Tensor
@@ -50,6 +51,7 @@ class TokenSequence:
     image_grids: list[tuple[int, int]]
     seed: int = 0
     condition: int | None = None
+    rejected: "TokenSequence | None" = None
 
 
 def build_sequence(segments: Iterable[Segment], vocabulary: Vocabulary, end: bool = False) -> TokenSequence:

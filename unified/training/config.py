@@ -18,8 +18,10 @@ from unified.pipeline.options import GenerationOptions, check_defaults
 from unified.prediction.plan import Prediction
 from unified.prediction.schedule import PatchSchedule
 from unified.settings import check_choice, check_range, did_you_mean, load_settings
+from unified.training.objectives.base import Objective
+from unified.training.objectives.table import build_objectives
 
-KINDS = ("image", "text", "interleaved")
+KINDS = ("image", "text", "interleaved", "pairs")
 # Fields of UnifiedConfig that come from the tokenizers and the backbone, so that `model.options` cannot set them.
 _DERIVED = {
     "text_config", "codebook_size", "boi_token_id", "eoi_token_id", "image_tokenizer_fingerprint",
@@ -32,7 +34,9 @@ class SourceConfig:
     """One of several sources that are mixed by weight."""
 
     path: str = MISSING  # a codes cache, or any source of `unified.data.sources.load_source`; images are encoded once
-    kind: str = "image"  # image: captioned images; text: plain texts; interleaved: lists of texts and images
+    kind: str = (
+        "image"  # image: captioned images; text: plain texts; interleaved: lists of both; pairs: of images, for dpo
+    )
     weight: float = 1.0  # share of the training rows, relative to the weights of the other sources
     split: str = "train"  # split to train on
     validation_split: str | None = None  # measured every validate_every steps, as `<kind>_validation_loss`
@@ -42,6 +46,8 @@ class SourceConfig:
     class_column: str = "label"  # column with the classes, for a class-conditional model
     text_column: str = "text"  # column with the plain texts
     segments_column: str = "segments"  # column with the interleaved rows: lists of {text, image}, one of them null
+    chosen_column: str = "chosen"  # of pairs: column with the images that are preferred
+    rejected_column: str = "rejected"  # of pairs: column with the others
     max_length: int = 512  # tokens that a text or an interleaved row is cut to
     captioning: float | None = None  # for images; default: that of `data`
     caption_dropout: float | None = None  # for images, with captions or classes; default: that of `data`
@@ -374,6 +380,9 @@ class TrainConfig:
     lora: LoraSettings | None = None
     prediction: PredictionConfig | None = None  # default: raster order, or that of model.pipeline
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    objectives: list[dict[str, Any]] = field(
+        default_factory=lambda: [{"name": "likelihood", "weight": 1.0}]
+    )  # losses that are summed, each a name, a weight and its settings (see unified/training/objectives)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
@@ -395,6 +404,13 @@ class TrainConfig:
                 part.check()
         if self.prediction is not None:
             self.prediction.build()
+        for objective in self.build_objectives():
+            if objective.needs_adapter and self.lora is None:
+                raise ValueError(
+                    f"objectives: {objective.name} compares the model with itself without its adapter; set lora, such as "
+                    "lora.rank=16."
+                )
+            objective.check(self)
         if self.sampling.given() and self.lora is not None and self.model.pipeline:
             raise ValueError(
                 "sampling: an adapter is sampled as its pipeline is; leave it out, or set pipe.sampling there."
@@ -413,6 +429,10 @@ class TrainConfig:
             )
         if self.data.sources and self.validate_every and not any(s.validation_split for s in self.data.sources):
             raise ValueError("validate_every: none of data.sources has a validation_split; name one.")
+
+    def build_objectives(self) -> list[Objective]:
+        """The objectives of the run. Raises ValueError for a name or a key that is unknown, or a value that does not fit."""
+        return build_objectives(self.objectives)
 
     def patch_schedule(self) -> PatchSchedule:
         """The schedule of patch sizes. Raises ValueError for fields that contradict each other."""

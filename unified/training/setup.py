@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -39,8 +40,9 @@ from unified.training.checkpoint import (
 from unified.training.config import TrainConfig
 from unified.training.data import Context, TrainingData, open_data
 from unified.training.inputs import add_grids, check_grids, describe_inputs
+from unified.training.objectives.base import Objective
 from unified.training.optimizer import build_optimizers
-from unified.training.sharding import check_sharding, configure_deepspeed
+from unified.training.sharding import check_modules, check_sharding, configure_deepspeed
 from unified.training.tracking import RunLog, start_trackers
 from unified_tokenizers import AutoImageTokenizer, ImageTokenizer, TextTokenizer, load_text_tokenizer
 
@@ -66,6 +68,7 @@ class Run:
     step: int
     positions: int
     sampling: dict[str, Any]
+    objectives: list[Objective]
 
     @property
     def output(self) -> Path:
@@ -126,7 +129,15 @@ def set_up(config: TrainConfig, accelerator: Accelerator) -> Run:
 
     # 3. Optimizers, average, and what the checkpoint holds of them
     configure_deepspeed(accelerator, config)
-    model, *optimizers = accelerator.prepare(model, *build_optimizers(model, config.optimizer))
+    objectives = config.build_objectives()
+    modules = {o.name: m for o in objectives if (m := o.build(model, image_tokenizer)) is not None}
+    check_modules(accelerator, modules)
+    optimizers = build_optimizers(model, config.optimizer, *modules.values())
+    model, *prepared = accelerator.prepare(model, *modules.values(), *optimizers)
+    optimizers = prepared[len(modules) :]
+    for objective in objectives:
+        if objective.name in modules:
+            objective.module = prepared[list(modules).index(objective.name)]
     average = average_of(accelerator.unwrap_model(model), config.optimizer.ema_decay)
     if average is not None:
         accelerator.register_for_checkpointing(average)
@@ -148,7 +159,7 @@ def set_up(config: TrainConfig, accelerator: Accelerator) -> Run:
     for stage in schedule.stages(config.steps):
         accelerator.print(f"  p = {stage.patch_size}: steps {stage.start} to {stage.end}")
     return Run(config, accelerator, model, optimizers, average, image_tokenizer, text_tokenizer, data, schedule, inputs,
-               log, step, positions, sampling_of(config))  # fmt: skip
+               log, step, positions, {**sampling_of(config), **adapter_sampling_of(objectives)}, objectives)  # fmt: skip
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -197,6 +208,11 @@ def sampling_of(config: TrainConfig) -> dict[str, Any]:
         read_description(Path(folder))["sampling"] if folder and (Path(folder) / PIPELINE_FILE).is_file() else {}
     )
     return {**inherited, **config.sampling.given()}
+
+
+def adapter_sampling_of(objectives: Iterable[Objective]) -> dict[str, Any]:
+    """The sampling defaults that an adapter is saved with: those of what it was trained for."""
+    return {name: value for objective in objectives for name, value in objective.sampling.items()}
 
 
 def build_parts(config: TrainConfig) -> Parts:
