@@ -38,11 +38,13 @@ class UnifiedOutput(CausalLMOutputWithPast):
         logits: ``(B, S, V_text)``, only without labels.
         image_logits: ``(B, S, K)``, only without labels and with ``image_inputs``, of a model whose positions predict one code
             each by one head.
+        image_states: ``(N, P or 1, m * D)``, on request: what the image head scores for each of ``image_targets``.
     """
 
     text_loss: Tensor | None = None
     image_loss: Tensor | None = None
     image_logits: Tensor | None = None
+    image_states: Tensor | None = None
 
 
 class UnifiedForCausalLM(WholeModel, GenerationMixin):
@@ -292,6 +294,7 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         condition: Tensor | None = None,
         num_items_in_batch: float | Tensor | None = None,
+        return_image_states: bool = False,
         **kwargs: Any,
     ) -> UnifiedOutput:
         """Losses with ``labels``, logits without. Batches with images come from :mod:`unified.prediction.arrange`.
@@ -314,6 +317,7 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
             condition: ``(B,)`` classes or ``(B, P, F)`` features, for models with ``conditioning``; its embeddings take the
                 place of the first positions (see :mod:`unified.model.prefix`).
             num_items_in_batch: what the summed loss is divided by; default: the weight of the batch's own targets.
+            return_image_states: with labels, in place of losses what the image head scores for each of ``image_targets``.
 
         Raises:
             ValueError: if nothing is supervised, or a condition is missing or not expected.
@@ -347,6 +351,10 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
         outputs = self.run_backbone(embeds, positions, image_positions, use_cache=use_cache, **arguments, **kwargs)
         if labels is not None:
             hidden = outputs.last_hidden_state
+            if return_image_states:
+                assert image_targets is not None
+                found = self._target_states(hidden, labels.shape[1], image_targets, image_sources, merge)
+                return UnifiedOutput(image_states=found)
             return self._losses(
                 hidden, labels, text_targets, image_targets, image_sources, query_inputs, merge, num_items_in_batch
             )
@@ -388,7 +396,6 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
             raise ValueError(
                 "labels: no position of the batch is supervised; label at least one token (-100 means not)."
             )
-        none = len(ids)
         ids = F.pad(ids, (0, 0, 0, 1), value=IGNORE)  # one row more, for the indices that stand for none
         text_ids, codes = ids[text_targets, 0], ids[image_targets]
         codes = torch.where(codes == IGNORE, IGNORE, codes - config.text_config.vocab_size)
@@ -398,12 +405,8 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
         if config.loss_normalization == "position":
             weights = weights.clamp_max(1)
         if len(image_targets):
-            if image_sources is None:
-                sources, missing = (image_targets - 1)[:, None], None
-            else:
-                sources, missing = image_sources, image_sources == none
-            found = states[(sources - sources // length).clamp_max(len(states) - 1)]
-            image = self._image_loss(self.image_states(found, missing, merge), codes, weights)
+            found = self._target_states(hidden, length, image_targets, image_sources, merge)
+            image = self._image_loss(found, codes, weights)
         if self.training:
             image = image + self._unused(states[:0], len(image_targets) > 0, query_inputs is not None, merge)
         texts, images = (text_ids != IGNORE).sum(), weights.sum()
@@ -414,6 +417,18 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
             text_loss=text / texts if len(text_targets) else None,
             image_loss=image / images if len(image_targets) else None,
         )
+
+    def _target_states(
+        self, hidden: Tensor, length: int, targets: Tensor, sources: Tensor | None, merge: str
+    ) -> Tensor:
+        """What the image head scores for each target ``(N, P or 1, m * D)``, of states ``(B, S - 1, D)`` for S = ``length``."""
+        states, missing = hidden.flatten(0, 1), None
+        if sources is None:
+            sources = (targets - 1)[:, None]
+        else:
+            missing = sources == len(hidden) * length
+        found = states[(sources - sources // length).clamp_max(len(states) - 1)]
+        return self.image_states(found, missing, merge)
 
     def _image_loss(self, states: Tensor, codes: Tensor, weights: Tensor) -> Tensor:
         """Weighted sum of the losses of N cells: ``states (N, P or 1, m * D)``, ``codes (N, P)``, ``weights (N,)``."""
