@@ -1,6 +1,6 @@
 """Training batches as a pure function of their index, so that a resumed run sees exactly what it would have seen."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,8 @@ from unified.sequence import TokenSequence
 from unified_tokenizers.fields import is_finite
 
 BLOCK = 1000
-_MIX, _SHUFFLE, _CHOICE, _ORDER, _VIEW = 10, 11, 12, 13, 14  # independent random streams of one seed
+_MIX, _SHUFFLE, _CHOICE, _ORDER, _VIEW, _FURTHER = 10, 11, 12, 13, 14, 15  # independent random streams of one seed
+Further = Callable[[Sequence[TokenSequence], np.random.Generator], list[TokenSequence] | None]
 
 
 @dataclass
@@ -63,6 +64,8 @@ class Batches(Dataset):
         pack_length: put the sequences of a batch together into rows (see :func:`make_batch`).
         bucket: batches of one code grid each, for a single source of captioned images (see :func:`bucketed_order`).
         merge_of: how codes are merged in batch i; None, as the default, for the model's own way.
+        further: functions by name, each from the sequences of a batch and a generator to further ones, one for each, or to
+            None: ``Batch.further`` holds what is arranged of them.
 
     Raises:
         ValueError: if a source has no rows, or ``bucket`` is set for several sources.
@@ -80,6 +83,7 @@ class Batches(Dataset):
         pack_length: int | None = None,
         bucket: bool = False,
         merge_of: Callable[[int], Merge | None] | None = None,
+        further: Mapping[str, Further] | None = None,
     ):
         for source in sources:
             if len(source.rows) == 0:
@@ -92,7 +96,7 @@ class Batches(Dataset):
             )
         self.sources, self.config, self.batch_size, self.num_batches = list(sources), config, batch_size, num_batches
         self.seed, self.rank, self.world_size, self.pack_length = seed, rank, world_size, pack_length
-        self.merge_of = merge_of
+        self.merge_of, self.further = merge_of, dict(further or {})
         self.shares = block_shares([source.weight for source in sources])
         rows = self.sources[0].rows
         self._grids = np.stack([rows["height"], rows["width"]], axis=1) if bucket else None
@@ -106,7 +110,12 @@ class Batches(Dataset):
         if not 0 <= index < self.num_batches:
             raise IndexError(index)
         merge = None if self.merge_of is None else self.merge_of(index)
-        return make_batch(self.sequences(index), self.config, merge, self.pack_length)
+        sequences, further = self.sequences(index), dict[str, Batch]()
+        for name, make in self.further.items():
+            made = make(sequences, np.random.default_rng((self.seed, _FURTHER, index, self.rank)))
+            if made is not None:
+                further[name] = make_batch(made, self.config, merge, self.pack_length)
+        return make_batch(sequences, self.config, merge, self.pack_length)._replace(further=further)
 
     def sequences(self, index: int) -> list[TokenSequence]:
         """The ``batch_size`` sequences of batch ``index`` on this process."""
@@ -191,6 +200,8 @@ def make_batch(
         raise ValueError("sequences: empty; a batch needs one or more.")
     vocabulary, coordinates, prediction = config.vocabulary, config.coordinates, Prediction.of(config)
     rows = [arrange(sequence, vocabulary, coordinates, prediction, merge, as_sampled) for sequence in sequences]
+    for number, row in enumerate(rows):
+        row.owners = [number] * row.images
     if pack_length is not None:
         longest = max(map(len, rows))
         if longest > pack_length:

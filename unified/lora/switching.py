@@ -1,7 +1,8 @@
 """Which adapters of a model are active, and with what weight: enable, disable, weigh, delete, fuse."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -148,6 +149,31 @@ def switch(model: PeftModel, enabled: bool) -> None:
         apply_weights(model, adapter_state(model).weights)  # peft makes what it enables trainable
     else:
         tuner.disable_adapter_layers()
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """The base model alone for a while, as the reference of a training: what requires gradients goes on to do so.
+
+    Args:
+        model: with one or more adapters, wrapped in whatever way.
+
+    Raises:
+        ValueError: if there is no adapter, or adapters are fused.
+    """
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer | ModulesToSaveWrapper)]
+    if not layers:
+        raise ValueError("adapters_off: the model has no adapter, and nothing to be compared with; attach one (lora).")
+    if any(layer.merged_adapters for layer in layers):
+        raise ValueError("adapters_off: adapters are fused; call unfuse_lora first.")
+    before = [layer._disable_adapters for layer in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer, disabled in zip(layers, before, strict=True):
+            layer._disable_adapters = disabled
 
 
 def is_disabled(model: PeftModel) -> bool:

@@ -6,6 +6,7 @@ import torch
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from unified.prediction.npp import patch_cross_entropy
 from unified.sequence import IGNORE
@@ -46,6 +47,26 @@ def patch_losses(head: nn.Module, hidden: Tensor, targets: Tensor, weights: Tens
     if isinstance(head, ImageHead | ModulesToSaveWrapper):
         return head(hidden, targets, weights)
     return weighted_sum(patch_cross_entropy(head(hidden), targets), weights)
+
+
+def code_log_probs(head: nn.Module, hidden: Tensor, codes: Tensor) -> Tensor:
+    """Log-probabilities ``(N, P)`` of codes ``(N, P)``, those of a row under the distribution of its state ``hidden (N, D)``.
+
+    Differentiable, float32, and 0 where a code is -100. Scores are made for a part of the rows at a time, and in the backward
+    pass once more, so that no more than a part of them exists at once.
+    """
+
+    def part(states: Tensor, targets: Tensor) -> Tensor:
+        scores = head(states).float()
+        found = scores.gather(1, targets.clamp_min(0)) - scores.logsumexp(dim=1, keepdim=True)
+        return torch.where(targets == IGNORE, 0.0, found)
+
+    rows = max(1, _SCORES_AT_ONCE // head.out_features)  # type: ignore[operator]
+    parts = [
+        checkpoint(part, states, targets, use_reentrant=False) if torch.is_grad_enabled() else part(states, targets)
+        for states, targets in zip(hidden.split(rows), codes.split(rows), strict=True)
+    ]
+    return torch.cat(parts)
 
 
 def weighted_sum(losses: Tensor, weights: Tensor | None) -> Tensor:

@@ -14,7 +14,7 @@ from unified.model.backbone import load_language_model
 from unified.model.channel_merge import WindowMerge, WindowSplit, initialize_merge
 from unified.model.dropout import add_dropout
 from unified.model.family import check_family
-from unified.model.image_head import ImageHead, patch_losses
+from unified.model.image_head import ImageHead, code_log_probs, patch_losses
 from unified.model.init import initialize_image_tables
 from unified.model.masks import NoCache, masked_arguments
 from unified.model.prefix import build_condition
@@ -39,12 +39,15 @@ class UnifiedOutput(CausalLMOutputWithPast):
         image_logits: ``(B, S, K)``, only without labels and with ``image_inputs``, of a model whose positions predict one code
             each by one head.
         image_states: ``(N, P or 1, m * D)``, on request: what the image head scores for each of ``image_targets``.
+        log_probs: ``(N, P)``, on request: log-probabilities of the codes of each of ``image_targets``, 0 where there is none.
+        hidden_states: on request, of every layer; with labels without the last position, ``(B, S - 1, D)`` each.
     """
 
     text_loss: Tensor | None = None
     image_loss: Tensor | None = None
     image_logits: Tensor | None = None
     image_states: Tensor | None = None
+    log_probs: Tensor | None = None
 
 
 class UnifiedForCausalLM(WholeModel, GenerationMixin):
@@ -295,6 +298,7 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
         condition: Tensor | None = None,
         num_items_in_batch: float | Tensor | None = None,
         return_image_states: bool = False,
+        return_log_probs: bool = False,
         **kwargs: Any,
     ) -> UnifiedOutput:
         """Losses with ``labels``, logits without. Batches with images come from :mod:`unified.prediction.arrange`.
@@ -318,6 +322,7 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
                 place of the first positions (see :mod:`unified.model.prefix`).
             num_items_in_batch: what the summed loss is divided by; default: the weight of the batch's own targets.
             return_image_states: with labels, in place of losses what the image head scores for each of ``image_targets``.
+            return_log_probs: also the log-probability of every supervised code, of which the image loss is made then.
 
         Raises:
             ValueError: if nothing is supervised, or a condition is missing or not expected.
@@ -355,9 +360,12 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
                 assert image_targets is not None
                 found = self._target_states(hidden, labels.shape[1], image_targets, image_sources, merge)
                 return UnifiedOutput(image_states=found)
-            return self._losses(
-                hidden, labels, text_targets, image_targets, image_sources, query_inputs, merge, num_items_in_batch
-            )
+            output = self._losses(
+                hidden, labels, text_targets, image_targets, image_sources, query_inputs, merge, num_items_in_batch,
+                return_log_probs,
+            )  # fmt: skip
+            output.hidden_states = outputs.hidden_states
+            return output
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         kept = outputs.last_hidden_state[:, keep]
         plain = self._heads == self._window == 1
@@ -382,6 +390,7 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
         query_inputs: Tensor | None,
         merge: str,
         num_items: float | Tensor | None,
+        return_log_probs: bool,
     ) -> UnifiedOutput:
         """Score every target from its sources, text from the position before it, each over the vocabulary of the target.
 
@@ -402,13 +411,19 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
         text_states = states[text_targets - 1 - text_targets // length]
         text = text_cross_entropy(self.text_logits, text_states, text_ids, config.text_config.vocab_size)
         image, weights = text.new_zeros(()), (codes != IGNORE).sum(dim=1)
+        log_probs = text.new_zeros(codes.shape) if return_log_probs else None
         if config.loss_normalization == "position":
             weights = weights.clamp_max(1)
         if len(image_targets):
-            found = self._target_states(hidden, length, image_targets, image_sources, merge)
-            image = self._image_loss(found, codes, weights)
+            scored = self._target_states(hidden, length, image_targets, image_sources, merge)
+            if return_log_probs:
+                log_probs = self._log_probs(scored, codes)
+                image = -(log_probs.sum(dim=1) * weights / (codes != IGNORE).sum(dim=1).clamp_min(1)).sum()
+            else:
+                image = self._image_loss(scored, codes, weights)
         if self.training:
-            image = image + self._unused(states[:0], len(image_targets) > 0, query_inputs is not None, merge)
+            unused = self._unused(states[:0], len(image_targets) > 0, query_inputs is not None, merge)
+            image, log_probs = image + unused, None if log_probs is None else log_probs + unused
         texts, images = (text_ids != IGNORE).sum(), weights.sum()
         if num_items is None:
             num_items = config.text_loss_weight * texts + config.image_loss_weight * images
@@ -416,6 +431,7 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
             loss=(config.text_loss_weight * text + config.image_loss_weight * image) / num_items,
             text_loss=text / texts if len(text_targets) else None,
             image_loss=image / images if len(image_targets) else None,
+            log_probs=log_probs,
         )
 
     def _target_states(
@@ -436,6 +452,12 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
             weights = (weights[:, None] / codes.shape[1]).expand_as(codes).flatten()
             codes = codes.reshape(-1, 1)
         return patch_losses(self.image_head, states.flatten(0, 1), codes, weights)
+
+    def _log_probs(self, states: Tensor, codes: Tensor) -> Tensor:
+        """Log-probabilities ``(N, P)`` of the codes of N cells: ``states (N, P or 1, m * D)``, ``codes (N, P)``."""
+        if states.shape[1] == 1:
+            return code_log_probs(self.image_head, states[:, 0], codes)
+        return code_log_probs(self.image_head, states.flatten(0, 1), codes.reshape(-1, 1)).view_as(codes)
 
     def _unused(self, nothing: Tensor, images: bool, queries: bool, merge: str) -> Tensor:
         """Zero, with a gradient of zeros for the image modules that a batch does not use: DDP waits for all of them."""

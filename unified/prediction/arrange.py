@@ -6,7 +6,7 @@ where, what a position sees, its rotary coordinates, and flat indices of the ima
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -40,6 +40,7 @@ class Row:
             sees all before it.
         document_ids: ``(S,)`` for packed rows.
         condition: class of a class-conditional model.
+        owners: the sequence that each image is of, by its number among those of the batch.
     """
 
     input_ids: Tensor
@@ -52,6 +53,7 @@ class Row:
     steps: Tensor | None = None
     document_ids: Tensor | None = None
     condition: int | None = None
+    owners: list[int] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -68,10 +70,20 @@ class Counts(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Keyword arguments of the model, and what the batch holds."""
+    """A batch of a model.
+
+    Attributes:
+        inputs: keyword arguments of the model.
+        counts: what it holds.
+        owners: ``(images,)``, the number of the sequence that each image is of, images in the order of their positions; empty
+            unless :func:`unified.data.batches.make_batch` made it.
+        further: batches of further sequences, by the objective that asks for them.
+    """
 
     inputs: dict[str, Any]
     counts: Counts
+    owners: Tensor = torch.empty(0, dtype=torch.int64)
+    further: dict[str, Any] = {}  # noqa: RUF012
 
 
 class _Image(NamedTuple):
@@ -264,6 +276,7 @@ def _concatenate(documents: list[Row]) -> Row:
         ),
         _joined([document.steps for document in documents]),
         torch.cat([torch.full((len(document),), number) for number, document in enumerate(documents)]),
+        owners=[owner for document in documents for owner in document.owners],
     )
 
 
@@ -349,7 +362,7 @@ def collate(rows: Sequence[Row], config: UnifiedConfig, multiple: int = 1) -> Ba
         if len(packed) != len(rows):
             raise ValueError(f"rows: {len(packed)} of {len(rows)} are packed; pack all of them or none.")
         inputs["document_ids"] = torch.stack([F.pad(ids, (0, length - len(ids)), value=-1) for ids in packed])
-    return Batch(inputs, counts)
+    return Batch(inputs, counts, torch.tensor([owner for row in rows for owner in row.owners], dtype=torch.int64))
 
 
 def _order_inputs(

@@ -18,6 +18,8 @@ from unified.pipeline.options import GenerationOptions, check_defaults
 from unified.prediction.plan import Prediction
 from unified.prediction.schedule import PatchSchedule
 from unified.settings import check_choice, check_range, did_you_mean, load_settings
+from unified.training.objectives.base import Objective
+from unified.training.objectives.table import build_objectives
 
 KINDS = ("image", "text", "interleaved")
 # Fields of UnifiedConfig that come from the tokenizers and the backbone, so that `model.options` cannot set them.
@@ -374,6 +376,9 @@ class TrainConfig:
     lora: LoraSettings | None = None
     prediction: PredictionConfig | None = None  # default: raster order, or that of model.pipeline
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    objectives: list[dict[str, Any]] = field(
+        default_factory=lambda: [{"name": "likelihood", "weight": 1.0}]
+    )  # losses that are summed, each a name, a weight and its settings (see unified/training/objectives)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
@@ -395,6 +400,13 @@ class TrainConfig:
                 part.check()
         if self.prediction is not None:
             self.prediction.build()
+        for objective in self.build_objectives():
+            if objective.needs_adapter and self.lora is None:
+                raise ValueError(
+                    f"objectives: {objective.name} compares the model with itself without its adapter; set lora, such as "
+                    "lora.rank=16."
+                )
+            objective.check(self)
         if self.sampling.given() and self.lora is not None and self.model.pipeline:
             raise ValueError(
                 "sampling: an adapter is sampled as its pipeline is; leave it out, or set pipe.sampling there."
@@ -413,6 +425,10 @@ class TrainConfig:
             )
         if self.data.sources and self.validate_every and not any(s.validation_split for s in self.data.sources):
             raise ValueError("validate_every: none of data.sources has a validation_split; name one.")
+
+    def build_objectives(self) -> list[Objective]:
+        """The objectives of the run. Raises ValueError for a name or a key that is unknown, or a value that does not fit."""
+        return build_objectives(self.objectives)
 
     def patch_schedule(self) -> PatchSchedule:
         """The schedule of patch sizes. Raises ValueError for fields that contradict each other."""

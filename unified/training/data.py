@@ -100,6 +100,7 @@ def open_data(context: Context) -> TrainingData:
         sources, context.model_config, config.batch_size, config.steps * config.gradient_accumulation_steps, config.seed,
         context.accelerator.process_index, context.accelerator.num_processes, data.pack, data.bucket,
         partial(merge_of_batch, config, config.patch_schedule()),
+        {objective.name: objective.further for objective in config.build_objectives()},
     )  # fmt: skip
     shares = zip(sources, batches.shares, strict=True)
     summary = ", ".join(f"{share / 10:g} % {source.name} ({len(source.rows)} rows)" for source, share in shares)

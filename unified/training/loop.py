@@ -58,7 +58,17 @@ def train_steps(run: Run, measure: Measure | None, stopped: Callable[[], bool]) 
         rate = config.optimizer.learning_rate * run.schedule.lr_multiplier(step, config.steps)
         batches = list(islice(stream, accumulation))
         with kept_on_failure(accelerator, batches, run.output, step, patch_size=patch_size, learning_rate=rate):
-            run.positions += train_step(accelerator, run.model, run.optimizers, batches, rate, config, meter.losses)
+            run.positions += train_step(
+                accelerator,
+                run.model,
+                run.optimizers,
+                batches,
+                rate,
+                config,
+                meter.losses,
+                run.objectives,
+                step * accumulation,
+            )
             skipped = skipped + 1 if accelerator.optimizer_step_was_skipped else 0
             check_skipped(skipped)
         run.update_average(step)

@@ -20,6 +20,7 @@ from unified.decoding.decode import generate_scored
 from unified.decoding.passes import order_seed
 from unified.decoding.sampling import guide
 from unified.lora.adapters import base_of
+from unified.model.image_head import code_log_probs
 from unified.prediction.arrange import cell_codes
 from unified.prediction.merge import Grid, merged_grid
 from unified.prediction.plan import Prediction
@@ -145,8 +146,7 @@ class Arranged:
         states, index = states / self.sampling.temperature, self._numbers.flatten(1)
         codes = self._codes.gather(1, index)
         head = base_of(policy).image_head  # type: ignore[arg-type]
-        scores = head(states.flatten(0, 1)).float().log_softmax(dim=1)
-        found = scores.gather(1, codes.reshape(-1, 1)).view_as(codes)
+        found = code_log_probs(head, states.flatten(0, 1), codes.reshape(-1, 1)).view_as(codes)
         return torch.zeros_like(found).scatter(1, index, found)
 
 

@@ -39,8 +39,9 @@ from unified.training.checkpoint import (
 from unified.training.config import TrainConfig
 from unified.training.data import Context, TrainingData, open_data
 from unified.training.inputs import add_grids, check_grids, describe_inputs
+from unified.training.objectives.base import Objective
 from unified.training.optimizer import build_optimizers
-from unified.training.sharding import check_sharding, configure_deepspeed
+from unified.training.sharding import check_modules, check_sharding, configure_deepspeed
 from unified.training.tracking import RunLog, start_trackers
 from unified_tokenizers import AutoImageTokenizer, ImageTokenizer, TextTokenizer, load_text_tokenizer
 
@@ -66,6 +67,7 @@ class Run:
     step: int
     positions: int
     sampling: dict[str, Any]
+    objectives: list[Objective]
 
     @property
     def output(self) -> Path:
@@ -126,7 +128,15 @@ def set_up(config: TrainConfig, accelerator: Accelerator) -> Run:
 
     # 3. Optimizers, average, and what the checkpoint holds of them
     configure_deepspeed(accelerator, config)
-    model, *optimizers = accelerator.prepare(model, *build_optimizers(model, config.optimizer))
+    objectives = config.build_objectives()
+    modules = {o.name: m for o in objectives if (m := o.build(model, image_tokenizer)) is not None}
+    check_modules(accelerator, modules)
+    optimizers = build_optimizers(model, config.optimizer, *modules.values())
+    model, *prepared = accelerator.prepare(model, *modules.values(), *optimizers)
+    optimizers = prepared[len(modules) :]
+    for objective in objectives:
+        if objective.name in modules:
+            objective.module = prepared[list(modules).index(objective.name)]
     average = average_of(accelerator.unwrap_model(model), config.optimizer.ema_decay)
     if average is not None:
         accelerator.register_for_checkpointing(average)
@@ -148,7 +158,7 @@ def set_up(config: TrainConfig, accelerator: Accelerator) -> Run:
     for stage in schedule.stages(config.steps):
         accelerator.print(f"  p = {stage.patch_size}: steps {stage.start} to {stage.end}")
     return Run(config, accelerator, model, optimizers, average, image_tokenizer, text_tokenizer, data, schedule, inputs,
-               log, step, positions, sampling_of(config))  # fmt: skip
+               log, step, positions, sampling_of(config), objectives)  # fmt: skip
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:

@@ -1,5 +1,7 @@
 """Weights cut over processes: the settings that DeepSpeed needs, and the options that need whole weights."""
 
+from collections.abc import Iterable
+
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
@@ -37,3 +39,12 @@ def check_sharding(accelerator: Accelerator, config: TrainConfig) -> None:
     if config.optimizer.name == "muon" and accelerator.mixed_precision == "fp16":
         # Accelerate updates the loss scale after the first optimizer, so the second one's gradients would be divided by another.
         raise ValueError("optimizer.name=muon: not available with fp16, which handles one optimizer; use bf16.")
+
+
+def check_modules(accelerator: Accelerator, names: Iterable[str]) -> None:
+    """Raises ValueError for objectives with parameters of their own where weights are cut over processes."""
+    kind = accelerator.distributed_type
+    for name in names if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED) else ():
+        raise ValueError(
+            f"objectives: {name} has parameters beside the model, not available with {kind.value}; use DDP."
+        )

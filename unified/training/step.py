@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 
 from unified.prediction.arrange import Batch
 from unified.training.config import TrainConfig
+from unified.training.objectives.base import MicroBatch, Objective, Term
+from unified.training.objectives.likelihood import Likelihood
 from unified.training.tracking import LossMeter, sum_over_processes
 
 MAX_SKIPPED = 20
@@ -26,11 +29,18 @@ def train_step(
     learning_rate: float,
     config: TrainConfig,
     meter: LossMeter,
+    objectives: Sequence[Objective] | None = None,
+    number: int = 0,
 ) -> int:
     """One optimizer step on ``batches`` of all processes as if they were one batch, whose mean loss it follows.
 
+    Args:
+        accelerator, model, optimizers, batches, learning_rate, config, meter: of the run.
+        objectives: losses that are summed; default: likelihood alone.
+        number: of the first of ``batches`` among all of this process.
+
     Returns:
-        Backbone positions that all processes went through, padding not counted.
+        Backbone positions that all processes went through with gradients, padding not counted.
 
     Raises:
         FloatingPointError: if gradients are not finite or too large; the weights are still those of before the step.
@@ -39,28 +49,67 @@ def train_step(
     for optimizer in optimizers:  # first of all, because DeepSpeed steps inside of backward
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
-    weight, positions = (sum(getattr(batch.counts, name) for batch in batches) for name in ("weight", "positions"))
-    weight, positions = sum_over_processes(accelerator, [weight, positions])
-    if not weight:
+    objectives = objectives or [Likelihood()]
+    counts = [[objective.count(batch) for objective in objectives] for batch in batches]
+    positions = [each.counts.positions for batch in batches for each in (batch, *batch.further.values())]
+    *totals, all_positions = sum_over_processes(accelerator, [*map(sum, zip(*counts, strict=True)), sum(positions)])
+    if not any(totals):
         raise ValueError("data: nothing is supervised in a whole step; label at least one token (-100 means not).")
-    items = weight / (len(batches) * accelerator.num_processes)  # Accelerate and DDP divide by these
-    for batch in batches:
-        with accelerator.accumulate(model):
-            output = model(**send_to_device(batch.inputs, accelerator.device), num_items_in_batch=items)
+    # Accelerate and DDP divide by these. An objective that counts nothing in this step has a sum of 0.
+    items = [total / (len(batches) * accelerator.num_processes) or 1.0 for total in totals]
+    asked = [objective.asks for objective in objectives if objective.asks is not None]
+    options = {name: value for each in asked for name, value in each.items()}
+    modules = [objective.module for objective in objectives if objective.module is not None]
+    parameters = [parameter for module in (model, *modules) for parameter in module.parameters()]
+    for i, batch in enumerate(batches):
+        with accelerator.accumulate(model, *modules):
+            inputs, output = send_to_device(batch.inputs, accelerator.device), None
+            if asked:
+                weight = likelihood_items(objectives, items)
+                output = model(**inputs, num_items_in_batch=weight, **options)
+            given = MicroBatch(model, batch, inputs, output, number + i)
+            terms = [objective.loss(given, count) for objective, count in zip(objectives, items, strict=True)]
+            loss = weighted_sum(objectives, terms)
             if accelerator.distributed_type == DistributedType.DEEPSPEED:
-                check_loss(accelerator, output.loss)
-            accelerator.backward(output.loss)
+                check_loss(accelerator, loss)
+            accelerator.backward(loss)
             if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(model.parameters(), config.optimizer.gradient_clip)
+                norm = accelerator.clip_grad_norm_(parameters, config.optimizer.gradient_clip)
                 check_gradients(accelerator, norm, config.optimizer.gradient_limit)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-        counts = batch.counts
-        meter.add(
-            image_loss=(output.image_loss, counts.image_targets), text_loss=(output.text_loss, counts.text_targets)
-        )
-    return int(positions)
+        if output is not None:
+            meter.add(
+                image_loss=(output.image_loss, batch.counts.image_targets),
+                text_loss=(output.text_loss, batch.counts.text_targets),
+            )
+        for objective, term, count, own in zip(objectives, terms, items, counts[i], strict=True):
+            if isinstance(objective, Likelihood):
+                continue  # logged by its parts
+            sums = {"loss": term.loss * count, **term.metrics}
+            meter.add(**{f"{objective.name}_{name}": (value / max(own, 1e-9), own) for name, value in sums.items()})
+    return int(all_positions)
+
+
+def likelihood_items(objectives: Sequence[Objective], items: Sequence[float]) -> float:
+    """What the model divides its own loss by: the items of likelihood, or 1 where that is no objective."""
+    for objective, count in zip(objectives, items, strict=True):
+        if isinstance(objective, Likelihood):
+            return count
+    return 1.0
+
+
+def weighted_sum(objectives: Sequence[Objective], terms: Sequence[Term]) -> Tensor:
+    """The losses, each times the weight of its objective; a single one of weight 1 as it is, bit for bit."""
+    losses = [
+        term.loss if objective.weight == 1 else objective.weight * term.loss
+        for objective, term in zip(objectives, terms, strict=True)
+    ]
+    total = losses[0]
+    for loss in losses[1:]:
+        total = total + loss
+    return total
 
 
 @contextmanager
@@ -75,7 +124,7 @@ def kept_on_failure(
         tensors = {
             f"{i}.{name}": t.contiguous()
             for i, batch in enumerate(batches)
-            for name, t in batch.inputs.items()
+            for name, t in [*batch.inputs.items(), *_further_inputs(batch)]
             if isinstance(t, Tensor)
         }
         save_file(tensors, path, {name: str(number) for name, number in {"step": step, **numbers}.items()})
@@ -83,6 +132,11 @@ def kept_on_failure(
             f"{error} at step {step}; the batches are kept in {str(path)!r}. Lower optimizer.learning_rate, or "
             "look for what is special about them."
         ) from error
+
+
+def _further_inputs(batch: Batch) -> Iterator[tuple[str, Any]]:
+    for name, further in batch.further.items():
+        yield from ((f"{name}.{key}", value) for key, value in further.inputs.items())
 
 
 def check_loss(accelerator: Accelerator, loss: Tensor) -> None:
