@@ -3,10 +3,9 @@
 import pytest
 import torch
 from conftest import generators, tiny_model
-from test_next_x import CODES, GRID, every_way, model_of
+from test_next_x import GRID, every_way, model_of
 
 from unified.decoding import Prompt, Sampling, generate_codes
-from unified.decoding.sampling import filter_logits
 from unified.decoding.decode import generate_scored
 from unified.lora.adapters import attach_lora
 from unified.training.rollouts import Arranged, check_rollout, sample_rollout
@@ -59,13 +58,19 @@ def test_log_probabilities_of_one_code_by_hand():
     torch.testing.assert_close(rollout.log_probs[2, 0, 0], expected, rtol=0, atol=1e-5)
 
 
+@torch.no_grad()
 def test_filters_count_in_the_log_probabilities_of_sampling():
     """With the single likeliest code kept, every code was certain."""
     _, log_probs = generate_scored(model_of(None), ROWS, None, GRID, Sampling(top_k=1), generators(1, 2, 3))
     assert torch.equal(log_probs, torch.zeros(3, *GRID))
-    codes, log_probs = generate_scored(model_of(None), ROWS, None, GRID, Sampling(top_p=0.5), generators(1, 2, 3))
-    plain = generate_scored(model_of(None), ROWS, None, GRID, Sampling(), generators(1, 2, 3))[1]
-    assert log_probs[0, 0, 0] > plain[0, 0, 0] and filter_logits(torch.zeros(1, CODES), Sampling()).shape == (1, CODES)
+    # Half of the mass kept: the first code is as likely as before, divided by the mass that is left.
+    model, kept, plain = model_of(None), Sampling(top_p=0.5), Sampling()
+    first = [generate_scored(model, ROWS[:1], None, GRID, each, generators(1)) for each in (kept, plain)]
+    assert torch.equal(first[0][0][0, 0, 0], first[1][0][0, 0, 0])  # the same noise, and it is one of those kept
+    hidden = model.backbone.base_model(torch.tensor([ROWS[0].ids])).last_hidden_state[0, -1]
+    ordered = (hidden @ model.image_head.weight.T).softmax(0).sort(descending=True).values
+    left = ordered[: 1 + int((ordered.cumsum(0) < 0.5).sum())].sum()
+    torch.testing.assert_close(first[0][1][0, 0, 0], first[1][1][0, 0, 0] - left.log(), rtol=0, atol=1e-5)
 
 
 def test_gradients_pass_through_both_sides():
@@ -100,7 +105,9 @@ def test_an_adapter_samples_and_learns_as_it_is_set():
     assert not torch.equal(rollout.codes, reference.codes)
 
 
-@pytest.mark.parametrize(("sampling", "message"), [(Sampling(top_k=5), "top_k: 5"), (Sampling(top_p=0.9), "top_p: 0.9")])
+@pytest.mark.parametrize(
+    ("sampling", "message"), [(Sampling(top_k=5), "top_k: 5"), (Sampling(top_p=0.9), "top_p: 0.9")]
+)
 def test_filters_are_refused(sampling, message):
     with pytest.raises(ValueError, match=message):
         check_rollout(model_of(None).config, sampling)

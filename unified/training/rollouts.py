@@ -50,7 +50,12 @@ class Rollout:
         """Images ``[start, stop)``."""
         some = slice(start, stop)
         return Rollout(
-            self.rows[some], self.negatives[some], self.seeds[some], self.sampling, self.codes[some], self.log_probs[some]
+            self.rows[some],
+            self.negatives[some],
+            self.seeds[some],
+            self.sampling,
+            self.codes[some],
+            self.log_probs[some],
         )
 
 

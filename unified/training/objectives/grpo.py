@@ -8,7 +8,8 @@ standard deviations; all of its codes share it. The policy follows the clipped r
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from peft import PeftModel
+from torch import Tensor, nn
 
 SPREAD = 1e-4  # added to a prompt's standard deviation, so that rewards that are all but equal do not count in full
 
@@ -38,7 +39,9 @@ def group_advantages(rewards: Tensor, group_size: int) -> Tensor:
         ValueError: if there are less than two images a prompt, or N is not a multiple of them.
     """
     if group_size < 2 or len(rewards) % group_size:
-        raise ValueError(f"group_size: {group_size} for {len(rewards)} rewards; give at least 2, and as many for each prompt.")
+        raise ValueError(
+            f"group_size: {group_size} for {len(rewards)} rewards; give at least 2, and as many for each prompt."
+        )
     groups = rewards.view(-1, group_size)
     centred = groups - groups.mean(dim=1, keepdim=True)
     return (centred / (groups.std(dim=1, keepdim=True) + SPREAD)).flatten()
@@ -72,3 +75,19 @@ def grpo_loss(
     kl = k3(log_probs, reference.detach())
     loss = (kl_weight * kl - torch.minimum(free, bounded)).mean()
     return PolicyLoss(loss, kl.detach().mean(), ratio.detach().mean(), (bounded < free).detach().float().mean())
+
+
+def code_diversity(codes: Tensor, group_size: int) -> float:
+    """How unlike the images of a prompt are: the share of cells in which two of them differ, ``codes (N, h, w)``; 0 for copies."""
+    groups = codes.reshape(-1, group_size, codes.shape[1] * codes.shape[2])
+    unlike = (groups[:, :, None] != groups[:, None]).float().mean(dim=3)
+    return float(unlike.sum() / (len(groups) * group_size * (group_size - 1)))
+
+
+def check_policy(model: nn.Module) -> None:
+    """Refuse a model without an adapter to train. Raises ValueError."""
+    if not isinstance(model, PeftModel) or not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "policy: it has no adapter that is trained, and its reference is the model without one; use attach_lora, or "
+            "load_lora with trainable=True."
+        )
