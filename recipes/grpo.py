@@ -113,6 +113,7 @@ class GrpoSettings:
         check_range("", self, "(0, inf)", "learning_rate", "gradient_clip")
         check_range("", self, "[0, inf)", "kl_weight", "weight_decay")
         check_range("", self, "[0, 4294967295]", "seed")
+        _ = self.sampling
         if self.lora is not None:
             self.lora.check()
             if self.lora.dropout:
