@@ -33,24 +33,25 @@ def loaded(folders, *names, **changes):
 
 
 @torch.no_grad()
+def guided(model, row, negative, codes, scale):
+    """Logits of the next code by full forward passes; codes to come are hidden by causality."""
+    sides = []
+    for ids in (row.ids, negative.ids):
+        rest = [50 + code for code in codes] + [50] * (GRID[0] * GRID[1] - len(codes))
+        output = full_forward(base_of(model), [*ids, *rest], [GRID])
+        sides.append(output.image_logits[:, len(ids) - 1 + len(codes)])
+    return guide(*sides, scale)
+
+
 def naive(model, row, negative, sampling, generator, weights):
-    """One code after the other by full forward passes, each log-softmax spelled out; the base model has no adapter."""
+    """One code after the other, every log-probability spelled out; the model itself is that without an adapter."""
     codes = []
-    for step in range(GRID[0] * GRID[1]):
-
-        def guided():
-            sides = []
-            for ids in (row.ids, negative.ids):
-                rest = [50 + code for code in codes] + [50] * (GRID[0] * GRID[1] - step)
-                output = full_forward(base_of(model), [*ids, *rest], [GRID])
-                sides.append(output.image_logits[:, len(ids) - 1 + step])
-            return guide(*sides, sampling.guidance_scale)
-
+    while len(codes) < GRID[0] * GRID[1]:
         with adapters_off(model):
-            total = guided()
+            total = guided(model, row, negative, codes, sampling.guidance_scale)
         for name, weight in weights.items():
             set_adapters(model, [name], [1.0])
-            total = total + weight * guided().log_softmax(-1)
+            total = total + weight * guided(model, row, negative, codes, sampling.guidance_scale).log_softmax(-1)
         noise = gumbel_noise([generator], 20, total.device)
         codes.append(int((filter_logits(total, sampling) + noise).argmax()))
     return codes
@@ -111,8 +112,13 @@ def test_adapters_are_set_as_before_afterwards(folders):
 
 @pytest.mark.parametrize(
     ("weights", "message"),
-    [({}, "weights"), ({"one": float("nan")}, "weights"), ({"three": 1.0}, "'three'"), ({"tables": 1.0}, "'tables' has an embedding")],
-)  # fmt: skip
+    [
+        ({}, "weights"),
+        ({"one": float("nan")}, "weights"),
+        ({"three": 1.0}, "'three'"),
+        ({"tables": 1.0}, "'tables' has an embedding"),
+    ],
+)
 def test_what_cannot_steer_is_refused(folders, weights, message):
     model = loaded(folders, "one", "tables")
     set_adapters(model, ["one"], [1.0])

@@ -43,7 +43,7 @@ class TokenSequence:
 
     ``seed`` chooses the permutation of codes, for a model that predicts them in any order: one seed for all images, or a
     list with that of each permutation, as images are sampled; ``condition`` is the class of a class-conditional model, whose
-    embedding takes the place of ``<boi>``.
+    embedding takes the place of ``<boi>``; ``rejected`` is the other sequence of a pair of which this one is preferred.
     """
 
     input_ids: Tensor
@@ -51,6 +51,7 @@ class TokenSequence:
     image_grids: list[tuple[int, int]]
     seed: int | list[int] = 0
     condition: int | None = None
+    rejected: "TokenSequence | None" = None
 
 
 def build_sequence(segments: Iterable[Segment], vocabulary: Vocabulary, end: bool = False) -> TokenSequence:

@@ -23,7 +23,7 @@ from unified_tokenizers import TextTokenizer
 from unified_tokenizers.base import ImageTokenizer
 from unified_tokenizers.images import to_tensor
 
-_FEATURES = datasets.Features(
+SEGMENT_COLUMNS = datasets.Features(
     {
         "texts": datasets.List(datasets.Value("string")),  # one entry per segment, null for an image
         "codes": datasets.List(datasets.Value("int32")),  # of all images, one after the other
@@ -69,13 +69,13 @@ def encode_interleaved(
     }  # fmt: skip
 
     def make(numbered: Numbered, report: SkipReport) -> list[dict[str, Any]]:
-        return _records(tokenizer, numbered, report, sizes, segments_column, batch_size)
+        return segment_records(tokenizer, numbered, report, sizes, segments_column, batch_size)
 
     def load(split: str) -> Rows:
         return first_rows(load_source(source, split, streaming, storage_options, segments_column), max_rows)
 
     def prepare(rows: Rows) -> Prepared:
-        return _undecoded(rows, segments_column), make, _FEATURES
+        return _undecoded(rows, segments_column), make, SEGMENT_COLUMNS
 
     return write_cache(tokenizer, out, splits, sizes, settings, load, prepare, block_rows, batch_size, process)
 
@@ -136,7 +136,7 @@ def _undecoded(rows: Rows, column: str) -> Rows:
         raise ValueError(f"segments_column: {column!r} must hold lists of {{text, image}} ({error}).") from error
 
 
-def _records(
+def segment_records(
     tokenizer: ImageTokenizer,
     rows: Numbered,
     report: SkipReport,

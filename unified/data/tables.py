@@ -84,7 +84,7 @@ def read_files(
             if copies is None:
                 raise
             rows = load(copies)
-        return _images_beside(rows, image_column, folder)
+        return images_beside(rows, image_column, folder)
 
     if kind == "csv":
         for name in names:
@@ -121,7 +121,7 @@ def as_pattern(path: str | Path) -> str:
     return str(Path(glob.escape(str(literal)), *rest))
 
 
-def _images_beside(rows: Rows, column: str, folder: str) -> Rows:
+def images_beside(rows: Rows, column: str, folder: str) -> Rows:
     """The rows with the paths in ``column`` starting from ``folder``, where the table lies."""
     if rows.features is None:  # a stream that finds its columns out as it goes
         return rows.map(lambda row: {column: _beside(row[column], folder)} if column in row else {})

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from httpx import HTTPError
 
-from unified.files import write_json
+from unified.files import read_json, write_json
+from unified.lora.adapters import BASE_FILE
 from unified.pipeline.options import check_defaults
 from unified_tokenizers import ImageTokenizer
 
@@ -45,6 +46,17 @@ def write_description(
     """Write the ``pipeline.json`` of a folder; without sampling defaults it is that of earlier versions."""
     description = {"_class_name": class_name, "image_tokenizer_fingerprint": image_tokenizer_fingerprint}
     write_json(folder / PIPELINE_FILE, {**description, **({"sampling": dict(sampling)} if sampling else {})})
+
+
+def adapter_sampling(folder: Path) -> dict[str, Any]:
+    """The sampling defaults of an adapter's folder, checked; empty for one that has none. Raises ValueError."""
+    file = folder / BASE_FILE
+    if not file.is_file():
+        return {}
+    try:
+        return check_defaults(read_json(file, "lora").get("sampling"))
+    except ValueError as error:
+        raise ValueError(f"lora: {str(file)!r}: {error}") from error
 
 
 def as_dtype(torch_dtype: Any, dtype: Any) -> Any:

@@ -26,6 +26,7 @@ from unified.lora.switching import (
     adapter_state,
     delete_adapters,
     fuse_lora,
+    is_disabled,
     save_fused,
     set_adapters,
     switch,
@@ -49,6 +50,7 @@ from unified.pipeline.chat import as_messages, as_segments, check_sizes, continu
 from unified.pipeline.classes import as_classes, class_count, labels_of
 from unified.pipeline.editing import as_images, codes_to_keep, share_to_keep, unfinished_images
 from unified.pipeline.folder import (
+    adapter_sampling,
     as_dtype,
     check_fingerprint,
     check_one_device,
@@ -122,7 +124,7 @@ class UnifiedPipeline:
     ):
         config = base_of(model).config
         check_parts(config, image_tokenizer, text_tokenizer)
-        self.sampling = sampling
+        self._sampling, self._adapter_sampling = check_defaults(sampling), dict[str, dict[str, Any]]()
         if text_tokenizer is not None:
             config.text_tokenizer_fingerprint = text_tokenizer.fingerprint
         self.model: UnifiedForCausalLM | PeftModel = model.eval()
@@ -252,12 +254,19 @@ class UnifiedPipeline:
 
     @property
     def sampling(self) -> Mapping[str, Any]:
-        """The sampling defaults that it is saved with, to be set as a whole: ValueError for a name or value that is none."""
-        return self._sampling
+        """The sampling defaults that it is saved with, and before them those of its active adapters, the last one first.
+
+        To be set as a whole, which also forgets those of the adapters: ValueError for a name or value that is none.
+        """
+        found = dict(self._sampling)
+        if isinstance(self.model, PeftModel) and not is_disabled(self.model):
+            for name in self.get_active_adapters():
+                found |= self._adapter_sampling.get(name, {})
+        return MappingProxyType(found)
 
     @sampling.setter
     def sampling(self, sampling: Mapping[str, Any] | None) -> None:
-        self._sampling = MappingProxyType(check_defaults(sampling))
+        self._sampling, self._adapter_sampling = check_defaults(sampling), {}
 
     @one_at_a_time
     def to(self, *args: Any, **kwargs: Any) -> "UnifiedPipeline":
@@ -670,7 +679,7 @@ class UnifiedPipeline:
         **hub: Any,
     ) -> None:
         """Add a LoRA adapter and make it the active one; plain folders of peft are taken, see
-        :func:`unified.lora.adapters.load_lora`.
+        :func:`unified.lora.adapters.load_lora`. While it is active, its defaults of sampling come before the pipeline's.
 
         Args:
             pretrained_model_name_or_path: a local folder, or a repository on the Hub.
@@ -685,8 +694,9 @@ class UnifiedPipeline:
         numbered = ("default" if i == 0 else f"default_{i}" for i in count())
         name = next(free for free in numbered if free not in taken) if adapter_name is None else adapter_name
         folder = local_folder(pretrained_model_name_or_path, "lora", **hub)
+        sampling = adapter_sampling(folder)
         self.model = load_lora(self.model, folder, name, weight_name=weight_name).eval()
-        self._adapter_cards[name] = read_card(folder)
+        self._adapter_cards[name], self._adapter_sampling[name] = read_card(folder), sampling
 
     @one_at_a_time
     def save_lora_weights(self, save_directory: str | Path, adapter_name: str | None = None) -> None:
@@ -703,7 +713,8 @@ class UnifiedPipeline:
         name = names[0] if adapter_name is None and len(names) == 1 else adapter_name
         if name not in names:
             raise ValueError(f"adapter_name: {name!r} is none of those that are loaded; name one of {names}.")
-        save_adapter(self._adapted("adapter_name"), save_directory, name, self._adapter_cards.get(name))
+        card, sampling = self._adapter_cards.get(name), self._adapter_sampling.get(name)
+        save_adapter(self._adapted("adapter_name"), save_directory, name, card, sampling)
 
     def get_list_adapters(self) -> dict[str, list[str]]:
         """Names of all loaded adapters, active or not, by the part that they belong to: ``{"model": [...]}``."""

@@ -41,6 +41,7 @@ class Row:
         document_ids: ``(S,)`` for packed rows.
         condition: class of a class-conditional model.
         owners: the sequence that each image is of, by its number among those of the batch.
+        grids: of each image, in codes.
     """
 
     input_ids: Tensor
@@ -54,6 +55,7 @@ class Row:
     document_ids: Tensor | None = None
     condition: int | None = None
     owners: list[int] = field(default_factory=list)
+    grids: list[Grid] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -77,12 +79,14 @@ class Batch(NamedTuple):
         counts: what it holds.
         owners: ``(images,)``, the number of the sequence that each image is of, images in the order of their positions; empty
             unless :func:`unified.data.batches.make_batch` made it.
+        grids: ``(images, 2)``, height and width of each image in codes.
         further: batches of further sequences, by the objective that asks for them.
     """
 
     inputs: dict[str, Any]
     counts: Counts
     owners: Tensor = torch.empty(0, dtype=torch.int64)
+    grids: Tensor = torch.empty(0, 2, dtype=torch.int64)
     further: dict[str, Any] = {}  # noqa: RUF012
 
 
@@ -164,7 +168,7 @@ def arrange(
     row_labels[:1] = IGNORE
     tensor = torch.from_numpy
     row = Row(tensor(row_ids), tensor(row_labels), tensor(positions), tensor(is_image), len(spans), merge.kind)
-    row.condition = sequence.condition
+    row.condition, row.grids = sequence.condition, [grid for _, grid in spans]
     if not prediction.is_raster:
         row.sources, row.steps = tensor(sources), tensor(steps)
     return row
@@ -277,6 +281,7 @@ def _concatenate(documents: list[Row]) -> Row:
         _joined([document.steps for document in documents]),
         torch.cat([torch.full((len(document),), number) for number, document in enumerate(documents)]),
         owners=[owner for document in documents for owner in document.owners],
+        grids=[grid for document in documents for grid in document.grids],
     )
 
 
@@ -362,7 +367,9 @@ def collate(rows: Sequence[Row], config: UnifiedConfig, multiple: int = 1) -> Ba
         if len(packed) != len(rows):
             raise ValueError(f"rows: {len(packed)} of {len(rows)} are packed; pack all of them or none.")
         inputs["document_ids"] = torch.stack([F.pad(ids, (0, length - len(ids)), value=-1) for ids in packed])
-    return Batch(inputs, counts, torch.tensor([owner for row in rows for owner in row.owners], dtype=torch.int64))
+    owners = torch.tensor([owner for row in rows for owner in row.owners], dtype=torch.int64)
+    grids = torch.tensor([grid for row in rows for grid in row.grids], dtype=torch.int64).view(-1, 2)
+    return Batch(inputs, counts, owners, grids)
 
 
 def _order_inputs(

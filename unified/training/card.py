@@ -40,7 +40,7 @@ def _data(config: TrainConfig) -> list[Origin]:
     data, output = config.data, Path(config.output_dir)
     if data.train:
         return [_codes("Images", data.train, output / "codes", data.train_split, data.max_samples)]
-    kinds = {"image": "Images", "interleaved": "Texts with images"}
+    kinds = {"image": "Images", "interleaved": "Texts with images", "pairs": "Pairs of images"}
     return [
         (f"Texts: `{source.path}`", terms_of(source.path))
         if source.kind == "text"

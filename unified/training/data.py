@@ -20,6 +20,7 @@ from unified.data.code_cache import description_of, encode_source, is_codes_cach
 from unified.data.crops import Views
 from unified.data.interleaved import encode_interleaved, interleaved_sequence
 from unified.data.labelled import encode_labelled, labelled_sequence, with_classes
+from unified.data.pairs import encode_pairs, pair_sequence
 from unified.data.rows import UNREADABLE, class_names, readable
 from unified.prediction.merge import Grid, Merge, patches
 from unified.prediction.schedule import PatchSchedule
@@ -30,7 +31,7 @@ from unified.training.validation import mean_loss
 from unified_tokenizers import ImageTokenizer, TextTokenizer
 
 Check = Callable[[nn.Module, torch.device], float]
-_LOSSES = {"image": "image_loss", "text": "text_loss", "interleaved": "loss"}
+_LOSSES = {"image": "image_loss", "text": "text_loss", "interleaved": "loss", "pairs": "image_loss"}
 
 
 @dataclass
@@ -100,7 +101,7 @@ def open_data(context: Context) -> TrainingData:
         sources, context.model_config, config.batch_size, config.steps * config.gradient_accumulation_steps, config.seed,
         context.accelerator.process_index, context.accelerator.num_processes, data.pack, data.bucket,
         partial(merge_of_batch, config, config.patch_schedule()),
-        {objective.name: objective.further for objective in config.build_objectives()},
+        {o.name: partial(o.further, config=context.model_config) for o in config.build_objectives()},
     )  # fmt: skip
     shares = zip(sources, batches.shares, strict=True)
     summary = ", ".join(f"{share / 10:g} % {source.name} ({len(source.rows)} rows)" for source, share in shares)
@@ -150,6 +151,15 @@ def open_source(context: Context, source: SourceConfig, split: str, folder: Path
     check_no_classes(source)
     assert text_tokenizer is not None
     shared: dict[str, Any] = {"text_tokenizer": text_tokenizer, "vocabulary": vocabulary}
+    if source.kind == "pairs":
+        rows = _pair_rows(context, source, split, folder)
+        first = {"height": [h[0] for h in rows["heights"]], "width": [w[0] for w in rows["widths"]]}
+        check_lengths(
+            datasets.Dataset.from_dict({**first, "caption": [texts[0] for texts in rows["texts"]]}),
+            text_tokenizer,
+            config,
+        )
+        return Source(name, rows, partial(pair_sequence, **shared), source.weight)
     if source.kind != "image":
         limit = getattr(config.text_config, "max_position_embeddings", None)
         if limit is not None and source.max_length > limit:
@@ -308,6 +318,23 @@ def _interleaved_rows(context: Context, source: SourceConfig, split: str, folder
         wanted = {"source": source.path, "sizes": [list(size)], "columns": [source.segments_column]}
         path = encode_once(context, folder, wanted, encode)
     return load_codes(path, split, tokenizer.fingerprint, "interleaved").with_format(None)
+
+
+def _pair_rows(context: Context, source: SourceConfig, split: str, folder: Path) -> datasets.Dataset:
+    data, tokenizer, path = context.config.data, context.image_tokenizer, Path(source.path)
+    columns = (source.chosen_column, source.rejected_column, source.caption_column)
+    if not is_codes_cache(path):
+        size = (data.image_size, data.image_size)
+
+        def encode() -> dict[str, SkipReport]:
+            return encode_pairs(
+                tokenizer, source.path, folder, (split,), size, columns, process=PartialState(),
+                storage_options=data.storage_options or None,
+            )  # fmt: skip
+
+        wanted = {"kind": "pairs", "source": source.path, "sizes": [list(size)], "columns": list(columns)}
+        path = encode_once(context, folder, wanted, encode)
+    return load_codes(path, split, tokenizer.fingerprint, "pairs").with_format(None)
 
 
 def encode_once(

@@ -17,7 +17,7 @@ from unified.training.card import run_card
 from unified.training.checkpoint import save_checkpoint
 from unified.training.config import TrainConfig
 from unified.training.interrupt import catch_signals
-from unified.training.setup import Run, make_accelerator, set_up
+from unified.training.setup import Run, adapter_sampling_of, make_accelerator, set_up
 from unified.training.step import check_skipped, kept_on_failure, train_step
 from unified.training.tracking import LossMeter, check_trackers
 
@@ -140,7 +140,7 @@ def save(run: Run) -> Path:
     if accelerator.is_main_process:
         card = run_card(run.config, part, fingerprint, base_of(model).config)
         if isinstance(model, PeftModel):
-            save_lora(model, folder, state, card)
+            save_lora(model, folder, state, card, adapter_sampling_of(run.objectives))
         else:
             run.pipeline().save_pretrained(folder, state_dict=state, card=card)
         accelerator.print(f"saved {folder}")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -158,7 +159,7 @@ def set_up(config: TrainConfig, accelerator: Accelerator) -> Run:
     for stage in schedule.stages(config.steps):
         accelerator.print(f"  p = {stage.patch_size}: steps {stage.start} to {stage.end}")
     return Run(config, accelerator, model, optimizers, average, image_tokenizer, text_tokenizer, data, schedule, inputs,
-               log, step, positions, sampling_of(config), objectives)  # fmt: skip
+               log, step, positions, {**sampling_of(config), **adapter_sampling_of(objectives)}, objectives)  # fmt: skip
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -207,6 +208,11 @@ def sampling_of(config: TrainConfig) -> dict[str, Any]:
         read_description(Path(folder))["sampling"] if folder and (Path(folder) / PIPELINE_FILE).is_file() else {}
     )
     return {**inherited, **config.sampling.given()}
+
+
+def adapter_sampling_of(objectives: Iterable[Objective]) -> dict[str, Any]:
+    """The sampling defaults that an adapter is saved with: those of what it was trained for."""
+    return {name: value for objective in objectives for name, value in objective.sampling.items()}
 
 
 def build_parts(config: TrainConfig) -> Parts:

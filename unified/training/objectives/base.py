@@ -1,15 +1,17 @@
 """What an objective is: the protocol between a loss and the training step that sums several of them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
+from unified.config import UnifiedConfig
 from unified.model.modeling import UnifiedOutput
 from unified.prediction.arrange import Batch
-from unified.sequence import TokenSequence
+from unified.sequence import IGNORE, TokenSequence
 from unified.settings import check_range
 
 
@@ -78,10 +80,13 @@ class Objective:
         """
         return None
 
-    def further(self, sequences: Sequence[TokenSequence], rng: np.random.Generator) -> list[TokenSequence] | None:
+    def further(
+        self, sequences: Sequence[TokenSequence], rng: np.random.Generator, config: UnifiedConfig
+    ) -> list[TokenSequence] | None:
         """Further sequences for a micro-batch, one for each of its own, which are arranged as those are; None for none.
 
-        Called in the data layer, perhaps in a process of its own. An image of a sequence that does not count has labels of -100.
+        Called in the data layer, perhaps in a process of its own; ``config`` is that of the model. What does not count has labels
+        of -100.
         """
         return None
 
@@ -95,3 +100,8 @@ class Objective:
         Gradients of micro-batches and processes are averaged, so that the step follows the mean over all that it counts.
         """
         raise NotImplementedError
+
+
+def unsupervised(sequence: TokenSequence) -> TokenSequence:
+    """A sequence with nothing in the loss, for the place of a further one that does not count."""
+    return replace(sequence, labels=torch.full_like(sequence.labels, IGNORE))

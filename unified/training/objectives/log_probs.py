@@ -5,14 +5,16 @@ merge. Codes that are predicted together are independent given what is before, s
 their image. Each of the codes of a patch is scored by the one distribution of the patch.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from unified.lora.switching import adapters_off
 from unified.prediction.arrange import Batch
 from unified.sequence import IGNORE
+from unified.training.objectives.base import MicroBatch
 
 
 def log_probs_of(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
@@ -63,17 +65,48 @@ def per_image(values: Tensor, inputs: dict[str, Any], images: int) -> Tensor:
     return values.new_zeros(images).index_add(0, image_of_targets(inputs).clamp_max(images - 1), values.sum(dim=1))
 
 
-def per_sequence(values: Tensor, batch: Batch, inputs: dict[str, Any], sequences: int) -> Tensor:
-    """Sums ``(sequences,)`` of values ``(N, P)`` over the images of each sequence of a batch, however they are packed."""
-    if not batch.counts.images:
-        return values.new_zeros(sequences) + values.sum()
+def per_sequence(values: Tensor, batch: Batch, inputs: dict[str, Any]) -> Tensor:
+    """Sums over the images of each sequence of a batch, however they are packed: ``(n,)`` up to the last one with an image.
+
+    Args:
+        values: ``(N, P)``, of the codes of each target.
+        batch: what :func:`unified.data.batches.make_batch` made of the sequences.
+        inputs: its inputs, on the device of ``values``.
+    """
+    if not len(batch.owners):
+        return values.new_zeros(0) + values.sum()
     sums = per_image(values, inputs, batch.counts.images)
+    sequences = int(batch.owners.max()) + 1
     return sums.new_zeros(sequences).index_add(0, batch.owners.to(sums.device), sums)
 
 
-def supervised_codes(inputs: dict[str, Any]) -> Tensor:
-    """``(N, P)`` float: 1 for every code of the image targets that is in the loss, 0 in unused columns and padding."""
+def target_labels(inputs: dict[str, Any]) -> Tensor:
+    """``(N, P)``: the labels of ``image_targets``, as ids; -100 in unused columns and padding."""
     labels = inputs["labels"]
     flat = labels.reshape(labels.shape[0] * labels.shape[1], -1)
-    flat = torch.cat([flat, flat.new_full((1, flat.shape[1]), IGNORE)])
-    return (flat[inputs["image_targets"]] != IGNORE).float()
+    return torch.cat([flat, flat.new_full((1, flat.shape[1]), IGNORE)])[inputs["image_targets"]]
+
+
+class Ratios(NamedTuple):
+    """``log p - log p_ref`` of the images of each sequence ``(n,)``, of its further sequence, and 1 where both make a pair."""
+
+    own: Tensor
+    other: Tensor
+    pairs: Tensor
+
+
+def log_ratios(given: MicroBatch, name: str) -> Ratios:
+    """Ratios of model and reference for a micro-batch whose forward pass has ``log_probs``, and for ``further[name]``."""
+    assert given.output is not None and given.output.log_probs is not None
+    further = given.batch.further[name]
+    inputs = send_to_device(further.inputs, given.inputs["labels"].device)
+    own = given.output.log_probs - reference_log_probs(given.model, given.inputs)
+    other = log_probs_of(given.model, inputs) - reference_log_probs(given.model, inputs)
+    return Ratios(
+        per_sequence(own, given.batch, given.inputs), per_sequence(other, further, inputs), pairs_of(further, inputs)
+    )
+
+
+def pairs_of(further: Batch, inputs: dict[str, Any]) -> Tensor:
+    """``(n,)``: 1 where a further sequence has an image in the loss, so that it makes a pair."""
+    return (per_sequence((target_labels(inputs) != IGNORE).float(), further, inputs) > 0).float()

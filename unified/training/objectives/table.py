@@ -8,10 +8,17 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from unified.settings import did_you_mean
+from unified.training.objectives.arra import ARRA
 from unified.training.objectives.base import Objective
+from unified.training.objectives.cca import CCA
+from unified.training.objectives.dpo import DPO
 from unified.training.objectives.likelihood import Likelihood
+from unified.training.objectives.one_token_rollout import OneTokenRollout
+from unified.training.objectives.rear import ReAR
 
-OBJECTIVES: dict[str, type[Objective]] = {kind.name: kind for kind in (Likelihood,)}
+OBJECTIVES: dict[str, type[Objective]] = {
+    kind.name: kind for kind in (Likelihood, CCA, DPO, ReAR, ARRA, OneTokenRollout)
+}
 
 
 def build_objectives(given: Sequence[Any]) -> list[Objective]:
