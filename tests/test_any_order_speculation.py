@@ -126,7 +126,7 @@ def test_the_joint_distribution_is_exact_and_the_test_can_fail(way, monkeypatch)
     decoder, grid, sampling, images, probability, counted = tiny_world(way)
     assert float(probability.sum()) == pytest.approx(1, abs=1e-5)
     permutation = int(np.random.default_rng(3).integers(2**32, size=1)[0])  # as in training, now for all images
-    monkeypatch.setattr(passes, "_order_seed", lambda generator: permutation)
+    monkeypatch.setattr(passes, "order_seed", lambda generator: permutation)
     count, place = 600, (images.max() + 1) ** torch.arange(len(counted))
     number = lambda codes: (codes[:, counted] * place).sum(dim=1)  # noqa: E731
     expected = torch.zeros(int(number(images).max()) + 1).index_add(0, number(images), probability)

@@ -241,7 +241,7 @@ def test_text_that_follows_an_image_has_read_all_of_it(prediction, monkeypatch):
     image = row.segments[0]
     ids = (1, 5, 3, *(image.codes.flatten() + vocabulary.text_vocab_size).tolist(), vocabulary.eoi_token_id)
     if model.prediction.way.any_order:  # the prompt's image in the permutation of the request
-        seed = passes._order_seed(*generators(1))
+        seed = passes.order_seed(*generators(1))
         monkeypatch.setattr(Prediction, "training_plan", lambda self, grid, own: self.plan(grid, seed))
     wanted = prefill(decoder, [Prompt(ids, ((4, 4),))], 0).hidden[0]
     torch.testing.assert_close(row.states[0, -1], wanted, rtol=1e-4, atol=1e-4)

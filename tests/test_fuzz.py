@@ -11,7 +11,7 @@ from hostile.case import VALID, Case
 from hostile.world import World
 from torch import load
 
-MANY = ("settings: train", "settings: tokenizer")  # each fourth of their cases is run here
+MANY = ("settings: train", "settings: tokenizer", "settings: grpo")  # each fourth of their cases is run here
 READY = [case for number, case in enumerate(CASES) if case.entry not in MANY or number % 4 == 0]
 
 

@@ -224,7 +224,7 @@ def test_sampling_with_a_cache_is_the_naive_loop_in_any_batch(way, kind):
     if kind is LeanDecoder:
         for row in range(2):
             generator = seeded()[row]
-            seed = passes_module._order_seed(generator) if model.prediction.way.any_order else None
+            seed = passes_module.order_seed(generator) if model.prediction.way.any_order else None
             wanted = naive_image(model, PROMPTS[row], NEGATIVES[row], GRID, sampling, generator, seed)
             assert torch.equal(together[row], wanted)
     else:

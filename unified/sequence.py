@@ -41,15 +41,15 @@ Segment = TextSegment | ImageSegment
 class TokenSequence:
     """``input_ids`` and ``labels`` of shape ``(T,)``, and the grid of every image span.
 
-    ``seed`` chooses the permutation of codes, for a model that predicts them in any order; ``condition`` is the class of
-    a class-conditional model, whose embedding takes the place of ``<boi>``; ``rejected`` is the other sequence of a pair of which
-    this one is preferred.
+    ``seed`` chooses the permutation of codes, for a model that predicts them in any order: one seed for all images, or a
+    list with that of each permutation, as images are sampled; ``condition`` is the class of a class-conditional model, whose
+    embedding takes the place of ``<boi>``; ``rejected`` is the other sequence of a pair of which this one is preferred.
     """
 
     input_ids: Tensor
     labels: Tensor
     image_grids: list[tuple[int, int]]
-    seed: int = 0
+    seed: int | list[int] = 0
     condition: int | None = None
     rejected: "TokenSequence | None" = None
 

@@ -9,11 +9,14 @@ from conftest import tiny_config
 from hostile.case import VALID, Case, Silent, cases, each
 from hostile.world import World, script
 
+from grpo import GrpoSettings
 from unified import UnifiedConfig, UnifiedForCausalLM
 from unified.decoding import Sampling
 from unified.pipeline.options import GenerationOptions
 from unified.prediction.schedule import PatchSchedule
+from unified.settings import load_settings
 from unified.training.config import load_config
+from unified.training.rewards import Rewards
 
 NAN, INF = float("nan"), float("inf")
 NUMBER = ".nan many [1] {a:1}"  # no number, wherever one is needed
@@ -90,6 +93,30 @@ RUN = {
     "lora.target": "[a]",
     "data.source": "x",
     "optimizer.lr": "1",
+}
+# Fields of a run of GRPO.
+GRPO = {
+    "steps": f"{COUNT} null",
+    "prompts_per_step": COUNT,
+    "group_size": f"1 {COUNT}",
+    "updates": COUNT,
+    "batch_size": COUNT,
+    "guidance_scale": f"0.5 1e9 .inf {NUMBER}",
+    "temperature": f"0 -1 .inf {NUMBER}",
+    "clip": f"0 1 -1 {NUMBER}",
+    "kl_weight": f"-1 .inf {NUMBER}",
+    "learning_rate": f"0 -1 .inf {NUMBER}",
+    "weight_decay": f"-1 .inf {NUMBER}",
+    "gradient_clip": f"0 -1 .inf {NUMBER}",
+    "checkpoint_every": COUNT,
+    "keep_checkpoints": COUNT,
+    "seed": f"-1 4294967296 1.5 {NUMBER}",
+    "output_dir": "'' null [1]",
+    "lora": "null 7 [1]",
+    "lora.rank": COUNT,
+    "lora.dropout": "0.1",
+    "adapter": "folder",
+    "rewards": "[] null 7 [7]",
 }
 # Fields of UnifiedConfig, and values that a configuration refuses.
 CONFIG: dict[str, list[Any]] = {
@@ -230,6 +257,25 @@ def of_tokenizer(*overrides: str) -> Callable[[World], object]:
     return call
 
 
+def grpo(*overrides: str) -> Callable[[World], object]:
+    """Read the settings of a run of GRPO, and find its rewards."""
+
+    def call(world: World) -> None:
+        given = {
+            "output_dir": "x",
+            "pipeline": "y",
+            "prompts": "z",
+            "steps": 1,
+            "lora": {"rank": 4},
+            "rewards": [{"path": "math:sqrt"}],
+        }
+        settings = load_settings(GrpoSettings, world.file("run.yaml", json.dumps(given)), overrides)
+        settings.check()
+        Rewards(settings.rewards)
+
+    return call
+
+
 def config(field: str, given: Any) -> Callable[[World], object]:
     if field == "text_config":
         return lambda world: UnifiedConfig(text_config=given)
@@ -273,6 +319,10 @@ CASES: list[Case] = [
     *(
         Case("settings: train", f"{name}={value}", training(f"{name}={value}"), name.split(".")[-1])
         for name, value in values(RUN)
+    ),
+    *(
+        Case("settings: grpo", f"{name}={value}", grpo(f"{name}={value}"), name.split(".")[-1])
+        for name, value in values(GRPO)
     ),
     *each("settings: YAML", read, YAML),
     *cases(

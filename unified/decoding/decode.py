@@ -10,7 +10,7 @@ from unified.decoding.decoder import Decoder
 from unified.decoding.fused_llama import make_decoder
 from unified.decoding.passes import Passes, image_passes
 from unified.decoding.prefill import Prefilled, Prompt, bias_among, check_conditions, prefill, read
-from unified.decoding.sampling import PositionNoise, guide, sample_codes
+from unified.decoding.sampling import PositionNoise, code_log_probs, guide, sample_codes
 from unified.model.modeling import UnifiedForCausalLM
 from unified.prediction.coordinates import span_offsets
 from unified.prediction.merge import Grid
@@ -93,6 +93,35 @@ def iterate_codes(
             yield whole[:, :reach]
 
 
+@torch.inference_mode()
+def generate_scored(
+    model: UnifiedForCausalLM | Decoder,
+    prompts: Sequence[Sequence[int] | Prompt],
+    negative_prompts: Sequence[Sequence[int] | Prompt] | None,
+    grid: Grid,
+    sampling: Sampling,
+    generators: Sequence[torch.Generator],
+) -> tuple[Tensor, Tensor]:
+    """Decode one image span after every prompt, and keep how likely each code was; arguments as for :func:`iterate_codes`.
+
+    Returns:
+        Codes ``(B, h, w)``, and their log-probabilities ``(B, h, w)`` in float32 under the distribution that they were sampled
+        from: guided, divided by the temperature and filtered, given the codes before. Codes of one pass are independent.
+
+    Raises:
+        ValueError: as :func:`iterate_codes`.
+    """
+    decoder = make_decoder(model) if isinstance(model, UnifiedForCausalLM) else model
+    rows = paired_prompts(decoder.model, prompts, negative_prompts, sampling, generators)
+    forced = forced_codes(None, len(prompts), grid, decoder.model)
+    passes = image_passes(decoder.model, grid, generators, forced)
+    state = prefill(decoder, rows, passes.room)
+    coordinates = state.position[:, None, None] + passes.offsets_of(len(state.position))
+    log_probs = torch.zeros(forced.shape, device=forced.device)
+    *_, codes = continue_image(decoder, state, passes, coordinates, sampling, generators, forced, log_probs)
+    return codes.reshape(-1, *grid), log_probs.reshape(-1, *grid)
+
+
 def _alike(prediction: Prediction, known: Tensor) -> list[list[int]]:
     """Rows that can be decoded together: all, unless the codes that are given first differ.
 
@@ -167,11 +196,12 @@ def continue_image(
     sampling: Sampling,
     generators: Sequence[torch.Generator],
     known: Tensor,
+    log_probs: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """The loop itself: an image after what ``state`` has read, ``known (B, h*w)`` codes forced; see :func:`iterate_codes`.
 
     ``coordinates (R, L, 2)`` are those of the positions of ``passes``, for all rows. The positions of a group that is known
-    in every row run together with those of the next one.
+    in every row run together with those of the next one. ``log_probs (B, h*w)`` is filled with those of the sampled codes.
     """
     scales, codes, device = sampling.scales(known.shape[1]), known.clone(), known.device
     positions = decoder.positions(coordinates)
@@ -194,7 +224,10 @@ def continue_image(
         # 2. Sample the group
         states = hidden[:, group.sources + len(waiting)].unflatten(1, group.shape)
         scale, index = scales[int(group.ranks[0])], group.codes.expand(len(codes), -1)
-        sampled = sample_cells(decoder, states, group.missing, sampling, scale, noise_of(noise, group.ranks))
+        logits = cell_logits(decoder, states, group.missing, sampling, scale)
+        sampled = sample_cells(logits, sampling, noise_of(noise, group.ranks))
+        if log_probs is not None:
+            log_probs.scatter_(1, index, code_log_probs(logits, sampled, sampling))
         before = codes.gather(1, index)
         codes.scatter_(1, index, torch.where(before < 0, sampled, before))
         waiting = waiting[:0]
@@ -266,32 +299,23 @@ def noise_of(noise: PositionNoise, ranks: Tensor) -> Tensor:
     return found if len(ranks) == found.shape[1] else found[:, ranks.to(found.device) - first]
 
 
-def sample_cells(
-    decoder: Decoder,
-    states: Tensor,
-    missing: Tensor | None,
-    sampling: Sampling,
-    scale: float | Tensor,
-    noise: Tensor,
-) -> Tensor:
-    """Codes ``(B, n * P)`` of n cells: guide, image logits, filter, sample with ``noise (B, n * P, K)``.
-
-    Args:
-        decoder: of the model.
-        states: ``(R, n, m, D)`` final states of the cells' sources, of the conditional rows and then of the others.
-        missing: ``(n, m)``, True for sources that a cell does not have.
-        sampling: guidance and filters.
-        scale: of the guidance; broadcasts to ``(B, n * P, 1)``.
-        noise: standard Gumbel noise.
-    """
-    logits = cell_logits(decoder, states, missing, sampling, scale)
-    return sample_codes(logits.flatten(0, 1), sampling, noise.flatten(0, 1)).view(len(logits), -1)
+def sample_cells(logits: Tensor, sampling: Sampling, noise: Tensor) -> Tensor:
+    """Codes ``(B, n * P)`` of n cells: filter their logits ``(B, n * P, K)``, sample with noise of the same shape."""
+    return sample_codes(logits.flatten(0, 1), sampling, noise.flatten(0, 1)).view(logits.shape[:2])
 
 
 def cell_logits(
     decoder: Decoder, states: Tensor, missing: Tensor | None, sampling: Sampling, scale: float | Tensor
 ) -> Tensor:
-    """Image logits ``(B, n * P, K)`` of n cells, guided and not yet filtered; arguments as for :func:`sample_cells`."""
+    """Image logits ``(B, n * P, K)`` of n cells, guided and not yet filtered.
+
+    Args:
+        decoder: of the model.
+        states: ``(R, n, m, D)`` final states of the cells' sources, of the conditional rows and then of the others.
+        missing: ``(n, m)``, True for sources that a cell does not have.
+        sampling: guidance.
+        scale: of the guidance; broadcasts to ``(B, n * P, 1)``.
+    """
     rows, model = len(states), decoder.model
     everywhere = None if missing is None else missing.repeat(rows, 1)
     merge = "mean" if model.image_split is None else "channel"

@@ -96,7 +96,7 @@ def image_passes(
     if given is None and not prediction.way.any_order:
         return _alike(prediction, grid, coordinates, str(model.device))
     cells = merged_grid(grid, prediction.merge.side)
-    seeds = [_order_seed(generator) for generator in generators] if prediction.way.any_order else [None]
+    seeds = [order_seed(generator) for generator in generators] if prediction.way.any_order else [None]
     return _passes([prediction.plan(cells, seed, given) for seed in seeds], prediction, grid, coordinates, model.device)
 
 
@@ -107,8 +107,11 @@ def image_columns(model: UnifiedForCausalLM, grid: Grid) -> int:
     return int((plan.seen < NEVER).sum()) + 2
 
 
-def _order_seed(generator: torch.Generator) -> int:
-    """The third number of a generator, which stays: decoding and edits seed their own choices with the first two."""
+def order_seed(generator: torch.Generator) -> int:
+    """Seed of the permutation of an image, for an order that has one: the third number of its generator.
+
+    The generator's state stays; decoding and edits seed their own choices with the first two.
+    """
     return int(torch.randint(2**63 - 1, (3,), generator=generator.clone_state(), device=generator.device)[2])
 
 

@@ -83,6 +83,11 @@ def sample_codes(logits: Tensor, sampling: Sampling, noise: Tensor) -> Tensor:
     return sample_gumbel(_apply(active, logits, sampling), noise)
 
 
+def code_log_probs(logits: Tensor, codes: Tensor, sampling: Sampling) -> Tensor:
+    """Log-probabilities ``(...)`` of codes under the distribution that they are sampled from: logits ``(..., K)``, filtered."""
+    return filter_logits(logits, sampling).log_softmax(dim=-1).gather(-1, codes[..., None]).squeeze(-1)
+
+
 def sample_gumbel(logits: Tensor, noise: Tensor) -> Tensor:
     """Gumbel-max: sample from the softmax of filtered logits ``(..., K)`` with standard Gumbel noise of the same shape.
 

@@ -38,6 +38,7 @@ class UnifiedOutput(CausalLMOutputWithPast):
         logits: ``(B, S, V_text)``, only without labels.
         image_logits: ``(B, S, K)``, only without labels and with ``image_inputs``, of a model whose positions predict one code
             each by one head.
+        image_states: ``(N, P or 1, m * D)``, on request: what the image head scores for each of ``image_targets``.
         log_probs: ``(N, P)``, on request: log-probabilities of the codes of each of ``image_targets``, 0 where there is none.
         hidden_states: on request, of every layer; with labels without the last position, ``(B, S - 1, D)`` each.
     """
@@ -45,6 +46,7 @@ class UnifiedOutput(CausalLMOutputWithPast):
     text_loss: Tensor | None = None
     image_loss: Tensor | None = None
     image_logits: Tensor | None = None
+    image_states: Tensor | None = None
     log_probs: Tensor | None = None
 
 
@@ -295,6 +297,7 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         condition: Tensor | None = None,
         num_items_in_batch: float | Tensor | None = None,
+        return_image_states: bool = False,
         return_log_probs: bool = False,
         **kwargs: Any,
     ) -> UnifiedOutput:
@@ -318,6 +321,7 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
             condition: ``(B,)`` classes or ``(B, P, F)`` features, for models with ``conditioning``; its embeddings take the
                 place of the first positions (see :mod:`unified.model.prefix`).
             num_items_in_batch: what the summed loss is divided by; default: the weight of the batch's own targets.
+            return_image_states: with labels, in place of losses what the image head scores for each of ``image_targets``.
             return_log_probs: also the log-probability of every supervised code, of which the image loss is made then.
 
         Raises:
@@ -352,6 +356,10 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
         outputs = self.run_backbone(embeds, positions, image_positions, use_cache=use_cache, **arguments, **kwargs)
         if labels is not None:
             hidden = outputs.last_hidden_state
+            if return_image_states:
+                assert image_targets is not None
+                found = self._target_states(hidden, labels.shape[1], image_targets, image_sources, merge)
+                return UnifiedOutput(image_states=found)
             output = self._losses(
                 hidden, labels, text_targets, image_targets, image_sources, query_inputs, merge, num_items_in_batch,
                 return_log_probs,
@@ -397,7 +405,6 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
             raise ValueError(
                 "labels: no position of the batch is supervised; label at least one token (-100 means not)."
             )
-        none = len(ids)
         ids = F.pad(ids, (0, 0, 0, 1), value=IGNORE)  # one row more, for the indices that stand for none
         text_ids, codes = ids[text_targets, 0], ids[image_targets]
         codes = torch.where(codes == IGNORE, IGNORE, codes - config.text_config.vocab_size)
@@ -408,12 +415,7 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
         if config.loss_normalization == "position":
             weights = weights.clamp_max(1)
         if len(image_targets):
-            if image_sources is None:
-                sources, missing = (image_targets - 1)[:, None], None
-            else:
-                sources, missing = image_sources, image_sources == none
-            found = states[(sources - sources // length).clamp_max(len(states) - 1)]
-            scored = self.image_states(found, missing, merge)
+            scored = self._target_states(hidden, length, image_targets, image_sources, merge)
             if return_log_probs:
                 log_probs = self._log_probs(scored, codes)
                 image = -(log_probs.sum(dim=1) * weights / (codes != IGNORE).sum(dim=1).clamp_min(1)).sum()
@@ -431,6 +433,18 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
             image_loss=image / images if len(image_targets) else None,
             log_probs=log_probs,
         )
+
+    def _target_states(
+        self, hidden: Tensor, length: int, targets: Tensor, sources: Tensor | None, merge: str
+    ) -> Tensor:
+        """What the image head scores for each target ``(N, P or 1, m * D)``, of states ``(B, S - 1, D)`` for S = ``length``."""
+        states, missing = hidden.flatten(0, 1), None
+        if sources is None:
+            sources = (targets - 1)[:, None]
+        else:
+            missing = sources == len(hidden) * length
+        found = states[(sources - sources // length).clamp_max(len(states) - 1)]
+        return self.image_states(found, missing, merge)
 
     def _image_loss(self, states: Tensor, codes: Tensor, weights: Tensor) -> Tensor:
         """Weighted sum of the losses of N cells: ``states (N, P or 1, D)``, ``codes (N, P)``, ``weights (N,)``."""

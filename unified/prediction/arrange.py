@@ -179,12 +179,12 @@ def _images(
     prediction: Prediction,
     merge: Merge,
     coordinates: Coordinates,
-    seed: int | None,
+    seed: int | list[int] | None,
     as_sampled: bool,
 ) -> list[_Image]:
     if seed is None:
         return [_image(grid, prediction, merge, coordinates) for grid in grids]
-    seeds = np.random.default_rng(seed).integers(2**32, size=len(grids)).tolist()
+    seeds = seed if isinstance(seed, list) else np.random.default_rng(seed).integers(2**32, size=len(grids)).tolist()
     plan = prediction.plan if as_sampled else prediction.training_plan
     plans = [plan(merged_grid(grid, merge.side), own) for grid, own in zip(grids, seeds, strict=True)]
     return [_placed(plan, grid, merge, coordinates) for plan, grid in zip(plans, grids, strict=True)]

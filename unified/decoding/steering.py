@@ -1,0 +1,122 @@
+"""Sampling steered by adapters that score codes as they come (GenARM, arXiv 2410.08193).
+
+Each code is sampled from the model's logits plus ``alpha`` times the log-probabilities of a reward adapter. The adapter says of
+every code how much better it is, as training on preferences makes it (its log-probability of a whole image is its reward), and
+the model stays what it is. Several adapters steer at once, each with its own weight, which every call may choose anew; below 0 it
+steers away. Each adapter costs a forward pass more.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from unified.decoding.decoder import Decoder
+from unified.decoding.fused_llama import LeanDecoder, make_decoder
+from unified.decoding.kv_cache import KeyValueCache
+from unified.lora.adapters import base_of
+from unified.lora.switching import adapter_state, apply_weights, is_disabled, set_adapters, switch
+from unified_tokenizers.fields import is_finite
+
+
+class SteeredDecoder(Decoder):
+    """A decoder and others that steer it; see :func:`steer`.
+
+    Final states of all stand side by side, so that guidance, several sources of a cell and the running batch treat them as one.
+    With guidance each side of the sum is guided.
+    """
+
+    def __init__(self, decoder: Decoder, guides: Mapping[str, tuple[Decoder, float]]):
+        self.model, self.groups = decoder.model, {}
+        self._decoders = [decoder, *(guide for guide, _ in guides.values())]
+        self._weights = [1.0, *(weight for _, weight in guides.values())]
+        self._layers = len(self.model.backbone.base_model.layers)
+
+    def positions(self, coordinates: Tensor) -> Tensor:
+        """See :class:`Decoder`."""
+        return self._decoders[0].positions(coordinates)
+
+    def __call__(
+        self, embeds: Tensor, positions: Tensor, cache: KeyValueCache, bias: Tensor | None, image_positions: Tensor
+    ) -> Tensor:
+        """Final states ``(B, T, (1 + n) * D)`` of the model and of n guides, whose layers lie in the cache behind the model's."""
+        cache.open(embeds.shape[1])
+        states = [
+            decoder(embeds, positions, _Layers(cache, number * self._layers), bias, image_positions)
+            for number, decoder in enumerate(self._decoders)
+        ]
+        cache.column += embeds.shape[1]
+        return torch.cat(states, dim=-1)
+
+    def image_logits(self, hidden: Tensor) -> Tensor:
+        """Logits of the model plus the weighted log-probabilities of its guides, up to a constant that no sample depends on."""
+        parts = hidden.unflatten(-1, (self.model.prediction.way.heads, len(self._decoders), -1)).unbind(-2)
+        scored = zip(self._decoders, parts, self._weights, strict=True)
+        logits = [weight * decoder.image_logits(part.flatten(-2)).float() for decoder, part, weight in scored]
+        return torch.stack(logits).sum(dim=0)
+
+    def text_logits(self, hidden: Tensor) -> Tensor:
+        """Of the model alone: images are steered."""
+        return self._decoders[0].text_logits(hidden[..., : hidden.shape[-1] // len(self._decoders)])
+
+    def embed(self, codes: Tensor) -> Tensor:
+        """See :class:`Decoder`."""
+        return self._decoders[0].embed(codes)
+
+
+class _Layers(KeyValueCache):
+    """The layers of a cache from one on, for one of the decoders that share it."""
+
+    def __init__(self, whole: KeyValueCache, first: int):
+        super().__init__(whole.length)
+        self.column, self.end, self._whole, self._first = whole.column, whole.end, whole, first
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """See :class:`KeyValueCache`."""
+        return self._whole.update(key_states, value_states, self._first + layer_idx)
+
+
+def steer(model: PeftModel, weights: Mapping[str, float]) -> SteeredDecoder:
+    """A decoder of a model as its adapters are set now, steered by other ones of its adapters.
+
+    Args:
+        model: with the adapters loaded; which are active is as before afterwards.
+        weights: alpha by the name of the adapter. With weights that add up to A, a temperature of 1 / (1 + A) or less is as sharp
+            as the model alone; GenARM divides by 1 + A.
+
+    Raises:
+        ValueError: for an unknown adapter, a weight that is not finite, an adapter with an embedding of codes of its own, a
+            merge of codes, or a backbone whose decoder has no weights of its own.
+    """
+    base, state = base_of(model), adapter_state(model)
+    if not weights or not all(map(is_finite, weights.values())):
+        raise ValueError(f"weights: {dict(weights)} must name adapters, each with a finite number.")
+    if base.prediction.merge.side > 1:
+        raise ValueError(
+            f"steer: not for the merge {base.prediction.merge.kind!r}; only for codes that enter one by one."
+        )
+    disabled, active = is_disabled(model), dict(state.weights)
+    decoder, guides = make_decoder(base), dict[str, tuple[Decoder, float]]()
+    if not isinstance(decoder, LeanDecoder):
+        kind = type(base.backbone.base_model).__name__
+        raise ValueError(
+            f"steer: {kind} has no decoder with weights of its own, which an adapter beside the model needs."
+        )
+    codes = torch.arange(base.config.codebook_size, device=base.device)
+    try:
+        for name, weight in weights.items():
+            set_adapters(model, [name], [1.0])
+            guide = make_decoder(base)
+            if not torch.equal(guide.embed(codes), decoder.embed(codes)):
+                raise ValueError(
+                    f"steer: adapter {name!r} has an embedding of codes of its own; train it with train_image_tables=False."
+                )
+            guides[name] = (guide, weight)
+    finally:
+        switch(model, True)
+        apply_weights(model, active)
+        if disabled:
+            switch(model, False)
+    return SteeredDecoder(decoder, guides)
