@@ -1,6 +1,7 @@
 """The codes cache: images encoded once, stored with the fingerprint of the tokenizer that made them."""
 
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import torch
 from accelerate import PartialState
 
 from unified.data.content import content_of, was_streamed
@@ -182,6 +184,18 @@ def write_cache(
     wait()
     reports = json.loads((out / CACHE_FILE).read_text())["rows"]
     return {split: SkipReport(**reports[split]) for split in splits}
+
+
+def this_process() -> PartialState:
+    """This process's place among those that the launcher started. Raises ValueError if they do not see each other."""
+    process = PartialState(cpu=not torch.accelerator.is_available())
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != process.num_processes:
+        raise ValueError(
+            f"processes: the launcher started {started}, but each of them sees {process.num_processes}; they would write the "
+            "same files. Check the accelerate configuration."
+        )
+    return process
 
 
 def source_changed(out: str | Path, storage_options: dict[str, Any] | None = None) -> bool:

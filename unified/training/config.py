@@ -17,6 +17,7 @@ from unified.model.quantization import BITS, check_quantization
 from unified.pipeline.options import GenerationOptions, check_defaults
 from unified.prediction.plan import Prediction
 from unified.prediction.schedule import PatchSchedule
+from unified.registry import import_modules
 from unified.settings import check_choice, check_range, did_you_mean, load_settings
 
 KINDS = ("image", "text", "interleaved")
@@ -369,6 +370,7 @@ class TrainConfig:
         default_factory=lambda: ["tensorboard"]
     )  # also wandb, trackio, mlflow, ...; [] for none
     project: str = "unified"  # name under which trackers file the run
+    imports: list[str] = field(default_factory=list)  # modules, or files .py, that register extensions; they are run
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraSettings | None = None
@@ -426,5 +428,6 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         ValueError: as :func:`unified.settings.load_settings`, or for fields that are out of range or contradict each other.
     """
     config = load_settings(TrainConfig, path, overrides)
+    import_modules(config.imports)
     config.check()
     return config
