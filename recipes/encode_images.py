@@ -46,6 +46,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--splits", nargs="+", default=["train", "validation"], help="splits to encode")
+    parser.add_argument(
+        "--validation", type=float, metavar="SHARE",
+        help="hold out this share of the split train, chosen by the images' content, as the split validation",
+    )  # fmt: skip
     parser.add_argument("--image-column", default="image", help="column with the images")
     parser.add_argument("--caption-column", default="caption", help="column with the captions")
     parser.add_argument(
@@ -97,18 +101,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         reports = encode_interleaved(
             tokenizer, args.source, args.out, tuple(args.splits), sizes, args.segments_column, args.batch_size,
             args.streaming, args.block_rows, process, max_rows=args.max_rows,
+            validation=args.validation,
         )  # fmt: skip
     elif args.class_column:
         views = Views(sizes, args.crop, args.crops, args.zoom, args.flips, args.seed)
         reports = encode_labelled(
             tokenizer, args.source, args.out, views, tuple(args.splits), args.image_column, args.class_column,
             args.batch_size, args.streaming, args.block_rows, process, max_rows=args.max_rows,
+            validation=args.validation,
         )  # fmt: skip
     else:
         reports = encode_source(
             tokenizer, args.source, args.out, tuple(args.splits), args.image_size, args.image_column, args.caption_column,
             args.batch_size, args.streaming, Views(sizes, args.crop, args.crops, args.zoom, args.flips, args.seed),
             args.block_rows, process, args.caption, max_rows=args.max_rows,
+            validation=args.validation,
         )  # fmt: skip
     if process.is_main_process:
         for split, report in reports.items():

@@ -22,7 +22,9 @@ from omegaconf import MISSING
 from torch import Tensor
 from tqdm import tqdm
 
+from unified.data.held_out import part_names
 from unified.data.images import Images, open_images
+from unified.data.sources import check_splits
 from unified.errors import explain_errors
 from unified.locks import locked
 from unified.settings import check_range, did_you_mean, dump_settings, load_settings, parse_command_line
@@ -62,6 +64,9 @@ class TokenizerTraining:
     sources: list[str] = MISSING  # images to train on; held-out metrics come from the first one
     train_split: str = "train"  # split of every source to train on
     validation_split: str = "validation"  # split of the first source that is measured
+    validation: float | None = (
+        None  # hold out this share of train_split, chosen by content, in place of validation_split
+    )
     image_column: str = "image"  # column with the images
     image_size: int = 64  # any multiple of the stride
     cache_gb: float = 0.5  # images that take no more memory than this are decoded once and kept
@@ -99,6 +104,8 @@ def check(settings: TokenizerTraining) -> None:
     check_range("", settings, "[0, inf)", "cache_gb", "weight_decay", "l1_weight", "perceptual_weight", "shift")
     check_range("", settings, "(0, 1)", "ema_decay")
     check_range("", settings, "[0, 4294967295]", "seed")
+    if settings.validation is not None:
+        part_names(settings.train_split, settings.validation)
     for name in settings.model:
         if name not in VQConfig.__annotations__:
             raise ValueError(f"model: {name!r} is unknown{did_you_mean(name, list(VQConfig.__annotations__))}")
@@ -111,6 +118,14 @@ def check(settings: TokenizerTraining) -> None:
             raise ValueError(f"discriminator.channels: {adversary.channels} must be a multiple of 8.")
         if not 0 <= adversary.start < settings.steps:
             raise ValueError(f"discriminator.start: {adversary.start} lies outside the {settings.steps} steps.")
+
+
+def splits_of(settings: TokenizerTraining) -> tuple[str, str]:
+    """The splits to train on and to measure. Raises ValueError if they are one and the same under two names."""
+    if settings.validation is not None:
+        return part_names(settings.train_split, settings.validation)
+    check_splits(settings.sources[0], settings.train_split, settings.validation_split, "validation_split")
+    return settings.train_split, settings.validation_split
 
 
 def check_size(settings: TokenizerTraining, model: Tokenizer) -> None:
@@ -234,9 +249,10 @@ def train(settings: TokenizerTraining, accelerator: Accelerator) -> None:
 
     # 3. Images
     how = (settings.image_column, settings.image_size, settings.cache_gb)
-    images = open_images(settings.sources, settings.train_split, *how)
-    validation = open_images(settings.sources[:1], settings.validation_split, *how)
-    for split, opened in ((settings.train_split, images), (settings.validation_split, validation)):
+    train_split, held_out_split = splits_of(settings)
+    images = open_images(settings.sources, train_split, *how)
+    validation = open_images(settings.sources[:1], held_out_split, *how)
+    for split, opened in ((train_split, images), (held_out_split, validation)):
         accelerator.print(f"{split}: {opened.summary()}")
     inputs = {"num_processes": accelerator.num_processes, "images": len(images), "content": images.content}
 

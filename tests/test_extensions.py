@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from unified_evaluation.evaluate import parse_arguments
 
-from unified import register, registry
+from unified import register
 from unified.registry import REWARDS, import_extensions, import_modules
 from unified.training.config import load_config
 from unified_eval.inputs import Inputs
@@ -20,16 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = [str(ROOT / "examples" / f"{name}.py") for name in ("tokenizer", "metric", "reward")]
 
 
-@pytest.fixture(autouse=True)
-def tables():
-    """Every test leaves the tables as they were."""
-    before = [(table, dict(table)) for table in (registry.METRICS, registry.REWARDS, auto._TOKENIZERS)]
-    yield
-    for table, content in before:
-        table.clear()
-        table.update(content)
-    for name in [name for name in sys.modules if name.startswith("unified_extension.")]:
-        del sys.modules[name]
+pytestmark = pytest.mark.usefixtures("extension_tables")
 
 
 def test_the_tokenizer_of_the_example(tmp_path, photo):
@@ -109,7 +100,11 @@ def test_a_file_that_fails_can_be_imported_again(tmp_path):
         ("x", {"metric": object()}, "metric: 'x' is .*, not an instance with needs and add"),
         ("fd", {"metric": METRICS["fd"]}, "metric: 'fd' is taken"),
         ("x", {"metric": type(METRICS["fd"])}, "metric: 'x' is .*, not an instance"),
-        ("x", {"tokenizer": torch.nn.Linear}, "tokenizer: Linear lacks encode, decode, codebook_vectors, save_pretrained, from_pre"),
+        (
+            "x",
+            {"tokenizer": torch.nn.Linear},
+            "tokenizer: Linear lacks encode, decode, codebook_vectors, save_pretrained, from_pre",
+        ),
         ("x", {"tokenizer": 3}, "tokenizer: 3 is no class"),
         ("janus", {"tokenizer": torch.nn.Linear}, "tokenizer: 'janus' is taken"),
     ],

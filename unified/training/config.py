@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from unified.config import UnifiedConfig, language_config
+from unified.data.held_out import part_names
 from unified.lora.modality_gate import check_modality
 from unified.model.init import EMBED_KINDS, HEAD_KINDS
 from unified.model.quantization import BITS, check_quantization
@@ -37,6 +38,7 @@ class SourceConfig:
     weight: float = 1.0  # share of the training rows, relative to the weights of the other sources
     split: str = "train"  # split to train on
     validation_split: str | None = None  # measured every validate_every steps, as `<kind>_validation_loss`
+    validation: float | None = None  # hold out this share of `split`, chosen by content, in place of a validation_split
     image_column: str = "image"  # column with the images
     caption_column: str = "caption"  # column with their captions
     caption: str | None = None  # one caption for all images, in place of the column
@@ -54,6 +56,12 @@ class SourceConfig:
         check_range(name, self, "(0, inf)", "weight")
         check_range(name, self, "[2, inf)", "max_length")
         check_range(name, self, "[0, 1]", "captioning", "caption_dropout")
+        if self.validation is not None:
+            part_names(self.split, self.validation)
+            if self.validation_split is not None:
+                raise ValueError(
+                    f"{name}validation: a share, and validation_split is {self.validation_split!r}; leave one out."
+                )
         for option in ("captioning", "caption_dropout"):
             if getattr(self, option) is not None and self.kind != "image":
                 raise ValueError(f"{name}{option}: for images only, not for {self.kind}; leave it out.")
@@ -65,7 +73,7 @@ class DataConfig:
 
     train: str | None = None  # a codes cache, or captioned images, which are encoded once into `<output_dir>/codes`
     sources: list[SourceConfig] = field(default_factory=list)  # several sources in place of `train`
-    validation: str | None = None  # default: the validation split of `train`
+    validation: str | float | None = None  # other data, or a share of `train` to hold out by content, such as 0.1
     train_split: str = "train"  # split of `train` to train on
     validation_split: str = "validation"  # split that validation losses are measured on
     image_column: str = "image"  # column with the images
@@ -97,6 +105,12 @@ class DataConfig:
         check_range("data.", self, "[1, inf)", "image_size", "crops", "max_samples")
         check_range("data.", self, "[2, inf)", "pack")
         check_range("data.", self, "[0, inf)", "num_workers")
+        if isinstance(self.validation, float):
+            part_names(self.train_split, self.validation)
+            if self.validation_split != DataConfig.validation_split:
+                raise ValueError(
+                    f"data.validation: a share, and data.validation_split is {self.validation_split!r}; leave one out."
+                )
         for source in self.sources:
             source.check()
         if self.bucket and self.one_view:
@@ -413,8 +427,12 @@ class TrainConfig:
             raise ValueError(
                 f"checkpoint_every: {self.checkpoint_every} is not a multiple of log_every {self.log_every}."
             )
-        if self.data.sources and self.validate_every and not any(s.validation_split for s in self.data.sources):
-            raise ValueError("validate_every: none of data.sources has a validation_split; name one.")
+        if (
+            self.data.sources
+            and self.validate_every
+            and not any(s.validation_split or s.validation for s in self.data.sources)
+        ):
+            raise ValueError("validate_every: none of data.sources has a validation_split or a validation; name one.")
 
     def patch_schedule(self) -> PatchSchedule:
         """The schedule of patch sizes. Raises ValueError for fields that contradict each other."""
