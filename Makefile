@@ -35,7 +35,7 @@ lint: .venv/dev.installed
 	$(BIN)/mypy
 
 docs: .venv/docs.installed
-	DISABLE_MKDOCS_2_WARNING=true $(BIN)/python -m mkdocs build --clean
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --clean
 
 lock: .venv/dev.installed
 	$(LOCK) --extra dev --output-file requirements/dev.txt

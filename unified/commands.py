@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import NamedTuple
 
-from unified.errors import explain_errors
-
 
 class Script(NamedTuple):
     """A script with a ``main(argv)``: its module, what it does, and the extra of the project that it needs."""
@@ -46,6 +44,8 @@ def about(command: str) -> str:
 
 def run_script(command: str, argv: Sequence[str]) -> None:
     """Run a command of :data:`SCRIPTS` as its script runs; what a user got wrong ends it as there, with exit code 2."""
+    from unified.errors import explain_errors
+
     entry, rest = SCRIPTS[command], list(argv)
     name = f"unified {command}"
     if isinstance(entry, dict):

@@ -92,6 +92,8 @@ def continue_conversations(
             on_text(text_tokenizer.decode(ids))
 
     replies = batcher.run(requests, show)
+    if on_text is not None and replies[0] and isinstance(replies[0][-1], TextSegment):
+        on_text(text_tokenizer.decode(replies[0][-1].ids))  # with the token that ended it
     for generator in generators:  # texts are sampled from copies; the next call shall reply differently
         torch.rand((), generator=generator, device=generator.device)
     return replies

@@ -4,7 +4,7 @@ The rules of a class stand below its fields, in ``check``.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,13 @@ class SourceConfig:
         for option in ("captioning", "caption_dropout"):
             if getattr(self, option) is not None and self.kind != "image":
                 raise ValueError(f"{name}{option}: for images only, not for {self.kind}; leave it out.")
+
+    def with_splits(self) -> "SourceConfig":
+        """The same with the splits that a share of ``validation`` makes of ``split``."""
+        if self.validation is None:
+            return self
+        rest, held_out = part_names(self.split, self.validation)
+        return replace(self, split=rest, validation_split=held_out)
 
 
 @dataclass
@@ -433,6 +440,20 @@ class TrainConfig:
             and not any(s.validation_split or s.validation for s in self.data.sources)
         ):
             raise ValueError("validate_every: none of data.sources has a validation_split or a validation; name one.")
+
+    def all_sources(self) -> list[SourceConfig]:
+        """What the run trains on; ``data.train`` and the keys beside it are the only source.
+
+        A share to hold out is named by the splits of its source (see :mod:`unified.data.held_out`).
+        """
+        data = self.data
+        share = data.validation if isinstance(data.validation, float) else None
+        only = SourceConfig(
+            path=str(data.train), split=data.train_split, validation_split=None if share else data.validation_split,
+            validation=share, image_column=data.image_column, caption_column=data.caption_column, caption=data.caption,
+            class_column=data.class_column,
+        )  # fmt: skip
+        return [source.with_splits() for source in data.sources or [only]]
 
     def patch_schedule(self) -> PatchSchedule:
         """The schedule of patch sizes. Raises ValueError for fields that contradict each other."""

@@ -18,7 +18,7 @@ from unified.data.batches import Batches, Source, first_views, in_order
 from unified.data.captioned import captioned_sequence, text_sequence
 from unified.data.code_cache import description_of, encode_source, is_codes_cache, load_codes, source_changed
 from unified.data.crops import Views
-from unified.data.held_out import base_split, part_names, part_of
+from unified.data.held_out import base_split, part_of
 from unified.data.interleaved import encode_interleaved, interleaved_sequence
 from unified.data.labelled import encode_labelled, labelled_sequence, with_classes
 from unified.data.rows import UNREADABLE, class_names, readable
@@ -78,7 +78,7 @@ def open_data(context: Context) -> TrainingData:
     checks: dict[str, Check] = {}
     rows: dict[str, datasets.Dataset] = {}
     grids: set[Grid] = set()
-    for number, settings in enumerate(sources_of(config)):
+    for number, settings in enumerate(config.all_sources()):
         name, folder = (f"sources.{number}", f"codes-{number}") if several else ("train", "codes")
         sources.append(open_source(context, settings, settings.split, output / folder))
         rows[name] = sources[-1].rows
@@ -115,7 +115,7 @@ def _check_splits(context: Context) -> None:
         ValueError: naming the source.
     """
     config, data, output = context.config, context.config.data, Path(context.config.output_dir)
-    for number, settings in enumerate(sources_of(config)):
+    for number, settings in enumerate(config.all_sources()):
         folder = f"codes-{number}" if data.sources else "codes"
         held_out = held_out_path(data, settings)
         parts = [(settings.path, settings.split, folder)]
@@ -135,32 +135,9 @@ def _check_splits(context: Context) -> None:
                 load_source(path, base_split(split), streaming, data.storage_options or None)
 
 
-def sources_of(config: TrainConfig) -> list[SourceConfig]:
-    """The sources of a run; a share to hold out is named by its splits (see :mod:`unified.data.held_out`)."""
-    found = []
-    for source in config.data.sources or [train_source(config)]:
-        if source.validation is not None:
-            rest, held_out = part_names(source.split, source.validation)
-            source = replace(source, split=rest, validation_split=held_out)
-        found.append(source)
-    return found
-
-
 def held_out_path(data: DataConfig, source: SourceConfig) -> str:
     """Where the held-out rows of a source lie."""
     return data.validation if isinstance(data.validation, str) and not data.sources else source.path
-
-
-def train_source(config: TrainConfig) -> SourceConfig:
-    """``data.train`` and the keys beside it as the only source."""
-    data = config.data
-    return SourceConfig(
-        path=str(data.train), split=data.train_split,
-        validation_split=None if isinstance(data.validation, float) else data.validation_split,
-        validation=data.validation if isinstance(data.validation, float) else None,
-        image_column=data.image_column, caption_column=data.caption_column, caption=data.caption,
-        class_column=data.class_column,
-    )  # fmt: skip
 
 
 def merge_of_batch(config: TrainConfig, schedule: PatchSchedule, index: int) -> Merge | None:
