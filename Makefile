@@ -1,6 +1,7 @@
 # make quickstart [FRESH=1]  data, tokenizers, model, LoRA, images, report in runs/quickstart/
 # make check                 lint, types and fast tests: under two minutes on two cores
 # make test                  lint, types and all tests
+# make docs                  the site, in site/; a link that leads nowhere fails
 # make lock [UPGRADE=1]      write requirements/ from pyproject.toml; with UPGRADE, newest versions
 # make audit                 known vulnerabilities of requirements/; asks PyPI's database
 PYTHON ?= python3
@@ -17,7 +18,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfil
 LOCK := $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --quiet \
 	--custom-compile-command "make lock" $(if $(UPGRADE),--upgrade)
 
-.PHONY: quickstart check test lint lock audit clean
+.PHONY: quickstart check test lint docs lock audit clean
 
 quickstart: .venv/quickstart.installed
 	$(BIN)/python recipes/quickstart.py $(if $(FRESH),--fresh)
@@ -33,6 +34,9 @@ lint: .venv/dev.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: .venv/docs.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --clean
+
 lock: .venv/dev.installed
 	$(LOCK) --extra dev --output-file requirements/dev.txt
 	$(LOCK) --extra quickstart --constraints requirements/dev.txt --output-file requirements/quickstart.txt
@@ -41,10 +45,15 @@ audit: .venv/dev.installed
 	$(BIN)/uv tool run pip-audit --strict --disable-pip --requirement requirements/dev.txt
 
 clean:
-	rm -rf .venv runs data
+	rm -rf .venv runs data site
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
+
+# The tools of the site are not locked: nothing that runs or tests the library needs them.
+.venv/docs.installed: pyproject.toml | .venv/dev.installed
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[docs]"
+	touch $@
 
 # setuptools, which builds the project, is in the lock too.
 .venv/%.installed: pyproject.toml requirements/%.txt | .venv/bin/python

@@ -314,7 +314,7 @@ def sweep(rounds: int, grids: Sequence[int] = (8, 16, 32, 64)) -> list[dict[str,
     return [{**row, "time_per_code": round(row["time_per_code"] / rows[0]["time_per_code"], 3)} for row in rows]
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Check, measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="file to write")
@@ -327,7 +327,7 @@ def main() -> None:
     parser.add_argument("--codebook", type=int, default=16384, help="number of codes (default: %(default)s)")
     parser.add_argument("--no-compile", action="store_true", help="leave out G2, whose compilation takes minutes")
     parser.add_argument("--sweep", action="store_true", help="also time per code over grids of 8 to 64")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     result: dict[str, Any] = {
         "conditions": {

@@ -129,7 +129,7 @@ def measure(
     return result
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Check, measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="file to write")
@@ -142,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--width", type=int, default=256, help="of the random model (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=4, help="of the random model (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default: %(default)s)")
-    args = parser.parse_args(arguments)
+    args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     pipe = (
         UnifiedPipeline.from_pretrained(args.pipeline)

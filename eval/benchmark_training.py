@@ -9,7 +9,7 @@ belong to the machine. `--packing` adds packed against padded rows, `--sweep` co
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -299,7 +299,7 @@ def packing(rounds: int, length: int = 512, count: int = 24, **options: Any) -> 
     return result
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Check, measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="file to write")
@@ -309,7 +309,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default: %(default)s)")
     parser.add_argument("--sweep", action="store_true", help="also cost over grid, vocabulary and patch size")
     parser.add_argument("--packing", action="store_true", help="also packed against padded rows of mixed lengths")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     result: dict[str, Any] = {
         "conditions": {

@@ -8,7 +8,8 @@
     python eval/evaluate.py --protocol adm-50k --pipeline PIPELINE --reference VIRTUAL_imagenet256_labeled.npz \\
         --inception weights-inception-2015-12-05-6726825d.pth --recipe npp_c2i_b --out runs/adm
 
-The folder gets `metrics.json` (metrics, 95 % intervals, the recipe of each, and the run), `report.html`,
+The folder gets `metrics.json` (metrics, 95 % intervals, the recipe of each, and the run), `values.json` (what
+`compare.py` compares in pairs with those of another folder), `report.html`,
 `generated/NNN.png`, `samples.png` (every generated image with its caption) and `comparison.png` (real, through the
 tokenizer, generated). Run again, it keeps images and features that are there. `accelerate launch` shares the work.
 With `--compare`, `a/` and `b/` get these files, and the folder the differences in pairs. With `--protocol adm-50k` it
@@ -37,6 +38,7 @@ from unified.errors import explain_errors
 from unified.files import write_json
 from unified.lora.adapters import base_of
 from unified.pipeline.options import GenerationOptions
+from unified.registry import add_import_argument, import_extensions
 from unified_eval.adm import FULL
 from unified_eval.adm_protocol import check_adm_arguments, evaluate_adm
 from unified_eval.command_line import (
@@ -52,10 +54,9 @@ from unified_eval.diversity import nearest_neighbours
 from unified_eval.evaluation_report import (
     Neighbour,
     comparison_sheet,
+    print_differences,
     print_results,
     sample_sheet,
-    shown,
-    verdict,
     write_comparison_report,
     write_evaluation_report,
 )
@@ -75,8 +76,7 @@ from unified_eval.metrics import (
 from unified_eval.npz import save_npz
 from unified_eval.recipe_cards import add_recipe_argument, check_resolution, parse_with_recipe, recipe_note
 from unified_eval.reconstruction import add_tokenizer_psnr, reconstruct, stream_reconstructions
-from unified_eval.report import format_value
-from unified_eval.results import Results, SmallSampleWarning, compare_results
+from unified_eval.results import VALUES, Results, SmallSampleWarning, compare_results
 from unified_eval.selection import Row, choose_evenly, choose_usable, first_usable_rows, unique_captions, usable_images
 from unified_eval.shapes import check_size, read_claims
 
@@ -106,11 +106,13 @@ class Task(NamedTuple):
     tags: list[str] | None
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
+    argv = import_extensions(argv)
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=f"metrics:\n{describe_metrics()}", formatter_class=argparse.RawDescriptionHelpFormatter
     )  # fmt: skip
+    add_import_argument(parser)
     task = parser.add_argument_group("systems and data")
     systems = task.add_mutually_exclusive_group(required=True)
     systems.add_argument("--pipeline", help="pipeline folder, or its name on the Hub")
@@ -182,7 +184,7 @@ def parse_arguments() -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, help="folder to write; earlier results in it are replaced")
     parser.add_argument("--npz", action="store_true", help="also write generated.npz for the evaluator of ADM")
-    args = parse_with_recipe(parser)
+    args = parse_with_recipe(parser, argv)
     if args.num_images is None:
         args.num_images = FULL if args.protocol == "adm-50k" else 64
     return args
@@ -372,6 +374,7 @@ def write_results(
 ) -> None:
     """Write `metrics.json`, the sheets and the report, and print the metrics."""
     write_json(out / "metrics.json", {**results.result(), "run": run})
+    results.save(out / VALUES)
     write_image(out / "samples.png", sample_sheet(inputs, run["seed"]))
     write_image(out / "comparison.png", comparison_sheet(inputs))
     if npz:
@@ -399,18 +402,14 @@ def write_comparison(
     )
     command = shlex.join(["python", *sys.argv])
     write_comparison_report(args.out / "report.html", names, differences, inputs, [described, *notes], command)
-    print(f"\n{'metric':<62} {'A':>10} {'B':>10} {'B - A [95 % interval in pairs]':>32}")
-    for row in differences:
-        first, second = format_value(row["first"]), format_value(row["second"])
-        change = shown(row["difference"], row["interval"])
-        print(f"{row['label']:<62} {first:>10} {second:>10} {change:>32}  {verdict(row['interval'])}")
+    print_differences(differences)
     print(f"\n{args.out / 'report.html'}")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Evaluate one pipeline, or two and their differences."""
     # 1. Read the command line and check it.
-    args = parse_arguments()
+    args = parse_arguments(argv)
     check_arguments(args)
     systems = systems_of(args)
     if args.protocol == "adm-50k":

@@ -10,7 +10,7 @@ by: one batch is in memory at a time, and all tokenizers see it.
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from unified.data import SkipReport
 from unified.data.crops import fit
 from unified.errors import explain_errors
 from unified.files import write_json, write_text
+from unified.registry import add_import_argument, import_extensions
 from unified_eval.command_line import add_column_arguments, check_counts, check_folder, device
 from unified_eval.extraction import batches
 from unified_eval.features import EXTRACTORS, Extractor, load_extractor
@@ -38,9 +39,11 @@ from unified_tokenizers.images import to_pil, to_tensor
 from unified_tokenizers.vq_loss import LPIPS
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
+    argv = import_extensions(argv)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_import_argument(parser)
     parser.add_argument("--tokenizers", nargs="+", required=True, help="folders, published weights or Hub names")
     parser.add_argument("--names", nargs="+", help="names for the table (default: their last path part)")
     parser.add_argument("--data", required=True, help="data folder, file or Hub name with captioned images")
@@ -59,7 +62,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--device", type=device, default="cpu", help="device of the tokenizers (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.names is None:
         args.names = [Path(name).stem if Path(name).is_file() else Path(name).name for name in args.tokenizers]
     return args
@@ -150,10 +153,10 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Measure every tokenizer on the same images; write and print."""
     # 1. Read the command line, list the rows, load the networks.
-    args = parse_arguments()
+    args = parse_arguments(argv)
     check_arguments(args)
     rows, _ = first_usable_rows(args.data, args.split, args.max_samples, args.image_column, args.caption_column)
     on_sheet = {row.row for row in choose_evenly(rows, min(args.sheet, len(rows)), 0)} if args.sheet > 0 else set()

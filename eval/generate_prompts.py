@@ -19,6 +19,7 @@ from PIL import Image
 
 from unified.errors import explain_errors
 from unified.files import write_json, write_text
+from unified.registry import add_import_argument, import_extensions
 from unified_eval.clip import (
     Clip,
     caption_rows,
@@ -46,9 +47,11 @@ from unified_eval.results import Results
 from unified_eval.shapes import add_records, check_size, read_claims, scene_records
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
+    argv = import_extensions(argv)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_import_argument(parser)
     parser.add_argument("--pipeline", required=True, help="pipeline folder, or its name on the Hub")
     parser.add_argument("--lora", help="LoRA adapter folder to load into it")
     parser.add_argument("--prompts", required=True, help="GenEval's .jsonl, PartiPrompts' .tsv, or .txt")
@@ -59,7 +62,7 @@ def parse_arguments() -> argparse.Namespace:
     add_generation_arguments(parser)
     add_recipe_argument(parser)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    return parse_with_recipe(parser)
+    return parse_with_recipe(parser, argv)
 
 
 def add_clip_scores(
@@ -99,10 +102,10 @@ def add_clip_scores(
         results.add_mean(name, own[mask], label, np.array(owners)[mask].tolist(), **recipe)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Generate, score and write."""
     # 1. Read and check everything before an image is generated.
-    args = parse_arguments()
+    args = parse_arguments(argv)
     check_counts(args, "samples", "batch_size", *([] if args.max_prompts is None else ["max_prompts"]))
     check_sampling(args)
     check_folder("out", args.out)

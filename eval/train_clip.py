@@ -8,6 +8,7 @@ printed with its name, as in `CLIP score (openmoji-nano)`.
 
 import argparse
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -20,7 +21,7 @@ from unified_eval.nano_clip import check_nano_clip_folder, grouped_retrieval, sa
 from unified_eval.selection import usable_images
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="data folder, file or Hub name with captioned images")
@@ -40,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of weights, batches and augmentation (default: %(default)s)"
     )
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def read(args: argparse.Namespace, split: str, most: int | None = None) -> tuple[list[Image.Image], list[str]]:
@@ -52,10 +53,10 @@ def read(args: argparse.Namespace, split: str, most: int | None = None) -> tuple
     return [image for image, _ in pairs], [caption for _, caption in pairs]
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Train, measure on training and held-out images, and save."""
     # 1. Read the images.
-    args = parse_arguments()
+    args = parse_arguments(argv)
     check_counts(args, "steps", "batch_size")
     check_folder("out", args.out)
     if not args.name.strip():

@@ -13,6 +13,7 @@ but tensors is refused.
 
 import argparse
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from unified import UnifiedForCausalLM, UnifiedPipeline
@@ -22,7 +23,7 @@ from unified.errors import explain_errors
 from unified_tokenizers import AutoImageTokenizer, ImageTokenizer, read_weights
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="{image-tokenizer,llamagen,joint-table}")
@@ -42,7 +43,7 @@ def parse_arguments() -> argparse.Namespace:
     for kind in (llamagen, joint):
         kind.add_argument("--image-tokenizer", help="the tokenizer of its codes; the model will refuse another")
         kind.add_argument("--grid", type=int, nargs=2, metavar=("ROWS", "COLUMNS"), help="code grid it was trained on")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def named_grid(path: str, tokenizer: ImageTokenizer) -> tuple[int, int] | None:
@@ -83,9 +84,9 @@ def convert_model(args: argparse.Namespace, tokenizer: ImageTokenizer | None) ->
     return model
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Convert, save, and say what was written."""
-    args = parse_arguments()
+    args = parse_arguments(argv)
     if args.kind == "image-tokenizer":
         read = AutoImageTokenizer.from_pretrained(args.checkpoint)
         read.save_pretrained(args.out)

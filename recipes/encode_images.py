@@ -11,18 +11,17 @@ again after a kill and it goes on. Several processes share the work under ``acce
 """
 
 import argparse
-import os
 import time
+from collections.abc import Sequence
 
-import torch
-from accelerate import PartialState
 from torch import nn
 
-from unified.data.code_cache import encode_source
+from unified.data.code_cache import encode_source, this_process
 from unified.data.crops import CROPS, Views
 from unified.data.interleaved import encode_interleaved
 from unified.data.labelled import encode_labelled
 from unified.errors import explain_errors
+from unified.registry import add_import_argument, import_extensions
 from unified_tokenizers import AutoImageTokenizer
 
 
@@ -34,9 +33,11 @@ def size(text: str) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
+    argv = import_extensions(argv)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_import_argument(parser)
     parser.add_argument(
         "--image-tokenizer", required=True, help="folder, published weights or Hub name of the image tokenizer"
     )
@@ -45,6 +46,10 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--splits", nargs="+", default=["train", "validation"], help="splits to encode")
+    parser.add_argument(
+        "--validation", type=float, metavar="SHARE",
+        help="hold out this share of the split train, chosen by the images' content, as the split validation",
+    )  # fmt: skip
     parser.add_argument("--image-column", default="image", help="column with the images")
     parser.add_argument("--caption-column", default="caption", help="column with the captions")
     parser.add_argument(
@@ -73,7 +78,7 @@ def parse_arguments() -> argparse.Namespace:
     view.add_argument("--zoom", type=float, default=1.1, help="random and ten: resize to so much above the size")
     view.add_argument("--flips", action="store_true", help="also encode every view mirrored")
     view.add_argument("--seed", type=int, default=0, help="seed of the random crops")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     names = ("image_column", "caption_column", "caption", "crop", "crops", "zoom", "flips", "seed")
     given = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) != parser.get_default(name)]
     if args.segments_column and given:
@@ -83,21 +88,9 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def this_process() -> PartialState:
-    """This process's place among those that the launcher started. Raises ValueError if they do not see each other."""
-    process = PartialState(cpu=not torch.accelerator.is_available())
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if started != process.num_processes:
-        raise ValueError(
-            f"processes: the launcher started {started}, but each of them sees {process.num_processes}; they would write the "
-            "same files. Check the accelerate configuration."
-        )
-    return process
-
-
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, encode, and say what was skipped."""
-    args = parse_arguments()
+    args = parse_arguments(argv)
     process = this_process()
     tokenizer = AutoImageTokenizer.from_pretrained(args.image_tokenizer)
     if isinstance(tokenizer, nn.Module):
@@ -108,18 +101,21 @@ def main() -> None:
         reports = encode_interleaved(
             tokenizer, args.source, args.out, tuple(args.splits), sizes, args.segments_column, args.batch_size,
             args.streaming, args.block_rows, process, max_rows=args.max_rows,
+            validation=args.validation,
         )  # fmt: skip
     elif args.class_column:
         views = Views(sizes, args.crop, args.crops, args.zoom, args.flips, args.seed)
         reports = encode_labelled(
             tokenizer, args.source, args.out, views, tuple(args.splits), args.image_column, args.class_column,
             args.batch_size, args.streaming, args.block_rows, process, max_rows=args.max_rows,
+            validation=args.validation,
         )  # fmt: skip
     else:
         reports = encode_source(
             tokenizer, args.source, args.out, tuple(args.splits), args.image_size, args.image_column, args.caption_column,
             args.batch_size, args.streaming, Views(sizes, args.crop, args.crops, args.zoom, args.flips, args.seed),
             args.block_rows, process, args.caption, max_rows=args.max_rows,
+            validation=args.validation,
         )  # fmt: skip
     if process.is_main_process:
         for split, report in reports.items():

@@ -92,7 +92,7 @@ def study(config: str, overrides: Sequence[str], kinds: Sequence[str], seeds: Se
     return text
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, run and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="config of recipes/train.py with model.backbone")
@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("overrides", nargs="*", help="key=value overrides of the config, for all runs")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     print(study(args.config, args.overrides, args.kinds, args.seeds, args.out))
 
 

@@ -267,7 +267,7 @@ def plan(args: argparse.Namespace) -> list[Run]:
     return runs
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="config of recipes/train.py that all runs share")
@@ -290,12 +290,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each (default: %(default)s)")
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("overrides", nargs="*", help="key=value overrides of the config, for all runs")
-    return parser.parse_args(arguments)
+    return parser.parse_args(argv)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run what is not finished, then write table and plot."""
-    args = parse_arguments()
+    args = parse_arguments(argv)
     if args.jobs < 1:
         raise ValueError(f"jobs: {args.jobs} must be at least 1.")
     runs = plan(args)

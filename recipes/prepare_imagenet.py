@@ -15,14 +15,14 @@ same command again after a kill and it goes on; several processes share the work
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import PartialState
 from torch import nn
 
-from encode_images import this_process
 from unified.data.class_names import read_synsets
-from unified.data.code_cache import CACHE_FILE, is_codes_cache
+from unified.data.code_cache import CACHE_FILE, is_codes_cache, this_process
 from unified.data.crops import Views
 from unified.data.labelled import digest_of, encode_labelled
 from unified.data.rows import column_names
@@ -35,7 +35,7 @@ from unified_tokenizers import AutoImageTokenizer, ImageTokenizer
 MAPPING = "LOC_synset_mapping.txt"
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", required=True, help="folder of ImageNet, or name of a data set on the Hub")
@@ -55,7 +55,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--block-rows", type=int, default=1024, help="images between two writes")
     parser.add_argument("--max-rows", type=int, help="encode only the first images of every split")
     parser.add_argument("--streaming", action="store_true", help="read rows as they come")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def is_there(
@@ -106,9 +106,9 @@ def prepare(args: argparse.Namespace, tokenizer: ImageTokenizer, process: Partia
             print(f"{report.used} images in {time.monotonic() - start:.1f} s")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and encode."""
-    args = parse_arguments()
+    args = parse_arguments(argv)
     process = this_process()
     tokenizer = AutoImageTokenizer.from_pretrained(args.image_tokenizer)
     if isinstance(tokenizer, nn.Module):

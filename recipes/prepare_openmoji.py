@@ -11,6 +11,7 @@ import json
 import random
 import re
 from collections import Counter
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
@@ -120,7 +121,7 @@ Captions: CLDR short names. Made with `recipes/prepare_openmoji.py --size {size}
 """
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and write the folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
@@ -129,7 +130,7 @@ def main() -> None:
     parser.add_argument("--groups", nargs="+", choices=GROUPS, help="Unicode groups to keep (default: all of these)")
     parser.add_argument("--validation-share", type=float, default=0.1, help="share of the emoji held out")
     parser.add_argument("--seed", type=int, default=0, help="seed of order and split")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.size < 1:
         raise ValueError(f"size: {args.size} must be at least 1.")
     if not 0 < args.validation_share < 1:

@@ -270,7 +270,7 @@ Made with `recipes/prepare_shapes.py --size {size} --train {train} --validation 
 """
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and write the folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
@@ -284,7 +284,7 @@ def main() -> None:
         "--hold-out-combinations", type=int, default=0, metavar="N", dest="held_out",
         help="(colour, shape) combinations, e.g. red circles, that train never shows but validation does (default 0)",
     )  # fmt: skip
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     settings = {k: v for k, v in vars(args).items() if k != "out"}
     splits = build(**settings)
     splits.save_to_disk(args.out)

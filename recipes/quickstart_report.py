@@ -7,6 +7,7 @@ import argparse
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,11 +124,11 @@ def saturation(images: list[Image.Image]) -> float:
     return float(torch.stack(values).float().mean() / 255)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and write pipeline, adapter, sheets, metrics and report into the run's folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="folder of the quickstart run")
-    run: Path = parser.parse_args().run
+    run: Path = parser.parse_args(argv).run
 
     for part in ("model/pipeline", "lora_run/lora", "evaluation/metrics.json"):
         if not (run / part).exists():

@@ -9,6 +9,7 @@ Writes `report.json`, `loss.png` and `samples.png` into the run's folder; the ex
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +158,7 @@ def report(
     return result
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, report, and exit with 1 and the broken promises, if any."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="output_dir of the run")
@@ -167,7 +168,7 @@ def main() -> None:
     parser.add_argument(
         "--expect", default="Paris", help=f"text that the answer to {QUESTION!r} contains (default: %(default)s)"
     )
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if not (args.run / "config.yaml").is_file():
         raise ValueError(f"run: {str(args.run)!r} has no config.yaml; give the output_dir of a finished run.")
     result = report(args.run, args.backbone, args.guidance_scale, args.temperature, args.expect)

@@ -3,7 +3,7 @@
 accelerate launch recipes/train.py --config recipes/configs/quickstart.yaml [key=value ...]
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from unified import UnifiedPipeline
@@ -11,6 +11,8 @@ from unified.errors import explain_errors
 from unified.settings import parse_command_line
 from unified.training.config import EvaluationConfig, TrainConfig, load_config
 from unified.training.loop import train
+
+CONFIGS = Path(__file__).with_name("configs")
 
 
 def measurement(config: EvaluationConfig, cache: Path) -> Callable[[UnifiedPipeline], dict[str, float]]:
@@ -35,9 +37,9 @@ def measurement(config: EvaluationConfig, cache: Path) -> Callable[[UnifiedPipel
     return measure
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Read the settings and train."""
-    config = load_config(*parse_command_line(__doc__, TrainConfig))
+    config = load_config(*parse_command_line(__doc__, TrainConfig, argv, CONFIGS))
     cache = Path(config.output_dir) / "features"
     train(config, None if config.evaluation is None else measurement(config.evaluation, cache))
 

@@ -4,6 +4,7 @@ python recipes/train_text_tokenizer.py --source data/openmoji --out runs/text_to
 """
 
 import argparse
+from collections.abc import Sequence
 
 from unified.data import SkipReport, load_source
 from unified.data.rows import captions
@@ -11,7 +12,7 @@ from unified.errors import explain_errors
 from unified_tokenizers import train_sentencepiece
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", required=True, nargs="+", help="captioned sources")
@@ -19,7 +20,7 @@ def main() -> None:
     parser.add_argument("--caption-column", default="caption", help="column with the captions")
     parser.add_argument("--vocab-size", type=int, default=1024, help="upper bound of the vocabulary")
     parser.add_argument("--out", required=True, help="folder to write")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     texts: list[str] = []
     for source in args.source:
         report = SkipReport()

@@ -8,6 +8,7 @@ Metrics go to ``log.jsonl``, as those of ``recipes/train.py``.
 """
 
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,9 @@ from omegaconf import MISSING
 from torch import Tensor
 from tqdm import tqdm
 
+from unified.data.held_out import part_names
 from unified.data.images import Images, open_images
+from unified.data.sources import check_splits
 from unified.errors import explain_errors
 from unified.locks import locked
 from unified.settings import check_range, did_you_mean, dump_settings, load_settings, parse_command_line
@@ -38,6 +41,7 @@ from unified.training.tracking import RunLog, read_log
 from unified_tokenizers import VQGAN, AutoImageTokenizer, VQConfig, VQModel
 from unified_tokenizers.vq_loss import PatchDiscriminator, adaptive_weight, build_perceptual, hinge_loss
 
+CONFIGS = Path(__file__).with_name("configs")
 Tokenizer = VQModel | VQGAN
 
 
@@ -47,42 +51,45 @@ class DiscriminatorSettings:
 
     start: int = MISSING  # steps without it, in which the tokenizer learns the pixels
     weight: float = 0.5  # of the adversarial loss, on top of the adaptive weight
-    channels: int = 64
-    layers: int = 2
-    learning_rate: float = 4e-4
+    channels: int = 64  # of its first layer; a multiple of 8
+    layers: int = 2  # that halve the resolution: more see larger patches
+    learning_rate: float = 4e-4  # of the discriminator
 
 
 @dataclass
 class TokenizerTraining:
     """Settings of a tokenizer run."""
 
-    output_dir: str = MISSING
+    output_dir: str = MISSING  # folder for the tokenizer, its log and checkpoints
     sources: list[str] = MISSING  # images to train on; held-out metrics come from the first one
-    train_split: str = "train"
-    validation_split: str = "validation"
-    image_column: str = "image"
+    train_split: str = "train"  # split of every source to train on
+    validation_split: str = "validation"  # split of the first source that is measured
+    validation: float | None = (
+        None  # hold out this share of train_split, chosen by content, in place of validation_split
+    )
+    image_column: str = "image"  # column with the images
     image_size: int = 64  # any multiple of the stride
     cache_gb: float = 0.5  # images that take no more memory than this are decoded once and kept
     model: dict[str, Any] = field(default_factory=dict)  # fields of VQConfig
     init_from: str | None = None  # continue from a tokenizer (folder or published weights) instead of `model`
-    steps: int = 1000
-    batch_size: int = 32
-    learning_rate: float = 2e-3
-    weight_decay: float = 0.01
+    steps: int = 1000  # optimizer steps
+    batch_size: int = 32  # images per process and step
+    learning_rate: float = 2e-3  # peak of a warm-up and a decay
+    weight_decay: float = 0.01  # of AdamW
     l1_weight: float = 0.1  # beside the squared error; sharpens edges
     perceptual: str | None = None  # edges (gradients at three scales, needs no weights) or lpips
-    perceptual_weight: float = 0.1
+    perceptual_weight: float = 0.1  # of the perceptual loss
     # torchvision's vgg16 and LPIPS' linear layers: files or hf-hub:...
     lpips_weights: list[str] = field(default_factory=list)
     discriminator: DiscriminatorSettings | None = None
     ema_decay: float | None = None  # average of the weights; it is what is validated and saved
     shift: int = 6  # images are moved by up to so many pixels
-    validate_every: int = 250
-    checkpoint_every: int | None = None
-    keep_checkpoints: int = 2
+    validate_every: int = 250  # steps between two measurements on held-out images
+    checkpoint_every: int | None = None  # steps between two checkpoints
+    keep_checkpoints: int = 2  # older ones are removed
     resume: str | None = None  # a checkpoint folder, or `latest`
     allow_changes: bool = False  # resume although the settings are not those of the checkpoint
-    seed: int = 0
+    seed: int = 0  # of the initial weights and of what is chosen at random
 
 
 def check(settings: TokenizerTraining) -> None:
@@ -97,6 +104,8 @@ def check(settings: TokenizerTraining) -> None:
     check_range("", settings, "[0, inf)", "cache_gb", "weight_decay", "l1_weight", "perceptual_weight", "shift")
     check_range("", settings, "(0, 1)", "ema_decay")
     check_range("", settings, "[0, 4294967295]", "seed")
+    if settings.validation is not None:
+        part_names(settings.train_split, settings.validation)
     for name in settings.model:
         if name not in VQConfig.__annotations__:
             raise ValueError(f"model: {name!r} is unknown{did_you_mean(name, list(VQConfig.__annotations__))}")
@@ -109,6 +118,14 @@ def check(settings: TokenizerTraining) -> None:
             raise ValueError(f"discriminator.channels: {adversary.channels} must be a multiple of 8.")
         if not 0 <= adversary.start < settings.steps:
             raise ValueError(f"discriminator.start: {adversary.start} lies outside the {settings.steps} steps.")
+
+
+def splits_of(settings: TokenizerTraining) -> tuple[str, str]:
+    """The splits to train on and to measure. Raises ValueError if they are one and the same under two names."""
+    if settings.validation is not None:
+        return part_names(settings.train_split, settings.validation)
+    check_splits(settings.sources[0], settings.train_split, settings.validation_split, "validation_split")
+    return settings.train_split, settings.validation_split
 
 
 def check_size(settings: TokenizerTraining, model: Tokenizer) -> None:
@@ -192,9 +209,9 @@ class Adversary:
         return loss.detach()
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Read the settings and train; one process at a time writes to an output folder."""
-    settings = load_settings(TokenizerTraining, *parse_command_line(__doc__, TokenizerTraining))
+    settings = load_settings(TokenizerTraining, *parse_command_line(__doc__, TokenizerTraining, argv, CONFIGS))
     check(settings)
     accelerator = Accelerator()
     with locked(settings.output_dir) if accelerator.is_main_process else nullcontext():
@@ -232,9 +249,10 @@ def train(settings: TokenizerTraining, accelerator: Accelerator) -> None:
 
     # 3. Images
     how = (settings.image_column, settings.image_size, settings.cache_gb)
-    images = open_images(settings.sources, settings.train_split, *how)
-    validation = open_images(settings.sources[:1], settings.validation_split, *how)
-    for split, opened in ((settings.train_split, images), (settings.validation_split, validation)):
+    train_split, held_out_split = splits_of(settings)
+    images = open_images(settings.sources, train_split, *how)
+    validation = open_images(settings.sources[:1], held_out_split, *how)
+    for split, opened in ((train_split, images), (held_out_split, validation)):
         accelerator.print(f"{split}: {opened.summary()}")
     inputs = {"num_processes": accelerator.num_processes, "images": len(images), "content": images.content}
 

@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tokenizers import Tokenizer, models, pre_tokenizers
-from unified import UnifiedConfig, UnifiedForCausalLM, UnifiedPipeline
+from unified import UnifiedConfig, UnifiedForCausalLM, UnifiedPipeline, registry
 from unified.data.batches import Source, make_batch
 from unified.data.captioned import text_sequence
 from unified.data.code_cache import encode_source
@@ -22,7 +22,7 @@ from unified.decoding.sampling import filter_logits, guide, gumbel_noise
 from unified.lora.adapters import attach_lora, base_of, save_lora, unload_lora
 from unified.prediction.merge import patches
 from unified.sequence import ImageSegment, TextSegment, TokenSequence, build_sequence
-from unified_tokenizers import SentencePieceTokenizer, VQConfig, VQModel, train_sentencepiece
+from unified_tokenizers import SentencePieceTokenizer, VQConfig, VQModel, auto, train_sentencepiece
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1",
@@ -298,6 +298,18 @@ def refused(monkeypatch, capsys, name: str, *arguments: object) -> str:
         run_script(monkeypatch, name, *arguments)
     assert ended.value.code == 2
     return capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.fixture
+def extension_tables():
+    """Leaves the tables of tokenizers, metrics and rewards as they were, and forgets which files were imported."""
+    before = [(table, dict(table)) for table in (registry.METRICS, registry.REWARDS, auto._TOKENIZERS)]
+    yield
+    for table, content in before:
+        table.clear()
+        table.update(content)
+    for name in [name for name in sys.modules if name.startswith("unified_extension.")]:
+        del sys.modules[name]
 
 
 @pytest.fixture(params=[1, 2])

@@ -1,10 +1,15 @@
 """Replies of a model: texts that can be handed back, and where they end."""
 
+import io
+from itertools import pairwise
+
 import pytest
 import torch
 from conftest import generators
 from PIL import Image
 
+from unified.chat_loop import HELP, chat_loop
+from unified.cli import main
 from unified.decoding import Sampling
 
 
@@ -85,3 +90,48 @@ def test_images_are_guided_as_in_a_call(pipeline, photo, says):
     assert reply[0].tobytes() == pipeline("red apple", generator=generators(5)).images[0].tobytes()
     unguided = pipeline.chat(["red apple"], 1, image_sampling=Sampling(), generator=generators(5))
     assert unguided[0].tobytes() != reply[0].tobytes()
+
+
+@pytest.mark.parametrize("ends", ["with a token", "at the limit"])
+def test_a_text_is_shown_while_it_grows(pipeline, says, ends):
+    tokenizer, texts = pipeline.text_tokenizer, []
+    words = tokenizer.encode("blue car")
+    says(*words, *([tokenizer.eos_token_id] if ends == "with a token" else words))
+    limit = 20 if ends == "with a token" else len(words)
+    reply = pipeline.chat(["red apple"], limit, generator=generators(0), callback_on_text=texts.append)
+    assert reply == ["blue car"] and texts[-1].strip() == "blue car" and len(texts) >= len(words) > 1
+    assert all(after.startswith(before) for before, after in pairwise(texts))
+
+
+def test_texts_and_images_in_turn(pipeline, says, photo, tmp_path, capsys):
+    tokenizer, saved = pipeline.text_tokenizer, []
+
+    def save(image, prompt):
+        saved.append((image, prompt))
+        return tmp_path / f"{len(saved)}.png"
+
+    photo.save(tmp_path / "photo.png")
+    says(*tokenizer.encode("blue car"), tokenizer.eos_token_id)
+    lines = ["/generate red apple\n", f"/show {tmp_path}/photo.png\n", "/show nothing.png\n", "\n", "what is this?\n", "/hm\n",
+             "/new\n", "/quit\n", "never read\n"]  # fmt: skip
+    chat_loop(pipeline, lines, save, 20, 1, Sampling(), *generators(3))
+    assert [prompt for _, prompt in saved] == ["red apple"]
+    assert saved[0][0].tobytes() == pipeline("red apple", generator=generators(3)).images[0].tobytes()
+    out = capsys.readouterr().out.splitlines()
+    without_help = [line for line in out if line not in HELP.splitlines()]
+    assert without_help[0] == str(tmp_path / "1.png") and without_help[2:] == ["blue car"]
+    assert without_help[1].startswith("unified chat: ") and "nothing.png" in without_help[1]
+    assert len(out) - len(without_help) == 2 * len(HELP.splitlines())  # at the start, and for an unknown command
+
+
+def test_an_answer_with_an_image_is_saved(pipeline, says, tmp_path, monkeypatch, capsys):
+    """The command; what a model of these settings replies is one image."""
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    says(pipeline.text_tokenizer.boi_token_id)
+    monkeypatch.setattr("unified.cli._load", lambda args: pipeline)
+    monkeypatch.setattr("sys.stdin", io.StringIO("red apple\n"))
+    arguments = ["--pipeline", str(tmp_path / "pipeline"), "--out", str(tmp_path / "out"), "--max-new-tokens", "1"]
+    assert main(["chat", *arguments, "--seed", "5"]) == 0
+    file = tmp_path / "out" / "000-red-apple.png"
+    assert capsys.readouterr().out.splitlines()[-1] == str(file)
+    assert Image.open(file).tobytes() == pipeline("red apple", generator=generators(5)).images[0].tobytes()

@@ -1,10 +1,7 @@
 """What the README promises: its snippet runs, its commands and files exist."""
 
 import re
-import shlex
 from pathlib import Path
-
-from unified.cli import build_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -28,13 +25,3 @@ def test_commands_and_links_exist():
     assert [link for link in linked if not (ROOT / link).exists()] == []
     named = set(re.findall(r"(?:recipes|eval)/[\w/]+\.(?:py|yaml)", README))
     assert named and [path for path in named if not (ROOT / path).exists()] == []
-
-
-def test_unified_commands_parse():
-    """Every `unified <command> ...` has the options that the command line knows."""
-    listed = re.search(r"`unified ([a-z|]+) --help`", README).group(1).split("|")
-    parser = build_parser()
-    choices = next(action.choices for action in parser._actions if action.dest == "command")
-    assert sorted(listed) == sorted(choices)
-    commands = re.findall(r"(?:^|`)unified ([a-z]+ [^`\n]+)", README, re.M)
-    assert commands and all(parser.parse_args(shlex.split(line)).pipeline for line in commands)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from unified.pipeline.pipeline import UnifiedPipeline, UnifiedPipelineOutput
     from unified.prediction.npp import group_embeddings, group_targets, patch_cross_entropy
     from unified.prediction.schedule import PatchSchedule
+    from unified.registry import register
     from unified.sequence import ImageSegment, TextSegment
 
 __version__ = "0.1.0"
@@ -38,6 +39,7 @@ _MODULE_OF = {
     "group_targets": "prediction.npp",
     "patch_cross_entropy": "prediction.npp",
     "read_image_metadata": "pipeline.metadata",
+    "register": "registry",
 }
 
 __all__ = [
@@ -57,6 +59,7 @@ __all__ = [
     "group_targets",
     "patch_cross_entropy",
     "read_image_metadata",
+    "register",
 ]
 
 __getattr__ = on_first_use(__name__, _MODULE_OF)

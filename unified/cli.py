@@ -1,7 +1,7 @@
-"""The command line: ``unified generate|caption|inpaint|export|serve`` or ``python -m unified ...``.
+"""The command line: ``unified COMMAND ...`` or ``python -m unified COMMAND ...``.
 
-Only the standard library and the tables of options are imported here, so that ``--help`` and mistakes answer at once;
-commands import the rest.
+Only the standard library and tables are imported here, so that ``--help`` and mistakes answer at once; commands import the
+rest. The commands that are scripts of recipes/ and eval/ are named in :mod:`unified.commands`.
 """
 
 import argparse
@@ -14,8 +14,10 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from unified.commands import SCRIPTS, about, run_script
 from unified.decoding.config import DECODING_MODES, SCHEDULES, Sampling, check_decoding
 from unified.pipeline.options import GenerationOptions, check_whole
+from unified.registry import add_import_argument, import_extensions
 
 if TYPE_CHECKING:
     import torch
@@ -27,14 +29,20 @@ PASSWORD = "UNIFIED_PASSWORD"  # environment variable
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; what a user got wrong is one line on stderr and exit code 2."""
-    args = build_parser().parse_args(arguments)
+    command = ""
     try:
+        given = import_extensions(arguments)
+        command = given[0] if given else ""
+        if command in SCRIPTS:
+            run_script(command, given[1:])
+            return 0
+        args = build_parser().parse_args(given)
         args.run(args)
     except Exception as error:
         reason = user_error(error)
         if reason is None:
             raise
-        print(f"unified {args.command}: {reason}", file=sys.stderr)
+        print(f"unified {command}".rstrip() + f": {reason}", file=sys.stderr)
         return 2
     return 0
 
@@ -53,7 +61,8 @@ def user_error(error: Exception) -> str | None:
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = argparse.ArgumentParser(prog="unified", description="Images from text, text from images.")
-    commands = parser.add_subparsers(dest="command", required=True)
+    add_import_argument(parser)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, run: object, about: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=about, description=about)
@@ -84,6 +93,13 @@ def build_parser() -> argparse.ArgumentParser:
     caption.add_argument("--max-new-tokens", type=int, default=32, help="default: %(default)s")
     _sampling_options(caption, "1.0", "0", "1.0")
     caption.set_defaults(temperature=1.0, top_k=0, top_p=1.0)
+
+    chat = command("chat", _chat, "Texts and images in turn; reads lines, /help lists what else it takes.")
+    chat.add_argument("--out", type=Path, required=True, help="folder for the images; what is there stays")
+    chat.add_argument("--max-new-tokens", type=int, default=64, help="of a reply (default: %(default)s)")
+    chat.add_argument("--max-images", type=int, default=1, help="in a reply (default: %(default)s)")
+    _sampling_options(chat, "1.0", "0", "1.0")
+    chat.set_defaults(temperature=1.0, top_k=0, top_p=1.0)
 
     export = command("export", _export, "Write a plain checkpoint with one joint table, for other engines.")
     export.add_argument("--for", dest="engine", default="vllm", choices=["vllm"], help="default: %(default)s")
@@ -121,6 +137,8 @@ def build_parser() -> argparse.ArgumentParser:
         default=8,
         help="rows generated together; a guided image takes two (default: %(default)s)",
     )
+    for name in SCRIPTS:  # for the list of commands; they parse their own options
+        commands.add_parser(name, help=about(name), add_help=False)
     return parser
 
 
@@ -231,12 +249,17 @@ def _save(pipe: "UnifiedPipeline", images: Any, args: argparse.Namespace, edit: 
     prompts = [label for label in labels for _ in range(args.num_images_per_prompt)]
     seeds = [args.seed + i for i in range(len(prompts))]
     describe_images(pipe, images, prompts, seeds, options, args.negative_prompt, edit)
-    taken = [int(found[0]) for file in args.out.iterdir() if (found := re.match(r"\d+(?=-)", file.name))]
-    numbers = count(max(taken, default=-1) + 1)
+    numbers = _free_numbers(args.out)
     for index, image in enumerate(images):
         with _new_file(args.out, prompts[index], numbers) as file:
             write_png(image, file)
             print(file.name)
+
+
+def _free_numbers(folder: Path) -> Iterator[int]:
+    """Numbers behind those of the files in a folder."""
+    taken = [int(found[0]) for file in folder.iterdir() if (found := re.match(r"\d+(?=-)", file.name))]
+    return count(max(taken, default=-1) + 1)
 
 
 def _new_file(folder: Path, prompt: str, numbers: Iterator[int]) -> BinaryIO:
@@ -281,6 +304,26 @@ def _caption(args: argparse.Namespace) -> None:
     )  # fmt: skip
     for text in texts:
         print(" ".join(text.split()))
+
+
+def _chat(args: argparse.Namespace) -> None:
+    from unified.chat_loop import chat_loop
+    from unified.pipeline.arguments import seeded
+
+    _check_threads(args)
+    check_whole("max_new_tokens", args.max_new_tokens)
+    check_whole("max_images", args.max_images, least=0)
+    sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    def save(image: Any, prompt: str) -> Path:
+        with _new_file(args.out, prompt, _free_numbers(args.out)) as file:
+            image.save(file, format="PNG")
+            return Path(file.name)
+
+    pipe = _load(args)
+    (generator,) = seeded(args.seed, 1)
+    chat_loop(pipe, sys.stdin, save, args.max_new_tokens, args.max_images, sampling, generator)
 
 
 def _export(args: argparse.Namespace) -> None:

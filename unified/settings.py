@@ -1,7 +1,12 @@
 """Settings of a recipe: a dataclass filled from a YAML file and ``key=value`` overrides."""
 
 import argparse
+import ast
 import difflib
+import inspect
+import io
+import textwrap
+import tokenize
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from math import inf
@@ -10,7 +15,9 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, GrammarParseError, OmegaConfBaseException
-from yaml import YAMLError
+from yaml import YAMLError, safe_dump
+
+from unified.registry import add_import_argument, import_extensions
 
 T = TypeVar("T")
 
@@ -142,25 +149,94 @@ def did_you_mean(name: str, known: Sequence[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; use one of {', '.join(known)}."
 
 
-def parse_command_line(description: str | None, kind: type[T]) -> tuple[str, list[str]]:
-    """Read ``--config FILE [key=value ...]``; ``--help`` lists every key with its default."""
-    keys = OmegaConf.to_yaml(_all_keys(kind))
+def parse_command_line(
+    description: str | None, kind: type[T], argv: Sequence[str] | None = None, configs: Path | None = None
+) -> tuple[str, list[str]]:
+    """Read ``--config FILE [key=value ...]``; ``--help`` lists every key with its default and its meaning.
+
+    Args:
+        description: what the command does.
+        kind: dataclass of the keys.
+        argv: the command line; None for that of the process.
+        configs: folder of configs that come along, which ``--config`` takes by their names.
+    """
     parser = argparse.ArgumentParser(
         description=description,
-        epilog="keys and defaults ('???' must be set):\n\n" + keys,
+        epilog="keys and defaults ('???' must be set):\n\n" + "\n".join(described_keys(kind)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", required=True, help="YAML file with the keys below")
+    names = [] if configs is None else sorted(file.stem for file in configs.glob("*.yaml"))
+    known = f", or one of {', '.join(names)}" if names else ""
+    parser.add_argument("--config", required=True, help=f"YAML file with the keys below{known}")
+    add_import_argument(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file")
-    args = parser.parse_args()
-    return args.config, args.overrides
+    args = parser.parse_args(import_extensions(argv))
+    return args.config if configs is None else find_config(args.config, configs), args.overrides
 
 
-def _all_keys(kind: Any) -> Any:
-    """All keys with their defaults, also those of a part that is off by default; a list is shown with one entry."""
-    shown = OmegaConf.structured(kind)
-    for name, hint in get_type_hints(kind).items():
+def find_config(name: str, configs: Path) -> str:
+    """The path of a config: a name without suffix and folders is one of those in ``configs``, anything else a path.
+
+    Raises:
+        ValueError: for a name that is neither in ``configs`` nor a file.
+    """
+    if Path(name).name != name or Path(name).suffix:
+        return name
+    file = configs / f"{name}.yaml"
+    if file.is_file():
+        return str(file)
+    if not Path(name).is_file():
+        known = sorted(file.stem for file in configs.glob("*.yaml"))
+        raise ValueError(f"config: {name!r} is no file and no known name{did_you_mean(name, known)}")
+    return name
+
+
+def meanings(kind: type) -> dict[str, str]:
+    """What the fields of a dataclass mean, by the comment behind or above each; fields without one are left out."""
+    lines, _ = inspect.getsourcelines(kind)
+    source = textwrap.dedent("".join(lines))
+    comments = {
+        token.start[0]: (token.string.lstrip("# "), token.line.lstrip().startswith("#"))
+        for token in tokenize.generate_tokens(io.StringIO(source).readline) if token.type == tokenize.COMMENT
+    }  # fmt: skip
+    found: dict[str, str] = {}
+    (body,) = ast.parse(source).body
+    assert isinstance(body, ast.ClassDef)
+    for node in body.body:
+        if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
+            continue
+        behind = [comments[line][0] for line in range(node.lineno, (node.end_lineno or 0) + 1) if line in comments]
+        above = comments.get(node.lineno - 1)
+        if behind or (above and above[1]):
+            found[node.target.id] = " ".join(behind) if behind else above[0]  # type: ignore[index]
+    return found
+
+
+def defaults_of(kind: Any) -> dict[str, Any]:
+    """The default of every field, ``???`` where one must be set."""
+    return {str(name): value for name, value in OmegaConf.to_container(OmegaConf.structured(kind)).items()}  # type: ignore
+
+
+def described_keys(kind: Any, indent: str = "") -> Iterator[str]:
+    """All keys as lines of YAML with defaults and meanings, also those of a part that is off by default.
+
+    A list of parts is shown with one entry.
+    """
+    means, hints, shown = meanings(kind), get_type_hints(kind), defaults_of(kind)
+    for field_ in fields(kind):
+        name, hint = field_.name, hints[field_.name]
+        meaning = f"  # {means[name]}" if name in means else ""
         parts = [part for part in (hint, *get_args(hint)) if is_dataclass(part)]
-        if parts:
-            shown[name] = [_all_keys(parts[0])] if get_origin(hint) is list else _all_keys(parts[0])
-    return shown
+        if not parts:
+            default = (
+                "???"
+                if shown[name] == "???"
+                else safe_dump([shown[name]], default_flow_style=True, width=inf).strip()[1:-1]
+            )
+            yield f"{indent}{name}: {default}{meaning}"
+            continue
+        several = get_origin(hint) is list
+        about = (parts[0].__doc__ or "").splitlines()[0]
+        yield f"{indent}{name}:  # {means.get(name, about)}"
+        for number, line in enumerate(described_keys(parts[0])):
+            yield f"{indent}{('- ' if number == 0 else '  ') if several else '  '}{line}"

@@ -230,7 +230,7 @@ def clip_text_features(clip: Clip, captions: Sequence[str], batch_size: int = 64
     tokens = tokenize(clip.tokenizer, captions)
     device = next(clip.model.parameters()).device
     with torch.inference_mode():
-        parts = [clip.model.encode_text(part.to(device)).double().cpu() for part in tokens.split(batch_size)]
+        parts = [clip.model.encode_text(part.to(device)).cpu().double() for part in tokens.split(batch_size)]
     return F.normalize(torch.cat(parts), dim=1)
 
 
@@ -345,10 +345,11 @@ def caption_rows(image_features: Tensor, text_features: Tensor, own: Sequence[in
 
 
 def _unit_rows(field: str, rows: Tensor) -> Tensor:
-    lengths = rows.double().norm(dim=1)
+    rows = rows.cpu().double()  # not every device has float64
+    lengths = rows.norm(dim=1)
     if not bool((torch.isfinite(lengths) & (lengths > 0)).all()):
         raise ValueError(f"{field}: a row is zero or not finite; check the image or caption it was made from.")
-    return F.normalize(rows.double(), dim=1)
+    return F.normalize(rows, dim=1)
 
 
 def _cosines(image_features: Tensor, text_features: Tensor) -> Tensor:

@@ -38,6 +38,15 @@ def print_results(results: Results) -> None:
         print(f"note: {note}")
 
 
+def print_differences(differences: Sequence[Mapping[str, Any]]) -> None:
+    """Print what :func:`unified_eval.results.compare_results` returns."""
+    print(f"\n{'metric':<62} {'A':>10} {'B':>10} {'B - A [95 % interval in pairs]':>32}")
+    for row in differences:
+        first, second = format_value(row["first"]), format_value(row["second"])
+        change = shown(row["difference"], row["interval"])
+        print(f"{row['label']:<62} {first:>10} {second:>10} {change:>32}  {verdict(row['interval'])}")
+
+
 def verdict(interval: Interval | None) -> str:
     """The meaning of a 95 % interval of a difference: ``higher``, ``lower`` or ``not told apart``."""
     if interval is None:
@@ -161,21 +170,26 @@ def write_comparison_report(
     notes: Sequence[str],
     command: str,
 ) -> Path:
-    """Write the page of two systems on the same prompts and seeds: differences in pairs, images side by side."""
+    """Write the page of two systems on the same prompts and seeds: differences in pairs, and images side by side if there
+    are ``inputs`` of both.
+    """
     rows = [
         {"metric": row["label"], names[0]: format_value(row["first"]), names[1]: format_value(row["second"]),
          "difference": shown(row["difference"], row["interval"]), "verdict": verdict(row["interval"])}
         for row in differences
     ]  # fmt: skip
-    first, second = inputs
-    pairs = zip(first.generated, second.generated, strict=True)
-    sides = [list(pair) for pair in pairs][:: first.samples_per_caption][:24]
-    sheet = captioned_grid(sides, column_titles=list(names), row_titles=list(first.captions)[: len(sides)])
+    images = []
+    if inputs:
+        first, second = inputs
+        pairs = zip(first.generated, second.generated, strict=True)
+        sides = [list(pair) for pair in pairs][:: first.samples_per_caption][:24]
+        sheet = captioned_grid(sides, column_titles=list(names), row_titles=list(first.captions)[: len(sides)])
+        images.append((sheet, "The same captions and seeds."))
     return write_report(
         out,
         f"{names[1]} against {names[0]}",
         tables={"Differences in pairs": rows},
-        images=[(sheet, "The same captions and seeds.")],
+        images=images,
         commands=[command],
         notes=[f"Differences are {names[1]} less {names[0]}, on the same prompts and seeds at equal N. In brackets: 95 % "
                "intervals in pairs over prompts.", *notes],

@@ -99,7 +99,7 @@ class Extractor:
             for start in range(0, len(images), batch_size):
                 batch = [image.convert("RGB") for image in images[start : start + batch_size]]
                 with torch.inference_mode():
-                    features = self.network(batch).double().cpu()
+                    features = self.network(batch).cpu().double()
                 if not bool(torch.isfinite(features).all()):
                     bad = start + int((~torch.isfinite(features)).any(1).nonzero()[0])
                     raise ValueError(f"images: {self.name} makes NaN or infinity of number {bad}; check the weights.")

@@ -1,6 +1,7 @@
 """The metrics of a text-to-image model, each with its floor, its ceiling and the recipe that decides its value.
 
-To add one, write a class of the protocol :class:`Metric` and add a line to :data:`METRICS`.
+To add one, write a class of the protocol :class:`Metric` and add a line to the table below; in a file of your own, register
+it with ``unified.register(name, metric=...)``.
 """
 
 from collections.abc import Container, Iterator, Sequence
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from unified import registry
 from unified_eval.clip import Clip, caption_rows, clip_text_features, left_out_note, readable_captions
 from unified_eval.diversity import inception_score, membership, nearest_neighbours, prompt_diversity
 from unified_eval.features import Extractor
@@ -330,7 +332,7 @@ class ShapeClaims(Metric):
             )  # fmt: skip
 
 
-METRICS: dict[str, Metric] = {
+_BUILT_IN: dict[str, Metric] = {
     "fd": FrechetDistance(),
     "kd": KernelDistance(),
     "prdc": Neighbourhoods(),
@@ -342,7 +344,10 @@ METRICS: dict[str, Metric] = {
     "neighbours": TrainingNeighbours(),
     "shapes": ShapeClaims(),
 }
-DEFAULT_METRICS = tuple(name for name, metric in METRICS.items() if metric.default)
+METRICS: dict[str, Metric] = registry.METRICS  # with those that users register
+for _name, _metric in _BUILT_IN.items():
+    registry.register(_name, metric=_metric)
+DEFAULT_METRICS = tuple(name for name, metric in _BUILT_IN.items() if metric.default)
 
 
 def measure_images(

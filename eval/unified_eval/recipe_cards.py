@@ -1,6 +1,7 @@
 """Recipe cards: how images of a checkpoint are sampled and measured, as its authors did, in one YAML file."""
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from unified.decoding import DECODING_MODES
 from unified.settings import check_choice, check_range, did_you_mean, load_settings
 from unified_eval.files import file_sha256
 
-FOLDER = Path(__file__).resolve().parent.parent / "recipes"
+FOLDER = Path(__file__).with_name("recipes")
 # Fields that are options of a command line, by the names that these have there.
 OPTIONS = {
     "protocol": ("protocol",), "num_images": ("num_images",), "samples_per_prompt": ("samples_per_caption", "samples"),
@@ -95,7 +96,7 @@ def add_recipe_argument(parser: Any) -> None:
     )  # fmt: skip
 
 
-def parse_with_recipe(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
+def parse_with_recipe(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse a command line; the card of ``--recipe`` takes the place of defaults, and options that are given win.
 
     Returns:

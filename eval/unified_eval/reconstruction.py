@@ -42,7 +42,7 @@ def squared_error(a: Tensor, b: Tensor) -> Tensor:
             raise ValueError(
                 f"{field}: values {float(pixels.min()):.3g}..{float(pixels.max()):.3g} leave [0, 1]; rescale and clamp."
             )
-    return (a.double() - b.double()).square().mean((1, 2, 3))
+    return (a.cpu().double() - b.cpu().double()).square().mean((1, 2, 3))
 
 
 def image_errors(originals: Sequence[Image.Image], reconstructed: Sequence[Image.Image]) -> Tensor:

@@ -1,13 +1,18 @@
 """The results of an evaluation: values with intervals and recipes, and the differences of two systems in pairs."""
 
+import json
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from unified.files import write_text
 from unified_eval.intervals import Interval, bootstrap_interval, interval_around, resample, share_interval
+
+VALUES = "values.json"  # in the folder of an evaluation: what Results.save writes
 
 
 class SmallSampleWarning(UserWarning):
@@ -153,6 +158,39 @@ class Results:
         """``metrics``, ``intervals``, ``recipes`` and ``notes``, ready for JSON."""
         intervals = {name: list(interval) for name, interval in self.intervals.items()}
         return {"metrics": self.metrics, "intervals": intervals, "recipes": self.recipes, "notes": self.notes}
+
+    def save(self, path: Path) -> None:
+        """Write all that :func:`compare_results` needs as JSON."""
+        values = {}
+        for name, value in self.values.items():
+            rows = None if value.rows is None else [value.rows[0].tolist(), value.rows[1]]
+            resampled = None if value.resampled is None else value.resampled.tolist()
+            values[name] = {"number": value.number, "recipe": value.recipe, "given": value.given, "rows": rows,
+                            "resampled": resampled}  # fmt: skip
+        content = {"prompts": list(self.prompts), "resamples": self.resamples, "seed": self.seed, "values": values}
+        write_text(path, json.dumps(content, ensure_ascii=False, allow_nan=False))
+
+    @classmethod
+    def load(cls, path: Path) -> "Results":
+        """Read what :meth:`save` wrote, for :func:`compare_results`; intervals, bounds and notes are not kept.
+
+        Raises:
+            ValueError: if the file is not there, or is none of these.
+        """
+        if not path.is_file():
+            raise ValueError(f"results: {str(path)!r} does not exist; evaluate the pipeline first.")
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            results = cls(content["prompts"], content["resamples"], content["seed"])
+            for name, value in content["values"].items():
+                rows = value["rows"] and (np.array(value["rows"][0]), list(value["rows"][1]))
+                resampled = None if value["resampled"] is None else np.array(value["resampled"])
+                results.values[name] = Value(
+                    float(value["number"]), value["recipe"], value["given"], rows=rows, resampled=resampled
+                )
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"results: {str(path)!r} is no file of results ({error!r}); evaluate again.") from error
+        return results
 
 
 def compare_results(first: Results, second: Results) -> list[dict[str, Any]]:

@@ -32,7 +32,7 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     for field, images in (("a", a), ("b", b)):
         if not bool(((images >= 0) & (images <= 1)).all()):
             raise ValueError(f"{field}: values leave [0, 1]; rescale and clamp.")
-    x, y = a.double(), b.double()
+    x, y = a.cpu().double(), b.cpu().double()
     mean_x, mean_y = _blur(x), _blur(y)
     variance_x, variance_y = _blur(x * x) - mean_x**2, _blur(y * y) - mean_y**2
     covariance = _blur(x * y) - mean_x * mean_y
@@ -72,7 +72,7 @@ def code_statistics(codes: Tensor, codebook_size: int, downsample: int) -> dict[
 
 def statistics_of_counts(counts: Tensor, downsample: int) -> dict[str, float]:
     """:func:`code_statistics` of codes that are counted already: ``counts`` is ``(K,)``, how often each code occurs."""
-    frequency = counts.double() / counts.sum()
+    frequency = counts.cpu().double() / float(counts.sum())
     entropy = float(torch.special.entr(frequency).sum()) / math.log(2)
     return {
         "codes_used": float((frequency > 0).double().mean()),

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import AutoConfig, AutoModel, Emu3VQVAEConfig, PreTrainedConfig
 
 from unified_tokenizers.base import ImageTokenizer
@@ -27,6 +28,26 @@ _TOKENIZERS: dict[str, Any] = {
 _PUBLISHED = ("janus_vqgan", "chameleon_vqgan")
 _WHOLE_MODELS = ("multi_modality", "janus", "emu3", "chameleon")
 _PREFIXES = ("gen_vision_model.", "model.vqmodel.", "vqmodel.")  # where whole models keep the tokenizer
+
+
+def register_tokenizer(model_type: str, tokenizer: Any) -> None:
+    """Let :class:`AutoImageTokenizer` open folders whose ``config.json`` has this ``model_type`` with a class.
+
+    Raises:
+        ValueError: if the name is taken, or the class is no module, or lacks ``from_pretrained`` or a method of
+            :class:`ImageTokenizer`.
+    """
+    if model_type in (*_TOKENIZERS, *_PUBLISHED, *_WHOLE_MODELS):
+        raise ValueError(f"tokenizer: {model_type!r} is taken; choose another model_type.")
+    if not isinstance(tokenizer, type) or not issubclass(tokenizer, nn.Module):
+        raise ValueError(f"tokenizer: {tokenizer!r} is no class of torch modules.")
+    methods = [name for name, part in vars(ImageTokenizer).items() if callable(part) and not name.startswith("_")]
+    missing = [name for name in (*methods, "from_pretrained") if not hasattr(tokenizer, name)]
+    if missing:
+        raise ValueError(
+            f"tokenizer: {tokenizer.__name__} lacks {', '.join(missing)}; see unified_tokenizers.ImageTokenizer."
+        )
+    _TOKENIZERS[model_type] = tokenizer
 
 
 class AutoImageTokenizer:

@@ -1,6 +1,7 @@
 """The codes cache: images encoded once, stored with the fingerprint of the tokenizer that made them."""
 
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
@@ -11,13 +12,15 @@ from typing import Any
 
 import datasets
 import numpy as np
+import torch
 from accelerate import PartialState
 
 from unified.data.content import content_of, was_streamed
 from unified.data.crops import Size, Views
 from unified.data.encoding import MakeRecords, captioned_records, encode_blocks, read_blocks
+from unified.data.held_out import part_names
 from unified.data.rows import Rows, SkipReport, undecoded_rows, with_caption
-from unified.data.sources import load_source, terms_of
+from unified.data.sources import check_splits, load_source, terms_of
 from unified.files import write_text
 from unified.locks import LOCK_FILE, locked
 from unified.settings import refuse_other
@@ -61,6 +64,7 @@ def encode_source(
     caption: str | None = None,
     storage_options: dict[str, Any] | None = None,
     max_rows: int | None = None,
+    validation: float | None = None,
 ) -> dict[str, SkipReport]:
     """Encode the images of a source and write an Arrow data set of codes, grids and captions.
 
@@ -84,6 +88,7 @@ def encode_source(
         caption: caption of all images, for a source that has none.
         storage_options: as in :func:`unified.data.sources.load_source`.
         max_rows: read only so many rows of every split; a stream is not read any further.
+        validation: hold out this share of the split ``train``, chosen by content, as ``validation``.
 
     Returns:
         What was used and skipped, by split.
@@ -103,10 +108,13 @@ def encode_source(
         "columns": [image_column, caption_column],
         "caption": caption,
         "max_rows": max_rows,
+        "validation": validation,
     }
 
     def load(split: str) -> Rows:
-        return first_rows(load_source(source, split, streaming, storage_options, image_column), max_rows)
+        return first_rows(
+            load_source(source, source_split(split, validation), streaming, storage_options, image_column), max_rows
+        )
 
     def prepare(rows: Rows) -> Prepared:
         if caption is not None:
@@ -115,6 +123,19 @@ def encode_source(
         return rows, *captioned_records(tokenizer, rows, views, image_column, caption_column, batch_size)
 
     return write_cache(tokenizer, out, splits, views.sizes, settings, load, prepare, block_rows, batch_size, process)
+
+
+def source_split(split: str, validation: float | None) -> str:
+    """What a split of a cache is called in the source, of whose ``train`` a share may be held out as ``validation``.
+
+    Raises:
+        ValueError: for another split than these two, if a share is given.
+    """
+    if validation is None:
+        return split
+    if split not in ("train", "validation"):
+        raise ValueError(f"validation: a share of train; the split {split!r} has no part in it, leave it out.")
+    return part_names("train", validation)[split == "validation"]
 
 
 def write_cache(
@@ -150,6 +171,8 @@ def write_cache(
         raise ValueError(f"block_rows, batch_size: {block_rows} and {batch_size} must be whole numbers of at least 1.")
     if not splits:
         raise ValueError("splits: empty; name one or more.")
+    if "validation" in splits and settings.get("validation") is None:
+        check_splits(settings["source"], splits[0], "validation", "splits")
     out = Path(out)
     partial = out.with_name(out.name + ".partial")
     settings = {
@@ -184,6 +207,18 @@ def write_cache(
     return {split: SkipReport(**reports[split]) for split in splits}
 
 
+def this_process() -> PartialState:
+    """This process's place among those that the launcher started. Raises ValueError if they do not see each other."""
+    process = PartialState(cpu=not torch.accelerator.is_available())
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != process.num_processes:
+        raise ValueError(
+            f"processes: the launcher started {started}, but each of them sees {process.num_processes}; they would write the "
+            "same files. Check the accelerate configuration."
+        )
+    return process
+
+
 def source_changed(out: str | Path, storage_options: dict[str, Any] | None = None) -> bool:
     """Whether the source of a finished cache holds other images or captions than when it was encoded.
 
@@ -194,6 +229,7 @@ def source_changed(out: str | Path, storage_options: dict[str, Any] | None = Non
         if before is None:  # a stream from elsewhere
             continue
         try:
+            split = source_split(split, made.get("validation"))
             rows = load_source(made["source"], split, was_streamed(before), storage_options, made["columns"][0])
         except ValueError:
             continue

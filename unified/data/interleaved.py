@@ -13,7 +13,7 @@ from PIL import Image
 
 from unified.config import Vocabulary
 from unified.data.captioned import grids_of
-from unified.data.code_cache import Prepared, first_rows, write_cache
+from unified.data.code_cache import Prepared, first_rows, source_split, write_cache
 from unified.data.crops import Size, fit, nearest_aspect
 from unified.data.encoding import Numbered
 from unified.data.rows import Rows, SkipReport, check_column, open_rgb, readable
@@ -48,6 +48,7 @@ def encode_interleaved(
     process: PartialState | None = None,
     storage_options: dict[str, Any] | None = None,
     max_rows: int | None = None,
+    validation: float | None = None,
 ) -> dict[str, SkipReport]:
     """Encode the images of interleaved rows and write an Arrow data set of texts, codes and grids.
 
@@ -55,8 +56,8 @@ def encode_interleaved(
     out; a row with a broken image, or with nothing in it, is skipped and reported.
 
     Args:
-        tokenizer, source, out, splits, batch_size, streaming, block_rows, process, storage_options, max_rows: as in
-            :func:`unified.data.code_cache.encode_source`.
+        tokenizer, source, out, splits, batch_size, streaming, block_rows, process, storage_options, max_rows, validation: as
+            in :func:`unified.data.code_cache.encode_source`.
         sizes: sizes ``(height, width)``; an image is fitted to the one with the most similar aspect ratio.
         segments_column: column with the lists.
 
@@ -65,14 +66,15 @@ def encode_interleaved(
     """
     settings = {
         "kind": "interleaved", "source": source, "sizes": [list(size) for size in sizes], "block_rows": block_rows,
-        "columns": [segments_column], "max_rows": max_rows,
+        "columns": [segments_column], "max_rows": max_rows, "validation": validation,
     }  # fmt: skip
 
     def make(numbered: Numbered, report: SkipReport) -> list[dict[str, Any]]:
         return segment_records(tokenizer, numbered, report, sizes, segments_column, batch_size)
 
     def load(split: str) -> Rows:
-        return first_rows(load_source(source, split, streaming, storage_options, segments_column), max_rows)
+        rows = load_source(source, source_split(split, validation), streaming, storage_options, segments_column)
+        return first_rows(rows, max_rows)
 
     def prepare(rows: Rows) -> Prepared:
         return _undecoded(rows, segments_column), make, SEGMENT_COLUMNS

@@ -13,7 +13,7 @@ from accelerate import PartialState
 
 from unified.config import MAX_SIZE, Vocabulary
 from unified.data.captioned import add_code_noise, grids_of
-from unified.data.code_cache import Prepared, first_rows, write_cache
+from unified.data.code_cache import Prepared, first_rows, source_split, write_cache
 from unified.data.crops import Views
 from unified.data.encoding import VIEW_COLUMNS, Numbered, Viewed, encode_views
 from unified.data.rows import (
@@ -46,6 +46,7 @@ def encode_labelled(
     storage_options: dict[str, Any] | None = None,
     max_rows: int | None = None,
     names: Mapping[str, str] | None = None,
+    validation: float | None = None,
 ) -> dict[str, SkipReport]:
     """Encode the images of a source and write an Arrow data set of codes, grids and classes.
 
@@ -53,8 +54,8 @@ def encode_labelled(
     that there is not, are skipped and reported.
 
     Args:
-        tokenizer, source, out, splits, image_column, batch_size, streaming, block_rows, process, storage_options, max_rows:
-            as in :func:`unified.data.code_cache.encode_source`.
+        tokenizer, source, out, splits, image_column, batch_size, streaming, block_rows, process, storage_options, max_rows,
+            validation: as in :func:`unified.data.code_cache.encode_source`.
         views: sizes, crops and flips; every view becomes a row.
         class_column: column of a ``datasets.ClassLabel`` or of whole numbers; of a folder of images with a folder for each
             class, ``label``.
@@ -66,11 +67,12 @@ def encode_labelled(
     """
     settings = {
         "kind": "labelled", "source": source, "views": views.described(), "block_rows": block_rows,
-        "columns": [image_column, class_column], "max_rows": max_rows, "names": digest_of(names),
+        "columns": [image_column, class_column], "max_rows": max_rows, "validation": validation, "names": digest_of(names),
     }  # fmt: skip
 
     def load(split: str) -> Rows:
-        return first_rows(load_source(source, split, streaming, storage_options, image_column), max_rows)
+        rows = load_source(source, source_split(split, validation), streaming, storage_options, image_column)
+        return first_rows(rows, max_rows)
 
     def prepare(rows: Rows) -> Prepared:
         rows = undecoded_rows(rows, image_column, None)

@@ -12,6 +12,7 @@ from huggingface_hub import RepoCard
 from yaml import YAMLError
 
 from unified.data.folders import files_below, image_folder, table_folder
+from unified.data.held_out import part_of, take_part
 from unified.data.rows import IMAGE_SUFFIXES, Rows, first_row
 from unified.data.tables import READERS, as_pattern, read_tables
 from unified.hub import expanded, local_path
@@ -25,6 +26,7 @@ def load_source(
     streaming: bool = False,
     storage_options: dict[str, Any] | None = None,
     image_column: str = "image",
+    content_column: str | None = None,
 ) -> Rows:
     """Open any source of rows.
 
@@ -34,10 +36,12 @@ def load_source(
             (WebDataset), or many of them by a pattern such as ``shards/*.parquet``; a folder of such files; a name on the
             Hub. Files may lie anywhere that fsspec reads: ``s3://bucket/*.parquet``, ``https://...``. Brackets and stars in
             the name of a file or folder that exists are no pattern.
-        split: name of the split to open; files and patterns have one, whatever it is called.
+        split: name of the split to open; files and patterns have one, whatever it is called. A share of a split by content
+            has a name as in :mod:`unified.data.held_out`, such as ``train.held_out_0.1``.
         streaming: read rows as they come instead of preparing the whole set first.
         storage_options: options of the file system, for files elsewhere.
         image_column: column with images or their paths; in tables, paths start from the table's folder.
+        content_column: column that decides which rows a share of a split holds; default: ``image_column``.
 
     Raises:
         ValueError: if the source does not exist or cannot be read, has no such split, or no rows in it.
@@ -48,10 +52,26 @@ def load_source(
         raise ValueError(f"source: {short(source)} cannot be a path ({getattr(error, 'strerror', error)}).") from error
     if source.startswith("~"):
         source = str(expanded(source))
+    if (part := part_of(split)) is not None and split not in _saved_splits(source):  # a codes cache has it as it is
+        rows = load_source(source, part.split, streaming, storage_options, image_column)
+        return take_part(rows, part, content_column or image_column)
     rows = _naming_errors(source, split, lambda: _open(source, split, streaming, storage_options, image_column))
     if _naming_errors(source, split, lambda: first_row(rows) if streaming else len(rows) or None) is None:
         raise ValueError(f"source: {source!r} has no rows in split {split!r}.")
     return rows
+
+
+def check_splits(source: str, train: str, held_out: str, field: str) -> None:
+    """Raises ValueError, naming the ``field``, if a source has one split only, so that its held-out rows are those to train on."""
+    if train == held_out or part_of(held_out) is not None:
+        return
+    path = expanded(source)
+    saved = (path / "state.json").is_file() and not (path / "dataset_dict.json").is_file()
+    if saved or path.is_file() or "://" in source or (not path.exists() and any(sign in source for sign in "*?[")):
+        raise ValueError(
+            f"{field}: {source!r} has one split, so that {held_out!r} would be the rows of {train!r}; hold out a share of them "
+            "(validation: 0.1), or name other data."
+        )
 
 
 def terms_of(source: str, info: datasets.DatasetInfo | None = None) -> dict[str, Any]:
@@ -97,11 +117,16 @@ def _open(source: str, split: str, streaming: bool, storage_options: dict[str, A
     return _pick_split(datasets.load_dataset(source, streaming=streaming), source, split)
 
 
+def _saved_splits(source: str) -> list[str]:
+    """Splits of a folder written by ``save_to_disk``; none of any other source."""
+    listed = expanded(source) / "dataset_dict.json"
+    return list(json.loads(listed.read_text())["splits"]) if listed.is_file() else []
+
+
 def _saved(path: Path, split: str) -> Rows:
     """One split of a folder written by ``save_to_disk``; a data set without splits is taken for any."""
     if (path / "dataset_dict.json").is_file():
-        splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
-        _pick_split(dict.fromkeys(splits), str(path), split)
+        _pick_split(dict.fromkeys(_saved_splits(str(path))), str(path), split)
         path = path / split
     if not json.loads((path / "state.json").read_text())["_data_files"]:
         return datasets.Dataset.from_dict({})  # `datasets` saves an empty one but cannot open it

@@ -234,6 +234,10 @@ class Batcher:
         image = next((row.image for row in self.rows if row.request is request), None)
         return None if image is None else image.codes.reshape(request.grid).cpu()
 
+    def written(self, request: Request) -> list[int]:
+        """Ids so far of the text that a request writes; empty before it has begun and in its images."""
+        return next((list(row.text) for row in self.rows if row.request is request), [])
+
     def cancel(self, request: Request) -> None:
         """Forget a request, waiting or running; its rows are free for the next one."""
         if request in self.waiting:
@@ -250,8 +254,11 @@ class Batcher:
         """Whether any request is waiting or running."""
         return bool(self.rows or self.waiting)
 
-    def run(self, requests: Sequence[Request]) -> list[list[Segment]]:
-        """Segments that each request produced, in the order given. Raises ValueError if one of them failed."""
+    def run(self, requests: Sequence[Request], on_step: Callable[[], None] | None = None) -> list[list[Segment]]:
+        """Segments that each request produced, in the order given. Raises ValueError if one of them failed.
+
+        ``on_step`` is called after every step, for those who show what there is so far.
+        """
         for request in requests:
             self.submit(request)
         results: dict[Request, list[Segment]] = {}
@@ -259,6 +266,8 @@ class Batcher:
             results.update(self.step())
             if self.failed:
                 raise next(iter(self.failed.values()))
+            if on_step is not None:
+                on_step()
         return [results[request] for request in requests]
 
     @torch.inference_mode()

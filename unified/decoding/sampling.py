@@ -20,6 +20,9 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> 
     return (base + scale * (conditional.float() - base)).to(conditional.dtype)
 
 
+NO_FLOAT64 = {"mps"}  # types of devices
+
+
 class LogitFilter(NamedTuple):
     """A step between logits and sampling.
 
@@ -120,17 +123,22 @@ def _sample_top_k(logits: Tensor, top_k: int, noise: Tensor) -> Tensor:
 def gumbel_noise(generators: Sequence[torch.Generator], size: int, device: torch.device) -> Tensor:
     """``(B, size)`` standard Gumbel noise; row i comes from generator i alone, on the generator's device.
 
-    The argmax of logits plus noise is a sample of their softmax, and a row does not depend on its batch.
+    The argmax of logits plus noise is a sample of their softmax, and a row does not depend on its batch. A device without
+    float64 gets the numbers that a CPU computes.
     """
-    uniform = torch.empty(len(generators), size, device=device, dtype=torch.float64)
+    exact = torch.device("cpu") if device.type in NO_FLOAT64 else device
+    uniform = torch.empty(len(generators), size, device=exact, dtype=torch.float64)
     for row, generator in zip(uniform, generators, strict=True):
-        if generator.device == device:
+        if generator.device.type in NO_FLOAT64:  # 24 bits at a time
+            coarse, fine = torch.rand(2, size, generator=generator, device=generator.device).cpu().double()
+            row.copy_(coarse + fine * 2.0**-24)
+        elif generator.device == exact:
             row.uniform_(generator=generator)  # the numbers of torch.rand, without a copy
         else:
             row.copy_(torch.rand(size, generator=generator, device=generator.device, dtype=torch.float64))
     uniform.clamp_min_(torch.finfo(torch.float64).tiny)
     # The first logarithm needs float64 near 1; its result has the range of float32, where the second costs half.
-    return uniform.log_().float().neg_().log_().neg_()
+    return uniform.log_().float().neg_().log_().neg_().to(device)
 
 
 class PositionNoise:

@@ -1,6 +1,6 @@
 """Images to text, and text and images in turn."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from reprlib import repr as short
 from typing import Any
 
@@ -55,8 +55,11 @@ def continue_conversations(
     max_new_tokens: int,
     max_images: int,
     batch_size: int = 16,
+    on_text: Callable[[str], None] | None = None,
 ) -> list[list[Segment]]:
     """The model's reply in each conversation; texts and images of all rows are generated in one batch.
+
+    ``on_text`` is called with the text so far whenever that of the first conversation grows.
 
     Raises:
         ValueError: if a limit is not a whole number, or a conversation does not fit the model's context.
@@ -82,7 +85,15 @@ def continue_conversations(
     rows = min(batch_size, len(requests)) * requests[0].rows
     room = max(prompt_columns(decoder.model, request.prompt) for request in requests) + max_new_tokens
     room += max_images and max_images * image_columns(decoder.model, grid)
-    replies = Batcher(decoder, rows, room).run(requests)
+    batcher = Batcher(decoder, rows, room)
+
+    def show() -> None:
+        if on_text is not None and (ids := batcher.written(requests[0])):
+            on_text(text_tokenizer.decode(ids))
+
+    replies = batcher.run(requests, show)
+    if on_text is not None and replies[0] and isinstance(replies[0][-1], TextSegment):
+        on_text(text_tokenizer.decode(replies[0][-1].ids))  # with the token that ended it
     for generator in generators:  # texts are sampled from copies; the next call shall reply differently
         torch.rand((), generator=generator, device=generator.device)
     return replies

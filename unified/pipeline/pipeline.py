@@ -623,6 +623,7 @@ class UnifiedPipeline:
         height: int | None = None,
         width: int | None = None,
         generator: Generators = None,
+        callback_on_text: Callable[[str], None] | None = None,
     ) -> list[Any]:
         """Continue conversations of texts and images with texts and images.
 
@@ -633,6 +634,7 @@ class UnifiedPipeline:
                 in :meth:`__call__` by default.
             height, width: size of the images in a reply.
             generator: one per conversation, or one for all as in :meth:`__call__`.
+            callback_on_text: called as ``f(text)`` with the text so far whenever the first reply's text grows.
 
         Returns:
             The reply as a list of texts and images, or one reply per conversation.
@@ -661,6 +663,7 @@ class UnifiedPipeline:
         replies = continue_conversations(
             self.decoder(), read, grid, self.text_tokenizer, generators, text_sampling or Sampling(),
             image_sampling or options.filled(self.sampling).sampling, max_new_tokens, max_images,
+            on_text=callback_on_text,
         )  # fmt: skip
 
         # 4. Decode them to texts and images

@@ -37,15 +37,15 @@ def run_card(
 
 def _data(config: TrainConfig) -> list[Origin]:
     """The training data, source by source."""
-    data, output = config.data, Path(config.output_dir)
+    data, output, sources = config.data, Path(config.output_dir), config.all_sources()
     if data.train:
-        return [_codes("Images", data.train, output / "codes", data.train_split, data.max_samples)]
+        return [_codes("Images", data.train, output / "codes", sources[0].split, data.max_samples)]
     kinds = {"image": "Images", "interleaved": "Texts with images", "pairs": "Pairs of images"}
     return [
         (f"Texts: `{source.path}`", terms_of(source.path))
         if source.kind == "text"
         else _codes(kinds[source.kind], source.path, output / f"codes-{number}", source.split)
-        for number, source in enumerate(data.sources)
+        for number, source in enumerate(sources)
     ]
 
 

@@ -4,19 +4,21 @@ The rules of a class stand below its fields, in ``check``.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
 
 from unified.config import UnifiedConfig, language_config
+from unified.data.held_out import part_names
 from unified.lora.modality_gate import check_modality
 from unified.model.init import EMBED_KINDS, HEAD_KINDS
 from unified.model.quantization import BITS, check_quantization
 from unified.pipeline.options import GenerationOptions, check_defaults
 from unified.prediction.plan import Prediction
 from unified.prediction.schedule import PatchSchedule
+from unified.registry import import_modules
 from unified.settings import check_choice, check_range, did_you_mean, load_settings
 from unified.training.objectives.base import Objective
 from unified.training.objectives.table import build_objectives
@@ -40,6 +42,7 @@ class SourceConfig:
     weight: float = 1.0  # share of the training rows, relative to the weights of the other sources
     split: str = "train"  # split to train on
     validation_split: str | None = None  # measured every validate_every steps, as `<kind>_validation_loss`
+    validation: float | None = None  # hold out this share of `split`, chosen by content, in place of a validation_split
     image_column: str = "image"  # column with the images
     caption_column: str = "caption"  # column with their captions
     caption: str | None = None  # one caption for all images, in place of the column
@@ -59,9 +62,22 @@ class SourceConfig:
         check_range(name, self, "(0, inf)", "weight")
         check_range(name, self, "[2, inf)", "max_length")
         check_range(name, self, "[0, 1]", "captioning", "caption_dropout")
+        if self.validation is not None:
+            part_names(self.split, self.validation)
+            if self.validation_split is not None:
+                raise ValueError(
+                    f"{name}validation: a share, and validation_split is {self.validation_split!r}; leave one out."
+                )
         for option in ("captioning", "caption_dropout"):
             if getattr(self, option) is not None and self.kind != "image":
                 raise ValueError(f"{name}{option}: for images only, not for {self.kind}; leave it out.")
+
+    def with_splits(self) -> "SourceConfig":
+        """The same with the splits that a share of ``validation`` makes of ``split``."""
+        if self.validation is None:
+            return self
+        rest, held_out = part_names(self.split, self.validation)
+        return replace(self, split=rest, validation_split=held_out)
 
 
 @dataclass
@@ -70,7 +86,7 @@ class DataConfig:
 
     train: str | None = None  # a codes cache, or captioned images, which are encoded once into `<output_dir>/codes`
     sources: list[SourceConfig] = field(default_factory=list)  # several sources in place of `train`
-    validation: str | None = None  # default: the validation split of `train`
+    validation: str | float | None = None  # other data, or a share of `train` to hold out by content, such as 0.1
     train_split: str = "train"  # split of `train` to train on
     validation_split: str = "validation"  # split that validation losses are measured on
     image_column: str = "image"  # column with the images
@@ -102,6 +118,12 @@ class DataConfig:
         check_range("data.", self, "[1, inf)", "image_size", "crops", "max_samples")
         check_range("data.", self, "[2, inf)", "pack")
         check_range("data.", self, "[0, inf)", "num_workers")
+        if isinstance(self.validation, float):
+            part_names(self.train_split, self.validation)
+            if self.validation_split != DataConfig.validation_split:
+                raise ValueError(
+                    f"data.validation: a share, and data.validation_split is {self.validation_split!r}; leave one out."
+                )
         for source in self.sources:
             source.check()
         if self.bucket and self.one_view:
@@ -375,6 +397,7 @@ class TrainConfig:
         default_factory=lambda: ["tensorboard"]
     )  # also wandb, trackio, mlflow, ...; [] for none
     project: str = "unified"  # name under which trackers file the run
+    imports: list[str] = field(default_factory=list)  # modules, or files .py, that register extensions; they are run
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraSettings | None = None
@@ -427,8 +450,26 @@ class TrainConfig:
             raise ValueError(
                 f"checkpoint_every: {self.checkpoint_every} is not a multiple of log_every {self.log_every}."
             )
-        if self.data.sources and self.validate_every and not any(s.validation_split for s in self.data.sources):
-            raise ValueError("validate_every: none of data.sources has a validation_split; name one.")
+        if (
+            self.data.sources
+            and self.validate_every
+            and not any(s.validation_split or s.validation for s in self.data.sources)
+        ):
+            raise ValueError("validate_every: none of data.sources has a validation_split or a validation; name one.")
+
+    def all_sources(self) -> list[SourceConfig]:
+        """What the run trains on; ``data.train`` and the keys beside it are the only source.
+
+        A share to hold out is named by the splits of its source (see :mod:`unified.data.held_out`).
+        """
+        data = self.data
+        share = data.validation if isinstance(data.validation, float) else None
+        only = SourceConfig(
+            path=str(data.train), split=data.train_split, validation_split=None if share else data.validation_split,
+            validation=share, image_column=data.image_column, caption_column=data.caption_column, caption=data.caption,
+            class_column=data.class_column,
+        )  # fmt: skip
+        return [source.with_splits() for source in data.sources or [only]]
 
     def build_objectives(self) -> list[Objective]:
         """The objectives of the run. Raises ValueError for a name or a key that is unknown, or a value that does not fit."""
@@ -446,5 +487,6 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         ValueError: as :func:`unified.settings.load_settings`, or for fields that are out of range or contradict each other.
     """
     config = load_settings(TrainConfig, path, overrides)
+    import_modules(config.imports)
     config.check()
     return config

@@ -18,10 +18,12 @@ from unified.data.batches import Batches, Source, first_views, in_order
 from unified.data.captioned import captioned_sequence, text_sequence
 from unified.data.code_cache import description_of, encode_source, is_codes_cache, load_codes, source_changed
 from unified.data.crops import Views
+from unified.data.held_out import base_split, part_of
 from unified.data.interleaved import encode_interleaved, interleaved_sequence
 from unified.data.labelled import encode_labelled, labelled_sequence, with_classes
 from unified.data.pairs import encode_pairs, pair_sequence
 from unified.data.rows import UNREADABLE, class_names, readable
+from unified.data.sources import check_splits
 from unified.prediction.merge import Grid, Merge, patches
 from unified.prediction.schedule import PatchSchedule
 from unified.settings import refuse_other
@@ -77,14 +79,14 @@ def open_data(context: Context) -> TrainingData:
     checks: dict[str, Check] = {}
     rows: dict[str, datasets.Dataset] = {}
     grids: set[Grid] = set()
-    for number, settings in enumerate(data.sources or [train_source(config)]):
+    for number, settings in enumerate(config.all_sources()):
         name, folder = (f"sources.{number}", f"codes-{number}") if several else ("train", "codes")
         sources.append(open_source(context, settings, settings.split, output / folder))
         rows[name] = sources[-1].rows
         grids.update(_grids(sources[-1].rows, settings.kind))
         if not config.validate_every or not settings.validation_split:
             continue
-        path = settings.path if several else data.validation or settings.path
+        path = held_out_path(data, settings)
         held_out = open_source(
             context,
             replace(settings, path=path),
@@ -115,25 +117,29 @@ def _check_splits(context: Context) -> None:
         ValueError: naming the source.
     """
     config, data, output = context.config, context.config.data, Path(context.config.output_dir)
-    for number, settings in enumerate(data.sources or [train_source(config)]):
+    for number, settings in enumerate(config.all_sources()):
         folder = f"codes-{number}" if data.sources else "codes"
-        held_out = settings.path if data.sources else data.validation or settings.path
+        held_out = held_out_path(data, settings)
         parts = [(settings.path, settings.split, folder)]
         if config.validate_every and settings.validation_split:
+            if held_out == settings.path:
+                field = "data.sources.validation_split" if data.sources else "data.validation"
+                check_splits(settings.path, settings.split, settings.validation_split, field)
             parts.append((held_out, settings.validation_split, f"{folder}-validation"))
         for path, split, encoded in parts:
+            if is_codes_cache(path) and part_of(split) is not None:
+                raise ValueError(
+                    f"data.validation: {path!r} holds codes already, of which a share cannot be told by the images; give it to "
+                    "recipes/encode_images.py as --validation."
+                )
             if not is_codes_cache(path) and not is_codes_cache(output / encoded):
-                load_source(path, split, data.streaming and settings.kind != "text", data.storage_options or None)
+                streaming = data.streaming and settings.kind != "text"
+                load_source(path, base_split(split), streaming, data.storage_options or None)
 
 
-def train_source(config: TrainConfig) -> SourceConfig:
-    """``data.train`` and the keys beside it as the only source."""
-    data = config.data
-    return SourceConfig(
-        path=str(data.train), split=data.train_split, validation_split=data.validation_split,
-        image_column=data.image_column, caption_column=data.caption_column, caption=data.caption,
-        class_column=data.class_column,
-    )  # fmt: skip
+def held_out_path(data: DataConfig, source: SourceConfig) -> str:
+    """Where the held-out rows of a source lie."""
+    return data.validation if isinstance(data.validation, str) and not data.sources else source.path
 
 
 def merge_of_batch(config: TrainConfig, schedule: PatchSchedule, index: int) -> Merge | None:
@@ -278,7 +284,7 @@ def _labelled_rows(context: Context, source: SourceConfig, split: str, folder: P
         "kind": "labelled", "source": path, "columns": [source.image_column, source.class_column],
         "views": views.described(), "max_rows": max_rows,
     }  # fmt: skip
-    return load_codes(encode_once(context, folder, wanted, encode), split, tokenizer.fingerprint, "labelled")
+    return load_codes(encode_once(context, folder, split, wanted, encode), split, tokenizer.fingerprint, "labelled")
 
 
 def _captioned_rows(context: Context, source: SourceConfig, split: str, folder: Path, clean: bool) -> datasets.Dataset:
@@ -301,7 +307,7 @@ def _captioned_rows(context: Context, source: SourceConfig, split: str, folder: 
         "views": views.described(), "caption": source.caption,
         "max_rows": max_rows,
     }  # fmt: skip
-    return load_codes(encode_once(context, folder, wanted, encode), split, tokenizer.fingerprint)
+    return load_codes(encode_once(context, folder, split, wanted, encode), split, tokenizer.fingerprint)
 
 
 def _interleaved_rows(context: Context, source: SourceConfig, split: str, folder: Path) -> datasets.Dataset:
@@ -316,7 +322,7 @@ def _interleaved_rows(context: Context, source: SourceConfig, split: str, folder
             )  # fmt: skip
 
         wanted = {"source": source.path, "sizes": [list(size)], "columns": [source.segments_column]}
-        path = encode_once(context, folder, wanted, encode)
+        path = encode_once(context, folder, split, wanted, encode)
     return load_codes(path, split, tokenizer.fingerprint, "interleaved").with_format(None)
 
 
@@ -338,7 +344,7 @@ def _pair_rows(context: Context, source: SourceConfig, split: str, folder: Path)
 
 
 def encode_once(
-    context: Context, folder: Path, wanted: dict[str, Any], encode: Callable[[], dict[str, SkipReport]]
+    context: Context, folder: Path, split: str, wanted: dict[str, Any], encode: Callable[[], dict[str, SkipReport]]
 ) -> Path:
     """Encode into ``folder`` unless an earlier run did and the source still holds the same images and captions.
 
@@ -346,7 +352,9 @@ def encode_once(
         ValueError: if the earlier codes are not what is ``wanted``.
     """
     if is_codes_cache(folder):
-        refuse_other("data", folder, description_of(folder), wanted)
+        made = description_of(folder)
+        splits = {"splits": list(made["rows"])} if "rows" in made else {}
+        refuse_other("data", folder, made | splits, wanted | {key: [split] for key in splits})
         if not source_changed(folder, context.config.data.storage_options or None):
             return folder
         context.accelerator.print(f"{wanted['source']} has changed since {folder} was encoded; it is encoded again")
@@ -357,7 +365,8 @@ def encode_once(
 
 def _texts(context: Context, source: SourceConfig, split: str) -> datasets.Dataset:
     """The rows of a split that have a text."""
-    rows = load_source(source.path, split, storage_options=context.config.data.storage_options or None)
+    options = context.config.data.storage_options or None
+    rows = load_source(source.path, split, storage_options=options, content_column=source.text_column)
     assert isinstance(rows, datasets.Dataset)  # not streamed
     column = source.text_column
     if column not in rows.column_names:

@@ -1,0 +1,80 @@
+"""The commands of ``unified`` that are scripts of recipes/ and eval/: each is imported when it runs."""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NamedTuple
+
+
+class Script(NamedTuple):
+    """A script with a ``main(argv)``: its module, what it does, and the extra of the project that it needs."""
+
+    module: str
+    about: str
+    extra: str | None = None
+
+
+# A command is one script, or one for each of its kinds.
+SCRIPTS: dict[str, Script | dict[str, Script]] = {
+    "prepare": {
+        "shapes": Script("unified_recipes.prepare_shapes", "scenes of coloured shapes with exact ground truth"),
+        "openmoji": Script("unified_recipes.prepare_openmoji", "emoji with captions", "data"),
+        "imagenet": Script("unified_recipes.prepare_imagenet", "ImageNet's classes as codes of ten crops"),
+        "smollm2": Script("unified_recipes.prepare_smollm2", "SmolLM2-135M as a transformers folder", "smollm2"),
+    },
+    "tokenizer": {
+        "image": Script("unified_recipes.train_tokenizer", "train an image tokenizer"),
+        "text": Script("unified_recipes.train_text_tokenizer", "train a text tokenizer"),
+        "evaluate": Script("unified_evaluation.evaluate_tokenizer", "measure image tokenizers side by side", "eval"),
+    },
+    "encode": Script("unified_recipes.encode_images", "Encode images once, so that training reads codes."),
+    "train": Script("unified_recipes.train", "Train a model or an adapter."),
+    "evaluate": Script("unified_evaluation.evaluate", "Generate images, measure them and report.", "eval"),
+    "compare": Script("unified_evaluation.compare", "Compare two evaluations in pairs of images.", "eval"),
+    "convert": Script("unified_recipes.convert_checkpoint", "Turn published checkpoints into folders of this library."),
+}
+PACKAGES = ("unified", "unified_tokenizers", "unified_eval", "unified_recipes", "unified_evaluation")
+
+
+def about(command: str) -> str:
+    """What a command does, in one line."""
+    entry = SCRIPTS[command]
+    return entry.about if isinstance(entry, Script) else "; ".join(f"{kind}: {s.about}" for kind, s in entry.items())
+
+
+def run_script(command: str, argv: Sequence[str]) -> None:
+    """Run a command of :data:`SCRIPTS` as its script runs; what a user got wrong ends it as there, with exit code 2."""
+    from unified.errors import explain_errors
+
+    entry, rest = SCRIPTS[command], list(argv)
+    name = f"unified {command}"
+    if isinstance(entry, dict):
+        kind = rest.pop(0) if rest else ""
+        if kind not in entry:
+            lines = [
+                f"usage: {name} {{{','.join(entry)}}} ...",
+                "",
+                *(f"  {k:<10} {s.about}" for k, s in entry.items()),
+            ]
+            if kind in ("-h", "--help"):
+                print("\n".join(lines))
+                return
+            print(lines[0], file=sys.stderr)
+            print(f"{name}: {kind!r} is unknown; use one of {', '.join(entry)}.", file=sys.stderr)
+            sys.exit(2)
+        entry, name = entry[kind], f"{name} {kind}"
+    sys.argv = [name, *rest]  # what usage lines, errors and reports show
+
+    def run() -> None:
+        try:
+            module = import_module(entry.module)
+        except ModuleNotFoundError as error:
+            package = (error.name or "").partition(".")[0]
+            if entry.extra is None or package in PACKAGES:
+                raise
+            raise ValueError(
+                f"the package {package!r} is missing; install the extra: pip install 'unified-npp[{entry.extra}]'."
+            ) from error
+        module.main(rest)
+
+    explain_errors(run)
