@@ -23,7 +23,7 @@ from unified.data.crops import CROPS, Views
 from unified.data.interleaved import encode_interleaved
 from unified.data.labelled import encode_labelled
 from unified.errors import explain_errors
-from unified_tokenizers import AutoImageTokenizer
+from unified_tokenizers import AutoImageTokenizer, ImageTokenizer
 
 
 def size(text: str) -> tuple[int, int]:
@@ -95,13 +95,19 @@ def this_process() -> PartialState:
     return process
 
 
+def open_tokenizer(name: str) -> tuple[ImageTokenizer, PartialState]:
+    """An image tokenizer on this process's device, and the process's place. Raises ValueError as :func:`this_process`."""
+    process = this_process()
+    tokenizer = AutoImageTokenizer.from_pretrained(name)
+    if isinstance(tokenizer, nn.Module):
+        tokenizer.to(process.device)
+    return tokenizer, process
+
+
 def main() -> None:
     """Parse the command line, encode, and say what was skipped."""
     args = parse_arguments()
-    process = this_process()
-    tokenizer = AutoImageTokenizer.from_pretrained(args.image_tokenizer)
-    if isinstance(tokenizer, nn.Module):
-        tokenizer.to(process.device)
+    tokenizer, process = open_tokenizer(args.image_tokenizer)
     sizes = tuple(args.buckets or [(args.image_size, args.image_size)])
     start = time.monotonic()
     if args.segments_column:
