@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+import unified.model.chameleon  # noqa: F401  # registers a backbone
 from unified.config import UnifiedConfig
 from unified.model.backbone import load_language_model
 from unified.model.channel_merge import WindowMerge, WindowSplit, initialize_merge
 from unified.model.dropout import add_dropout
 from unified.model.family import check_family
-from unified.model.image_head import ImageHead, patch_losses
+from unified.model.image_head import ImageHead, ImageProjection, patch_losses
 from unified.model.init import initialize_image_tables
 from unified.model.masks import NoCache, masked_arguments
 from unified.model.prefix import build_condition
@@ -76,8 +77,13 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
         width = self.backbone.config.hidden_size
         prediction = Prediction.of(config)
         side = prediction.merge.side
+        if prediction.frame is not None:
+            prediction.frame.check(config.text_config.vocab_size)
         self.image_embed = nn.Embedding(config.codebook_size, width)
-        self.image_head = ImageHead(width * prediction.way.heads, config.codebook_size)  # several heads side by side
+        hidden = config.image_projection
+        self.image_projection = None if hidden is None else ImageProjection(width, hidden)
+        self._scored = (width if hidden is None else hidden + 1) * prediction.way.heads  # several heads side by side
+        self.image_head = ImageHead(self._scored, config.codebook_size)
         self.image_query = nn.Embedding(1, width) if prediction.has_queries else None
         self.image_merge = WindowMerge(width, side) if side > 1 else None
         self.image_split = WindowSplit(width, side) if side > 1 else None
@@ -185,7 +191,7 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
 
     def image_modules(self) -> dict[str, nn.Module]:
         """The modules that the model has for images beside the backbone, by name."""
-        names = ("image_embed", "image_head", "image_query", "image_merge", "image_split")
+        names = ("image_embed", "image_projection", "image_head", "image_query", "image_merge", "image_split")
         return {name: module for name in names if (module := getattr(self, name)) is not None}
 
     def embed(
@@ -232,6 +238,8 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
     def image_states(self, hidden: Tensor, missing: Tensor | None = None, merge: str = "mean") -> Tensor:
         """What the image head scores, ``(N, P, m * D)``, of the final states ``(N, m, D)`` of N cells' sources.
 
+        D is the width of the hidden layer and one more, for a model with ``image_projection``.
+
         P is 1, or with ``channel`` merges the number of codes of a cell. ``missing (N, m)`` is True for sources that a cell
         does not have; the logits of the others are averaged.
         """
@@ -240,6 +248,8 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
             states = self.image_split(hidden)  # (N, m, P, D)
         else:
             states = hidden[:, :, None]
+        if self.image_projection is not None:
+            states = self.image_projection(states)
         if hidden.shape[1] > 1:
             assert missing is not None
             there = (~missing).to(states.dtype)
@@ -353,7 +363,9 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         kept = outputs.last_hidden_state[:, keep]
         plain = self._heads == self._window == 1
-        image_logits = self.image_head(kept) if image_inputs is not None and plain else None
+        image_logits = None
+        if image_inputs is not None and plain:
+            image_logits = self.image_head(self.image_states(kept.flatten(0, 1)[:, None])).view(*kept.shape[:2], -1)
         return UnifiedOutput(logits=self.text_logits(kept), image_logits=image_logits, cache=outputs.cache)
 
     def _image_positions(self, embeds: Tensor, *inputs: Tensor | None) -> Tensor:
@@ -427,10 +439,12 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
         no_ids = torch.empty(0, dtype=torch.long, device=nothing.device)
         total = nothing.sum()
         if not images:
-            wide = nothing.new_empty(0, self._heads * nothing.shape[-1])
+            wide = nothing.new_empty(0, self._scored)
             total = (
                 total + patch_losses(self.image_head, wide, no_ids[:, None], no_ids) + self.image_embed(no_ids).sum()
             )
+            if self.image_projection is not None:
+                total = total + self.image_projection(nothing).sum()
         if self.image_query is not None and not (images and queries):
             total = total + self.image_query(no_ids).sum()
         if self.image_merge is not None and self.image_split is not None and not (images and merge == "channel"):

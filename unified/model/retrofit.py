@@ -35,9 +35,9 @@ def change_prediction(model: UnifiedForCausalLM, prediction: dict[str, Any]) -> 
         raise
     with torch.no_grad():
         changed.image_embed.weight.copy_(model.image_embed.weight)
-        head = model.image_head.weight[:, : model.config.text_config.hidden_size]
+        head = model.image_head.weight[:, : changed.image_head.in_features // wanted.way.heads]
         changed.image_head.weight.copy_(head.repeat(1, wanted.way.heads))
-    changed.condition = model.condition
+    changed.condition, changed.image_projection = model.condition, model.image_projection
     for part in changed.image_modules().values():
         part.to(device=model.device, dtype=model.dtype)
     changed.generation_config = model.generation_config

@@ -22,7 +22,9 @@ from unified.data.interleaved import encode_interleaved, interleaved_sequence
 from unified.data.labelled import encode_labelled, labelled_sequence, with_classes
 from unified.data.rows import UNREADABLE, class_names, readable
 from unified.prediction.merge import Grid, Merge, patches
+from unified.prediction.plan import Prediction
 from unified.prediction.schedule import PatchSchedule
+from unified.prompts import PromptFormat
 from unified.settings import refuse_other
 from unified.training.config import DataConfig, SourceConfig, TrainConfig
 from unified.training.inputs import check_lengths, code_grids
@@ -162,7 +164,8 @@ def open_source(context: Context, source: SourceConfig, split: str, folder: Path
         return Source(name, _texts(context, source, split), sequence, source.weight)
     if source.kind == "interleaved":
         rows = _interleaved_rows(context, source, split, folder)
-        return Source(name, rows, partial(interleaved_sequence, **shared), source.weight)
+        sequence = partial(interleaved_sequence, frame=Prediction.of(config).frame, **shared)
+        return Source(name, rows, sequence, source.weight)
     data = context.config.data
     rows = _first_samples(_captioned_rows(context, source, split, folder, clean), data, clean)
     if not clean:
@@ -172,6 +175,7 @@ def open_source(context: Context, source: SourceConfig, split: str, folder: Path
             "code_noise": data.code_noise,
             "train_on_captions": data.train_on_captions,
         }
+    shared["prompts"] = PromptFormat.of(config)
     check_lengths(rows, text_tokenizer, config)
     images = first_views(rows) if data.one_view and not clean else None
     return Source(name, rows, partial(captioned_sequence, **shared), source.weight, images)
