@@ -26,7 +26,7 @@ from unified import UnifiedPipeline
 from unified.data.batches import make_batch
 from unified.decoding import Prompt, Sampling, generate_codes, generate_conditioned, make_decoder
 from unified.decoding.continuous_batching import Batcher, Request
-from unified.decoding.decode import span_coordinates
+from unified.decoding.decode import cell_logits, span_coordinates
 from unified.decoding.prefill import causal_bias, prefill
 from unified.decoding.sampling import PositionNoise, filter_logits, guide, sample_gumbel
 from unified.decoding.speculative import MODES, speculate_codes
@@ -103,7 +103,7 @@ def guided_logits_along(decoder: Any, rows: list[Any], codes: Tensor, sampling: 
     all_codes = torch.ones(1, 1, dtype=torch.bool, device=embeds.device)
     rest = decoder(embeds, places[:, :-1], state.cache, causal_bias(state, count - 1), all_codes)
     hidden = torch.cat([state.hidden[:, None], rest], dim=1)
-    return decoder.image_logits(guide(hidden[0], hidden[1], torch.tensor(sampling.scales(count))[:, None]))
+    return cell_logits(decoder, hidden[:, :, None], None, sampling, torch.tensor(sampling.scales(count))[:, None])[0]
 
 
 def int8_quality(model: Any, rows: list[Any], grid: tuple[int, int], sampling: Sampling) -> dict[str, float]:

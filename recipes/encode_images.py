@@ -14,15 +14,12 @@ import argparse
 import time
 from collections.abc import Sequence
 
-from torch import nn
-
-from unified.data.code_cache import encode_source, this_process
+from unified.data.code_cache import encode_source, open_tokenizer
 from unified.data.crops import CROPS, Views
 from unified.data.interleaved import encode_interleaved
 from unified.data.labelled import encode_labelled
 from unified.errors import explain_errors
 from unified.registry import add_import_argument, import_extensions
-from unified_tokenizers import AutoImageTokenizer
 
 
 def size(text: str) -> tuple[int, int]:
@@ -91,10 +88,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, encode, and say what was skipped."""
     args = parse_arguments(argv)
-    process = this_process()
-    tokenizer = AutoImageTokenizer.from_pretrained(args.image_tokenizer)
-    if isinstance(tokenizer, nn.Module):
-        tokenizer.to(process.device)
+    tokenizer, process = open_tokenizer(args.image_tokenizer)
     sizes = tuple(args.buckets or [(args.image_size, args.image_size)])
     start = time.monotonic()
     if args.segments_column:

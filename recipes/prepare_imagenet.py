@@ -19,10 +19,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import PartialState
-from torch import nn
 
 from unified.data.class_names import read_synsets
-from unified.data.code_cache import CACHE_FILE, is_codes_cache, this_process
+from unified.data.code_cache import CACHE_FILE, is_codes_cache, open_tokenizer
 from unified.data.crops import Views
 from unified.data.labelled import digest_of, encode_labelled
 from unified.data.rows import column_names
@@ -30,7 +29,7 @@ from unified.data.sources import load_source
 from unified.errors import explain_errors
 from unified.hub import expanded
 from unified.settings import refuse_other
-from unified_tokenizers import AutoImageTokenizer, ImageTokenizer
+from unified_tokenizers import ImageTokenizer
 
 MAPPING = "LOC_synset_mapping.txt"
 
@@ -109,10 +108,7 @@ def prepare(args: argparse.Namespace, tokenizer: ImageTokenizer, process: Partia
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and encode."""
     args = parse_arguments(argv)
-    process = this_process()
-    tokenizer = AutoImageTokenizer.from_pretrained(args.image_tokenizer)
-    if isinstance(tokenizer, nn.Module):
-        tokenizer.to(process.device)
+    tokenizer, process = open_tokenizer(args.image_tokenizer)
     prepare(args, tokenizer, process)
 
 

@@ -88,12 +88,6 @@ class TestConversion:
         )
         assert "class_labels: the model has no classes and reads prompts" in capsys.readouterr().err
 
-    def test_serve_is_for_prompts(self, converted):
-        from unified.serving.web import check_reads_text
-
-        with pytest.raises(ValueError, match="serve: the page is for prompts, the model has classes"):
-            check_reads_text(UnifiedPipeline.from_pretrained(converted / "out"))
-
     @pytest.mark.parametrize(
         ("names", "options", "message"),
         [

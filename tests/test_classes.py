@@ -1,18 +1,24 @@
 """Class-conditional models: sampling by class, through every way to decode."""
 
 import json
+from contextlib import closing, nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
+from browsing import need_gradio
 from conftest import generators, tiny_config, tiny_model
+from PIL import Image
 
 from unified import GenerationOptions, UnifiedForCausalLM, UnifiedPipeline
 from unified.data.batches import make_batch
 from unified.decoding import Prompt, Sampling, generate_codes, generate_conditioned
 from unified.lora.adapters import base_of
 from unified.model.prefix import BOI, EOI, NO_TEXT
+from unified.pipeline.metadata import read_image_metadata
 from unified.sequence import ImageSegment, build_sequence
 from unified.serving.engine import Engine
+from unified.serving.web import class_choices
 from unified_tokenizers.images import to_tensor
 
 NAMES = ["tench, Tinca tinca", "goldfish", "crane", "golden retriever", "crane"]
@@ -187,6 +193,63 @@ class TestEngine:
                     engine.submit(**call)
         finally:
             engine.close()
+
+
+class TestPage:
+    REQUEST = SimpleNamespace(client=SimpleNamespace(host="here"), session_hash="s")
+
+    def test_a_class_is_chosen_by_name(self, class_pipeline, photo, tmp_path):
+        """The fields hold the classes; what the page makes of one is what the pipeline does, also in an edit."""
+        need_gradio()
+        from unified.serving.web import build_demo
+
+        with closing(Engine(class_pipeline)) as engine:
+            page = build_demo(engine)
+            page.visitors.turn = lambda *client: nullcontext()  # no browser reads the answers
+            functions = {each.name: each.fn for each in page.fns.values()}
+            fields = {block.elem_id: block for block in page.blocks.values()}
+            names = [
+                ("tench, Tinca tinca", 0),
+                ("goldfish", 1),
+                ("crane 2", 2),
+                ("golden retriever", 3),
+                ("crane 4", 4),
+            ]
+            assert fields["prompt"].choices == fields["whole"].choices == names and fields["prompt"].filterable
+            assert fields["negative"].choices == [("none", None), *names]
+            options = {"guidance_scale": 2.0, "temperature": 1.0}
+            for label, negative in ((3, None), (1, 2)):
+                *_, (shown, status) = functions["generate"](
+                    label, negative, 5, 2, 2.0, 1.0, "plain", "none", self.REQUEST
+                )
+                expected = class_pipeline(
+                    class_labels=label, negative_class_labels=negative, num_images_per_prompt=2,
+                    generator=generators(5, 6), **options,
+                ).images  # fmt: skip
+                for (path, _), wanted in zip(shown, expected, strict=True):
+                    assert Image.open(path).tobytes() == wanted.tobytes()
+                    assert read_image_metadata(path)["prompt"] == f"class {names[label][0]}"
+                assert status.startswith("Done")
+            layer = Image.new("RGBA", photo.size)
+            layer.paste((255, 0, 0, 255), (0, 8, 16, 16))
+            for name, image in (("photo", photo), ("layer", layer)):
+                image.save(tmp_path / f"{name}.png")
+            files = str(tmp_path / "photo.png"), [str(tmp_path / "layer.png")]
+            *_, (edited, _) = functions["edit"](3, files, 0, 2.0, 1.0, "none", self.REQUEST)
+            mask = layer.getchannel("A")
+            wanted = class_pipeline.inpaint(
+                None, photo, mask, class_labels=3, generator=generators(0), **options
+            ).images[0]
+            assert edited.tobytes() == wanted.tobytes()
+            with pytest.raises(Exception, match="class: none is chosen; choose one"):
+                list(functions["generate"](None, None, 0, 1, 2.0, 1.0, "plain", "none", self.REQUEST))
+
+    def test_classes_without_names_have_numbers(self, image_tokenizer):
+        pipe = UnifiedPipeline(class_model(), image_tokenizer)
+        assert class_choices(pipe) == [(f"class {number}", number) for number in range(5)]
+
+    def test_a_model_of_text_has_none(self, pipeline):
+        assert class_choices(pipeline) is None
 
 
 @pytest.mark.parametrize("positions", ["2d", "1d", "llamagen"])

@@ -23,7 +23,7 @@ FLOORS = [
         "unified.locks",
         "unified.config",
     },
-    {"unified.sequence", "unified.model_card"},
+    {"unified.sequence", "unified.prompts", "unified.model_card"},
     {"unified.prediction"},
     {"unified.model", "unified.data"},
     {"unified.lora"},

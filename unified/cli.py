@@ -183,7 +183,9 @@ def _image_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, help="folder for the images; what is there stays")
     parser.add_argument("--num-images-per-prompt", type=int, default=1, help="default: %(default)s")
-    parser.add_argument("--negative-prompt", help="what to steer away from (default: the empty caption)")
+    parser.add_argument(
+        "--negative-prompt", help="what to steer away from (default: the pipeline's, else the empty caption)"
+    )
     parser.add_argument(
         "--negative-class", dest="negative_class_labels", type=_class_label, metavar="CLASS",
         help="class to steer away from (default: the unconditional one)",

@@ -17,6 +17,7 @@ _FINGERPRINT: Rule = ("a text or null", lambda value: value is None or isinstanc
 _WEIGHT: Rule = ("a finite number of at least 0", lambda value: is_finite(value) and value >= 0)
 _FIELDS: dict[str, Rule] = {
     "codebook_size": whole(),
+    "image_projection": ("null or a whole number of at least 1", lambda value: value is None or is_whole(value)),
     "boi_token_id": whole(0),
     "eoi_token_id": whole(0),
     "image_tokenizer_fingerprint": _FINGERPRINT,
@@ -26,6 +27,16 @@ _FIELDS: dict[str, Rule] = {
     "normalized_range": ("a finite number above 0", lambda value: is_finite(value) and value > 0),
     "text_loss_weight": _WEIGHT,
     "image_loss_weight": _WEIGHT,
+    "prompt_template": (
+        "a text with {prompt} in it, once",
+        lambda value: isinstance(value, str) and value.count("{prompt}") == 1,
+    ),
+    "null_prompt": ("a text", lambda value: isinstance(value, str)),
+    "null_prompt_repeats": YES_OR_NO,
+    "image_frame": (
+        "null or a mapping of tokens inside an image",
+        lambda value: value is None or isinstance(value, dict),
+    ),
     "dropout": ("a number in [0, 1)", lambda value: is_finite(value) and 0 <= value < 1),
     "conditioning": ("null or a description with a kind", lambda value: value is None or isinstance(value, dict)),
 }
@@ -91,6 +102,12 @@ class UnifiedConfig(PreTrainedConfig):
             as LlamaGen does (0.1).
         prediction: order and merge of image codes (see :class:`unified.prediction.plan.Prediction`): a mapping with ``order``,
             ``size``, ``merge`` and ``window``; None for next-token prediction.
+        image_projection: width of a hidden layer in front of the image head, as Janus has (see
+            :class:`unified.model.image_head.ImageProjection`); None without.
+        image_frame: text tokens inside an image, which are given: ``before``, lists of ids by code grids such as ``90x90``,
+            ``row_end`` and ``after`` (see :class:`unified.prediction.frame.Frame`); None without.
+        prompt_template, null_prompt, null_prompt_repeats: how captions are written in front of an image, and what stands for
+            none: ``template``, ``null`` and ``null_repeats`` of :class:`unified.prompts.PromptFormat`.
     """
 
     model_type = "unified"
@@ -115,6 +132,11 @@ class UnifiedConfig(PreTrainedConfig):
     conditioning: dict[str, Any] | None = None
     dropout: float = 0.0
     prediction: dict[str, Any] | None = None
+    image_projection: int | None = None
+    image_frame: dict[str, Any] | None = None
+    prompt_template: str = "{prompt}"
+    null_prompt: str = ""
+    null_prompt_repeats: bool = False
 
     def __post_init__(self, **kwargs: object) -> None:
         """Build the backbone's config and refuse values that are out of range."""
@@ -132,6 +154,10 @@ class UnifiedConfig(PreTrainedConfig):
         _choice("positions", self.positions, ("1d", "2d", "llamagen"))
         _choice("coarse_positions", self.coarse_positions, ("center", "unit", "normalized"))
         _choice("loss_normalization", self.loss_normalization, ("position", "token"))
+        if self.image_frame is not None and self.positions != "1d":
+            raise ValueError(
+                f"image_frame: counts its tokens as text does, positions {self.positions!r} do not; use 1d."
+            )
         if self.text_config is not None:
             check_sizes("text_config", self.text_config.to_dict())
             language = self.text_config.get_text_config()

@@ -39,6 +39,10 @@ class TextTokenizer(Protocol):
     def fingerprint(self) -> str:
         """Hash of the vocabulary: what every id stands for."""
 
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """Ids of the special tokens by name; ``encode`` reads their names as plain text."""
+
     def encode(self, text: str) -> list[int]:
         """Ids of ``text`` without any special token."""
 
@@ -84,6 +88,12 @@ class SentencePieceTokenizer:
     def fingerprint(self) -> str:
         """Hash of the pieces in the order of their ids."""
         return _fingerprint([self.processor.id_to_piece(i) for i in range(self.vocab_size)])
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """Ids of the control symbols by name."""
+        inner = self.processor
+        return {inner.id_to_piece(i): i for i in range(self.vocab_size) if inner.is_control(i)}
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text``; control symbols cannot be typed."""
@@ -136,6 +146,11 @@ class TransformersTokenizer:
         """Hash of the tokens in the order of their ids."""
         vocabulary = self.tokenizer.get_vocab()
         return _fingerprint(sorted(vocabulary, key=vocabulary.__getitem__))
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """Ids of the added tokens by name."""
+        return self.tokenizer.get_added_vocab()
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text``; special tokens spelled out in it are plain text.

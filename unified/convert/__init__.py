@@ -1,6 +1,17 @@
-"""Published models, converted into :class:`unified.UnifiedForCausalLM`: one file for each family."""
+"""Published models, converted into :class:`unified.UnifiedForCausalLM` or whole pipelines: one file for each family."""
 
+from unified.convert.chameleon import chameleon_pipeline
+from unified.convert.emu3 import emu3_pipeline
+from unified.convert.janus import janus_pipeline
 from unified.convert.joint_table import split_joint_table
+from unified.convert.liquid import liquid_pipeline
 from unified.convert.llamagen import llamagen_from_weights
 
-__all__ = ["llamagen_from_weights", "split_joint_table"]
+__all__ = [
+    "chameleon_pipeline",
+    "emu3_pipeline",
+    "janus_pipeline",
+    "liquid_pipeline",
+    "llamagen_from_weights",
+    "split_joint_table",
+]

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from unified.config import Vocabulary
+from unified.prompts import PLAIN, PromptFormat
 from unified.sequence import ImageSegment, Segment, TextSegment, TokenSequence, build_sequence
 from unified_tokenizers import TextTokenizer
 
@@ -20,6 +21,7 @@ def captioned_sequence(
     code_noise: float = 0.0,
     train_on_captions: bool = False,
     captioning: float = 0.0,
+    prompts: PromptFormat = PLAIN,
 ) -> TokenSequence:
     """``<bos> caption <boi> codes <eoi>``, or ``<bos> <boi> codes <eoi> caption <eos>`` with the caption in the loss.
 
@@ -31,18 +33,21 @@ def captioned_sequence(
         code_noise: see :func:`add_code_noise`.
         train_on_captions: whether captions before an image are in the loss.
         captioning: share of rows with the image first.
+        prompts: how the model writes a caption in front of an image, and no caption.
 
     Raises:
         ValueError: if the caption is no text, or the codes are no whole numbers or not as many as the grid has.
     """
     dropped, captioned = (bool(rng.random() < share) for share in (caption_dropout, captioning))
-    caption = text_tokenizer.encode(text_of(row, "caption"))
+    caption = text_of(row, "caption")
     image = grids_of(row["codes"], [row["height"]], [row["width"]])[0]
     segments: list[Segment]
     if captioned:
-        segments = [ImageSegment(image, loss=False), TextSegment(caption)]
+        segments = [ImageSegment(image, loss=False), TextSegment(text_tokenizer.encode(caption))]
     else:
-        segments = [TextSegment([] if dropped else caption, loss=train_on_captions), ImageSegment(image)]
+        ids = prompts.caption_ids(caption, text_tokenizer)
+        ids = prompts.null_ids(text_tokenizer, len(ids)) if dropped else ids
+        segments = [TextSegment(ids, loss=train_on_captions), ImageSegment(image)]
     sequence = build_sequence(segments, vocabulary, end=captioned)
     if code_noise:
         add_code_noise(sequence, vocabulary, code_noise, rng)

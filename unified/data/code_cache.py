@@ -14,6 +14,7 @@ import datasets
 import numpy as np
 import torch
 from accelerate import PartialState
+from torch import nn
 
 from unified.data.content import content_of, was_streamed
 from unified.data.crops import Size, Views
@@ -24,6 +25,7 @@ from unified.data.sources import check_splits, load_source, terms_of
 from unified.files import write_text
 from unified.locks import LOCK_FILE, locked
 from unified.settings import refuse_other
+from unified_tokenizers.auto import AutoImageTokenizer
 from unified_tokenizers.base import ImageTokenizer
 from unified_tokenizers.fields import is_whole
 
@@ -217,6 +219,15 @@ def this_process() -> PartialState:
             "same files. Check the accelerate configuration."
         )
     return process
+
+
+def open_tokenizer(name: str) -> tuple[ImageTokenizer, PartialState]:
+    """An image tokenizer on this process's device, and the process's place. Raises ValueError as :func:`this_process`."""
+    process = this_process()
+    tokenizer = AutoImageTokenizer.from_pretrained(name)
+    if isinstance(tokenizer, nn.Module):
+        tokenizer.to(process.device)
+    return tokenizer, process
 
 
 def source_changed(out: str | Path, storage_options: dict[str, Any] | None = None) -> bool:

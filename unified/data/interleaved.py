@@ -18,6 +18,7 @@ from unified.data.crops import Size, fit, nearest_aspect
 from unified.data.encoding import Numbered
 from unified.data.rows import Rows, SkipReport, check_column, open_rgb, readable
 from unified.data.sources import load_source
+from unified.prediction.frame import Frame
 from unified.sequence import ImageSegment, Segment, TextSegment, TokenSequence, build_sequence
 from unified_tokenizers import TextTokenizer
 from unified_tokenizers.base import ImageTokenizer
@@ -88,11 +89,12 @@ def interleaved_sequence(
     text_tokenizer: TextTokenizer,
     vocabulary: Vocabulary,
     max_length: int,
+    frame: Frame | None = None,
 ) -> TokenSequence:
     """A row of the cache as one sequence of at most ``max_length`` tokens, all of it in the loss; nothing is random.
 
     Texts are cut where the room ends, images are kept whole or left out with all that follows. ``<eos>`` is there if
-    nothing was cut.
+    nothing was cut. ``frame`` is that of the model's images, whose tokens count.
 
     Raises:
         ValueError: if not even the first image fits, or codes and grids are not those of a cache.
@@ -109,7 +111,11 @@ def interleaved_sequence(
         )
     for text in row["texts"]:
         segment = TextSegment(text_tokenizer.encode(str(text))) if text is not None else ImageSegment(next(images))
-        size = len(segment.ids) if isinstance(segment, TextSegment) else segment.codes.numel() + 2
+        if isinstance(segment, TextSegment):
+            size = len(segment.ids)
+        else:
+            height, width = segment.codes.shape
+            size = (height * width if frame is None else len(frame.tokens((height, width)))) + 2
         if size > room:
             if isinstance(segment, TextSegment):
                 segments.append(TextSegment(segment.ids[:room]))

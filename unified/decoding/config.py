@@ -104,7 +104,7 @@ def _any(prediction: "Prediction") -> bool:
 
 
 def _code_by_code(prediction: "Prediction") -> bool:
-    return prediction.is_raster and prediction.merge.side == 1
+    return prediction.is_raster and prediction.merge.side == 1 and prediction.frame is None
 
 
 def _any_order(prediction: "Prediction") -> bool:
@@ -134,7 +134,7 @@ class DecodingMode:
         return getattr(import_module(module), function)(*args, **kwargs)
 
 
-_RASTER = ("the order 'raster' with merge 'one'", _code_by_code)
+_RASTER = ("the order 'raster' with merge 'one', without tokens between codes", _code_by_code)
 
 DECODING_MODES = {
     "plain": DecodingMode("pass by pass in the order of the model", "unified.decoding.decode:iterate_codes"),

@@ -25,7 +25,6 @@ from unified.decoding.passes import image_columns, image_passes
 from unified.decoding.prefill import Prompt, check_conditions, prefill, prompt_columns
 from unified.decoding.sampling import PositionNoise, sample_codes
 from unified.prediction.arrange import image_spans
-from unified.prediction.coordinates import span_offsets
 from unified.prediction.merge import Grid
 from unified.sequence import ImageSegment, Segment, TextSegment
 
@@ -93,11 +92,10 @@ class _Row:
 
     def close_image(self) -> None:
         """All codes have run."""
-        config = self.decoder.model.config
-        _, advance = span_offsets(self.request.grid, self.decoder.model.prediction.merge.side, *config.coordinates)
-        self.position[0] += advance
+        assert self.image is not None
+        self.position[0] += self.image.passes.advance
         self.image = None
-        self.next = config.eoi_token_id
+        self.next = self.decoder.model.config.eoi_token_id
 
     def close_text(self) -> None:
         if self.text:
@@ -147,7 +145,7 @@ class _Feed:
         places: ``(sides or 1, T, ...)``, their positions for the decoder.
         asking: how many of them are queries.
         visible: ``(T, T)``, which of them see which; None if all see all.
-        is_image: whether they are an image's.
+        is_image: ``(T,)`` or ``(1,)`` for all alike, whether they are an image's own.
     """
 
     row: _Row
@@ -155,7 +153,7 @@ class _Feed:
     places: Tensor
     asking: int = 0
     visible: Tensor | None = None
-    is_image: bool = True
+    is_image: Tensor | bool = True
 
 
 class Batcher:
@@ -175,7 +173,7 @@ class Batcher:
         self.waiting: deque[Request] = deque()
         self.rows: list[_Row] = []
         self.failed: dict[Request, ValueError] = {}  # requests that :meth:`step` gave up
-        raster = decoder.model.prediction.is_raster
+        raster = decoder.model.prediction.is_raster and decoder.model.prediction.frame is None
         window = getattr(decoder.model.config.text_config, "sliding_window", None)
         if not raster and window is not None and window < length:
             raise ValueError(
@@ -500,11 +498,11 @@ class Batcher:
         assert image is not None
         entering, asking = image.running()
         positions = torch.tensor([*entering, *asking], device=image.codes.device)
-        index = image.passes.entered[:, entering.start : entering.stop]
-        embeds = entering_embeddings(self.decoder, image.codes, index)
+        embeds = entering_embeddings(self.decoder, image.codes, image.passes, positions[: len(entering)])
         if asking:
             embeds = torch.cat([embeds, query_embeddings(self.decoder, 1, len(asking))], dim=1)
-        return _Feed(row, embeds, image.places[:, positions], len(asking), image.passes.visible(positions))
+        is_image, visible = image.passes.is_image(positions)[0], image.passes.visible(positions)
+        return _Feed(row, embeds, image.places[:, positions], len(asking), visible, is_image)
 
     @staticmethod
     def _window(feed: _Feed, kept: int, device: torch.device) -> Tensor:

@@ -254,7 +254,7 @@ def run_positions(
         entering, asking: which positions run; the cache keeps the first and forgets the queries, which nobody sees.
     """
     cache, running = state.cache, torch.cat([entering, asking])
-    embeds = entering_embeddings(decoder, codes, passes.entered[:, entering])
+    embeds = entering_embeddings(decoder, codes, passes, entering)
     if len(asking):
         embeds = torch.cat([embeds, query_embeddings(decoder, len(embeds), len(asking))], dim=1)
     visible = passes.visible(running)
@@ -262,9 +262,8 @@ def run_positions(
         bias: Tensor | None = bias_among(state, visible)
     else:
         bias = None if state.bias is None else state.bias[..., : cache.column + len(running)]
-    everywhere = torch.ones(1, 1, dtype=torch.bool, device=codes.device)
     embeds = embeds.repeat(len(state.hidden) // len(codes), 1, 1)
-    hidden = decoder(embeds, positions[:, running], cache, bias, everywhere)
+    hidden = decoder(embeds, positions[:, running], cache, bias, passes.is_image(running))
     if len(asking):
         cache.rewind(cache.column - len(asking))
     return hidden
@@ -277,12 +276,19 @@ def _fixed(passes: Passes, known: Tensor) -> list[bool]:
     return [bool(part.all()) for part in given.split([group.codes.shape[1] for group in passes.groups])]
 
 
-def entering_embeddings(decoder: Decoder, codes: Tensor, index: Tensor) -> Tensor:
-    """Embeddings ``(B, T, D)`` of the codes at ``index (B or 1, T, P)`` of ``codes (B, h*w)``, merged as the model does."""
-    index = index.expand(len(codes), -1, -1)
-    embeds = decoder.embed(codes.gather(1, index.flatten(1)).view(index.shape))
-    merge = decoder.model.image_merge
-    return embeds[:, :, 0] if merge is None else merge(embeds)
+def entering_embeddings(decoder: Decoder, codes: Tensor, passes: Passes, entering: Tensor) -> Tensor:
+    """Embeddings ``(B, T, D)`` of what enters the positions ``entering (T,)``: of ``codes (B, h*w)``, merged as the model
+    does, and of the frame's tokens.
+    """
+    index = passes.entered[:, entering].expand(len(codes), -1, -1)
+    found, merge = codes.gather(1, index.flatten(1)).view(index.shape), decoder.model.image_merge
+    if passes.tokens is None:
+        embeds = decoder.embed(found)
+        return embeds[:, :, 0] if merge is None else merge(embeds)
+    tokens = passes.tokens[entering]
+    text = decoder.model.get_input_embeddings()(tokens.clamp_min(0))
+    embeds = decoder.embed(found.clamp_min(0))[:, :, 0]  # a token stands for no code, which may not be sampled yet
+    return torch.where((tokens >= 0)[:, None], text.to(embeds.dtype), embeds)
 
 
 def query_embeddings(decoder: Decoder, rows: int, count: int) -> Tensor:
@@ -309,6 +315,8 @@ def cell_logits(
 ) -> Tensor:
     """Image logits ``(B, n * P, K)`` of n cells, guided and not yet filtered.
 
+    With guidance, ``states`` has the B unconditional rows behind the conditional ones.
+
     Args:
         decoder: of the model.
         states: ``(R, n, m, D)`` final states of the cells' sources, of the conditional rows and then of the others.
@@ -320,19 +328,11 @@ def cell_logits(
     everywhere = None if missing is None else missing.repeat(rows, 1)
     merge = "mean" if model.image_split is None else "channel"
     scored = model.image_states(states.flatten(0, 1), everywhere, merge)
-    return guided_logits(decoder, scored.reshape(rows, -1, scored.shape[-1]), sampling, scale)
-
-
-def guided_logits(decoder: Decoder, hidden: Tensor, sampling: Sampling, scale: float | Tensor) -> Tensor:
-    """Image logits ``(B, ..., K)`` of final hidden states ``(B, ..., D)``, not yet filtered.
-
-    With guidance, ``hidden`` has the B unconditional rows behind the conditional ones, and ``scale`` broadcasts to
-    ``(B, ..., 1)``.
-    """
+    scored = scored.reshape(rows, -1, scored.shape[-1])
     if sampling.guided:
-        conditional, unconditional = hidden.chunk(2)
-        hidden = guide(conditional, unconditional, scale)
-    return decoder.image_logits(hidden)
+        conditional, unconditional = scored.chunk(2)
+        scored = guide(conditional, unconditional, scale)
+    return decoder.image_logits(scored)
 
 
 def paired_prompts(

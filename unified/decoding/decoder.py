@@ -28,7 +28,7 @@ class Decoder(Protocol):
         """
 
     def image_logits(self, hidden: Tensor) -> Tensor:
-        """``(..., D)`` to ``(..., K)``."""
+        """``(..., D)`` to ``(..., K)``, of what :meth:`UnifiedForCausalLM.image_states` makes of final states."""
 
     def text_logits(self, hidden: Tensor) -> Tensor:
         """``(..., D)`` to ``(..., V_text)``."""

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unified.config import Coordinates
 from unified.model.modeling import UnifiedForCausalLM
 from unified.prediction.arrange import cell_codes
-from unified.prediction.coordinates import span_offsets
 from unified.prediction.merge import Grid, merged_grid
 from unified.prediction.order import NONE, START
-from unified.prediction.plan import NEVER, Plan, Prediction
+from unified.prediction.plan import NEVER, Plan, Prediction, plan_offsets
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,8 @@ class Passes:
         entered: ``(B or 1, L, P)``, which codes enter each position, counted row by row in the image; 0 for a query.
         offsets: ``(B or 1, L, 2)`` coordinates.
         seen, sees: ``(L,)`` of :class:`unified.prediction.plan.Plan`.
+        tokens: ``(L,)``, the text tokens that enter positions, -1 for all others; None without any.
+        advance: how far the running index of the text goes on.
         columns: of the cache that an image fills; none for queries.
         room: columns that a pass may need for its queries, too.
     """
@@ -58,12 +60,20 @@ class Passes:
     offsets: Tensor
     seen: Tensor
     sees: Tensor
+    tokens: Tensor | None
+    advance: float
     columns: int
     room: int
 
     def offsets_of(self, rows: int) -> Tensor:
         """``(rows, L, 2)`` for the rows of a batch, whose unconditional sides follow the conditional ones."""
         return self.offsets.repeat(rows // len(self.offsets), 1, 1)
+
+    def is_image(self, positions: Tensor) -> Tensor:
+        """``(1, T)`` or ``(1, 1)`` for all alike, which of the positions are the image's own and not text of its frame."""
+        if self.tokens is None:
+            return torch.ones(1, 1, dtype=torch.bool, device=positions.device)
+        return (self.tokens[positions] < 0)[None]
 
     def visible(self, positions: Tensor) -> Tensor | None:
         """``(T, T)``, which of the positions that run together see which; None if all see all."""
@@ -116,16 +126,16 @@ def order_seed(generator: torch.Generator) -> int:
 
 
 @lru_cache(maxsize=64)
-def _alike(prediction: Prediction, grid: Grid, coordinates: tuple[str, str, float], device: str) -> Passes:
+def _alike(prediction: Prediction, grid: Grid, coordinates: Coordinates, device: str) -> Passes:
     plan = prediction.plan(merged_grid(grid, prediction.merge.side))
     return _passes([plan], prediction, grid, coordinates, torch.device(device))
 
 
 def _passes(
-    plans: list[Plan], prediction: Prediction, grid: Grid, coordinates: tuple[str, str, float], device: torch.device
+    plans: list[Plan], prediction: Prediction, grid: Grid, coordinates: Coordinates, device: torch.device
 ) -> Passes:
     first, side = plans[0], prediction.merge.side
-    offsets, _ = span_offsets(grid, side, *coordinates)
+    placed = [plan_offsets(plan, grid, side, coordinates) for plan in plans]
     index, per_cell = cell_codes(grid, side), side**2
     is_query = first.seen >= NEVER
     groups, width = [], 0
@@ -156,10 +166,10 @@ def _passes(
         width = max(width, stop - middle)
     if groups:
         groups[-1] = replace(groups[-1], reach=index.size)  # known ones behind the last included
-    entered = np.stack([np.where((plan.cells >= 0)[:, None], index[plan.places], 0) for plan in plans])
-    places = torch.from_numpy(np.stack([plan.places for plan in plans]))
+    entered = np.stack([np.where((plan.cells >= 0)[:, None], index[plan.cells.clip(0)], 0) for plan in plans])
+    offsets = torch.from_numpy(np.stack([own for own, _ in placed])).to(device)
+    tokens = None if first.tokens is None else torch.from_numpy(first.tokens).to(device)
     seen, sees = (torch.from_numpy(np.ascontiguousarray(steps)).to(device) for steps in (first.seen, first.sees))
     columns = int((~is_query).sum())
-    return Passes(
-        groups, torch.from_numpy(entered).to(device), offsets[places].to(device), seen, sees, columns, columns + width
-    )
+    entering = torch.from_numpy(entered).to(device)
+    return Passes(groups, entering, offsets, seen, sees, tokens, placed[0][1], columns, columns + width)

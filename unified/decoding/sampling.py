@@ -11,9 +11,9 @@ from unified.decoding.config import Sampling
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
-    """Classifier-free guidance (arXiv 2207.12598) on logits ``(B, K)``, or on the final hidden states ``(B, D)``.
+    """Classifier-free guidance (arXiv 2207.12598) on logits ``(B, K)``, or on what the image head scores, ``(B, D)``.
 
-    The image head is linear and has no bias, so both give the same logits; the second way runs it once, not twice.
+    The head is a matrix, so both give the same logits; the second way runs it once, not twice.
     Computed in float32, returned in the dtype of ``conditional``.
     """
     base = unconditional.float()

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from unified.decoding.config import Sampling, check_decoding
-from unified.decoding.decode import forced_codes, guided_logits, paired_prompts, span_coordinates
+from unified.decoding.decode import cell_logits, forced_codes, paired_prompts, span_coordinates
 from unified.decoding.decoder import Decoder
 from unified.decoding.prefill import Prefilled, Prompt, causal_bias, prefill
 from unified.decoding.sampling import PositionNoise, filter_logits, gumbel_noise, sample_gumbel
@@ -102,7 +102,8 @@ def _one_image(
     hidden, everywhere = state.hidden[:, None], torch.ones(1, 1, dtype=torch.bool, device=known.device)
     while True:
         # Hidden states predict the codes `done`, `done + 1`, ...; the judge holds drafts for all of them but the last.
-        logits = guided_logits(decoder, hidden, sampling, scales[done : done + hidden.shape[1], None])[0]
+        scale = scales[done : done + hidden.shape[1], None]
+        logits = cell_logits(decoder, hidden[:, :, None], None, sampling, scale)[0]
         confirmed = judge(filter_logits(logits, sampling), done, known, min(window, steps))
         codes[done : done + len(confirmed)] = confirmed
         done += len(confirmed)

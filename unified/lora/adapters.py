@@ -28,7 +28,9 @@ from unified_tokenizers import read_weights
 from unified_tokenizers.checkpoint import check_names
 
 BASE_FILE = "unified_base.json"
-IMAGE_MODULES = ("image_embed", "image_head", "image_query", "image_merge", "image_split", "image_join")
+IMAGE_MODULES = (
+    "image_embed", "image_head", "image_projection", "image_query", "image_merge", "image_split", "image_join",
+)  # fmt: skip
 _CONFIG_FILE, _WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _SHAPES = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 _INITS = (True, False, "gaussian", "orthogonal")  # the others of peft change the base, or need data
@@ -125,7 +127,8 @@ def base_description(model: UnifiedForCausalLM) -> dict[str, Any]:
         "eoi_token_id": config.eoi_token_id,
         "positions": config.positions,
         "coarse_positions": config.coarse_positions,
-        "prediction": asdict(model.prediction),
+        "prediction": {name: value for name, value in asdict(model.prediction).items() if name != "frame"},
+        **({} if config.image_frame is None else {"image_frame": config.image_frame}),
         **({} if config.classes is None else {"classes": config.classes}),
         **{name: value for name, value in optional.items() if value is not None},
     }

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -12,6 +13,22 @@ from unified.prediction.npp import patch_cross_entropy
 from unified.sequence import IGNORE
 
 _SCORES_AT_ONCE = 2**23  # 32 MB in float32: large enough for an efficient product, small enough to stay near the core
+
+
+class ImageProjection(nn.Module):
+    """A hidden layer with GELU in front of the image head, ``(..., D)`` to ``(..., hidden + 1)``.
+
+    The last number is 1: the column of the head that meets it holds a bias. So the head stays a matrix, and guidance may be
+    applied in front of it.
+    """
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.linear = nn.Linear(width, hidden)
+
+    def forward(self, states: Tensor) -> Tensor:  # noqa: D102
+        states = F.gelu(self.linear(states.to(self.linear.weight.dtype)))
+        return F.pad(states, (0, 1), value=1.0)
 
 
 class ImageHead(nn.Linear):

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+import unified.model.chameleon  # noqa: F401  # registers a backbone
 from unified.config import UnifiedConfig
 from unified.model.backbone import load_language_model
 from unified.model.dropout import add_dropout
 from unified.model.family import check_family
-from unified.model.image_head import ImageHead, code_log_probs, patch_losses
+from unified.model.image_head import ImageHead, ImageProjection, code_log_probs, patch_losses
 from unified.model.image_modules import SourceJoin, WindowMerge, WindowSplit, initialize_image_module
 from unified.model.init import initialize_image_tables
 from unified.model.masks import NoCache, masked_arguments
@@ -81,8 +82,13 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
         width = self.backbone.config.hidden_size
         prediction = Prediction.of(config)
         side, sources = prediction.merge.side, prediction.way.most_sources
+        if prediction.frame is not None:
+            prediction.frame.check(config.text_config.vocab_size)
         self.image_embed = nn.Embedding(config.codebook_size, width)
-        self.image_head = ImageHead(width, config.codebook_size)
+        hidden = config.image_projection
+        self.image_projection = None if hidden is None else ImageProjection(width, hidden)
+        self._scored = width if hidden is None else hidden + 1
+        self.image_head = ImageHead(self._scored, config.codebook_size)
         self.image_query = nn.Embedding(1, width) if prediction.has_queries else None
         self.image_merge = WindowMerge(width, side) if side > 1 else None
         self.image_split = WindowSplit(width, side) if side > 1 else None
@@ -191,7 +197,15 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
 
     def image_modules(self) -> dict[str, nn.Module]:
         """The modules that the model has for images beside the backbone, by name."""
-        names = ("image_embed", "image_head", "image_query", "image_merge", "image_split", "image_join")
+        names = (
+            "image_embed",
+            "image_head",
+            "image_projection",
+            "image_query",
+            "image_merge",
+            "image_split",
+            "image_join",
+        )
         return {name: module for name in names if (module := getattr(self, name)) is not None}
 
     def embed(
@@ -238,18 +252,22 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
     def image_states(self, hidden: Tensor, missing: Tensor | None = None, merge: str = "mean") -> Tensor:
         """What the image head scores, ``(N, P, D)``, of the final states ``(N, m, D)`` of N cells' sources.
 
+        D is the width of the hidden layer and one more, for a model with ``image_projection``.
+
         P is 1, or with ``channel`` merges the number of codes of a cell. ``missing (N, m)`` is True for sources that a cell
         does not have.
         """
         if self.image_join is None:
-            joined = hidden[:, 0]
+            states = hidden[:, 0]
         else:
             assert missing is not None
-            joined = self.image_join(hidden, missing)
-        if merge != "channel":
-            return joined[:, None]
-        assert self.image_split is not None
-        return self.image_split(joined)
+            states = self.image_join(hidden, missing)
+        if merge == "channel":
+            assert self.image_split is not None
+            states = self.image_split(states)
+        else:
+            states = states[:, None]
+        return states if self.image_projection is None else self.image_projection(states)
 
     def text_logits(self, hidden: Tensor) -> Tensor:
         """``(..., D)`` to ``(..., V_text)`` through the backbone's own head."""
@@ -368,8 +386,9 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
             return output
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         kept = outputs.last_hidden_state[:, keep]
-        plain = self.image_join is None and self.image_split is None
-        image_logits = self.image_head(kept) if image_inputs is not None and plain else None
+        image_logits = None
+        if image_inputs is not None and self.image_join is None and self.image_split is None:
+            image_logits = self.image_head(self.image_states(kept.flatten(0, 1)[:, None])).view(*kept.shape[:2], -1)
         return UnifiedOutput(logits=self.text_logits(kept), image_logits=image_logits, cache=outputs.cache)
 
     def _image_positions(self, embeds: Tensor, *inputs: Tensor | None) -> Tensor:
@@ -464,12 +483,15 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
         no_ids = torch.empty(0, dtype=torch.long, device=nothing.device)
         total = nothing.sum()
         if not images:
+            wide = nothing.new_empty(0, self._scored)
             total = (
-                total + patch_losses(self.image_head, nothing, no_ids[:, None], no_ids) + self.image_embed(no_ids).sum()
+                total + patch_losses(self.image_head, wide, no_ids[:, None], no_ids) + self.image_embed(no_ids).sum()
             )
             if self.image_join is not None:
                 sources = nothing.new_empty(0, self.prediction.way.most_sources, nothing.shape[-1])
                 total = total + self.image_join(sources, sources[..., 0] > 0).sum()
+            if self.image_projection is not None:
+                total = total + self.image_projection(nothing).sum()
         if self.image_query is not None and not (images and queries):
             total = total + self.image_query(no_ids).sum()
         if self.image_merge is not None and self.image_split is not None and not (images and merge == "channel"):

@@ -10,7 +10,10 @@ BITS: dict[str, dict[str, Any]] = {
     "8bit": {"load_in_8bit": True},
 }
 # The image tables stay: they are small, and copies of them are trained. So does the text head, which is often tied.
-_KEPT = ("image_embed", "image_head", "image_query", "image_merge", "image_split", "image_join", "condition", "lm_head")
+_KEPT = (
+    "image_embed", "image_head", "image_projection", "image_query", "image_merge", "image_split", "image_join", "condition",
+    "lm_head",
+)  # fmt: skip
 
 
 def quantization(kind: str, dtype: torch.dtype = torch.float32) -> Any:

@@ -36,7 +36,7 @@ def change_prediction(model: UnifiedForCausalLM, prediction: dict[str, Any]) -> 
     with torch.no_grad():
         changed.image_embed.weight.copy_(model.image_embed.weight)
         changed.image_head.weight.copy_(model.image_head.weight)
-    changed.condition = model.condition
+    changed.condition, changed.image_projection = model.condition, model.image_projection
     for part in changed.image_modules().values():
         part.to(device=model.device, dtype=model.dtype)
     changed.generation_config = model.generation_config

@@ -1,7 +1,7 @@
 """Prompts or classes, sizes, generators and known codes that a pipeline is called with: checked, and arranged as one batch."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from reprlib import repr as short
 from typing import Any
 
@@ -14,8 +14,10 @@ from unified.decoding.config import check_decoding
 from unified.decoding.decoder import Decoder
 from unified.pipeline.classes import as_classes, class_count, class_prompt
 from unified.pipeline.options import GenerationOptions
+from unified.prediction.frame import image_length
 from unified.prediction.merge import Grid
 from unified.prediction.plan import Prediction
+from unified.prompts import PromptFormat
 from unified_tokenizers import ImageTokenizer, TextTokenizer
 
 
@@ -102,24 +104,26 @@ def check_unicode(text: str, name: str) -> None:
 
 def check_room(prompts: Sequence[str], tokenizer: TextTokenizer, config: UnifiedConfig, grid: Grid, name: str) -> None:
     """Refuse prompts that leave no room for an image behind them. Raises ValueError, which calls them ``name``."""
-    limit = config.text_config.max_position_embeddings - grid[0] * grid[1] - 2
+    limit = config.text_config.max_position_embeddings - image_length(config, grid) - 2
     for text in prompts:
-        count = len(token_ids(text, tokenizer))
+        count = len(token_ids(text, tokenizer, config))
         if count > limit:
             raise ValueError(
                 f"{name}: {count} tokens, the model has room for {limit} beside the image; shorten {short(text)}."
             )
 
 
-def token_ids(text: str, tokenizer: TextTokenizer) -> list[int]:
-    """Ids of a prompt as in training; none for an empty one."""
-    return tokenizer.encode(text.strip()) if text.strip() else []
+def token_ids(text: str, tokenizer: TextTokenizer, config: UnifiedConfig, replaced: int = 0) -> list[int]:
+    """Ids of a prompt as in training; those of no caption, in place of ``replaced`` tokens, for an empty one."""
+    prompts = PromptFormat.of(config)
+    return prompts.caption_ids(text, tokenizer) if text.strip() else prompts.null_ids(tokenizer, replaced)
 
 
-def image_prompt(text: str, tokenizer: TextTokenizer, config: UnifiedConfig) -> Prompt:
-    """``<bos> text <boi>``."""
+def image_prompt(text: str, tokenizer: TextTokenizer, config: UnifiedConfig, beside: Prompt | None = None) -> Prompt:
+    """``<bos> text <boi>`` with the text in the model's template; an empty one is the unconditional row ``beside`` another."""
     start = [] if config.vocabulary.bos_token_id is None else [config.vocabulary.bos_token_id]
-    return Prompt((*start, *token_ids(text, tokenizer), config.boi_token_id))
+    replaced = 0 if beside is None else len(beside.ids) - len(start) - 1
+    return Prompt((*start, *token_ids(text, tokenizer, config, replaced), config.boi_token_id))
 
 
 # Sizes
@@ -276,6 +280,12 @@ class Wanted:
     class_labels: Any = None
     negative_class_labels: Any = None
 
+    def filled(self, defaults: Mapping[str, Any]) -> "Wanted":
+        """The same with the negative prompt of a pipeline's ``defaults`` where prompts come without one."""
+        if self.prompt is None or self.negative_prompt is not None:
+            return self
+        return replace(self, negative_prompt=defaults.get("negative_prompt"))
+
     def count(self, config: UnifiedConfig) -> int:
         """Number of prompts or classes. Raises ValueError as :meth:`rows`."""
         if self._classes(config) is None:
@@ -297,16 +307,17 @@ class Wanted:
             negatives = as_negatives(self.negative_prompt, len(prompts))
             check_room(prompts, tokenizer, config, grid, "prompt")
             check_room(negatives, tokenizer, config, grid, "negative_prompt")
-            first, second = ([image_prompt(text, tokenizer, config) for text in each] for each in (prompts, negatives))
-            return first, second
+            rows = [image_prompt(text, tokenizer, config) for text in prompts]
+            opposite = zip(negatives, rows, strict=True)
+            return rows, [image_prompt(text, tokenizer, config, row) for text, row in opposite]
         labels, name = as_classes(config, self.class_labels), "negative_class_labels"
         given = (
             [classes] if self.negative_class_labels is None else as_classes(config, self.negative_class_labels, name)
         )
         if len(given) not in (1, len(labels)):
             raise ValueError(f"{name}: {len(given)} given for {len(labels)} classes; give one, or one each.")
-        opposite = given * (len(labels) if len(given) == 1 else 1)
-        return [class_prompt(config, label) for label in labels], [class_prompt(config, label) for label in opposite]
+        others = given * (len(labels) if len(given) == 1 else 1)
+        return [class_prompt(config, label) for label in labels], [class_prompt(config, label) for label in others]
 
     def _classes(self, config: UnifiedConfig) -> int | None:
         given = {name: getattr(self, name) for name in ("class_labels", "negative_class_labels")}

@@ -15,6 +15,7 @@ from unified.decoding.passes import image_columns
 from unified.decoding.prefill import prompt_columns
 from unified.pipeline.arguments import check_unicode, image_prompt, trained_grids
 from unified.pipeline.options import check_whole
+from unified.prediction.frame import image_length
 from unified.prediction.merge import Grid
 from unified.sequence import ImageSegment, Segment, TextSegment, build_sequence
 from unified_tokenizers import ImageTokenizer, TextTokenizer
@@ -74,7 +75,7 @@ def continue_conversations(
         prompt = Prompt(tuple(sequence.input_ids.tolist()), tuple(sequence.image_grids))
         requests.append(Request(prompt, grid, generator, image_sampling, text_sampling, negative, max_new_tokens,
                                 max_images, text_tokenizer.vocab_size))  # fmt: skip
-    new = max_new_tokens + max_images * (grid[0] * grid[1] + 2)
+    new = max_new_tokens + (max_images and max_images * (image_length(config, grid) + 2))
     longest = max(len(request.prompt.ids) for request in requests)
     limit = config.text_config.max_position_embeddings
     if longest + new > limit:

@@ -36,12 +36,14 @@ def describe_images(
         images: N PIL images.
         prompts, seeds: one for each image.
         options: those of :class:`unified.pipeline.options.GenerationOptions` that were given.
-        negative_prompt: what they were steered away from.
+        negative_prompt: what they were steered away from; default: that of the pipeline, if any.
         edit: the method that changed an image, which prompt and seed alone do not give again.
         adapters: weights of the adapters by their names; default: those that are active now.
     """
     filled = GenerationOptions.from_mapping(options).filled(pipe.sampling)
     settings = {name: getattr(filled, name) for name in SAMPLING}
+    if negative_prompt is None:
+        negative_prompt = pipe.sampling.get("negative_prompt")
     if adapters is None:
         model = pipe.model
         adapters = adapter_state(model).weights if isinstance(model, PeftModel) and not is_disabled(model) else {}

@@ -78,6 +78,8 @@ class GenerationOptions:
 def check_defaults(sampling: Any) -> dict[str, Any]:
     """The sampling defaults of a pipeline, with numbers of the types that calls take; None and null stand for none.
 
+    ``negative_prompt``, a text, may stand among them.
+
     Raises:
         ValueError: for a name that is not in :data:`SAMPLING`, a value out of its range, or what JSON cannot hold.
     """
@@ -87,13 +89,16 @@ def check_defaults(sampling: Any) -> dict[str, Any]:
         raise ValueError(f"sampling: {sampling!r} is not a mapping of {', '.join(SAMPLING)}.")
     given = {name: value for name, value in sampling.items() if value is not None}
     for name in given:
-        if name not in SAMPLING:
-            raise ValueError(f"sampling: {name!r} is no default of a pipeline; these are {', '.join(SAMPLING)}.")
+        if name not in (*SAMPLING, "negative_prompt"):
+            known = ", ".join([*SAMPLING, "negative_prompt"])
+            raise ValueError(f"sampling: {name!r} is no default of a pipeline; these are {known}.")
+    if not isinstance(given.get("negative_prompt", ""), str):
+        raise ValueError(f"sampling.negative_prompt: {given['negative_prompt']!r} is not a text.")
     for name, choices in (("guidance_schedule", SCHEDULES), ("decoding", DECODING_MODES)):
         if name in given and not isinstance(given[name], str):
             raise ValueError(f"sampling.{name}: {given[name]!r} cannot be saved; name one of {tuple(choices)}.")
     try:
-        GenerationOptions(**given)
+        GenerationOptions(**{name: value for name, value in given.items() if name in SAMPLING})
     except ValueError as error:
         raise ValueError(f"sampling.{error}") from error
     return given

@@ -352,7 +352,8 @@ class UnifiedPipeline:
             prompt: one caption or several.
             height, width, guidance_scale, num_images_per_prompt, temperature, top_k, top_p, guidance_schedule, decoding: see
                 :class:`unified.pipeline.options.GenerationOptions`; None is the pipeline's default, see :attr:`sampling`.
-            negative_prompt: what to steer away from; one for all, or one per prompt. Default: the empty caption.
+            negative_prompt: what to steer away from; one for all, or one per prompt. Default: that in :attr:`sampling`, else
+                no caption, which "" stands for, too.
             generator: one ``torch.Generator`` per image, or one that generates the first and seeds the others; fixes the
                 images. A seed 7 is ``torch.Generator().manual_seed(7)``, here and in every other method. Image i depends on
                 its generator alone, not on the batch; the same generator with another caption meets the same noise.
@@ -505,7 +506,7 @@ class UnifiedPipeline:
 
     def _arrange(self, wanted: Wanted, options: GenerationOptions, generator: Any, known: Any) -> ImageBatch:
         config, stride = base_of(self.model).config, self.image_tokenizer.downsample
-        options = options.filled(self.sampling)
+        options, wanted = options.filled(self.sampling), wanted.filled(self.sampling)
         return arrange_batch(config, self._text_tokenizer, stride, wanted, options, generator, known)
 
     @one_at_a_time

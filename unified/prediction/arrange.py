@@ -16,10 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unified.config import Coordinates, UnifiedConfig, Vocabulary
-from unified.prediction.coordinates import span_offsets
 from unified.prediction.merge import Grid, Merge, merged_grid, windows
 from unified.prediction.order import NONE, START
-from unified.prediction.plan import NEVER, RASTER, Plan, Prediction
+from unified.prediction.plan import NEVER, RASTER, Plan, Prediction, plan_offsets
 from unified.sequence import IGNORE, TokenSequence
 from unified_tokenizers.fields import is_whole
 
@@ -32,7 +31,7 @@ class Row:
         input_ids: ``(S, P)``, the text id in column 0 or the codes of a window; -100 in unused columns, and for queries.
         labels: ``(S, P)``, the ids to be predicted for each position; -100 where there are none.
         positions: ``(S, 2)`` float row and column for the rotary embedding.
-        is_image: ``(S,)``, True in images: where codes enter, and queries.
+        is_image: ``(S,)``, True in images: where codes enter, and queries; not the text of a frame.
         images: number of images.
         merge: how codes enter.
         sources: ``(S, m)``, the positions that predict each label, -1 for none; None where it is the one before.
@@ -124,6 +123,10 @@ def arrange(
             it, an id is negative or beyond the codebook, or the merge or the order does not fit a grid.
     """
     merge = prediction.merge if merge is None else merge
+    if prediction.frame is not None and merge.side > 1:
+        raise ValueError(
+            "schedule.patch_sizes: patches have no place for the tokens between codes (image_frame); use 1."
+        )
     for name, given in (("input_ids", sequence.input_ids), ("labels", sequence.labels)):
         if given.ndim != 1 or given.dtype != torch.int64 or len(given) != len(sequence.input_ids):
             raise ValueError(
@@ -158,7 +161,9 @@ def arrange(
         repeated = np.ones(len(index), dtype=bool)
         repeated[first] = False
         targets[repeated] = IGNORE
-        row_ids[image], row_labels[image], is_image[image] = values, targets, True
+        if plan.tokens is not None:
+            values[:, 0] = np.where(entering, values[:, 0], plan.tokens)
+        row_ids[image], row_labels[image], is_image[image] = values, targets, plan.tokens is None or entering
         found = np.where(plan.sources == START, end - 1, np.where(plan.sources == NONE, -1, plan.sources + end))
         sources[end + first] = found[plan.cells[first]]
         steps[image, 0], steps[image, 1] = np.minimum(plan.seen + step, NEVER), plan.sees + step
@@ -196,9 +201,9 @@ def _image(grid: Grid, prediction: Prediction, merge: Merge, coordinates: Coordi
 
 
 def _placed(plan: Plan, grid: Grid, merge: Merge, coordinates: Coordinates) -> _Image:
-    offsets, advance = span_offsets(grid, merge.side, *coordinates)
+    offsets, advance = plan_offsets(plan, grid, merge.side, coordinates)
     index = cell_codes(grid, merge.side)
-    return _Image(plan, index[plan.places], offsets.numpy()[plan.places], advance, index.size)
+    return _Image(plan, index[plan.cells.clip(0)], offsets, advance, index.size)
 
 
 def cell_codes(grid: Grid, side: int) -> np.ndarray:

@@ -1,15 +1,17 @@
 """From an order to the positions of an image: what enters each, what it sees, when it runs, and what predicts each cell."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from unified.config import UnifiedConfig
+from unified.config import Coordinates, UnifiedConfig
+from unified.prediction.coordinates import span_offsets
+from unified.prediction.frame import Frame
 from unified.prediction.merge import ONE, Grid, Merge
-from unified.prediction.order import NONE, ORDERS, QUERY, Cells, Order
+from unified.prediction.order import NONE, ORDERS, QUERY, START, Cells, Order
 from unified_tokenizers.fields import is_whole
 
 NEVER = 2**30  # a step that no position reaches
@@ -19,13 +21,14 @@ class Plan(NamedTuple):
     """Positions of one image over the n cells of a grid, in the order in which they run.
 
     Attributes:
-        cells: ``(L,)``, the cell whose codes enter a position; -1 for a query, which none enters.
-        places: ``(L,)``, the cell that lends a position its coordinates.
+        cells: ``(L,)``, the cell whose codes enter a position; -1 for a query, which none enters, and for text.
+        places: ``(L,)``, the cell that lends a position its coordinates; in a frame the position itself.
         seen, sees: ``(L,)``, position i sees j if ``seen[j] <= sees[i]``, and itself. Steps count from 0; nobody sees a query.
         passes: ``(L,)``, the forward pass of sampling in which a position runs; pass g predicts group g.
         sources: ``(n, m)``, the positions that predict each cell; ``START`` or ``NONE``.
         groups: ``(n,)``, the group of each cell; -1 if it is known from the start.
         ranks: ``(n,)``, when each cell comes, counted in cells; the same whether some are known or not.
+        tokens: ``(L,)``, the text tokens of a frame that enter positions; -1 for all others. None without any.
     """
 
     cells: Cells
@@ -36,6 +39,7 @@ class Plan(NamedTuple):
     sources: Cells
     groups: Cells
     ranks: Cells
+    tokens: Cells | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class Prediction:
         order: a name of :data:`unified.prediction.order.ORDERS`.
         size: the number that some orders take: cells a side, regions a side or passes; 0 for the order's default.
         merge: of the last stage; ``channel`` makes cells of s x s codes.
+        frame: text tokens inside images, of next-token prediction alone.
 
     Raises:
         ValueError: for an unknown order, a size that it does not take, or a merge that cannot be sampled.
@@ -54,6 +59,7 @@ class Prediction:
     order: str = "raster"
     size: int = 0
     merge: Merge = ONE
+    frame: Frame | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.order, str) or self.order not in ORDERS:
@@ -66,11 +72,17 @@ class Prediction:
             raise ValueError(
                 "prediction.merge: 'mean' is for training stages (schedule.patch_sizes); use 'one' or 'channel'."
             )
+        if self.frame is not None and not (self.is_raster and self.merge == ONE):
+            raise ValueError(
+                f"prediction: {self.order!r} with merge {self.merge.kind!r} does not go with tokens between codes (image_frame), "
+                "which stand in raster order; leave it out."
+            )
 
     @classmethod
     def of(cls, config: UnifiedConfig) -> "Prediction":
         """What ``UnifiedConfig.prediction`` says; next-token prediction for None."""
-        return cls.from_mapping({} if config.prediction is None else config.prediction)
+        made = cls.from_mapping({} if config.prediction is None else config.prediction)
+        return made if config.image_frame is None else replace(made, frame=Frame.from_mapping(config.image_frame))
 
     @classmethod
     def from_mapping(cls, given: Mapping[str, Any]) -> "Prediction":
@@ -125,6 +137,8 @@ class Prediction:
         Raises:
             ValueError: if the order does not fit the grid.
         """
+        if self.frame is not None:
+            return _framed(self.frame, grid)
         if seed is None and known is None:
             return _plan(self.order, self.size, grid)
         return _make(self.way, self.size, grid, seed, known)
@@ -134,13 +148,33 @@ class Prediction:
         permutation ``seed`` chooses.
         """
         if not self.way.any_order:
-            return _plan(self.order, self.size, grid)
+            return self.plan(grid)
         return _make(self.way, grid[0] * grid[1], grid, seed, None)
 
 
 @lru_cache(maxsize=256)
 def _plan(order: str, size: int, grid: Grid) -> Plan:
     return _make(ORDERS[order], size, grid, None, None)
+
+
+@lru_cache(maxsize=64)
+def _framed(frame: Frame, grid: Grid) -> Plan:
+    """Cells one by one in raster order, with the tokens of a frame in their places."""
+    tokens = frame.tokens(grid)
+    is_code, index = tokens < 0, np.arange(len(tokens))
+    position, cells = np.flatnonzero(is_code), np.where(is_code, is_code.cumsum() - 1, -1)
+    sources, order = np.where(position == 0, START, position - 1)[:, None], np.arange(len(position))
+    return Plan(cells, index, index, index, is_code.cumsum(), sources, order, order, tokens)
+
+
+def plan_offsets(plan: Plan, grid: Grid, side: int, coordinates: Coordinates) -> tuple[np.ndarray, float]:
+    """Rotary coordinates ``(L, 2)`` of the positions of an image, relative to the one right after ``<boi>``, and how far the
+    running index advances over it; ``grid`` is that of its codes, in cells of ``side`` x ``side``.
+    """
+    if plan.tokens is not None:
+        return np.stack([plan.places, plan.places], axis=-1).astype(np.float32), float(len(plan.places))
+    offsets, advance = span_offsets(grid, side, *coordinates)
+    return offsets.numpy()[plan.places], advance
 
 
 def _make(order: Order, size: int, grid: Grid, seed: int | None, known: Cells | None) -> Plan:

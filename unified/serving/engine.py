@@ -99,7 +99,7 @@ class Engine:
         pipe: the pipeline; it belongs to the engine until :meth:`close`.
         max_rows: rows of the batch; a guided image takes two.
         waiting: jobs that may wait to begin.
-        prompt_tokens: tokens of the longest prompt that is taken.
+        prompt_tokens: tokens of the longest prompt that is taken; at least those of the pipeline's negative prompt.
 
     Raises:
         ValueError: if a number is too small, or the model does not say which grids it was trained on.
@@ -114,9 +114,11 @@ class Engine:
         self._adapter: str | None = None
         if self.adapters:
             pipe.disable_lora()
-        model = base_of(pipe.model)
+        model, own = base_of(pipe.model), pipe.sampling.get("negative_prompt")
+        if own:  # the pipeline's, which no caller can shorten
+            self.prompt_tokens = max(prompt_tokens, len(token_ids(own, pipe.text_tokenizer, model.config)))
         longest = max(image_columns(model, grid) for grid in trained_grids(model.config))
-        self._length = prompt_tokens + longest + 2  # <bos> prompt <boi> codes <eoi> <eos>
+        self._length = self.prompt_tokens + longest + 2  # <bos> prompt <boi> codes <eoi> <eos>
         self._batcher = Batcher(pipe.decoder(), max_rows, self._length)
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
@@ -149,11 +151,11 @@ class Engine:
         """
         options = (options or GenerationOptions()).filled(self.pipe.sampling)
         pipe, config = self.pipe, base_of(self.pipe.model).config
-        wanted = Wanted(prompt, negative_prompt, class_labels, negative_class_labels)
+        wanted = Wanted(prompt, negative_prompt, class_labels, negative_class_labels).filled(pipe.sampling)
         count = wanted.count(config)
         if config.classes is None:
             self.check_length(as_prompts(prompt), "prompt")
-            self.check_length(as_negatives(negative_prompt, count), "negative_prompt")
+            self.check_length(as_negatives(wanted.negative_prompt, count), "negative_prompt")
         tokenizer = pipe.text_tokenizer if config.classes is None else None
         batch = arrange_batch(config, tokenizer, pipe.image_tokenizer.downsample, wanted, options, generator)
         if options.decoding != "plain":
@@ -169,7 +171,7 @@ class Engine:
     def check_length(self, texts: Iterable[str], name: str = "prompt") -> None:
         """Refuse texts with more tokens than are taken here. Raises ValueError, which calls them ``name``."""
         for text in texts:
-            count = len(token_ids(text, self.pipe.text_tokenizer))
+            count = len(token_ids(text, self.pipe.text_tokenizer, base_of(self.pipe.model).config))
             if count > self.prompt_tokens:
                 raise ValueError(f"{name}: {count} tokens, at most {self.prompt_tokens} are taken here; shorten it.")
 

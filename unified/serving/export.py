@@ -22,8 +22,8 @@ def export_pipeline(pipe: UnifiedPipeline, folder: str | Path) -> None:
 
     ``unified.json`` holds the id of the first code, the codebook's size, the grids, the tokens that frame an image, the
     fingerprints of the tokenizers and the sampling defaults. An engine samples an image after ``<bos> caption <boi>`` from
-    the ids of the codes alone (``allowed_token_ids``), ``h * w`` of them. :func:`unified.convert.split_joint_table` is the
-    way back.
+    the ids of the codes alone (``allowed_token_ids``), ``h * w`` of them; the caption stands in ``prompt_template``.
+    :func:`unified.convert.split_joint_table` is the way back.
 
     Args:
         pipe: the pipeline; adapters are fused or unloaded.
@@ -54,6 +54,9 @@ def export_pipeline(pipe: UnifiedPipeline, folder: str | Path) -> None:
         "bos_token_id": vocabulary.bos_token_id,
         "boi_token_id": vocabulary.boi_token_id,
         "eoi_token_id": vocabulary.eoi_token_id,
+        "prompt_template": config.prompt_template,
+        "null_prompt": config.null_prompt,
+        "null_prompt_repeats": config.null_prompt_repeats,
         "image_tokenizer_fingerprint": pipe.image_tokenizer.fingerprint,
         "text_tokenizer_fingerprint": pipe.text_tokenizer.fingerprint,
         "guidance_scale": defaults.guidance_scale,
@@ -80,6 +83,14 @@ def check_exportable(model: UnifiedForCausalLM) -> None:
     if model.condition is not None:
         raise ValueError(
             "export: the model samples after a class or features, not after a prompt; export a model without conditioning."
+        )
+    if model.prediction.frame is not None:
+        raise ValueError(
+            "export: images have text tokens between their codes, which other engines would sample; use `unified serve`."
+        )
+    if model.image_projection is not None:
+        raise ValueError(
+            "export: the image head has a hidden layer, which a joint table has not; serve it with `unified serve`."
         )
 
 

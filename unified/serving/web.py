@@ -1,8 +1,9 @@
-"""A web page for a pipeline: prompt in, the image out as it is generated; edits of a mask; captions. Needs gradio."""
+"""A web page for a pipeline: a prompt or a class in, the image out as it is generated; edits of a mask; captions. Needs gradio."""
 
 import hmac
 import importlib.util
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import closing, contextmanager
@@ -69,8 +70,7 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER, per_client: int = CLIEN
 
     from unified.serving.guard import Visitors
 
-    pipe, visitors = engine.pipe, Visitors(per_client)
-    check_reads_text(pipe)
+    pipe, visitors, classes = engine.pipe, Visitors(per_client), class_choices(engine.pipe)
     pipe.set_progress_bar_config(disable=True)
     height, width = pipe.default_size
     usual = {"guidance_scale": 1.5, "temperature": 0.85, "decoding": "plain", **pipe.sampling}
@@ -103,9 +103,20 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER, per_client: int = CLIEN
     def weights_of(lora: str) -> dict[str, float]:
         return {} if lora == NO_ADAPTER else {lora: 1.0}
 
+    def wanted(subject: Any, negative: Any = None) -> dict[str, Any]:
+        """What images show, as arguments of the pipeline: a prompt, or the number of a class."""
+        if classes is None:
+            return {"prompt": subject, "negative_prompt": negative or None}
+        if subject is None:
+            raise ValueError("class: none is chosen; choose one.")
+        return {"class_labels": subject, "negative_class_labels": negative}
+
+    def in_words(subject: Any) -> str:
+        return subject if classes is None else f"class {classes[subject][0]}"
+
     def generate(
-        prompt: str,
-        negative: str,
+        subject: Any,
+        negative: Any,
         seed: float,
         count: float,
         guidance: float,
@@ -115,26 +126,28 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER, per_client: int = CLIEN
         request: gradio.Request,
     ) -> Iterator[Any]:
         with answering(request):
-            check_request(prompt, negative, seed, count)
+            check_request(*((subject, negative) if classes is None else ("", "")), seed, count)
             given: dict[str, Any] = {"guidance_scale": guidance, "temperature": temperature, "decoding": decoding}
             options = GenerationOptions(num_images_per_prompt=int(count), **given)
             generators = seeded(int(seed), int(count))
-            job = engine.submit(prompt, options, adapter_of(lora), negative or None, generators)
+            images = wanted(subject, negative)
+            job = engine.submit(options=options, adapter=adapter_of(lora), generator=generators, **images)
             captions = [f"seed {int(seed) + i}" for i in range(int(count))]
             about = f"guidance {guidance:g}, temperature {temperature:g}, LoRA {lora}"
 
             def show(output: UnifiedPipelineOutput) -> tuple[list[tuple[str, str]], str]:
                 seeds = [int(seed) + i for i in range(int(count))]
                 describe_images(
-                    pipe, output.images, [prompt] * len(seeds), seeds, given, negative, adapters=weights_of(lora)
-                )
+                    pipe, output.images, [in_words(subject)] * len(seeds), seeds, given, images.get("negative_prompt"),
+                    adapters=weights_of(lora),
+                )  # fmt: skip
                 paths = [stored(image, gallery.GRADIO_CACHE) for image in output.images]
                 return list(zip(paths, captions, strict=True)), progress_text(output.codes, about)
 
             yield from followed(job, show)
 
     def edit(
-        prompt: str,
+        subject: Any,
         files: Any,
         seed: float,
         guidance: float,
@@ -143,8 +156,10 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER, per_client: int = CLIEN
         request: gradio.Request,
     ) -> Iterator[Any]:
         with answering(request):
-            check_request(prompt, "", seed, 1)
-            engine.check_length([prompt])
+            check_request(subject if classes is None else "", "", seed, 1)
+            images = wanted(subject)
+            if classes is None:
+                engine.check_length([subject])
             background, layers = files
             check_files(background, layers)
             generators = seeded(int(seed), 1)
@@ -152,11 +167,17 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER, per_client: int = CLIEN
 
             def work() -> Iterator[UnifiedPipelineOutput]:
                 image, mask = image_and_mask(background, layers, (height, width))  # one request's at a time
-                return pipe.stream(prompt, image=image, mask_image=mask, generator=generators, **given)
+                return pipe.stream(image=image, mask_image=mask, generator=generators, **images, **given)
 
             def show(output: UnifiedPipelineOutput) -> tuple[Any, str]:
                 describe_images(
-                    pipe, output.images, [prompt], [int(seed)], given, edit="inpaint", adapters=weights_of(lora)
+                    pipe,
+                    output.images,
+                    [in_words(subject)],
+                    [int(seed)],
+                    given,
+                    edit="inpaint",
+                    adapters=weights_of(lora),
                 )
                 return output.images[0], progress_text(output.codes, about)
 
@@ -178,9 +199,20 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER, per_client: int = CLIEN
             about = f"Done: seed {int(seed)}, temperature {temperature:g}, LoRA {lora}."
             yield from followed(job, lambda text: (text, about))
 
+    def subject_field(placeholder: str, elem_id: str, **options: Any) -> Any:
+        """Where a prompt is written, or a class is chosen: typing narrows the choice."""
+        if classes is None:
+            return gradio.Textbox(label="Prompt", placeholder=placeholder, elem_id=elem_id, **options)
+        return gradio.Dropdown(classes, value=classes[0][1], label="Class", elem_id=elem_id, filterable=True)
+
     with gradio.Blocks(title="unified", analytics_enabled=False, delete_cache=(600, 3600)) as page:
+        able = (
+            "from text, changes parts of them, and describes them"
+            if classes is None
+            else "of classes and changes parts of them"
+        )
         gradio.Markdown(
-            "# unified\nOne language model that generates images from text, changes parts of them, and describes them. "
+            f"# unified\nOne language model that generates images {able}. "
             f"This one has {parameters(pipe)} and generates {width} × {height} pixels."
         )
         with gradio.Row():
@@ -214,7 +246,7 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER, per_client: int = CLIEN
                 )  # fmt: skip
             with gradio.Column(scale=5), gradio.Tabs():
                 with gradio.Tab("Generate"):
-                    prompt = gradio.Textbox(label="Prompt", placeholder="red apple", elem_id="prompt", autofocus=True)
+                    prompt = subject_field("red apple", "prompt", autofocus=True)
                     with gradio.Row():
                         button = gradio.Button("Generate", variant="primary", elem_id="generate", scale=3)
                         stop = gradio.Button("Stop", elem_id="stop", scale=1)
@@ -224,9 +256,14 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER, per_client: int = CLIEN
                     )  # fmt: skip
                     status = gradio.Markdown(elem_id="status")
                     with gradio.Accordion("More options", open=False):
-                        negative = gradio.Textbox(
-                            label="Negative prompt", info="What to steer away from.", elem_id="negative"
-                        )
+                        about = "What to steer away from."
+                        if classes is None:
+                            negative: Any = gradio.Textbox(label="Negative prompt", info=about, elem_id="negative")
+                        else:
+                            choices = [("none", None), *classes]
+                            negative = gradio.Dropdown(
+                                choices, value=None, label="Negative class", info=about, elem_id="negative"
+                            )
                         count = gradio.Slider(
                             1,
                             IMAGES_LIMIT,
@@ -243,7 +280,7 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER, per_client: int = CLIEN
                     gradio.Markdown(
                         "Upload an image, paint over the part that shall change, and say what the whole image shows."
                     )
-                    whole = gradio.Textbox(label="Prompt", placeholder="green apple", elem_id="whole")
+                    whole = subject_field("green apple", "whole")
                     with gradio.Row():
                         repaint = gradio.Button("Change", variant="primary", elem_id="repaint", scale=3)
                         stop_edit = gradio.Button("Stop", elem_id="stop-edit", scale=1)
@@ -257,7 +294,7 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER, per_client: int = CLIEN
                             buttons=["download", "fullscreen"],
                         )  # fmt: skip
                     edit_status = gradio.Markdown(elem_id="edit-status")
-                with gradio.Tab("Describe"):
+                with gradio.Tab("Describe", visible=classes is None):
                     gradio.Markdown(
                         "For models trained on images followed by their captions (`data.captioning`); others write nonsense."
                     )
@@ -278,11 +315,11 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER, per_client: int = CLIEN
         fresh.click(lambda: random.randrange(2**31), outputs=seed, show_progress="hidden", api_visibility="private")
         shown: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden"}
         generating = gradio.on(
-            [button.click, prompt.submit], generate,
+            [button.click, *([prompt.submit] if classes is None else [])], generate,
             [prompt, negative, seed, count, guidance, temperature, decoding, lora], [gallery, status], **shown,
         )  # fmt: skip
         editing = gradio.on(
-            [repaint.click, whole.submit], edit, [whole, canvas, seed, guidance, temperature, lora],
+            [repaint.click, *([whole.submit] if classes is None else [])], edit, [whole, canvas, seed, guidance, temperature, lora],
             [edited, edit_status], **shown,
         )  # fmt: skip
         describing = ask.click(describe, [upload, seed, temperature, lora], [text, described], **shown)
@@ -336,10 +373,17 @@ def check_installed() -> None:
         raise ValueError("serve: gradio is not installed; pip install 'unified-npp[demo]'.")
 
 
-def check_reads_text(pipe: UnifiedPipeline) -> None:
-    """Raises ValueError for a class-conditional model, for which the page has no fields."""
-    if base_of(pipe.model).config.classes is not None:
-        raise ValueError("serve: the page is for prompts, the model has classes; use `unified generate --class`.")
+def class_choices(pipe: UnifiedPipeline) -> list[tuple[str, int]] | None:
+    """Names and numbers of the classes of a class-conditional model, by number; None of any other model.
+
+    A name that several classes share, and none, is told apart by the number.
+    """
+    config = base_of(pipe.model).config
+    if config.classes is None:
+        return None
+    names = config.class_names or ["class"] * config.classes
+    counts = Counter(names)
+    return [(name if counts[name] == 1 else f"{name} {number}", number) for number, name in enumerate(names)]
 
 
 def parameters(pipe: UnifiedPipeline) -> str:

@@ -25,7 +25,9 @@ from unified.data.pairs import encode_pairs, pair_sequence
 from unified.data.rows import UNREADABLE, class_names, readable
 from unified.data.sources import check_splits
 from unified.prediction.merge import Grid, Merge, patches
+from unified.prediction.plan import Prediction
 from unified.prediction.schedule import PatchSchedule
+from unified.prompts import PromptFormat
 from unified.settings import refuse_other
 from unified.training.config import DataConfig, SourceConfig, TrainConfig
 from unified.training.inputs import check_lengths, code_grids
@@ -179,7 +181,8 @@ def open_source(context: Context, source: SourceConfig, split: str, folder: Path
         return Source(name, _texts(context, source, split), sequence, source.weight)
     if source.kind == "interleaved":
         rows = _interleaved_rows(context, source, split, folder)
-        return Source(name, rows, partial(interleaved_sequence, **shared), source.weight)
+        sequence = partial(interleaved_sequence, frame=Prediction.of(config).frame, **shared)
+        return Source(name, rows, sequence, source.weight)
     data = context.config.data
     rows = _first_samples(_captioned_rows(context, source, split, folder, clean), data, clean)
     if not clean:
@@ -189,6 +192,7 @@ def open_source(context: Context, source: SourceConfig, split: str, folder: Path
             "code_noise": data.code_noise,
             "train_on_captions": data.train_on_captions,
         }
+    shared["prompts"] = PromptFormat.of(config)
     check_lengths(rows, text_tokenizer, config)
     images = first_views(rows) if data.one_view and not clean else None
     return Source(name, rows, partial(captioned_sequence, **shared), source.weight, images)

@@ -10,8 +10,10 @@ from accelerate import Accelerator
 from torch import nn
 
 from unified.config import UnifiedConfig
+from unified.prediction.frame import image_length
 from unified.prediction.merge import Grid
 from unified.prediction.plan import RASTER, Prediction
+from unified.prompts import PromptFormat
 from unified_tokenizers import TextTokenizer
 
 
@@ -37,6 +39,10 @@ def check_grids(grids: Iterable[Grid], patch_sizes: Iterable[int], prediction: P
             )
         prediction.plan((height // side, width // side))
         for size in patch_sizes:
+            if size > 1 and prediction.frame is not None:
+                raise ValueError(
+                    f"schedule.patch_sizes: {size} leaves no place for the tokens between codes (image_frame); use 1 alone."
+                )
             if height % size or width % size:
                 raise ValueError(
                     f"schedule.patch_sizes: {size} does not divide the code grid {height}x{width} of the data; use divisors of "
@@ -58,11 +64,12 @@ def check_lengths(rows: datasets.Dataset, tokenizer: TextTokenizer | None, confi
             )
         return
     columns = rows.select_columns(["height", "width", "caption"])[:]
-    longest = 0
+    longest, prompts = 0, PromptFormat.of(config)
     for height, width, caption in zip(columns["height"], columns["width"], columns["caption"], strict=True):
-        image = int(height) * int(width) + 4  # between <bos>, <boi>, <eoi>, <eos>
-        if image + len(str(caption).encode()) >= limit:  # shorter ones fit, as every token has at least one byte
-            longest = max(longest, image + len(tokenizer.encode(str(caption))))
+        image = image_length(config, (int(height), int(width))) + 4  # between <bos>, <boi>, <eoi>, <eos>
+        # Shorter ones fit, as every token has at least one byte.
+        if image + len(prompts.template.encode()) + len(str(caption).encode()) >= limit:
+            longest = max(longest, image + len(prompts.caption_ids(str(caption), tokenizer)))
     if longest > limit:
         raise ValueError(
             f"max_position_embeddings: the backbone has {limit} positions, the longest row of the data needs {longest}; raise it "

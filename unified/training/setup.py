@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -228,9 +228,8 @@ def build_parts(config: TrainConfig) -> Parts:
         )
         model = UnifiedForCausalLM.from_pretrained(folder / "model", dtype=dtype, **packed, **source.options)
         text_tokenizer = None if model.config.classes else load_text_tokenizer(folder / "text_tokenizer")
-        if config.prediction is not None and Prediction.of(model.config) != Prediction.from_mapping(
-            config.prediction.build()
-        ):
+        current = replace(Prediction.of(model.config), frame=None)
+        if config.prediction is not None and current != Prediction.from_mapping(config.prediction.build()):
             model = change_prediction(model, config.prediction.build())
         model.name_or_path = source.pipeline  # what the adapter names as its base
         if model.config.text_tokenizer_fingerprint is None and text_tokenizer is not None:

@@ -12,6 +12,7 @@ from unified.config import UnifiedConfig
 from unified.data.batches import Source, in_order
 from unified.data.captioned import captioned_sequence
 from unified.prediction.arrange import Batch
+from unified.prompts import PromptFormat
 from unified_tokenizers import TextTokenizer
 
 
@@ -42,5 +43,7 @@ def image_loss(
     device: torch.device,
 ) -> float:
     """Mean image loss over the rows of a codes cache after their captions, in nats a code."""
-    sequence = partial(captioned_sequence, text_tokenizer=text_tokenizer, vocabulary=config.vocabulary)
+    sequence = partial(
+        captioned_sequence, text_tokenizer=text_tokenizer, vocabulary=config.vocabulary, prompts=PromptFormat.of(config)
+    )
     return mean_loss(model, in_order(Source("rows", rows, sequence), config, batch_size), device, "image_loss")

@@ -1,0 +1,62 @@
+"""How a caption is written in front of an image: the template that a model was trained with, and what stands for no caption."""
+
+import re
+from dataclasses import dataclass
+
+from unified.config import UnifiedConfig
+from unified_tokenizers import TextTokenizer
+
+CAPTION = "{prompt}"
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """The text between ``<bos>`` and ``<boi>``, in training as in sampling.
+
+    Args:
+        template: text with ``{prompt}`` where a caption stands; special tokens of the tokenizer by their names. In a caption
+            the same names are plain text.
+        null: text in place of all that where there is no caption: what guidance steers away from.
+        null_repeats: whether ``null``, a single token, stands as often as the prompt that it replaces has tokens.
+    """
+
+    template: str = CAPTION
+    null: str = ""
+    null_repeats: bool = False
+
+    @classmethod
+    def of(cls, config: UnifiedConfig) -> "PromptFormat":
+        """The format that a model was trained with."""
+        return cls(config.prompt_template, config.null_prompt, config.null_prompt_repeats)
+
+    def caption_ids(self, caption: str, tokenizer: TextTokenizer) -> list[int]:
+        """Ids of a caption in the template."""
+        return _ids(self.template, tokenizer, caption.strip())
+
+    def null_ids(self, tokenizer: TextTokenizer, length: int = 0) -> list[int]:
+        """Ids in place of a prompt of ``length`` tokens. Raises ValueError if what repeats is not a single token."""
+        ids = _ids(self.null, tokenizer)
+        if not self.null_repeats:
+            return ids
+        if len(ids) != 1:
+            raise ValueError(
+                f"null_prompt: {self.null!r} has {len(ids)} tokens; one that repeats must be a single token."
+            )
+        return ids * length
+
+
+PLAIN = PromptFormat()
+
+
+def _ids(text: str, tokenizer: TextTokenizer, caption: str = "") -> list[int]:
+    """Ids of a text: special tokens are those that it names itself, not those that its caption spells."""
+    special = tokenizer.special_tokens
+    names = sorted((name for name in special if name and name in text), key=len, reverse=True)
+    parts = re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]
+    ids: list[int] = []
+    for part in parts:
+        if part in special:
+            ids.append(special[part])
+        elif part := part.replace(CAPTION, caption):
+            ids += tokenizer.encode(part)
+    return ids
