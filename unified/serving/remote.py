@@ -99,19 +99,17 @@ class RemotePipeline:
         grid = code_grid(self.config, self.image_tokenizer.downsample, given.height, given.width)
         check_room(prompts, self.text_tokenizer, self.config, grid, "prompt")
         name, room = self.served()
-        rows = [list(image_prompt(text, self.text_tokenizer, self.config).ids) for text in prompts]
-        rows = [row for row in rows for _ in range(given.num_images_per_prompt)]
+        texts = [text for text in prompts for _ in range(given.num_images_per_prompt)]
+        rows = [image_prompt(text, self.text_tokenizer, self.config).ids for text in texts]
         longest, steps = max(map(len, rows)) + given.sampling.guided, grid[0] * grid[1]
         if room is not None and longest + steps > room:
             raise ValueError(
                 f"server: {self.url} takes {room} tokens, {longest + steps} are needed; start it with a larger maximum length."
             )
-        bodies = [
-            {"model": name, **request_of(self.config, row, steps, given, seed + number)}
-            for number, row in enumerate(rows)
-        ]
         with ThreadPoolExecutor(self.concurrency) as pool:
-            waiting = [pool.submit(self._codes, body) for body in bodies]
+            waiting = [
+                pool.submit(self._codes, name, row, steps, given, seed + number) for number, row in enumerate(rows)
+            ]
             try:
                 codes = torch.tensor([each.result() for each in waiting]).reshape(-1, *grid)
             finally:
@@ -121,9 +119,7 @@ class RemotePipeline:
             image for part in codes.split(BATCH) for image in to_pil(unfinished_images(self.image_tokenizer, part))
         ]
         settings = {each: getattr(given, each) for each in SAMPLING}
-        for image, text in zip(
-            images, [text for text in prompts for _ in range(given.num_images_per_prompt)], strict=True
-        ):
+        for image, text in zip(images, texts, strict=True):
             size = {"height": image.height, "width": image.width}
             describe(image, prompt=text, settings=size | settings, model=model_name(str(self.folder)))
         return UnifiedPipelineOutput(images, codes)
@@ -141,9 +137,9 @@ class RemotePipeline:
         room = first.get("max_model_len")
         return first["id"], room if isinstance(room, int) else None
 
-    def _codes(self, body: dict[str, Any]) -> list[int]:
-        answer = self._answer("POST", "/v1/completions", body)
-        return codes_of(answer, body, self.config, self.url)
+    def _codes(self, name: str, row: Sequence[int], steps: int, options: GenerationOptions, seed: int) -> list[int]:
+        body = {"model": name, **request_of(self.config, row, steps, options, seed)}
+        return codes_of(self._answer("POST", "/v1/completions", body), body, self.config, self.url)
 
     def _answer(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         for attempt in range(self.retries + 1):

@@ -84,11 +84,13 @@ class UnifiedGuidedForCausalLM(nn.Module):
 
 def check_supported(vllm_config: VllmConfig) -> None:
     """Raises ValueError for settings of the engine under which guidance would be wrong."""
+    rotary = getattr(vllm_config.model_config.hf_config, "rope_parameters", None) or {}
     refused = {
         "compilation (use --enforce-eager)": not vllm_config.model_config.enforce_eager,
         "pipeline parallel": vllm_config.parallel_config.pipeline_parallel_size > 1,
         "speculative decoding": vllm_config.speculative_config is not None,
         "adapters (fuse them before export)": vllm_config.lora_config is not None,
+        "rotary embeddings that depend on more than differences": rotary.get("rope_type") in ("dynamic", "longrope"),
         "an 8-bit cache": "8" in str(vllm_config.cache_config.cache_dtype),
     }
     for name, given in refused.items():
