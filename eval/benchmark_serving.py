@@ -1,10 +1,12 @@
 """Serving side by side: the engine's running batch against one request at a time, for the same arrivals.
 
     python eval/benchmark_serving.py --json serving.json [--pipeline DIR] [--loads 0.5 2 6]
+    python eval/benchmark_serving.py --pipeline DIR --server URL --export DIR [--concurrency 1 8 32]
 
 Requests arrive at random (Poisson, seeded); a load of 2 means that two arrive in the time in which one is sampled alone.
 Images are compared before any time is printed. Ratios are medians of paired rounds with their range, above 1 where
-the engine is better; absolute times are not reported: they belong to the machine.
+the engine is better; absolute times are not reported: they belong to the machine. The second form compares the engine with a
+server of another one (see engines/unified_vllm) that has the pipeline's export, with so many requests under way.
 """
 
 import argparse
@@ -25,6 +27,7 @@ from torch import Tensor
 from unified import UnifiedConfig, UnifiedForCausalLM, UnifiedPipeline
 from unified.pipeline.options import GenerationOptions
 from unified.serving.engine import Engine
+from unified.serving.remote import RemotePipeline
 from unified_tokenizers import VQConfig, VQModel, train_sentencepiece
 
 CAPTIONS = ["red apple", "a green tree", "the small dog", "blue car", "a cat and a dog", "yellow sun over the sea"]
@@ -32,7 +35,7 @@ OPTIONS = GenerationOptions(guidance_scale=3.0)
 Sample = Callable[[int], Tensor]  # number of a request to its codes
 
 
-def random_pipeline(grid: int, width: int, layers: int) -> UnifiedPipeline:
+def random_pipeline(grid: int, width: int, layers: int, positions: str = "2d") -> UnifiedPipeline:
     """A pipeline with random weights: a Llama, small tokenizers."""
     torch.manual_seed(0)
     images = VQModel(VQConfig(channels=16, codebook_size=1024)).eval()
@@ -44,7 +47,7 @@ def random_pipeline(grid: int, width: int, layers: int) -> UnifiedPipeline:
         "eos_token_id": 2, "max_position_embeddings": grid * grid + 64,
     }  # fmt: skip
     config = UnifiedConfig(text_config=text, codebook_size=1024, boi_token_id=texts.boi_token_id,
-                           eoi_token_id=texts.eoi_token_id, positions="2d", image_grids=[[grid, grid]])  # fmt: skip
+                           eoi_token_id=texts.eoi_token_id, positions=positions, image_grids=[[grid, grid]])  # fmt: skip
     return UnifiedPipeline(UnifiedForCausalLM(config).eval(), images, texts)
 
 
@@ -129,6 +132,40 @@ def measure(
     return result
 
 
+def measure_server(
+    pipe: UnifiedPipeline, server: RemotePipeline, concurrency: list[int], requests: int, rounds: int, guidance: float
+) -> list[dict[str, Any]]:
+    """Images per second of a server, as a ratio to the engine's, with so many requests under way; pixels included.
+
+    Raises:
+        RuntimeError: if the likeliest codes differ.
+    """
+    pipe.set_progress_bar_config(disable=True)
+    greedy, sampled = (GenerationOptions(guidance_scale=guidance, top_k=top_k) for top_k in (1, 0))
+    if not torch.equal(server(CAPTIONS, greedy).codes, pipe(CAPTIONS, **greedy.to_mapping()).codes):
+        raise RuntimeError("server: its greedy codes are not the pipeline's; not timing this.")
+    captions, result = [CAPTIONS[number % len(CAPTIONS)] for number in range(requests)], []
+    for count in concurrency:
+        server.concurrency = count
+        with closing(Engine(pipe, 2 * count if guidance > 1 else max(count, 2), waiting=requests)) as engine:
+
+            def ours(number: int, engine: Engine = engine) -> Tensor:
+                return engine.submit(captions[number], sampled, generator=number).result().codes
+
+            ratios = []
+            for number in range(rounds + 1):
+                start = time.perf_counter()
+                server(captions, sampled)
+                middle = time.perf_counter()
+                with ThreadPoolExecutor(count) as pool:
+                    list(pool.map(ours, range(requests)))
+                if number:  # the first one warms up
+                    ratios.append((time.perf_counter() - middle) / (middle - start))
+        spread = [round(min(ratios), 3), round(max(ratios), 3)]
+        result.append({"concurrency": count, "ratio": round(median(ratios), 3), "spread": spread})
+    return result
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Check, measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -142,13 +179,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--width", type=int, default=256, help="of the random model (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=4, help="of the random model (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default: %(default)s)")
+    parser.add_argument(
+        "--server", metavar="URL", help="compare the engine with this server; needs --pipeline and --export"
+    )
+    parser.add_argument("--export", type=Path, help="folder of `unified export` that the server has")
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32], help="default: %(default)s")
+    parser.add_argument("--guidance", type=float, default=3.0, help="with --server (default: %(default)s)")
     args = parser.parse_args(argv)
+    if args.server and not (args.pipeline and args.export):
+        parser.error("--server needs --pipeline, and --export with the folder that the server has")
     torch.set_num_threads(args.threads)
     pipe = (
         UnifiedPipeline.from_pretrained(args.pipeline)
         if args.pipeline
         else random_pipeline(args.grid, args.width, args.layers)
     )
+    if args.server:
+        with RemotePipeline(args.export, args.server, max(args.concurrency)) as server:
+            found = measure_server(pipe, server, args.concurrency, args.requests, args.rounds, args.guidance)
+        for row in found:
+            print(f"{row['concurrency']} under way: {row['ratio']:.2f} times the engine's throughput, {row['spread']}")
+        if args.json:
+            args.json.write_text(json.dumps(found, indent=2) + "\n")
+        return
     loads = measure(pipe, args.loads, args.requests, args.max_rows, args.rounds)
     for row in loads:
         print(

@@ -197,6 +197,23 @@ def tiny_pipeline(text_tokenizer, image_tokenizer, **changes) -> UnifiedPipeline
     return pipe
 
 
+def one_dimensional(pipeline, folder, **text):
+    """A pipeline whose positions a plain engine counts too, as it comes from its folder."""
+    torch.manual_seed(3)
+    old = pipeline.model.config
+    config = tiny_config(
+        text={"vocab_size": old.text_config.vocab_size, **text}, codebook_size=old.codebook_size, positions="1d",
+        boi_token_id=old.boi_token_id, eoi_token_id=old.eoi_token_id, image_grids=[[4, 4]],
+        image_tokenizer_fingerprint=old.image_tokenizer_fingerprint,
+    )  # fmt: skip
+    UnifiedPipeline(UnifiedForCausalLM(config), pipeline.image_tokenizer, pipeline.text_tokenizer).save_pretrained(
+        folder
+    )
+    pipe = UnifiedPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 @pytest.fixture
 def pipeline(text_tokenizer, image_tokenizer) -> UnifiedPipeline:
     return tiny_pipeline(text_tokenizer, image_tokenizer)

@@ -7,11 +7,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_remote import Server, exported, running  # noqa: F401  a fixture
+
+from unified.serving.remote import RemotePipeline
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "eval"))
 
-from benchmark_serving import arrivals, better, main, measure, metrics, random_pipeline, serve  # noqa: E402
+from benchmark_serving import (  # noqa: E402
+    arrivals,
+    better,
+    main,
+    measure,
+    measure_server,
+    metrics,
+    random_pipeline,
+    serve,
+)
 
 
 def test_it_runs(tmp_path):
@@ -55,3 +67,16 @@ def test_other_images_are_not_timed(monkeypatch):
     monkeypatch.setattr(type(pipe), "__call__", other)
     with pytest.raises(RuntimeError, match="request 0: the engine generates another image"):
         measure(pipe, [1.0], requests=6, max_rows=4, rounds=1)
+
+
+def test_a_server_beside_the_engine(exported):  # noqa: F811
+    """A server that waits is slower than the engine; one with other codes is not timed."""
+    pipe, folder = exported
+    server = Server(folder)
+    server.delay = 0.5
+    with running(server) as url, RemotePipeline(folder, url) as there:
+        (row,) = measure_server(pipe, there, [2], 4, 1, guidance=1.0)
+        assert row["concurrency"] == 2 and 0 < row["ratio"] < 1 and server.most == 2
+        server.changes = {"token_ids": [server.about["first_code"]] * 16}
+        with pytest.raises(RuntimeError, match="greedy codes are not the pipeline's"):
+            measure_server(pipe, there, [1], 1, 1, guidance=1.0)

@@ -4,30 +4,13 @@ import json
 
 import pytest
 import torch
-from conftest import noisy_adapter, tiny_config, tiny_model
+from conftest import noisy_adapter, one_dimensional, tiny_model
 from transformers import AutoModelForCausalLM
 
-from unified import UnifiedForCausalLM, UnifiedPipeline
+from unified import UnifiedPipeline
 from unified.cli import main
 from unified.convert import split_joint_table
 from unified.serving.export import EXPORT_FILE, check_exportable, export_pipeline, joint_model
-
-
-def one_dimensional(pipeline, folder, **text):
-    """A pipeline whose positions a plain engine counts too, as it comes from its folder."""
-    torch.manual_seed(3)
-    old = pipeline.model.config
-    config = tiny_config(
-        text={"vocab_size": old.text_config.vocab_size, **text}, codebook_size=old.codebook_size, positions="1d",
-        boi_token_id=old.boi_token_id, eoi_token_id=old.eoi_token_id, image_grids=[[4, 4]],
-        image_tokenizer_fingerprint=old.image_tokenizer_fingerprint,
-    )  # fmt: skip
-    UnifiedPipeline(UnifiedForCausalLM(config), pipeline.image_tokenizer, pipeline.text_tokenizer).save_pretrained(
-        folder
-    )
-    pipe = UnifiedPipeline.from_pretrained(folder)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 @pytest.mark.parametrize(

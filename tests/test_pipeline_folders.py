@@ -1,6 +1,6 @@
 """What users of diffusers expect of a pipeline's folder and parts: dtypes, shards, variants, the Hub, components, tuples."""
 
-import httpx
+import httpx2
 import huggingface_hub
 import pytest
 import torch
@@ -102,7 +102,7 @@ def test_push_to_hub_uploads_what_it_wrote(pipeline, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "error", [OfflineModeIsEnabled("offline mode"), httpx.ConnectError("no route"), OSError("403")]
+    "error", [OfflineModeIsEnabled("offline mode"), httpx2.ConnectError("no route"), OSError("403")]
 )
 def test_push_to_hub_without_a_hub_is_one_error(pipeline, tmp_path, monkeypatch, error):
     def create_repo(name, **given):

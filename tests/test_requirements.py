@@ -1,13 +1,17 @@
 """The locks in requirements/ are in step with pyproject.toml and with each other."""
 
 import re
+import sys
 import tomllib
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
+from itertools import chain
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from test_imports import PACKAGES, files, imported
 
 ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -90,3 +94,15 @@ def test_every_line_is_pinned_and_hashed(extra):
 def test_locks_are_made_for_the_oldest_python():
     assert PROJECT["requires-python"] == f">={PYTHONS[0]}"
     assert f"--python-version {PYTHONS[0]} " in (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+def test_what_the_packages_import_is_named():
+    """A package that came along with another one may be gone with its next version."""
+    extras = PROJECT["optional-dependencies"]
+    named = {
+        canonicalize_name(each.name) for each in map(Requirement, [*PROJECT["dependencies"], *chain(*extras.values())])
+    }
+    owners, known = packages_distributions(), {*sys.stdlib_module_names, *PACKAGES}
+    modules = {module.split(".")[0] for file in files() for module in imported(file)} - known
+    assert {"torch", "httpx2"} <= modules
+    assert [each for each in sorted(modules) if not named & {canonicalize_name(one) for one in owners[each]}] == []

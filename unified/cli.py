@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
     from unified.pipeline.pipeline import UnifiedPipeline
 
-PASSWORD = "UNIFIED_PASSWORD"  # environment variable
+PASSWORD = "UNIFIED_PASSWORD"  # environment variables
+API_KEY = "UNIFIED_API_KEY"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -79,6 +80,10 @@ def build_parser() -> argparse.ArgumentParser:
     _image_options(generate)
     generate.add_argument("--height", type=int, help="pixels (default: the model's first size)")
     generate.add_argument("--width", type=int, help="pixels")
+    generate.add_argument(
+        "--server", metavar="URL", help="generate on an engine's OpenAI-compatible server; --pipeline is the folder of `unified "
+        f"export` then; a key that it asks for is read from {API_KEY} in the environment"
+    )  # fmt: skip
 
     inpaint = command("inpaint", _inpaint, "Generate the bright part of a mask again.")
     _image_options(inpaint)
@@ -242,7 +247,7 @@ def _image_arguments(args: argparse.Namespace) -> dict[str, Any]:
     return {**given, **wanted}
 
 
-def _save(pipe: "UnifiedPipeline", images: Any, args: argparse.Namespace, edit: str | None = None) -> None:
+def _save(pipe: "UnifiedPipeline | None", images: Any, args: argparse.Namespace, edit: str | None = None) -> None:
     """Write ``NNN-caption.png`` or ``NNN-class.png``, with what they were made with; numbers follow those in the folder."""
     from unified.pipeline.metadata import describe_images, write_png
 
@@ -250,7 +255,8 @@ def _save(pipe: "UnifiedPipeline", images: Any, args: argparse.Namespace, edit: 
     labels = args.prompt or [f"class {label}" for label in args.class_labels]
     prompts = [label for label in labels for _ in range(args.num_images_per_prompt)]
     seeds = [args.seed + i for i in range(len(prompts))]
-    describe_images(pipe, images, prompts, seeds, options, args.negative_prompt, edit)
+    if pipe is not None:
+        describe_images(pipe, images, prompts, seeds, options, args.negative_prompt, edit)
     numbers = _free_numbers(args.out)
     for index, image in enumerate(images):
         with _new_file(args.out, prompts[index], numbers) as file:
@@ -277,8 +283,22 @@ def _new_file(folder: Path, prompt: str, numbers: Iterator[int]) -> BinaryIO:
 
 def _generate(args: argparse.Namespace) -> None:
     arguments = _image_arguments(args)
+    if args.server is not None:
+        _save(None, _from_server(args, arguments), args)
+        return
     pipe = _load(args)
     _save(pipe, pipe(**arguments).images, args)
+
+
+def _from_server(args: argparse.Namespace, arguments: dict[str, Any]) -> Any:
+    for name in ("lora", "device", "int8", "compile", "negative_prompt", "class_labels", "negative_class_labels"):
+        if getattr(args, name):
+            raise ValueError(f"{name}: it cannot be chosen for a server; leave it out, or leave out --server.")
+    from unified.serving.remote import RemotePipeline
+
+    options = {each.name: arguments[each.name] for each in fields(GenerationOptions) if each.name in arguments}
+    with RemotePipeline(args.pipeline, args.server, api_key=os.environ.get(API_KEY)) as remote:
+        return remote(args.prompt, GenerationOptions.from_mapping(options), args.seed).images
 
 
 def _inpaint(args: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from httpx import HTTPError
+from httpx2 import HTTPError
 
 from unified.files import read_json, write_json
 from unified.lora.adapters import BASE_FILE

@@ -60,6 +60,7 @@ def export_pipeline(pipe: UnifiedPipeline, folder: str | Path) -> None:
         "image_tokenizer_fingerprint": pipe.image_tokenizer.fingerprint,
         "text_tokenizer_fingerprint": pipe.text_tokenizer.fingerprint,
         "guidance_scale": defaults.guidance_scale,
+        "guidance_schedule": defaults.guidance_schedule,
         "needs_guidance": defaults.guided,
         "temperature": defaults.temperature,
         "top_k": defaults.top_k,

@@ -1,0 +1,282 @@
+"""Images from an engine that serves an exported model: prompts to its OpenAI-compatible server, codes back, decoded here."""
+
+import json
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from reprlib import repr as short
+from types import TracebackType
+from typing import Any
+
+import httpx2
+import torch
+from transformers import AutoConfig
+
+from unified.config import UnifiedConfig
+from unified.files import read_json
+from unified.pipeline.arguments import as_prompts, check_parts, check_room, code_grid, image_prompt
+from unified.pipeline.editing import unfinished_images
+from unified.pipeline.metadata import describe, model_name
+from unified.pipeline.options import SAMPLING, GenerationOptions, check_defaults, check_whole
+from unified.pipeline.pipeline import UnifiedPipelineOutput
+from unified.serving.export import EXPORT_FILE
+from unified_tokenizers import AutoImageTokenizer, load_text_tokenizer
+from unified_tokenizers.images import to_pil
+
+BATCH = 16  # images that are decoded at once
+AGAIN = (429, 502, 503, 504)  # answers of a server that is busy or being started
+WAIT = 0.5  # seconds before the first further try; twice as long before each one after it
+
+
+class RemotePipeline:
+    """An exported model that a server generates with; only the tokenizers are loaded here.
+
+    A server samples with noise of its own: a seed gives the same image again there, not the one of a pipeline here, and is not
+    among what an image says of itself. Guidance needs a server with the plugin in ``engines/unified_vllm``.
+
+    Args:
+        folder: written by ``unified export``; the server has the same one.
+        url: such as ``http://127.0.0.1:8000``.
+        concurrency: requests that are under way at once.
+        timeout: seconds that an answer may take.
+        retries: further tries after a failed connection, or an answer that says busy.
+        api_key: sent along, if the server asks for one.
+
+    Raises:
+        ValueError: for a damaged folder, or arguments out of their range.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        url: str,
+        concurrency: int = 8,
+        timeout: float = 600.0,
+        retries: int = 3,
+        api_key: str | None = None,
+    ):
+        check_whole("concurrency", concurrency)
+        check_whole("retries", retries, least=0)
+        if not timeout > 0:
+            raise ValueError(f"timeout: {timeout!r} must be a number of seconds above 0.")
+        self.folder, self.concurrency, self.retries, self.timeout = Path(folder), concurrency, retries, timeout
+        self.config, self.sampling = read_export(self.folder)
+        self.image_tokenizer = AutoImageTokenizer.from_pretrained(self.folder / "image_tokenizer")
+        self.text_tokenizer = load_text_tokenizer(self.folder / "text_tokenizer")
+        check_parts(self.config, self.image_tokenizer, self.text_tokenizer)
+        self.url = base_url(url)
+        headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        limits = httpx2.Limits(max_connections=concurrency)
+        self._http = httpx2.Client(headers=headers, timeout=timeout, limits=limits)
+
+    def __enter__(self) -> "RemotePipeline":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._http.close()
+
+    @torch.no_grad()
+    def __call__(
+        self, prompt: str | Sequence[str], options: GenerationOptions | None = None, seed: int = 0
+    ) -> UnifiedPipelineOutput:
+        """Images for prompts, those of a prompt side by side; image i has the seed ``seed + i``.
+
+        Args:
+            prompt: one caption or several.
+            options: how they are sampled; None, here and in a field, for the defaults of the export.
+            seed: of the first image.
+
+        Raises:
+            ValueError: for what a pipeline refuses too, what such a server cannot do, a request that it refuses, or an answer that
+                is not this model's.
+            ConnectionError: if it cannot be reached.
+            TimeoutError: if it does not answer in time.
+        """
+        given = (options or GenerationOptions()).filled(self.sampling)
+        check_remote(given)
+        prompts = as_prompts(prompt)
+        grid = code_grid(self.config, self.image_tokenizer.downsample, given.height, given.width)
+        check_room(prompts, self.text_tokenizer, self.config, grid, "prompt")
+        name, room = self.served()
+        texts = [text for text in prompts for _ in range(given.num_images_per_prompt)]
+        rows = [image_prompt(text, self.text_tokenizer, self.config).ids for text in texts]
+        longest, steps = max(map(len, rows)) + given.sampling.guided, grid[0] * grid[1]
+        if room is not None and longest + steps > room:
+            raise ValueError(
+                f"server: {self.url} takes {room} tokens, {longest + steps} are needed; start it with a larger maximum length."
+            )
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            waiting = [
+                pool.submit(self._codes, name, row, steps, given, seed + number) for number, row in enumerate(rows)
+            ]
+            try:
+                codes = torch.tensor([each.result() for each in waiting]).reshape(-1, *grid)
+            finally:
+                for each in waiting:
+                    each.cancel()
+        images = [
+            image for part in codes.split(BATCH) for image in to_pil(unfinished_images(self.image_tokenizer, part))
+        ]
+        settings = {each: getattr(given, each) for each in SAMPLING}
+        for image, text in zip(images, texts, strict=True):
+            size = {"height": image.height, "width": image.width}
+            describe(image, prompt=text, settings=size | settings, model=model_name(str(self.folder)))
+        return UnifiedPipelineOutput(images, codes)
+
+    def served(self) -> tuple[str, int | None]:
+        """Name of the model that is served, and how many tokens it takes if the server says so.
+
+        Raises:
+            ValueError, ConnectionError, TimeoutError: as :meth:`__call__`.
+        """
+        listed = self._answer("GET", "/v1/models").get("data")
+        first = listed[0] if isinstance(listed, list) and listed else None
+        if not isinstance(first, dict) or not isinstance(first.get("id"), str):
+            raise ValueError(f"server: {self.url} lists no models; give the address of an OpenAI-compatible server.")
+        room = first.get("max_model_len")
+        return first["id"], room if isinstance(room, int) else None
+
+    def _codes(self, name: str, row: Sequence[int], steps: int, options: GenerationOptions, seed: int) -> list[int]:
+        body = {"model": name, **request_of(self.config, row, steps, options, seed)}
+        return codes_of(self._answer("POST", "/v1/completions", body), body, self.config, self.url)
+
+    def _answer(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        for attempt in range(self.retries + 1):
+            if attempt:
+                time.sleep(WAIT * 2 ** (attempt - 1))
+            last = attempt == self.retries
+            try:
+                answer = self._http.request(method, self.url + path, json=body)
+            except httpx2.TimeoutException as error:  # not again: the server may still be at work on it
+                raise TimeoutError(
+                    f"server: {self.url} did not answer in {self.timeout:g} seconds; give it more time, or ask for less at once."
+                ) from error
+            except httpx2.TransportError as error:
+                if last:
+                    raise ConnectionError(
+                        f"server: {self.url} cannot be reached ({error}); start it, or correct the address."
+                    ) from error
+                continue
+            if answer.status_code not in AGAIN or last:
+                break
+        if answer.status_code != 200:
+            raise ValueError(
+                f"server: {self.url} refuses {path} ({answer.status_code}): {reason_of(answer)}{hint_of(body)}"
+            )
+        try:
+            content = answer.json()
+        except ValueError as error:
+            raise ValueError(
+                f"server: {self.url} answers {path} with no JSON ({error}); is it the right one?"
+            ) from error
+        if not isinstance(content, dict):
+            raise ValueError(f"server: {self.url} answers {path} with {short(content)}; is it the right one?")
+        return content
+
+
+def read_export(folder: Path) -> tuple[UnifiedConfig, dict[str, Any]]:
+    """The configuration of an exported model and its sampling defaults. Raises ValueError for any other folder."""
+    file = folder / EXPORT_FILE
+    if not file.is_file():
+        raise ValueError(f"pipeline: {str(folder)!r} has no {EXPORT_FILE}; give a folder written by `unified export`.")
+    about = read_json(file, "pipeline")
+    names = ("codebook_size", "image_grids", "boi_token_id", "eoi_token_id")
+    prints = ("image_tokenizer_fingerprint", "text_tokenizer_fingerprint")
+    missing = [name for name in ("first_code", *names, *prints) if name not in about]
+    if missing:
+        raise ValueError(f"pipeline: {str(file)!r} lacks {', '.join(missing)}; export the pipeline again.")
+    text = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if text.vocab_size != about["first_code"] + about["codebook_size"]:
+        raise ValueError(
+            f"pipeline: config.json of {str(folder)!r} has {text.vocab_size} tokens, {EXPORT_FILE} {about['first_code']} and "
+            f"{about['codebook_size']} codes; export the pipeline again."
+        )
+    text.vocab_size = about["first_code"]
+    config = UnifiedConfig(text_config=text, positions="1d", **{name: about[name] for name in (*names, *prints)})
+    known = ("guidance_scale", "guidance_schedule", "temperature", "top_k", "top_p")
+    return config, check_defaults({name: about[name] for name in known if name in about})
+
+
+def base_url(url: str) -> str:
+    """The address without ``/v1`` and slashes at its end. Raises ValueError if it is none of HTTP."""
+    try:
+        parts = httpx2.URL(url)
+        usable = parts.scheme in ("http", "https") and bool(parts.host)
+    except (httpx2.InvalidURL, TypeError):
+        usable = False
+    if not usable:
+        raise ValueError(f"server: {url!r} is no address; give one such as http://127.0.0.1:8000.")
+    return url.rstrip("/").removesuffix("/v1").rstrip("/")
+
+
+def check_remote(options: GenerationOptions) -> None:
+    """Raises ValueError for options that other engines do not have."""
+    if options.guidance_schedule != "constant":
+        raise ValueError(f"guidance_schedule: {options.guidance_schedule!r}, a server knows 'constant' alone.")
+    if options.decoding != "plain":
+        raise ValueError(f"decoding: {options.decoding!r}, a server decodes in its own way; leave it out.")
+
+
+def request_of(
+    config: UnifiedConfig, row: Sequence[int], steps: int, options: GenerationOptions, seed: int
+) -> dict[str, Any]:
+    """The body of a request for ``steps`` codes after a row of ids, without the model's name.
+
+    With guidance a null token stands before ``<boi>``, the first id behind the codes: a server without guidance refuses it. Such a
+    server samples codes alone; for any other one the ids are named.
+    """
+    sampling, first = options.sampling, config.vocabulary.text_vocab_size
+    behind = first + config.codebook_size
+    body = {
+        "max_tokens": steps, "ignore_eos": True, "seed": seed, "return_token_ids": True, "top_p": sampling.top_p,
+        "top_k": sampling.top_k, "temperature": 0.0 if sampling.top_k == 1 else sampling.temperature,
+    }  # fmt: skip
+    if sampling.guided:
+        scale = {"guidance_scale": float(sampling.guidance_scale)}
+        return {**body, "prompt": [*row[:-1], behind, row[-1]], "vllm_xargs": scale}
+    return {**body, "prompt": list(row), "allowed_token_ids": list(range(first, behind))}
+
+
+def codes_of(answer: dict[str, Any], body: dict[str, Any], config: UnifiedConfig, url: str) -> list[int]:
+    """The codes in an answer to a request. Raises ValueError if they are too few, too many, or not codes of the model."""
+    choices = answer.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    found = choice.get("token_ids") if isinstance(choice, dict) else None
+    if not isinstance(found, list) or not all(type(each) is int for each in found):
+        raise ValueError(f"server: {url} answers without token_ids; it must know `return_token_ids`, as vLLM does.")
+    read = choice.get("prompt_token_ids") if isinstance(choice, dict) else None
+    if read is not None and read != body["prompt"]:
+        raise ValueError(f"server: {url} read the prompt {short(read)}, sent was {short(body['prompt'])}.")
+    if len(found) != body["max_tokens"]:
+        raise ValueError(f"server: {url} answers with {len(found)} codes, asked were {body['max_tokens']}.")
+    first = config.vocabulary.text_vocab_size
+    codes = [each - first for each in found]
+    wrong = [each for each in codes if not 0 <= each < config.codebook_size]
+    if wrong:
+        raise ValueError(
+            f"server: {url} answers with the token {wrong[0] + first}, codes are {first} to {first + config.codebook_size - 1}; "
+            "it serves another model."
+        )
+    return codes
+
+
+def reason_of(answer: httpx2.Response) -> str:
+    """What an answer says of an error, in one line."""
+    try:
+        content = answer.json()
+        error = content.get("error", content) if isinstance(content, dict) else content
+        text = error.get("message", error) if isinstance(error, dict) else error
+    except (ValueError, RecursionError):
+        text = answer.text
+    line = " ".join(str(text if isinstance(text, str) else json.dumps(text)).split())
+    return line[:300].rstrip(".") + "."
+
+
+def hint_of(body: dict[str, Any] | None) -> str:
+    """How an error of a request ends: the likeliest reason beside a damaged one."""
+    if body is None:
+        return ""
+    if "vllm_xargs" in body:
+        return " Guidance needs a server started by `python -m unified_vllm`; guidance_scale=1 does without."
+    return " A server with guidance wants a guidance_scale; another model has other ids."
