@@ -63,9 +63,10 @@ def chat_loop(
                 check_sizes([image], base_of(pipe.model).config, pipe.image_tokenizer.downsample)
                 messages.append(image)
             elif command == "/generate":
-                images = pipe(rest.strip(), generator=generator).images
-                messages += [rest.strip(), images[0]]
-                print(save(images[0], rest.strip()))
+                image = pipe(rest.strip(), generator=generator).images[0]
+                assert isinstance(image, Image.Image)
+                messages += [rest.strip(), image]
+                print(save(image, rest.strip()))
             elif command.startswith("/"):
                 print(HELP)
             else:

@@ -324,10 +324,10 @@ def cell_logits(
         sampling: guidance.
         scale: of the guidance; broadcasts to ``(B, n * P, 1)``.
     """
-    rows, model = len(states), decoder.model
+    rows = len(states)
     everywhere = None if missing is None else missing.repeat(rows, 1)
-    merge = "mean" if model.image_split is None else "channel"
-    scored = model.image_states(states.flatten(0, 1), everywhere, merge)
+    merge = "mean" if decoder.model.image_split is None else "channel"
+    scored = decoder.image_states(states.flatten(0, 1), everywhere, merge)
     scored = scored.reshape(rows, -1, scored.shape[-1])
     if sampling.guided:
         conditional, unconditional = scored.chunk(2)

@@ -28,7 +28,11 @@ class Decoder(Protocol):
         """
 
     def image_logits(self, hidden: Tensor) -> Tensor:
-        """``(..., D)`` to ``(..., K)``, of what :meth:`UnifiedForCausalLM.image_states` makes of final states."""
+        """``(..., D)`` to ``(..., K)``, of what :meth:`image_states` makes of final states."""
+
+    def image_states(self, hidden: Tensor, missing: Tensor | None, merge: str) -> Tensor:
+        """See :meth:`UnifiedForCausalLM.image_states`."""
+        return self.model.image_states(hidden, missing, merge)
 
     def text_logits(self, hidden: Tensor) -> Tensor:
         """``(..., D)`` to ``(..., V_text)``."""

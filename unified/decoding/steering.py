@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor
 
 from unified.decoding.decoder import Decoder
@@ -52,10 +53,13 @@ class SteeredDecoder(Decoder):
 
     def image_logits(self, hidden: Tensor) -> Tensor:
         """Logits of the model plus the weighted log-probabilities of its guides, up to a constant that no sample depends on."""
-        parts = hidden.unflatten(-1, (self.model.prediction.way.heads, len(self._decoders), -1)).unbind(-2)
-        scored = zip(self._decoders, parts, self._weights, strict=True)
-        logits = [weight * decoder.image_logits(part.flatten(-2)).float() for decoder, part, weight in scored]
-        return torch.stack(logits).sum(dim=0)
+        scored = zip(self._decoders, hidden.chunk(len(self._decoders), dim=-1), self._weights, strict=True)
+        return torch.stack([weight * decoder.image_logits(part).float() for decoder, part, weight in scored]).sum(dim=0)
+
+    def image_states(self, hidden: Tensor, missing: Tensor | None, merge: str) -> Tensor:
+        """Those of the model and of its guides side by side; all have the modules of the model between them and the head."""
+        parts = hidden.chunk(len(self._decoders), dim=-1)
+        return torch.cat([self.model.image_states(part, missing, merge) for part in parts], dim=-1)
 
     def text_logits(self, hidden: Tensor) -> Tensor:
         """Of the model alone: images are steered."""
@@ -88,9 +92,14 @@ def steer(model: PeftModel, weights: Mapping[str, float]) -> SteeredDecoder:
 
     Raises:
         ValueError: for an unknown adapter, a weight that is not finite, an adapter with an embedding of codes of its own, a
-            merge of codes, or a backbone whose decoder has no weights of its own.
+            merge of codes, adapters that train a join of sources, or a backbone whose decoder has no weights of its own.
     """
     base, state = base_of(model), adapter_state(model)
+    for name in ("image_join", "image_projection"):
+        if isinstance(getattr(base, name), ModulesToSaveWrapper):
+            raise ValueError(
+                f"steer: an adapter trains {name}, which all share here; train it with train_image_tables=False."
+            )
     if not weights or not all(map(is_finite, weights.values())):
         raise ValueError(f"weights: {dict(weights)} must name adapters, each with a finite number.")
     if base.prediction.merge.side > 1:

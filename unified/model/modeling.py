@@ -39,7 +39,7 @@ class UnifiedOutput(CausalLMOutputWithPast):
         logits: ``(B, S, V_text)``, only without labels.
         image_logits: ``(B, S, K)``, only without labels and with ``image_inputs``, of a model whose positions predict one code
             each by one head.
-        image_states: ``(N, P or 1, m * D)``, on request: what the image head scores for each of ``image_targets``.
+        image_states: ``(N, P or 1, D)``, on request: what the image head scores for each of ``image_targets``.
         log_probs: ``(N, P)``, on request: log-probabilities of the codes of each of ``image_targets``, 0 where there is none.
         hidden_states: on request, of every layer; with labels without the last position, ``(B, S - 1, D)`` each.
     """
@@ -456,7 +456,7 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
     def _target_states(
         self, hidden: Tensor, length: int, targets: Tensor, sources: Tensor | None, merge: str
     ) -> Tensor:
-        """What the image head scores for each target ``(N, P or 1, m * D)``, of states ``(B, S - 1, D)`` for S = ``length``."""
+        """What the image head scores for each target ``(N, P or 1, D)``, of states ``(B, S - 1, D)`` for S = ``length``."""
         states, missing = hidden.flatten(0, 1), None
         if sources is None:
             sources = (targets - 1)[:, None]
@@ -473,7 +473,7 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
         return patch_losses(self.image_head, states.flatten(0, 1), codes, weights)
 
     def _log_probs(self, states: Tensor, codes: Tensor) -> Tensor:
-        """Log-probabilities ``(N, P)`` of the codes of N cells: ``states (N, P or 1, m * D)``, ``codes (N, P)``."""
+        """Log-probabilities ``(N, P)`` of the codes of N cells: ``states (N, P or 1, D)``, ``codes (N, P)``."""
         if states.shape[1] == 1:
             return code_log_probs(self.image_head, states[:, 0], codes)
         return code_log_probs(self.image_head, states.flatten(0, 1), codes.reshape(-1, 1)).view_as(codes)

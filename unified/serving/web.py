@@ -126,7 +126,8 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER, per_client: int = CLIEN
         request: gradio.Request,
     ) -> Iterator[Any]:
         with answering(request):
-            check_request(*((subject, negative) if classes is None else ("", "")), seed, count)
+            texts = (subject, negative) if classes is None else ("", "")
+            check_request(texts[0], texts[1], seed, count)
             given: dict[str, Any] = {"guidance_scale": guidance, "temperature": temperature, "decoding": decoding}
             options = GenerationOptions(num_images_per_prompt=int(count), **given)
             generators = seeded(int(seed), int(count))
@@ -260,7 +261,7 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER, per_client: int = CLIEN
                         if classes is None:
                             negative: Any = gradio.Textbox(label="Negative prompt", info=about, elem_id="negative")
                         else:
-                            choices = [("none", None), *classes]
+                            choices: list[Any] = [("none", None), *classes]
                             negative = gradio.Dropdown(
                                 choices, value=None, label="Negative class", info=about, elem_id="negative"
                             )

@@ -343,7 +343,7 @@ def _pair_rows(context: Context, source: SourceConfig, split: str, folder: Path)
             )  # fmt: skip
 
         wanted = {"kind": "pairs", "source": source.path, "sizes": [list(size)], "columns": list(columns)}
-        path = encode_once(context, folder, wanted, encode)
+        path = encode_once(context, folder, split, wanted, encode)
     return load_codes(path, split, tokenizer.fingerprint, "pairs").with_format(None)
 
 

@@ -143,7 +143,7 @@ class Arranged:
 
     def log_probs(self, policy: nn.Module) -> Tensor:
         """``(B, h*w)``, of the codes of each image, row by row; differentiable."""
-        states = policy(**self.inputs, return_image_states=True).image_states  # (R * n, P, m * D)
+        states = policy(**self.inputs, return_image_states=True).image_states  # (R * n, P, D)
         if self.sampling.guided:
             conditional, unconditional = states.chunk(2)
             states = guide(conditional, unconditional, self._scales.flatten()[:, None, None])
