@@ -63,10 +63,10 @@ def chat_loop(
                 check_sizes([image], base_of(pipe.model).config, pipe.image_tokenizer.downsample)
                 messages.append(image)
             elif command == "/generate":
-                image = pipe(rest.strip(), generator=generator).images[0]
-                assert isinstance(image, Image.Image)
-                messages += [rest.strip(), image]
-                print(save(image, rest.strip()))
+                made = pipe(rest.strip(), generator=generator).images[0]
+                assert isinstance(made, Image.Image)
+                messages += [rest.strip(), made]
+                print(save(made, rest.strip()))
             elif command.startswith("/"):
                 print(HELP)
             else:
