@@ -1,6 +1,6 @@
 """Train an adapter with rewards of sampled images (GRPO, arXiv 2402.03300).
 
-accelerate launch recipes/grpo.py --config recipes/configs/grpo_shapes.yaml [key=value ...]
+python recipes/grpo.py --config recipes/configs/grpo_shapes.yaml [key=value ...]
 
 Every step samples `group_size` images for each of `prompts_per_step` captions, as they are sampled later (guidance and
 temperature), rewards them, and takes `updates` optimizer steps towards those that are better than the others of their caption.
@@ -11,7 +11,6 @@ and `evaluation` measures recall and coverage (metric ``prdc``) on the way.
 
 import hashlib
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -226,7 +225,7 @@ def run(settings: GrpoSettings) -> Path:
     measure = None
     if settings.evaluation is not None:
         measure = measurement(settings.evaluation, Path(settings.output_dir) / "features")
-    with locked(settings.output_dir) if accelerator.is_main_process else nullcontext():
+    with locked(settings.output_dir):
         return train(settings, accelerator, rewards, measure)
 
 

@@ -37,8 +37,8 @@ class DPO(Objective):
         check_range(self.prefix, self, "(0, inf)", "beta")
         if not any(source.kind == "pairs" for source in config.data.sources):
             raise ValueError(
-                "objectives: dpo needs pairs; name them as data.sources=[{path: pairs.jsonl, kind: pairs}], with the columns "
-                "chosen, rejected and caption."
+                f"objectives: {self.name} needs pairs; name them as data.sources=[{{path: pairs.jsonl, kind: pairs}}], with the "
+                "columns chosen, rejected and caption."
             )
 
     def further(

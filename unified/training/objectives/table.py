@@ -12,12 +12,13 @@ from unified.training.objectives.arra import ARRA
 from unified.training.objectives.base import Objective
 from unified.training.objectives.cca import CCA
 from unified.training.objectives.dpo import DPO
+from unified.training.objectives.genarm import GenARM
 from unified.training.objectives.likelihood import Likelihood
 from unified.training.objectives.one_token_rollout import OneTokenRollout
 from unified.training.objectives.rear import ReAR
 
 OBJECTIVES: dict[str, type[Objective]] = {
-    kind.name: kind for kind in (Likelihood, CCA, DPO, ReAR, ARRA, OneTokenRollout)
+    kind.name: kind for kind in (Likelihood, CCA, DPO, GenARM, ReAR, ARRA, OneTokenRollout)
 }
 
 
