@@ -67,7 +67,7 @@ def test_the_reward_of_the_example():
 def test_a_config_names_its_imports(config_file, tmp_path):
     load_config(config_file, [f"output_dir={tmp_path}", f"imports=[{EXAMPLES[2]}]"])
     assert "named_colour" in REWARDS
-    with pytest.raises(ValueError, match=r"import: 'nothing.py' does not exist"):
+    with pytest.raises(ValueError, match=r"imports: 'nothing.py' does not exist"):
         load_config(config_file, [f"output_dir={tmp_path}", "imports=[nothing.py]"])
 
 

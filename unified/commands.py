@@ -63,7 +63,6 @@ def run_script(command: str, argv: Sequence[str]) -> None:
             print(f"{name}: {kind!r} is unknown; use one of {', '.join(entry)}.", file=sys.stderr)
             sys.exit(2)
         entry, name = entry[kind], f"{name} {kind}"
-    sys.argv = [name, *rest]  # what usage lines, errors and reports show
 
     def run() -> None:
         try:
@@ -77,4 +76,9 @@ def run_script(command: str, argv: Sequence[str]) -> None:
             ) from error
         module.main(rest)
 
-    explain_errors(run)
+    before = sys.argv
+    sys.argv = [name, *rest]  # what usage lines, errors and reports show
+    try:
+        explain_errors(run)
+    finally:
+        sys.argv = before

@@ -58,27 +58,27 @@ def _add(table: dict[str, Any], kind: str, name: str, value: Any) -> None:
     table[name] = value
 
 
-def import_modules(names: Sequence[str]) -> None:
+def import_modules(names: Sequence[str], field: str = "import") -> None:
     """Run the user's modules, each once: files that end in ``.py``, or names as Python imports them.
 
     Raises:
-        ValueError: if one does not exist, or cannot be imported.
+        ValueError: naming the ``field``, if one does not exist or cannot be imported.
     """
     for name in names:
         try:
             if name.endswith(".py"):
-                _run_file(Path(name).expanduser())
+                _run_file(Path(name).expanduser(), field)
                 continue
             if os.getcwd() not in sys.path:
                 sys.path.append(os.getcwd())  # as for `python -m`, but behind what is installed
             importlib.import_module(name)
         except ImportError as error:
-            raise ValueError(f"import: {name!r} cannot be imported ({error}).") from error
+            raise ValueError(f"{field}: {name!r} cannot be imported ({error}).") from error
 
 
-def _run_file(path: Path) -> None:
+def _run_file(path: Path, field: str) -> None:
     if not path.is_file():
-        raise ValueError(f"import: {str(path)!r} does not exist.")
+        raise ValueError(f"{field}: {str(path)!r} does not exist.")
     name = f"unified_extension.{path.resolve()}"
     if name in sys.modules:
         return

@@ -46,6 +46,8 @@ RUN = {
     "data.pack": f"1 {COUNT}",
     "data.num_workers": f"-1 1.5 {NUMBER}",
     "data.storage_options": "7 [1]",
+    "data.validation": "1.5 -0.1 .nan [1] {a:1}",
+    "imports": "7 [nothing.py] [no.such.module]",
     "data.train": "null '' [1]",
     "data.bucket": "perhaps",
     "model.options": "7 [1]",
@@ -167,6 +169,7 @@ CONFIG: dict[str, list[Any]] = {
 TOKENIZER = {
     "output_dir": "'' null",
     "sources": "7 []",
+    "validation": "0 1 1.5 .nan many",
     "image_size": f"6 {COUNT}",
     "cache_gb": f"-1 {NUMBER}",
     "steps": COUNT,

@@ -70,7 +70,7 @@ def check_splits(source: str, train: str, held_out: str, field: str) -> None:
     if saved or path.is_file() or "://" in source or (not path.exists() and any(sign in source for sign in "*?[")):
         raise ValueError(
             f"{field}: {source!r} has one split, so that {held_out!r} would be the rows of {train!r}; hold out a share of them "
-            "(validation: 0.1), or name other data."
+            "(validation: 0.1), name other data, or leave it out."
         )
 
 

@@ -487,6 +487,6 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         ValueError: as :func:`unified.settings.load_settings`, or for fields that are out of range or contradict each other.
     """
     config = load_settings(TrainConfig, path, overrides)
-    import_modules(config.imports)
+    import_modules(config.imports, "imports")
     config.check()
     return config
