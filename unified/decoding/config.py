@@ -145,6 +145,9 @@ DECODING_MODES = {
         "several codes at a time, same distribution", "unified.decoding.speculative:sjd_codes", *_RASTER
     ),
     "gsd": DecodingMode("fastest, approximate", "unified.decoding.speculative:gsd_codes", *_RASTER),
+    "zipar": DecodingMode(
+        "several rows at a time, approximate", "unified.decoding.staggered_rows:zipar_codes", *_RASTER
+    ),
     "assd": DecodingMode(
         "models of any order: several codes at a time, exact",
         "unified.decoding.any_order_speculation:assd_codes",

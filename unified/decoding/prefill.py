@@ -176,10 +176,11 @@ def causal_bias(state: Prefilled, width: int) -> Tensor:
 
 
 def bias_among(state: Prefilled, visible: Tensor) -> Tensor:
-    """``(B or 1, 1, T, end)`` for the next T positions: all see what has been written, but no padding, and one another
-    where ``visible (T, T)``.
+    """``(B or 1, 1, T, end)`` for the next T positions: of the last n columns, their own included, they see those where
+    ``visible (T, n)``; before these all, but no padding.
     """
-    shown = torch.nn.functional.pad(visible, (state.cache.column, 0), value=True)
+    before = state.cache.column + len(visible) - visible.shape[1]
+    shown = torch.nn.functional.pad(visible, (before, 0), value=True)
     bias = as_bias(shown[None, None], state.hidden.dtype)
     return bias if state.bias is None else bias + state.bias[..., : shown.shape[1]]
 

@@ -11,7 +11,8 @@ draft has to pass:
 ``sjd``
     Speculative Jacobi decoding (arXiv 2410.01699): a draft sampled from q is kept with probability ``min(1, p/q)``, else
     sampled again from the residual ``max(0, p - q)``. The distribution is that of plain decoding; the image for a seed is
-    another. Keeps more drafts than ``jacobi``.
+    another. Keeps more drafts than ``jacobi``. A place is sampled with the same noise in every pass, so that its draft stays
+    while its distribution hardly moves: the Gumbel coupling of Speculative Coupled Decoding (arXiv 2510.24211).
 ``gsd``
     As ``sjd``, but a draft is judged by the probability of its group, the codes nearest to it in the model's image
     embedding. Faster and not exact: it samples a code when the model only wanted a similar one.
@@ -120,8 +121,8 @@ def _one_image(
 class _Judge:
     """Confirms drafts of one image and holds those of the codes that follow.
 
-    Randomness is tied to positions: a draft of a position is always sampled with that position's noise, so that it stays
-    the same when its distribution hardly changes. Verdicts come from a second stream.
+    Randomness is tied to positions: a draft of a position is always sampled with that position's noise. Verdicts come from
+    a second stream.
     """
 
     def __init__(

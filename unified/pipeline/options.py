@@ -23,8 +23,9 @@ class GenerationOptions:
         num_images_per_prompt: images per caption; those of one caption are adjacent in the output.
         temperature, top_k, top_p, guidance_schedule: see :class:`unified.decoding.Sampling`.
         decoding: a name in :data:`unified.decoding.DECODING_MODES`: ``plain``; ``jacobi`` (the same images) or ``sjd`` (the
-            same distribution), often faster for few images; ``gsd``, faster and not exact. Those are for raster order;
-            ``assd`` is for any order: codes from the joint distribution, which plain decoding in groups only comes near to.
+            same distribution), often faster for few images; ``gsd``, faster and not exact; ``zipar``, several rows at
+            a time, not exact, the better the more images. Those are for raster order; ``assd`` is for any order: codes from the
+            joint distribution, which plain decoding in groups only comes near to.
 
     Attributes:
         sampling: the options that concern a single code, None being the value in :data:`SAMPLING`.
