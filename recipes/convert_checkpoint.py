@@ -7,8 +7,8 @@
 
 llamagen writes a whole pipeline, which `unified generate --class 207` samples, if the model is class-conditional and its
 image tokenizer is given; else the model alone. image-tokenizer reads LlamaGen's vq_ds16/vq_ds8 files, Janus (a model folder or
-its weights file), Chameleon's vqgan.ckpt and Emu3 -hf folders. Weights are opened without running code; a pickle of anything
-but tensors is refused.
+its weights file), Chameleon's vqgan.ckpt, IBQ's checkpoints (--quantizer ibq), Cosmos's .jit files and Emu3 -hf folders. Weights
+are opened without running code; a pickle of anything but tensors is refused.
 """
 
 import argparse
@@ -27,6 +27,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="{image-tokenizer,llamagen,joint-table}")
     tokenizer = kinds.add_parser("image-tokenizer", help="an image tokenizer, alone or inside a whole model")
+    tokenizer.add_argument(
+        "--quantizer", choices=("vq", "ibq"), help="how codes are compared, where the file does not tell"
+    )
     llamagen = kinds.add_parser("llamagen", help="a language model of LlamaGen or next-patch prediction, c2i or t2i")
     joint = kinds.add_parser("joint-table", help="a language model whose last rows are image codes (Liquid)")
     for kind in (tokenizer, llamagen, joint):
@@ -87,7 +90,7 @@ def main() -> None:
     """Convert, save, and say what was written."""
     args = parse_arguments()
     if args.kind == "image-tokenizer":
-        read = AutoImageTokenizer.from_pretrained(args.checkpoint)
+        read = AutoImageTokenizer.from_pretrained(args.checkpoint, quantizer=args.quantizer)
         read.save_pretrained(args.out)
         print(f"{args.out}: {read.codebook_size} codes, stride {read.downsample}, fingerprint {read.fingerprint}")
         return
