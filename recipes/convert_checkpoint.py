@@ -11,8 +11,9 @@
 llamagen writes a whole pipeline, which `unified generate --class 207` samples, if the model is class-conditional and its
 image tokenizer is given; else the model alone. janus, emu3, chameleon and liquid write pipelines, with their templates of
 prompts and published sampling settings, which `unified generate --prompt ...` samples and `model.pipeline` trains on.
-image-tokenizer reads LlamaGen's vq_ds16/vq_ds8 files, Janus (a model folder or its weights file), Chameleon's vqgan.ckpt and
-Emu3 -hf folders. Weights are opened without running code; a pickle of anything but tensors is refused.
+image-tokenizer reads LlamaGen's vq_ds16/vq_ds8 files, Janus (a model folder or its weights file), Chameleon's vqgan.ckpt, IBQ's
+checkpoints (--quantizer ibq), Cosmos's .jit files and Emu3 -hf folders. Weights are opened without running code; a pickle of
+anything but tensors is refused.
 """
 
 import argparse
@@ -52,6 +53,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     names = ",".join(["image-tokenizer", "llamagen", *PIPELINES, "joint-table"])
     kinds = parser.add_subparsers(dest="kind", required=True, metavar=f"{{{names}}}")
     tokenizer = kinds.add_parser("image-tokenizer", help="an image tokenizer, alone or inside a whole model")
+    tokenizer.add_argument(
+        "--quantizer", choices=("vq", "ibq"), help="how codes are compared, where the file does not tell"
+    )
     llamagen = kinds.add_parser("llamagen", help="a language model of LlamaGen or next-patch prediction, c2i or t2i")
     joint = kinds.add_parser("joint-table", help="a language model whose last rows are image codes (Liquid)")
     pipelines = [kinds.add_parser(name, help=about) for name, (_, about) in PIPELINES.items()]
@@ -121,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Convert, save, and say what was written."""
     args = parse_arguments(argv)
     if args.kind == "image-tokenizer":
-        read = AutoImageTokenizer.from_pretrained(args.checkpoint)
+        read = AutoImageTokenizer.from_pretrained(args.checkpoint, quantizer=args.quantizer)
         read.save_pretrained(args.out)
         print(f"{args.out}: {read.codebook_size} codes, stride {read.downsample}, fingerprint {read.fingerprint}")
         return

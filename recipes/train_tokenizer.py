@@ -38,11 +38,11 @@ from unified.training.checkpoint import (
 )
 from unified.training.setup import average_of
 from unified.training.tracking import RunLog, read_log
-from unified_tokenizers import VQGAN, AutoImageTokenizer, VQConfig, VQModel
+from unified_tokenizers import VQGAN, AutoImageTokenizer, CosmosTokenizer, VQConfig, VQModel
 from unified_tokenizers.vq_loss import PatchDiscriminator, adaptive_weight, build_perceptual, hinge_loss
 
 CONFIGS = Path(__file__).with_name("configs")
-Tokenizer = VQModel | VQGAN
+Tokenizer = VQModel | VQGAN | CosmosTokenizer
 
 
 @dataclass
@@ -177,7 +177,7 @@ def build_model(settings: TokenizerTraining) -> Tokenizer:
     if settings.model:
         raise ValueError("model: given together with init_from, which brings its own architecture; leave one out.")
     model = AutoImageTokenizer.from_pretrained(settings.init_from)
-    if not isinstance(model, VQModel | VQGAN):
+    if not isinstance(model, Tokenizer):
         raise ValueError(
             f"init_from: {settings.init_from!r} is a {type(model).__name__}, which cannot be trained here."
         )

@@ -13,6 +13,8 @@ from unified_tokenizers.images import to_pil, to_tensor
 
 FSQ = {"quantizer": "fsq", "fsq_levels": [5, 4], "codebook_size": 20}
 LFQ = {"quantizer": "lfq", "codebook_size": 16}
+BSQ = {"quantizer": "bsq", "codebook_size": 16}
+IBQ = {"quantizer": "ibq"}
 
 
 def small(**changes):
@@ -22,7 +24,7 @@ def small(**changes):
     ).eval()
 
 
-@pytest.mark.parametrize("changes", [{}, FSQ, LFQ, {"downsample": 8}])
+@pytest.mark.parametrize("changes", [{}, FSQ, LFQ, BSQ, IBQ, {"downsample": 8}])
 def test_folder_round_trip(tmp_path, changes):
     tokenizer = small(**changes)
     assert isinstance(tokenizer, ImageTokenizer)
@@ -37,7 +39,7 @@ def test_folder_round_trip(tmp_path, changes):
     assert loaded.fingerprint == tokenizer.fingerprint
 
 
-@pytest.mark.parametrize("changes", [{}, FSQ, LFQ])
+@pytest.mark.parametrize("changes", [{}, FSQ, LFQ, BSQ, IBQ])
 def test_decode_of_codes_is_what_training_sees(changes):
     """The straight-through forward and encode-then-decode give the same image."""
     tokenizer = small(**changes)
@@ -47,7 +49,7 @@ def test_decode_of_codes_is_what_training_sees(changes):
     torch.testing.assert_close(tokenizer.decode(codes), decoded.clamp(-1, 1), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("changes", [{}, FSQ, LFQ])
+@pytest.mark.parametrize("changes", [{}, FSQ, LFQ, BSQ, IBQ])
 def test_codebook_vectors_are_what_the_decoder_gets(changes):
     tokenizer = small(**changes)
     codes = torch.randint(tokenizer.codebook_size, (2, 4, 4), generator=torch.Generator().manual_seed(0))
@@ -66,8 +68,9 @@ def test_codes_are_the_nearest_in_angle():
     assert torch.equal(tokenizer.encode(images).flatten(), cosine.argmax(-1))
 
 
-def test_training_moves_towards_the_image():
-    tokenizer = small().train()
+@pytest.mark.parametrize("changes", [{}, FSQ, LFQ, BSQ, IBQ])
+def test_training_moves_towards_the_image(changes):
+    tokenizer = small(**changes).train()
     images = torch.rand(4, 3, 16, 16) * 2 - 1
     optimizer = torch.optim.AdamW(tokenizer.parameters(), 1e-2)
     errors = []

@@ -193,6 +193,46 @@ def test_folder_round_trip(published, tmp_path):
     assert loaded.fingerprint != tokenizer.fingerprint
 
 
+def product_codes(state, images):
+    """Codes of IBQ (arXiv 2412.02692): those of the greatest product."""
+    latents = conv(state, "quant_conv", walk(state, "encoder", "taming", images))
+    return torch.einsum("bchw,kc->bkhw", latents, state["quantize.embedding.weight"]).argmax(1)
+
+
+@pytest.mark.parametrize("where", ["checkpoint with averages", "folder of Emu3.5"])
+def test_codes_of_ibq_are_those_of_the_greatest_product(where, tmp_path):
+    state = make_layout("taming")
+    if where == "folder of Emu3.5":
+        torch.save(state, tmp_path / "model.ckpt")
+        (tmp_path / "config.yaml").write_text("embed_dim: 8\nn_embed: 24\n")
+        tokenizer = AutoImageTokenizer.from_pretrained(tmp_path)
+    else:
+        raw = {name: torch.zeros_like(value) for name, value in state.items()}
+        averages = {f"model_ema.{name.replace('.', '')}": value for name, value in state.items()}
+        torch.save({"state_dict": raw | averages | {"model_ema.decay": torch.ones(())}}, tmp_path / "ibq.ckpt")
+        with pytest.raises(ValueError, match="may be IBQ's, whose codes are those of the greatest product"):
+            AutoImageTokenizer.from_pretrained(tmp_path / "ibq.ckpt")
+        tokenizer = AutoImageTokenizer.from_pretrained(tmp_path / "ibq.ckpt", quantizer="ibq")
+    codes, expected = tokenizer.encode(random_images()), product_codes(state, random_images())
+    assert torch.equal(codes, expected) and not torch.equal(codes, reference_encode(state, "taming", random_images()))
+    torch.testing.assert_close(tokenizer.decode(codes), reference_decode(state, "taming", codes), rtol=0, atol=1e-5)
+    tokenizer.save_pretrained(tmp_path / "saved")
+    loaded = AutoImageTokenizer.from_pretrained(tmp_path / "saved")
+    assert torch.equal(loaded.encode(random_images()), codes) and loaded.fingerprint == tokenizer.fingerprint
+    assert loaded.fingerprint != vqgan_from_weights(state, "taming").fingerprint
+    with pytest.raises(ValueError, match=r"quantizer: 'vq' given for .* whose config.json says it"):
+        AutoImageTokenizer.from_pretrained(tmp_path / "saved", quantizer="vq")
+
+
+def test_training_of_ibq_reaches_every_code():
+    tokenizer = vqgan_from_weights(make_layout("taming"), "taming", quantizer="ibq").train()
+    decoded, codes, loss = tokenizer(random_images())
+    assert torch.equal(codes, tokenizer.encode(random_images())) and len(codes.unique()) < CODES
+    torch.testing.assert_close(decoded.clamp(-1, 1), tokenizer.decode(codes), rtol=0, atol=1e-4)
+    loss.backward()
+    assert (tokenizer.quantize.embedding.weight.grad.abs().sum(-1) > 0).all()
+
+
 @pytest.mark.parametrize("where", ["state file", "folder of DeepSeek", "folder of a tokenizer"])
 def test_janus_prefix_and_folders(where, tmp_path):
     state = make_layout("llamagen")

@@ -2,6 +2,7 @@
 
 from unified_tokenizers.auto import AutoImageTokenizer
 from unified_tokenizers.base import ImageTokenizer
+from unified_tokenizers.cosmos import CosmosConfig, CosmosTokenizer, cosmos_from_weights
 from unified_tokenizers.emu3 import Emu3Tokenizer
 from unified_tokenizers.layouts import vqgan_from_weights
 from unified_tokenizers.text import (
@@ -18,6 +19,8 @@ from unified_tokenizers.weights import read_weights
 __all__ = [
     "VQGAN",
     "AutoImageTokenizer",
+    "CosmosConfig",
+    "CosmosTokenizer",
     "Emu3Tokenizer",
     "ImageTokenizer",
     "SentencePieceTokenizer",
@@ -26,6 +29,7 @@ __all__ = [
     "VQConfig",
     "VQGANConfig",
     "VQModel",
+    "cosmos_from_weights",
     "load_text_tokenizer",
     "read_weights",
     "train_sentencepiece",

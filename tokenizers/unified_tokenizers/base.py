@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -68,6 +70,31 @@ def check_images(images: Tensor, downsample: int) -> None:
         )
     if not bool(images.isfinite().all()):
         raise ValueError("images: some values are not finite.")
+
+
+@contextmanager
+def full_precision(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Compute in float32 whatever is switched on around it: autocast and TF32 turn some codes into others.
+
+    Args:
+        device, dtype: of the weights.
+
+    Raises:
+        ValueError: if the weights are in half precision, which no later cast repairs.
+    """
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"image_tokenizer: its weights are in {str(dtype).removeprefix('torch.')}, which turns some codes into others; "
+            "load it in float32 to encode. To decode, half precision is fine."
+        )
+    convolutions, products = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
+    before = convolutions.fp32_precision, products.fp32_precision
+    convolutions.fp32_precision = products.fp32_precision = "ieee"
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        convolutions.fp32_precision, products.fp32_precision = before
 
 
 def check_codes(codes: Tensor, codebook_size: int) -> None:

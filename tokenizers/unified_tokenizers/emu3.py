@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Emu3VQVAE, Emu3VQVAEConfig
 
-from unified_tokenizers.base import check_codes, check_images, fingerprint_of
+from unified_tokenizers.base import check_codes, check_images, fingerprint_of, full_precision
 from unified_tokenizers.checkpoint import check_counts, check_weights, load_whole
 from unified_tokenizers.hub import local_path, on_the_hub
 from unified_tokenizers.weights import Stored, load_exactly
@@ -54,7 +54,8 @@ class Emu3Tokenizer(nn.Module):
         check_images(images, self.downsample)
         sizes = torch.tensor([images.shape[-2:]] * len(images))
         pixels = images.to(self.model.device, self.model.dtype)
-        return torch.stack(self.model.encode(pixels, sizes).image_tokens)
+        with full_precision(self.model.device, self.model.dtype):
+            return torch.stack(self.model.encode(pixels, sizes).image_tokens)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:

@@ -40,3 +40,4 @@ def sizes(least: int = 1) -> Rule:
 
 
 YES_OR_NO: Rule = ("true or false", lambda value: isinstance(value, bool))
+WEIGHT: Rule = ("a finite number of at least 0", lambda value: is_finite(value) and value >= 0)

@@ -11,14 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
-from vector_quantize_pytorch import FSQ, LFQ, VectorQuantize
+from vector_quantize_pytorch import FSQ, VectorQuantize
 
-from unified_tokenizers.base import check_codes, check_images, fingerprint_of
+from unified_tokenizers.base import check_codes, check_images, fingerprint_of, full_precision
 from unified_tokenizers.checkpoint import WholeModel
-from unified_tokenizers.fields import Rule, check_fields, is_whole, sizes, whole
+from unified_tokenizers.fields import WEIGHT, Rule, check_fields, is_whole, sizes, whole
+from unified_tokenizers.quantizers import BinaryQuantizer, IndexQuantizer
 
 _GROUPS = 8  # of channels that are normalised together
-_QUANTIZERS = ("vq", "fsq", "lfq")
+_QUANTIZERS = ("vq", "ibq", "fsq", "lfq", "bsq")
 _FIELDS: dict[str, Rule] = {
     "downsample": whole(),
     "channels": (f"a multiple of {_GROUPS}", lambda value: is_whole(value) and value % _GROUPS == 0),
@@ -27,6 +28,7 @@ _FIELDS: dict[str, Rule] = {
     "quantizer": (f"one of {_QUANTIZERS}", lambda value: value in _QUANTIZERS),
     "codebook_size": whole(),
     "code_dim": whole(),
+    "entropy_weight": WEIGHT,
     "fsq_levels": (f"null or {sizes(2)[0]}", lambda value: value is None or sizes(2)[1](value)),
 }
 MAX_CODES = 2**24
@@ -39,11 +41,14 @@ class VQConfig(PreTrainedConfig):
         downsample: pixels per code along each side.
         channels: width of the convolutions.
         encoder_blocks, decoder_blocks: residual blocks on either side.
-        quantizer: ``vq`` (L2-normalised codebook with EMA updates and dead-code revival), ``fsq`` (finite scalar
-            quantisation, arXiv 2309.15505) or ``lfq`` (lookup-free quantisation, arXiv 2310.05737).
-        codebook_size: number of codes; for ``fsq`` the product of ``fsq_levels``, for ``lfq`` a power of two.
-        code_dim: dimension of a ``vq`` code.
+        quantizer: ``vq`` (L2-normalised codebook with EMA updates and dead-code revival), ``ibq`` (a codebook that gradients
+            reach through the indices, arXiv 2412.02692), ``fsq`` (finite scalar quantisation, arXiv 2309.15505), ``lfq``
+            (lookup-free quantisation, arXiv 2310.05737) or ``bsq`` (binary spherical quantisation, arXiv 2406.07548).
+        codebook_size: number of codes; for ``fsq`` the product of ``fsq_levels``, for ``lfq`` and ``bsq`` a power of two.
+        code_dim: dimension of a ``vq`` or ``ibq`` code.
         fsq_levels: levels per dimension for ``fsq``.
+        entropy_weight: for ``ibq``, ``lfq`` and ``bsq``, weight of the term of the loss that makes each choice sure and all
+            codes equally frequent.
     """
 
     model_type = "unified_vq"
@@ -56,6 +61,7 @@ class VQConfig(PreTrainedConfig):
     codebook_size: int = 512
     code_dim: int = 8
     fsq_levels: list[int] | None = None
+    entropy_weight: float = 0.1
 
     def __post_init__(self, **kwargs: object) -> None:
         """Refuse values that are out of range."""
@@ -88,7 +94,7 @@ class VQModel(WholeModel):
     def __init__(self, config: VQConfig):
         super().__init__(config)
         pixels = 3 * config.downsample**2
-        self.quantizer: FSQ | LFQ | VectorQuantize
+        self.quantizer: FSQ | BinaryQuantizer | IndexQuantizer | VectorQuantize
         self.quantizer, code_dim = _build_quantizer(config)
         self.encoder = nn.Sequential(
             nn.PixelUnshuffle(config.downsample),
@@ -108,8 +114,8 @@ class VQModel(WholeModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Keep torch's own initialisation; only constants of FSQ and LFQ, which files do not hold, are made again."""
-        if isinstance(module, FSQ | LFQ):
+        """Keep torch's own initialisation; only constants of FSQ, which files do not hold, are made again."""
+        if isinstance(module, FSQ):
             constants = dict(_build_quantizer(self.config)[0].named_buffers())
             for name, buffer in module.named_buffers():
                 buffer.copy_(constants[name])
@@ -135,9 +141,11 @@ class VQModel(WholeModel):
         """See :meth:`ImageTokenizer.encode`. Raises ValueError on a wrong shape or a size the stride does not divide."""
         check_images(images, self.downsample)
         training, _ = self.training, self.eval()  # a training-mode quantizer would update its codebook
-        codes = self._quantize(self.encoder(images.to(self.device, self.dtype)))[1]
-        self.train(training)
-        return codes
+        try:
+            with full_precision(self.device, self.dtype):
+                return self._quantize(self.encoder(images.to(self.device, self.dtype)))[1]
+        finally:
+            self.train(training)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
@@ -149,13 +157,13 @@ class VQModel(WholeModel):
         return self.decoder(latents).clamp(-1, 1)
 
     def _lookup(self, codes: Tensor) -> Tensor:
-        if isinstance(self.quantizer, FSQ | LFQ):
-            return self.quantizer.indices_to_codes(codes)
-        return self.quantizer.get_output_from_indices(codes)
+        if isinstance(self.quantizer, VectorQuantize):
+            return self.quantizer.get_output_from_indices(codes)
+        return self.quantizer.indices_to_codes(codes)
 
     @torch.no_grad()
     def codebook_vectors(self) -> Tensor:
-        """Vectors ``(K, d)`` of the codes as the decoder gets them; for ``fsq`` and ``lfq`` their levels."""
+        """Vectors ``(K, d)`` of the codes as the decoder gets them; their levels unless they have a codebook."""
         return self._lookup(torch.arange(self.codebook_size, device=self.device)[None])[0]
 
     @property
@@ -180,7 +188,7 @@ class VQModel(WholeModel):
         return fingerprint_of(self.state_dict(), {name: getattr(self.config, name) for name in described})
 
 
-def _build_quantizer(config: VQConfig) -> tuple[FSQ | LFQ | VectorQuantize, int]:
+def _build_quantizer(config: VQConfig) -> tuple[FSQ | BinaryQuantizer | IndexQuantizer | VectorQuantize, int]:
     if not 2 <= config.codebook_size <= MAX_CODES:
         raise ValueError(f"codebook_size: {config.codebook_size} must lie in [2, {MAX_CODES}].")
     if config.quantizer == "vq":
@@ -193,6 +201,8 @@ def _build_quantizer(config: VQConfig) -> tuple[FSQ | LFQ | VectorQuantize, int]
             commitment_weight=0.25,
         )
         return quantizer, config.code_dim
+    if config.quantizer == "ibq":
+        return IndexQuantizer(config.codebook_size, config.code_dim, config.entropy_weight), config.code_dim
     if config.quantizer == "fsq":
         levels = config.fsq_levels or []
         if math.prod(levels) != config.codebook_size:
@@ -201,10 +211,11 @@ def _build_quantizer(config: VQConfig) -> tuple[FSQ | LFQ | VectorQuantize, int]
             )
         with torch.device("cpu"):  # FSQ reads values while it is built, which from_pretrained's meta device has not
             return FSQ(levels=levels), len(levels)
-    if config.quantizer == "lfq":
+    if config.quantizer in ("lfq", "bsq"):
         bits = config.codebook_size.bit_length() - 1
         if config.codebook_size != 2**bits:
-            raise ValueError(f"codebook_size: {config.codebook_size} is not a power of two, which 'lfq' needs.")
-        with torch.device("cpu"):
-            return LFQ(codebook_size=config.codebook_size), bits
+            raise ValueError(
+                f"codebook_size: {config.codebook_size} is not a power of two, which {config.quantizer!r} needs."
+            )
+        return BinaryQuantizer(bits, config.quantizer == "bsq", config.entropy_weight), bits
     raise AssertionError(config.quantizer)  # checked by its configuration

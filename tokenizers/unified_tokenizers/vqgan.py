@@ -1,19 +1,24 @@
-"""The VQGAN design (arXiv 2012.09841) that the image tokenizers of LlamaGen, Janus and Chameleon share.
+"""The VQGAN design (arXiv 2012.09841) that the image tokenizers of LlamaGen, Janus, Chameleon, IBQ and Cosmos share.
 
 A convolutional encoder halves the sides level by level, each position of its output takes the nearest entry of the
 codebook, and a mirrored decoder turns the codes into an image. :mod:`unified_tokenizers.layouts` reads the published weights.
 """
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from unified_tokenizers.base import check_codes, check_images, fingerprint_of
+from unified_tokenizers.base import check_codes, check_images, fingerprint_of, full_precision
 from unified_tokenizers.checkpoint import WholeModel
-from unified_tokenizers.fields import YES_OR_NO, Rule, check_fields, is_finite, is_whole, sizes, whole
+from unified_tokenizers.fields import WEIGHT, YES_OR_NO, Rule, check_fields, is_whole, sizes, whole
+from unified_tokenizers.quantizers import index_backpropagation
 
 _GROUPS = 32  # of channels that are normalised together
+_QUANTIZERS = ("vq", "ibq")
 _FIELDS: dict[str, Rule] = {
     "channels": (f"a multiple of {_GROUPS}", lambda value: is_whole(value) and value % _GROUPS == 0),
     "multipliers": (f"{sizes()[0]}, one or more", lambda value: sizes()[1](value) and len(value) > 0),
@@ -23,10 +28,52 @@ _FIELDS: dict[str, Rule] = {
     "codebook_size": whole(),
     "code_dim": whole(),
     "normalize_codes": YES_OR_NO,
-    "commitment_weight": ("a finite number of at least 0", lambda value: is_finite(value) and value >= 0),
+    "quantizer": (f"one of {_QUANTIZERS}", lambda value: value in _QUANTIZERS),
+    "commitment_weight": WEIGHT,
+    "entropy_weight": WEIGHT,
 }
 _NEAREST_CHUNK = 4096  # positions compared with the whole codebook at once; bounds the memory
 _MOST_LEVELS = 16  # where a code stands for 32768 pixels along each side
+
+
+@dataclass(frozen=True)
+class Design:
+    """What an encoder and its decoder are built of; all levels count from the highest resolution.
+
+    Args:
+        pixels: channels of an image.
+        channels, multipliers, residual_blocks, attention_levels, latent_channels: as in :class:`VQGANConfig`.
+        halving_levels, doubling_levels: levels of the encoder that end with half the sides, of the decoder with twice.
+        groups: of channels that are normalised together.
+        mixed: whether a :class:`Mix` follows attention, and a 1x1 convolution comes before doubling.
+    """
+
+    pixels: int
+    channels: int
+    multipliers: Sequence[int]
+    residual_blocks: int
+    attention_levels: Sequence[int]
+    latent_channels: int
+    halving_levels: Sequence[int]
+    doubling_levels: Sequence[int]
+    groups: int = _GROUPS
+    mixed: bool = False
+
+    @property
+    def widths(self) -> list[int]:
+        """Channels of every level."""
+        return [self.channels * multiplier for multiplier in self.multipliers]
+
+    def attention(self, channels: int) -> nn.Module:
+        """Attention over an image, and over its one frame."""
+        over_image = AttentionBlock(channels, self.groups)
+        return nn.Sequential(over_image, Mix(channels, self.groups)) if self.mixed else over_image
+
+    def middle(self) -> nn.Sequential:
+        """The blocks at the lowest resolution."""
+        width = self.widths[-1]
+        first, second = (ResidualBlock(width, width, self.groups) for _ in range(2))
+        return nn.Sequential(first, self.attention(width), second)
 
 
 class VQGANConfig(PreTrainedConfig):
@@ -40,7 +87,10 @@ class VQGANConfig(PreTrainedConfig):
         latent_channels: width between the convolutions and the quantizer.
         codebook_size, code_dim: shape of the codebook.
         normalize_codes: compare and decode on the unit sphere (LlamaGen, Janus), or plainly (Chameleon).
+        quantizer: ``vq`` takes the nearest code; ``ibq`` (arXiv 2412.02692) the one of the greatest product with the latents,
+            and training reaches every code through the softmax over these products.
         commitment_weight: weight of the encoder's pull towards its codes when the tokenizer is trained.
+        entropy_weight: in training with ``ibq``, weight of the term that makes each choice sure and all codes equally frequent.
     """
 
     model_type = "unified_vqgan"
@@ -53,26 +103,41 @@ class VQGANConfig(PreTrainedConfig):
     codebook_size: int = 16384
     code_dim: int = 8
     normalize_codes: bool = True
+    quantizer: str = "vq"
     commitment_weight: float = 0.25
+    entropy_weight: float = 0.0
 
     def __post_init__(self, **kwargs: object) -> None:
         """Refuse values that are out of range."""
         super().__post_init__(**kwargs)
         check_fields(self, _FIELDS)
+        if self.quantizer == "ibq" and self.normalize_codes:
+            raise ValueError(
+                "normalize_codes: true with the quantizer 'ibq', which compares plain codes; set it to false."
+            )
+
+    @property
+    def design(self) -> Design:
+        """What the encoder and the decoder are built of: every level but the last halves the sides."""
+        last = len(self.multipliers) - 1
+        return Design(
+            3, self.channels, self.multipliers, self.residual_blocks, self.attention_levels, self.latent_channels,
+            halving_levels=range(last), doubling_levels=range(1, last + 1),
+        )  # fmt: skip
 
 
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(_GROUPS, channels, eps=1e-6)
+def _norm(channels: int, groups: int) -> nn.GroupNorm:
+    return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 class ResidualBlock(nn.Module):
     """Two normalised 3x3 convolutions beside a skip; ``(B, C_in, H, W)`` to ``(B, C_out, H, W)``."""
 
-    def __init__(self, inputs: int, outputs: int):
+    def __init__(self, inputs: int, outputs: int, groups: int = _GROUPS):
         super().__init__()
-        self.norm1 = _norm(inputs)
+        self.norm1 = _norm(inputs, groups)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
-        self.norm2 = _norm(outputs)
+        self.norm2 = _norm(outputs, groups)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
         if inputs != outputs:
             self.nin_shortcut = nn.Conv2d(inputs, outputs, 1)
@@ -86,9 +151,9 @@ class ResidualBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Single-head self-attention over all positions beside a skip; shape is kept."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, groups: int = _GROUPS):
         super().__init__()
-        self.norm = _norm(channels)
+        self.norm = _norm(channels, groups)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
@@ -96,6 +161,18 @@ class AttentionBlock(nn.Module):
         q, k, v = (project(normed).flatten(2).transpose(1, 2)[:, None] for project in (self.q, self.k, self.v))
         mixed = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).reshape(x.shape)
         return x + self.proj_out(mixed)
+
+
+class Mix(nn.Module):
+    """A normalised 1x1 convolution beside a skip: what attention over time does to a single frame."""
+
+    def __init__(self, channels: int, groups: int = _GROUPS):
+        super().__init__()
+        self.norm = _norm(channels, groups)
+        self.conv = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        return x + self.conv(self.norm(x))
 
 
 class Downsample(nn.Module):
@@ -110,27 +187,33 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double both sides."""
+    """Double both sides, after a 1x1 convolution if ``mixed``."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, mixed: bool = False):
         super().__init__()
+        if mixed:
+            self.mix = nn.Conv2d(channels, channels, 1)
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        x = self.mix(x) if hasattr(self, "mix") else x
         return self.conv(F.interpolate(x, scale_factor=2.0))
 
 
 class Level(nn.Module):
-    """Residual blocks of one resolution, each followed by attention if ``attention``, then a change of resolution."""
+    """Residual blocks of one resolution, each followed by attention if the design says so, then a change of resolution."""
 
-    def __init__(self, inputs: int, outputs: int, blocks: int, attention: bool, resample: str | None):
+    def __init__(self, design: Design, level: int, inputs: int, blocks: int, down: bool):
         super().__init__()
-        self.res = nn.ModuleList(ResidualBlock(inputs if i == 0 else outputs, outputs) for i in range(blocks))
-        self.attn = nn.ModuleList(AttentionBlock(outputs) for _ in range(blocks if attention else 0))
-        if resample == "down":
+        outputs, attends = design.widths[level], level in design.attention_levels
+        self.res = nn.ModuleList(
+            ResidualBlock(inputs if i == 0 else outputs, outputs, design.groups) for i in range(blocks)
+        )
+        self.attn = nn.ModuleList(design.attention(outputs) for _ in range(blocks if attends else 0))
+        if down and level in design.halving_levels:
             self.downsample = Downsample(outputs)
-        elif resample == "up":
-            self.upsample = Upsample(outputs)
+        elif not down and level in design.doubling_levels:
+            self.upsample = Upsample(outputs, design.mixed)
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         for index, block in enumerate(self.res):
@@ -143,31 +226,20 @@ class Level(nn.Module):
         return x
 
 
-def _middle(channels: int) -> nn.Sequential:
-    return nn.Sequential(ResidualBlock(channels, channels), AttentionBlock(channels), ResidualBlock(channels, channels))
-
-
 class Encoder(nn.Module):
-    """``(B, 3, H, W)`` to latents ``(B, latent_channels, H / stride, W / stride)``."""
+    """``(B, pixels, H, W)`` to latents ``(B, latent_channels, H / stride, W / stride)``."""
 
-    def __init__(self, config: VQGANConfig):
+    def __init__(self, design: Design):
         super().__init__()
-        widths = [config.channels * m for m in config.multipliers]
-        last = len(widths) - 1
-        self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1)
+        widths = design.widths
+        self.conv_in = nn.Conv2d(design.pixels, design.channels, 3, padding=1)
         self.conv_blocks = nn.ModuleList(
-            Level(
-                before,
-                width,
-                config.residual_blocks,
-                level in config.attention_levels,
-                "down" if level < last else None,
-            )
-            for level, (before, width) in enumerate(zip([config.channels, *widths], widths, strict=False))
+            Level(design, level, before, design.residual_blocks, down=True)
+            for level, before in enumerate([design.channels, *widths[:-1]])
         )
-        self.mid = _middle(widths[-1])
-        self.norm_out = _norm(widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1)
+        self.mid = design.middle()
+        self.norm_out = _norm(widths[-1], design.groups)
+        self.conv_out = nn.Conv2d(widths[-1], design.latent_channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:  # noqa: D102
         x = self.conv_in(images)
@@ -179,19 +251,17 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Latents ``(B, latent_channels, h, w)`` to images; its levels are stored in the order in which they run."""
 
-    def __init__(self, config: VQGANConfig):
+    def __init__(self, design: Design):
         super().__init__()
-        widths = [config.channels * m for m in reversed(config.multipliers)]
-        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
-        self.mid = _middle(widths[0])
+        widths = design.widths
+        self.conv_in = nn.Conv2d(design.latent_channels, widths[-1], 3, padding=1)
+        self.mid = design.middle()
         self.conv_blocks = nn.ModuleList(
-            Level(
-                before, width, config.residual_blocks + 1, level in config.attention_levels, "up" if level > 0 else None
-            )
-            for level, before, width in zip(reversed(range(len(widths))), [widths[0], *widths], widths, strict=False)
+            Level(design, level, widths[min(level + 1, len(widths) - 1)], design.residual_blocks + 1, down=False)
+            for level in reversed(range(len(widths)))
         )
-        self.norm_out = _norm(widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
+        self.norm_out = _norm(widths[0], design.groups)
+        self.conv_out = nn.Conv2d(widths[0], design.pixels, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:  # noqa: D102
         x = self.mid(self.conv_in(latents))
@@ -205,7 +275,7 @@ class Codebook(nn.Module):
 
     def __init__(self, config: VQGANConfig):
         super().__init__()
-        self.normalize = config.normalize_codes
+        self.normalize, self.by_product = config.normalize_codes, config.quantizer == "ibq"
         self.embedding = nn.Embedding(config.codebook_size, config.code_dim)
 
     @property
@@ -214,9 +284,10 @@ class Codebook(nn.Module):
         return F.normalize(self.embedding.weight, dim=-1) if self.normalize else self.embedding.weight
 
     def nearest(self, latents: Tensor) -> Tensor:
-        """Index of the nearest code for each row of ``(N, D)``, compared in float32."""
+        """Index of the nearest code for each row of ``(N, D)``, or that of the greatest product; compared in float32."""
         vectors = self.vectors.float()
-        offset = vectors.square().sum(-1) / 2  # least distance is the greatest x.c - |c|^2 / 2
+        # Least distance is the greatest x.c - |c|^2 / 2.
+        offset = 0 if self.by_product else vectors.square().sum(-1) / 2
         return torch.cat([(rows.float() @ vectors.T - offset).argmax(-1) for rows in latents.split(_NEAREST_CHUNK)])
 
 
@@ -231,8 +302,8 @@ class VQGAN(WholeModel):
         super().__init__(config)
         if not 1 <= len(config.multipliers) <= _MOST_LEVELS:
             raise ValueError(f"multipliers: {len(config.multipliers)} levels; give 1 to {_MOST_LEVELS}.")
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        self.encoder = Encoder(config.design)
+        self.decoder = Decoder(config.design)
         self.quantize = Codebook(config)
         self.quant_conv = nn.Conv2d(config.latent_channels, config.code_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.code_dim, config.latent_channels, 1)
@@ -246,6 +317,8 @@ class VQGAN(WholeModel):
         samples codes to latents and, weighted, latents to codes.
         """
         latents = self._latents(images)
+        if self.config.quantizer == "ibq":
+            return self._through_indices(latents)
         codes = self._codes(latents)
         chosen = self._vectors(codes)
         pull = F.mse_loss(chosen, latents.detach()) + self.config.commitment_weight * F.mse_loss(
@@ -253,6 +326,14 @@ class VQGAN(WholeModel):
         )
         straight_through = latents + (chosen - latents).detach()
         return self.decoder(self.post_quant_conv(straight_through)), codes, pull
+
+    def _through_indices(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        batch, dim, height, width = latents.shape
+        rows = latents.permute(0, 2, 3, 1).reshape(-1, dim)
+        quantized, codes, pull = index_backpropagation(rows, self.quantize.vectors, self.config.entropy_weight)
+        pull = pull + self.config.commitment_weight * F.mse_loss(self.quantize.vectors[codes], rows.detach())
+        grid = quantized.reshape(batch, height, width, dim).permute(0, 3, 1, 2)
+        return self.decoder(self.post_quant_conv(grid)), codes.reshape(batch, height, width), pull
 
     def _latents(self, images: Tensor) -> Tensor:
         latents = self.quant_conv(self.encoder(images))
@@ -269,7 +350,8 @@ class VQGAN(WholeModel):
     def encode(self, images: Tensor) -> Tensor:
         """See :meth:`ImageTokenizer.encode`. Raises ValueError on a wrong shape or a size the stride does not divide."""
         check_images(images, self.downsample)
-        return self._codes(self._latents(images.to(self.device, self.dtype)))
+        with full_precision(self.device, self.dtype):
+            return self._codes(self._latents(images.to(self.device, self.dtype)))
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
@@ -299,5 +381,10 @@ class VQGAN(WholeModel):
     @property
     def fingerprint(self) -> str:
         """Hash of the weights and of what gives them meaning."""
-        described = {name: list(getattr(self.config, name)) for name in ("multipliers", "attention_levels")}
-        return fingerprint_of(self.state_dict(), described | {"normalize_codes": self.config.normalize_codes})
+        described: dict[str, object] = {
+            name: list(getattr(self.config, name)) for name in ("multipliers", "attention_levels")
+        }
+        described |= {"normalize_codes": self.config.normalize_codes}
+        if self.config.quantizer != "vq":  # fingerprints of earlier files stay what they were
+            described["quantizer"] = self.config.quantizer
+        return fingerprint_of(self.state_dict(), described)

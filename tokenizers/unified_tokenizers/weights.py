@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from unified_tokenizers.hub import expanded, on_the_hub
+from unified_tokenizers.torchscript import is_torchscript, read_torchscript
 
 WRAPPERS = ("model", "module", "state_dict")  # LlamaGen under DDP, DeepSpeed, Lightning
 HUB = "hf-hub:"
@@ -24,8 +25,9 @@ def read_weights(path: str | Path, prefixes: tuple[str, ...] = ("",)) -> dict[st
 
     Args:
         path: a safetensors file, a pickled one (``.pt``, ``.pth``, ``.ckpt``, ``.bin``; opened with ``weights_only=True``)
-            with the tensors at its top or under ``model``, ``module`` or ``state_dict``, or a folder with one of them or
-            with shards and their index; or a file on the Hub as ``hf-hub:owner/name/file``.
+            with the tensors at its top or under ``model``, ``module`` or ``state_dict``, one of TorchScript (its code does
+            not run), or a folder with one of them or with shards and their index; or a file on the Hub as
+            ``hf-hub:owner/name/file``.
         prefixes: read only names that start with one of these, and cut it off.
 
     Returns:
@@ -37,7 +39,13 @@ def read_weights(path: str | Path, prefixes: tuple[str, ...] = ("",)) -> dict[st
     path = local_file(path)
     state: dict[str, Tensor] = {}
     for file in _files(path):
-        state |= _read_safetensors(file, prefixes) if file.suffix == ".safetensors" else _read_pickle(file, prefixes)
+        if file.suffix == ".safetensors":
+            state |= _read_safetensors(file, prefixes)
+        elif is_torchscript(file):
+            tensors = read_torchscript(file)
+            state |= {short: tensors[name] for short, name in cut_prefix(tensors, prefixes).items()}
+        else:
+            state |= _read_pickle(file, prefixes)
     if not state:
         raise ValueError(f"weights: no tensor of {str(path)!r} has a name that starts with {' or '.join(prefixes)}.")
     return state
