@@ -216,14 +216,14 @@ class TestPage:
                 ("crane 4", 4),
             ]
             assert fields["prompt"].choices == fields["whole"].choices == names and fields["prompt"].filterable
-            assert fields["negative"].choices == [("none", None), *names]
+            assert fields["negative"].choices == [("none", -1), *names]
             options = {"guidance_scale": 2.0, "temperature": 1.0}
-            for label, negative in ((3, None), (1, 2)):
+            for label, negative in ((3, -1), (1, 2)):
                 *_, (shown, status) = functions["generate"](
                     label, negative, 5, 2, 2.0, 1.0, "plain", "none", self.REQUEST
                 )
                 expected = class_pipeline(
-                    class_labels=label, negative_class_labels=negative, num_images_per_prompt=2,
+                    class_labels=label, negative_class_labels=None if negative < 0 else negative, num_images_per_prompt=2,
                     generator=generators(5, 6), **options,
                 ).images  # fmt: skip
                 for (path, _), wanted in zip(shown, expected, strict=True):

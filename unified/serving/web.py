@@ -43,6 +43,7 @@ LAYER_LIMIT = 4  # of an edited image; the page itself sends one
 CLIENT_LIMIT = 4  # requests of one client
 BACKLOG = 256  # requests that gradio keeps until it looks at them
 NO_ADAPTER = "none"
+NO_CLASS = -1  # to steer away from
 CSS = """
 .gradio-container {max-width: 1120px !important; margin: auto;}
 #images {min-height: 390px;}
@@ -109,7 +110,7 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER, per_client: int = CLIEN
             return {"prompt": subject, "negative_prompt": negative or None}
         if subject is None:
             raise ValueError("class: none is chosen; choose one.")
-        return {"class_labels": subject, "negative_class_labels": negative}
+        return {"class_labels": subject, "negative_class_labels": None if negative == NO_CLASS else negative}
 
     def in_words(subject: Any) -> str:
         return subject if classes is None else f"class {classes[subject][0]}"
@@ -126,8 +127,8 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER, per_client: int = CLIEN
         request: gradio.Request,
     ) -> Iterator[Any]:
         with answering(request):
-            texts = (subject, negative) if classes is None else ("", "")
-            check_request(texts[0], texts[1], seed, count)
+            text, unlike = (subject, negative) if classes is None else ("", "")
+            check_request(text, unlike, seed, count)
             given: dict[str, Any] = {"guidance_scale": guidance, "temperature": temperature, "decoding": decoding}
             options = GenerationOptions(num_images_per_prompt=int(count), **given)
             generators = seeded(int(seed), int(count))
@@ -261,9 +262,9 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER, per_client: int = CLIEN
                         if classes is None:
                             negative: Any = gradio.Textbox(label="Negative prompt", info=about, elem_id="negative")
                         else:
-                            choices: list[Any] = [("none", None), *classes]
+            choices: list[Any] = [("none", NO_CLASS), *classes]
                             negative = gradio.Dropdown(
-                                choices, value=None, label="Negative class", info=about, elem_id="negative"
+                                choices, value=NO_CLASS, label="Negative class", info=about, elem_id="negative"
                             )
                         count = gradio.Slider(
                             1,

@@ -1,0 +1,95 @@
+"""Templates of prompts, what stands for no caption, and tokens inside images."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_config, tiny_model, tiny_pipeline
+
+from unified import UnifiedPipeline
+from unified.data.captioned import captioned_sequence
+from unified.pipeline.arguments import Wanted
+from unified.prediction.frame import Frame, image_length
+from unified.prompts import PromptFormat
+
+ROW = {"caption": " red apple ", "codes": list(range(16)), "height": 4, "width": 4}
+
+
+def test_a_template_names_special_tokens_and_a_caption_does_not(text_tokenizer):
+    encode, special = text_tokenizer.encode, text_tokenizer.special_tokens
+    assert PromptFormat("a {prompt} tree").caption_ids(" red apple ", text_tokenizer) == encode("a red apple tree")
+    ids = PromptFormat("<s>{prompt}</s>a").caption_ids("red </s>", text_tokenizer)
+    assert ids == [special["<s>"], *encode("red </s>"), special["</s>"], *encode("a")]
+    assert special["</s>"] not in encode("red </s>")
+
+
+def test_what_stands_for_no_caption(text_tokenizer):
+    pad, encode = text_tokenizer.special_tokens["<pad>"], text_tokenizer.encode
+    assert PromptFormat("a {prompt}").null_ids(text_tokenizer, 3) == []
+    assert PromptFormat(null="blue car").null_ids(text_tokenizer, 3) == encode("blue car")
+    assert PromptFormat(null="<pad>", null_repeats=True).null_ids(text_tokenizer, 3) == [pad] * 3
+    with pytest.raises(ValueError, match=r"null_prompt: '<pad><pad>' has 2 tokens; one that repeats must be a single"):
+        PromptFormat(null="<pad><pad>", null_repeats=True).null_ids(text_tokenizer, 3)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 1.0])
+def test_training_and_sampling_write_the_same_prompt(dropout, text_tokenizer):
+    """A row of training is what a pipeline samples after, with a caption and without."""
+    config = tiny_config(
+        text={"vocab_size": text_tokenizer.vocab_size}, prompt_template="a {prompt} tree", null_prompt="<pad>",
+        null_prompt_repeats=True, boi_token_id=text_tokenizer.boi_token_id, eoi_token_id=text_tokenizer.eoi_token_id,
+    )  # fmt: skip
+    sequence = captioned_sequence(
+        ROW, np.random.default_rng(0), text_tokenizer, config.vocabulary, dropout, prompts=PromptFormat.of(config)
+    )
+    sides = Wanted("red apple").rows(config, text_tokenizer, (4, 4))
+    (row,) = sides[int(dropout)]
+    assert sequence.input_ids[: len(row.ids)].tolist() == list(row.ids)
+    assert len(sides[0][0].ids) == len(sides[1][0].ids) and sides[0] != sides[1]
+
+
+def test_a_pipeline_keeps_its_template_and_negative_prompt(text_tokenizer, image_tokenizer, tmp_path):
+    pipe = tiny_pipeline(text_tokenizer, image_tokenizer, prompt_template="a {prompt} tree", null_prompt="yellow sun")
+    options = {"guidance_scale": 4.0, "top_k": 1, "output_type": "codes"}
+    wanted, other, none = (
+        pipe("red apple", negative_prompt=text, **options).codes for text in ("blue car", "the small dog", "")
+    )
+    assert torch.equal(pipe("red apple", **options).codes, none) and not torch.equal(wanted, other)
+    pipe.sampling = {"negative_prompt": "blue car"}
+    pipe.save_pretrained(tmp_path)
+    loaded = UnifiedPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(loaded("red apple", **options).codes, wanted)
+    assert torch.equal(loaded("red apple", negative_prompt="the small dog", **options).codes, other)
+    assert torch.equal(loaded("red apple", negative_prompt="", **options).codes, none)
+    with pytest.raises(ValueError, match=r"sampling\.negative_prompt: 3 is not a text"):
+        pipe.sampling = {"negative_prompt": 3}
+
+
+def test_tokens_of_a_frame():
+    frame = Frame.from_mapping({"before": {"2x3": [7, 8]}, "row_end": 9, "after": [5]})
+    assert frame.tokens((2, 3)).tolist() == [7, 8, -1, -1, -1, 9, -1, -1, -1, 9, 5]
+    assert image_length(tiny_config(positions="1d", image_frame={"row_end": 9}), (2, 3)) == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt_template": "a tree"}, r"prompt_template: .*a text with \{prompt\} in it, once"),
+        ({"prompt_template": "{prompt} {prompt}"}, "prompt_template: "),
+        ({"null_prompt": 3}, "null_prompt: "),
+        ({"null_prompt_repeats": "yes"}, "null_prompt_repeats: "),
+        ({"image_projection": 0}, "image_projection: "),
+        ({"image_frame": []}, "image_frame: "),
+        ({"image_frame": {"row_end": 9}, "positions": "2d"}, "image_frame: counts its tokens as text does, positions '2d'"),
+        ({"image_frame": {"line": 9}}, r"image_frame: \['line'\] unknown"),
+        ({"image_frame": {"row_end": -1}}, "image_frame.row_end: -1 is no token id"),
+        ({"image_frame": {"row_end": 50}}, "image_frame: 50 is outside the backbone's vocabulary of 50"),
+        ({"image_frame": {"after": 9}}, "image_frame.after: 9 is no list of token ids"),
+        ({"image_frame": {"before": {"4by4": [9]}}}, "image_frame.before: '4by4' is no grid"),
+        ({"image_frame": {"before": [9]}}, r"image_frame.before: \[9\] must be a mapping of grids"),
+        ({"image_frame": {"row_end": 9}, "prediction": {"order": "rows"}}, "prediction: 'rows' with merge 'one' does not go"),
+    ],
+)  # fmt: skip
+def test_bad_settings_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_model(**{"positions": "1d", **changes})
