@@ -356,6 +356,23 @@ CASES: list[Case] = [
         ("an option of a wrong value", training("model.options.positions=3d"), "model.options positions"),
         ("an option of a wrong type", training("model.options.normalized_range=[1]"), "model.options normalized_range"),
         ("a conditioning", training("model.options.conditioning=7"), "model.options conditioning"),
+        ("no objective", training("objectives=[]"), "objectives"),
+        ("objectives that are no list", training("objectives=7"), "objectives"),
+        ("an objective without a name", training("objectives=[{weight: 1}]"), "objectives name"),
+        ("an unknown objective", training("objectives=[{name: happiness}]"), "objectives happiness"),
+        ("an objective's unknown key", training("objectives=[{name: likelihood, wait: 1}]"), "objectives wait"),
+        (
+            "an objective's weight of NaN",
+            training("objectives=[{name: likelihood, weight: .nan}]"),
+            "objectives weight",
+        ),
+        ("an objective without its adapter", training("objectives=[{name: dpo}]"), "objectives lora"),
+        ("an objective without its data", training("objectives=[{name: dpo}]", "lora.rank=4"), "pairs"),
+        (
+            "an objective's wrong type",
+            training("objectives=[{name: cca, beta: [1]}]", "lora.rank=4"),
+            "objectives beta",
+        ),
         ("samples without prompts", training("sample.every=1"), "sample.prompts"),
         ("an evaluation without data", training("evaluation.every=1"), "evaluation.data"),
         (
