@@ -144,14 +144,12 @@ def test_help_and_import_are_fast():
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
-    """The folder of a wheel that is built from the tracked files and installed without its requirements."""
+    """The folder of a wheel that is built from a copy of the packages and installed without its requirements."""
     folder = tmp_path_factory.mktemp("wheel")
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
-    names = listed.stdout.splitlines() or ["pyproject.toml", "README.md", "LICENSE"]
-    for name in names:
-        if name.startswith(("unified/", "tokenizers/", "eval/", "recipes/")) or "/" not in name:
-            (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, folder / "source" / name)
+    for name in ("unified", "tokenizers", "eval", "recipes"):
+        shutil.copytree(ROOT / name, folder / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder / "source" / name)
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     wheel = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(folder / "source")]
     subprocess.run(wheel, check=True, capture_output=True)

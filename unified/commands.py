@@ -46,8 +46,7 @@ def run_script(command: str, argv: Sequence[str]) -> None:
     """Run a command of :data:`SCRIPTS` as its script runs; what a user got wrong ends it as there, with exit code 2."""
     from unified.errors import explain_errors
 
-    entry, rest = SCRIPTS[command], list(argv)
-    name = f"unified {command}"
+    entry, rest, name = SCRIPTS[command], list(argv), f"unified {command}"
     if isinstance(entry, dict):
         kind = rest.pop(0) if rest else ""
         if kind not in entry:
@@ -62,17 +61,19 @@ def run_script(command: str, argv: Sequence[str]) -> None:
             print(lines[0], file=sys.stderr)
             print(f"{name}: {kind!r} is unknown; use one of {', '.join(entry)}.", file=sys.stderr)
             sys.exit(2)
-        entry, name = entry[kind], f"{name} {kind}"
+        script, name = entry[kind], f"{name} {kind}"
+    else:
+        script = entry
 
     def run() -> None:
         try:
-            module = import_module(entry.module)
+            module = import_module(script.module)
         except ModuleNotFoundError as error:
             package = (error.name or "").partition(".")[0]
-            if entry.extra is None or package in PACKAGES:
+            if script.extra is None or package in PACKAGES:
                 raise
             raise ValueError(
-                f"the package {package!r} is missing; install the extra: pip install 'unified-npp[{entry.extra}]'."
+                f"the package {package!r} is missing; install the extra: pip install 'unified-npp[{script.extra}]'."
             ) from error
         module.main(rest)
 
