@@ -28,13 +28,15 @@ if __name__ == "__main__":
 
 import datasets
 import transformers
-from hostile import data, folders, functions, pipeline, programs, settings
+from hostile import data, folders, functions, pipeline, programs, remote, settings
 from hostile.case import VALID, Case, Silent
 from hostile.world import World
 
 from unified.errors import EXPECTED
 
-CASES: list[Case] = [case for part in (settings, functions, pipeline, data, folders, programs) for case in part.CASES]
+CASES: list[Case] = [
+    case for part in (settings, functions, pipeline, data, folders, programs, remote) for case in part.CASES
+]
 CLEAR, ACCEPTED = "clear error", "valid, accepted"
 REFUSED, VAGUE, SILENT = "valid, refused", "error without the field", "silent acceptance"
 HANG, CRASH, EXECUTED = "hang", "crash", "code executed"

@@ -239,7 +239,10 @@ def test_folders_that_are_no_export(exported, tmp_path):
     for content, words in (
         ("[]", "holds a list"),
         ("{}", "lacks first_code, codebook_size"),
-        (json.dumps({**about, "codebook_size": 21}), "has 308 tokens, unified.json 288 and 21 codes"),
+        (
+            json.dumps({**about, "codebook_size": 21}),
+            "has 308 tokens, unified.json first_code 288 and codebook_size 21",
+        ),
     ):
         (tmp_path / EXPORT_FILE).write_text(content)
         with pytest.raises(ValueError, match=words):

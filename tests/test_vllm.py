@@ -47,13 +47,14 @@ def exported(pipeline, folder):
 
 
 def in_engine(python, folder, rows, options=None, **request):
-    """Greedy codes of the engine in a process of its own."""
+    """Greedy codes of the engine in a process of its own, and how many tokens of each row it had already."""
     (folder / "requests.json").write_text(json.dumps({"rows": rows, "max_tokens": 16, **request}))
     given = [] if options is None else [json.dumps(options)]
     script = [python, ENGINE / "generate_codes.py", folder, folder / "requests.json", folder / "codes.json", *given]
     done = subprocess.run([*map(str, script)], capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((folder / "codes.json").read_text())
+    found = json.loads((folder / "codes.json").read_text())
+    return found["codes"], found["cached_tokens"]
 
 
 def environment():
@@ -66,7 +67,7 @@ def test_greedy_codes(python, pipeline, tmp_path):
     pipe, folder, about = exported(pipeline, tmp_path)
     rows = [[about["bos_token_id"], *pipe.text_tokenizer.encode(text), about["boi_token_id"]] for text in PROMPTS]
     wanted = pipe(PROMPTS, guidance_scale=1.0, top_k=1, output_type="codes").codes
-    assert in_engine(python, folder, rows) == wanted.flatten(1).tolist()
+    assert in_engine(python, folder, rows)[0] == wanted.flatten(1).tolist()
 
 
 @pytest.mark.process
@@ -79,8 +80,10 @@ def test_guided_codes_in_chunks_and_with_shared_blocks(python, pipeline, tmp_pat
     rows = [[about["bos_token_id"], *pipe.text_tokenizer.encode(text), null, about["boi_token_id"]] for text in prompts]
     assert max(map(len, rows)) > 48
     wanted = pipe(prompts, guidance_scale=3.0, top_k=1, output_type="codes").codes
-    options = {"max_num_batched_tokens": 24, "max_num_seqs": 3, "enable_prefix_caching": True}
-    assert in_engine(python, folder, rows, options, guidance_scale=3.0) == wanted.flatten(1).tolist()
+    options = {"max_num_batched_tokens": 24, "max_num_seqs": 3, "enable_prefix_caching": True, "block_size": 32}
+    codes, cached = in_engine(python, folder, rows, options, guidance_scale=3.0)
+    assert codes == wanted.flatten(1).tolist()
+    assert cached[:4] == [0] * 4 and cached[-1] >= 32
 
 
 @contextmanager
@@ -148,6 +151,7 @@ def test_streams_of_a_prompt():
     assert streams.hidden.int().tolist() == [0, 0, 0, 1, 0, 0, 1, 1, 1, 0, 0, 0]
     without = two_streams(ids, positions, 70, 50, 3, None)  # no <bos>: the unconditional prompt is <boi> alone
     assert without.hidden.int().tolist() == [0, 0, 0, 1, 0, 0, 1, 1, 1, 1, 0, 0]
+    assert two_streams(ids[4:5], positions[:1], 70, 50, 3, 1).positions.tolist() == [0, 0]  # never below the table
     for token in range(6):  # alone, as a chunk or a decoding step, it is what it is among the others
         alone = two_streams(ids[token : token + 1], positions[token : token + 1], 70, 50, 3, 1)
         for name in ("ids", "positions", "hidden"):

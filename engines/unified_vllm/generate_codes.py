@@ -1,7 +1,8 @@
 """Codes for rows of token ids from an engine in this process: ``python generate_codes.py DIR REQUESTS.json CODES.json``.
 
 Requests are ``{"rows": [[id, ...], ...], "max_tokens": N, "guidance_scale": 3.0}``, without a scale for a server without guidance;
-the greedy codes of each row are written. For tests; runs where vLLM is installed.
+written are the greedy codes of each row, and how many of its tokens were found in shared blocks. For tests; runs where vLLM is
+installed.
 """
 
 import json
@@ -34,7 +35,11 @@ def main(folder: str, requests_file: str, codes_file: str, *options: str) -> Non
         temperature=0, max_tokens=requests["max_tokens"], ignore_eos=True, detokenize=False, **sampling
     )
     outputs = engine.generate([{"prompt_token_ids": row} for row in requests["rows"]], settings)
-    Path(codes_file).write_text(json.dumps([[t - first for t in each.outputs[0].token_ids] for each in outputs]))
+    found = {
+        "codes": [[token - first for token in each.outputs[0].token_ids] for each in outputs],
+        "cached_tokens": [each.num_cached_tokens for each in outputs],
+    }
+    Path(codes_file).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

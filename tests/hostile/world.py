@@ -15,7 +15,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from conftest import CAPTIONS, ROOT, noisy_adapter, tiny_model, tiny_pipeline
+from conftest import CAPTIONS, ROOT, noisy_adapter, one_dimensional, tiny_model, tiny_pipeline
 from PIL import Image
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -23,6 +23,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from unified import UnifiedPipeline
 from unified.data.code_cache import encode_source
 from unified.errors import explain_errors
+from unified.serving.export import export_pipeline
 from unified.training.config import load_config
 from unified.training.loop import train
 from unified_tokenizers import SentencePieceTokenizer, VQConfig, VQModel, train_sentencepiece
@@ -106,6 +107,12 @@ class World:
     def pipeline_folder(self) -> Path:
         self.pipe.save_pretrained(self.root / "pipeline")
         return self.root / "pipeline"
+
+    @cached_property
+    def exported(self) -> Path:
+        one_dimensional(self.pipe, self.root / "one_dimensional")
+        export_pipeline(UnifiedPipeline.from_pretrained(self.root / "one_dimensional"), self.root / "exported")
+        return self.root / "exported"
 
     @cached_property
     def backbone(self) -> Path:

@@ -11,7 +11,6 @@ from typing import Any
 
 import httpx2
 import torch
-from transformers import AutoConfig
 
 from unified.config import UnifiedConfig
 from unified.files import read_json
@@ -22,6 +21,7 @@ from unified.pipeline.options import SAMPLING, GenerationOptions, check_defaults
 from unified.pipeline.pipeline import UnifiedPipelineOutput
 from unified.serving.export import EXPORT_FILE
 from unified_tokenizers import AutoImageTokenizer, load_text_tokenizer
+from unified_tokenizers.fields import is_whole
 from unified_tokenizers.images import to_pil
 
 BATCH = 16  # images that are decoded at once
@@ -58,8 +58,10 @@ class RemotePipeline:
     ):
         check_whole("concurrency", concurrency)
         check_whole("retries", retries, least=0)
-        if not timeout > 0:
+        if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0:
             raise ValueError(f"timeout: {timeout!r} must be a number of seconds above 0.")
+        if api_key is not None and not (isinstance(api_key, str) and api_key.isascii() and api_key.isprintable()):
+            raise ValueError("api_key: it is not of printable ASCII characters, as headers are; give another one.")
         self.folder, self.concurrency, self.retries, self.timeout = Path(folder), concurrency, retries, timeout
         self.config, self.sampling = read_export(self.folder)
         self.image_tokenizer = AutoImageTokenizer.from_pretrained(self.folder / "image_tokenizer")
@@ -186,13 +188,13 @@ def read_export(folder: Path) -> tuple[UnifiedConfig, dict[str, Any]]:
     missing = [name for name in ("first_code", *names, *prints) if name not in about]
     if missing:
         raise ValueError(f"pipeline: {str(file)!r} lacks {', '.join(missing)}; export the pipeline again.")
-    text = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    if text.vocab_size != about["first_code"] + about["codebook_size"]:
+    text, sizes = read_json(folder / "config.json", "pipeline"), [about["first_code"], about["codebook_size"]]
+    if not all(map(is_whole, sizes)) or sum(sizes) != text.get("vocab_size"):
         raise ValueError(
-            f"pipeline: config.json of {str(folder)!r} has {text.vocab_size} tokens, {EXPORT_FILE} {about['first_code']} and "
-            f"{about['codebook_size']} codes; export the pipeline again."
+            f"pipeline: config.json of {str(folder)!r} has {text.get('vocab_size')!r} tokens, {EXPORT_FILE} first_code "
+            f"{sizes[0]!r} and codebook_size {sizes[1]!r}; export the pipeline again."
         )
-    text.vocab_size = about["first_code"]
+    text = {**text, "vocab_size": sizes[0]}
     config = UnifiedConfig(text_config=text, positions="1d", **{name: about[name] for name in (*names, *prints)})
     known = ("guidance_scale", "guidance_schedule", "temperature", "top_k", "top_p")
     return config, check_defaults({name: about[name] for name in known if name in about})

@@ -41,6 +41,6 @@ def two_streams(ids: Tensor, positions: Tensor, first_null: int, first_code: int
     unseen = ~image if bos is None else ~(image | null)
     return Streams(
         torch.cat([ids.masked_fill(null, 0), unconditional]),
-        torch.cat([positions - image.to(positions.dtype), positions]),
+        torch.cat([(positions - image.to(positions.dtype)).clamp_min(0), positions]),  # a kernel reads a table at them
         torch.cat([null, unseen]),
     )
