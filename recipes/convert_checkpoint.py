@@ -4,6 +4,8 @@
     python recipes/convert_checkpoint.py llamagen --checkpoint c2i_B_256.pt --image-tokenizer vq_ds16_c2i.pt --out runs/llamagen_b
     python recipes/convert_checkpoint.py joint-table --checkpoint Junfeng5/Liquid_V1_7B --codebook-size 8192 \\
         --boi 7 --eoi 8 --out runs/liquid
+    python recipes/convert_checkpoint.py simplear --checkpoint Daniel0724/SimpleAR-1.5B-RL \\
+        --image-tokenizer nvidia/Cosmos-1.0-Tokenizer-DV8x16x16 --out runs/simplear
 
 llamagen writes a whole pipeline, which `unified generate --class 207` samples, if the model is class-conditional and its
 image tokenizer is given; else the model alone. image-tokenizer reads LlamaGen's vq_ds16/vq_ds8 files, Janus (a model folder or
@@ -13,26 +15,41 @@ are opened without running code; a pickle of anything but tensors is refused.
 
 import argparse
 import re
+from collections.abc import Callable
 from pathlib import Path
 
+from torch import nn
+
 from unified import UnifiedForCausalLM, UnifiedPipeline
-from unified.convert import llamagen_from_weights, split_joint_table
+from unified.convert import llamagen_from_weights, simplear_pipeline, split_joint_table
 from unified.data.class_names import read_class_names
 from unified.errors import explain_errors
 from unified_tokenizers import AutoImageTokenizer, ImageTokenizer, read_weights
+
+# Families of language models that are converted to whole pipelines, and what they are. The functions of those in NEEDS_TOKENIZER
+# take the image tokenizer too; the others hold their own.
+PIPELINES: dict[str, tuple[Callable[..., UnifiedPipeline], str]] = {
+    "simplear": (simplear_pipeline, "SimpleAR, a Qwen2 with the codes of NVIDIA's Cosmos tokenizer"),
+}
+NEEDS_TOKENIZER = ("simplear",)
 
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="{image-tokenizer,llamagen,joint-table}")
+    names = ",".join(["image-tokenizer", "llamagen", *PIPELINES, "joint-table"])
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar=f"{{{names}}}")
     tokenizer = kinds.add_parser("image-tokenizer", help="an image tokenizer, alone or inside a whole model")
     tokenizer.add_argument(
         "--quantizer", choices=("vq", "ibq"), help="how codes are compared, where the file does not tell"
     )
     llamagen = kinds.add_parser("llamagen", help="a language model of LlamaGen or next-patch prediction, c2i or t2i")
     joint = kinds.add_parser("joint-table", help="a language model whose last rows are image codes (Liquid)")
-    for kind in (tokenizer, llamagen, joint):
+    pipelines = [kinds.add_parser(name, help=about) for name, (_, about) in PIPELINES.items()]
+    for kind, name in zip(pipelines, PIPELINES, strict=True):
+        if name in NEEDS_TOKENIZER:
+            kind.add_argument("--image-tokenizer", required=True, help="the tokenizer of its codes, such as vqgan.ckpt")
+    for kind in (tokenizer, llamagen, joint, *pipelines):
         kind.add_argument("--checkpoint", required=True, help="weights file, model folder or Hub name")
         kind.add_argument("--out", type=Path, required=True, help="folder to write")
     llamagen.add_argument("--heads", type=int, help="attention heads, for widths that were not published")
@@ -86,6 +103,11 @@ def convert_model(args: argparse.Namespace, tokenizer: ImageTokenizer | None) ->
     return model
 
 
+def size_of(model: nn.Module) -> str:
+    """How many parameters a model has."""
+    return f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.1f} M parameters"
+
+
 def main() -> None:
     """Convert, save, and say what was written."""
     args = parse_arguments()
@@ -93,6 +115,13 @@ def main() -> None:
         read = AutoImageTokenizer.from_pretrained(args.checkpoint, quantizer=args.quantizer)
         read.save_pretrained(args.out)
         print(f"{args.out}: {read.codebook_size} codes, stride {read.downsample}, fingerprint {read.fingerprint}")
+        return
+    if args.kind in PIPELINES:
+        needed = [args.image_tokenizer] if args.kind in NEEDS_TOKENIZER else []
+        pipe = PIPELINES[args.kind][0](args.checkpoint, *needed)
+        pipe.save_pretrained(args.out)
+        height, width = pipe.default_size
+        print(f"{args.out}: a pipeline, {height}x{width} pixels an image, {size_of(pipe.model)}")
         return
     tokenizer = AutoImageTokenizer.from_pretrained(args.image_tokenizer) if args.image_tokenizer else None
     model = convert_model(args, tokenizer)
@@ -109,8 +138,7 @@ def main() -> None:
         print(f"{args.out}: a pipeline of {model.config.classes} classes, {height}x{width} codes an image")
     else:
         model.save_pretrained(args.out)
-    size = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{args.out}: {size / 1e6:.1f} M parameters, {model.config.codebook_size} codes")
+    print(f"{args.out}: {size_of(model)}, {model.config.codebook_size} codes")
 
 
 if __name__ == "__main__":
