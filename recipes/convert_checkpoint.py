@@ -6,10 +6,12 @@
     python recipes/convert_checkpoint.py emu3 --checkpoint Emu3-community/Emu3-Gen-hf --out runs/emu3_gen
     python recipes/convert_checkpoint.py chameleon --checkpoint leloy/Anole-7b-v0.1-hf --image-tokenizer vqgan.ckpt --out runs/anole
     python recipes/convert_checkpoint.py liquid --checkpoint Junfeng5/Liquid_V1_7B --image-tokenizer vqgan.ckpt --out runs/liquid
+    python recipes/convert_checkpoint.py simplear --checkpoint Daniel0724/SimpleAR-1.5B-RL \\
+        --image-tokenizer nvidia/Cosmos-1.0-Tokenizer-DV8x16x16 --out runs/simplear
     python recipes/convert_checkpoint.py joint-table --checkpoint DIR --codebook-size 8192 --boi 7 --eoi 8 --out runs/joint
 
 llamagen writes a whole pipeline, which `unified generate --class 207` samples, if the model is class-conditional and its
-image tokenizer is given; else the model alone. janus, emu3, chameleon and liquid write pipelines, with their templates of
+image tokenizer is given; else the model alone. janus, emu3, chameleon, liquid and simplear write pipelines, with their templates of
 prompts and published sampling settings, which `unified generate --prompt ...` samples and `model.pipeline` trains on.
 image-tokenizer reads LlamaGen's vq_ds16/vq_ds8 files, Janus (a model folder or its weights file), Chameleon's vqgan.ckpt, IBQ's
 checkpoints (--quantizer ibq), Cosmos's .jit files and Emu3 -hf folders. Weights are opened without running code; a pickle of
@@ -30,6 +32,7 @@ from unified.convert import (
     janus_pipeline,
     liquid_pipeline,
     llamagen_from_weights,
+    simplear_pipeline,
     split_joint_table,
 )
 from unified.data.class_names import read_class_names
@@ -43,8 +46,9 @@ PIPELINES: dict[str, tuple[Callable[..., UnifiedPipeline], str]] = {
     "emu3": (emu3_pipeline, "Emu3-Gen for transformers (-hf)"),
     "chameleon": (chameleon_pipeline, "Anole, or another Chameleon that makes images, for transformers (-hf)"),
     "liquid": (liquid_pipeline, "Liquid, a Gemma with the codes of Chameleon's image tokenizer"),
+    "simplear": (simplear_pipeline, "SimpleAR, a Qwen2 with the codes of NVIDIA's Cosmos tokenizer"),
 }
-NEEDS_TOKENIZER = ("chameleon", "liquid")
+NEEDS_TOKENIZER = ("chameleon", "liquid", "simplear")
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -208,6 +208,7 @@ SCRIPTS: dict[str, list[tuple[str, str]]] = {
         ("image-tokenizer --checkpoint <text> --out <out>", "text.txt"),
         ("llamagen --checkpoint <text> --out <out>", "text.txt"),
         ("llamagen --checkpoint <nothing> --out <out>", "nothing"),
+        ("simplear --checkpoint <nothing> --image-tokenizer <nothing> --out <out>", "nothing"),
         ("joint-table --checkpoint <nothing> --codebook-size 3 --boi 1 --eoi 2 --out <out>", "nothing"),
         ("joint-table --checkpoint <pipeline> --codebook-size 3 --boi 1 --eoi 2 --out <out>", "config.json"),
     ],

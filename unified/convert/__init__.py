@@ -6,6 +6,7 @@ from unified.convert.janus import janus_pipeline
 from unified.convert.joint_table import split_joint_table
 from unified.convert.liquid import liquid_pipeline
 from unified.convert.llamagen import llamagen_from_weights
+from unified.convert.simplear import simplear_pipeline
 
 __all__ = [
     "chameleon_pipeline",
@@ -13,5 +14,6 @@ __all__ = [
     "janus_pipeline",
     "liquid_pipeline",
     "llamagen_from_weights",
+    "simplear_pipeline",
     "split_joint_table",
 ]
