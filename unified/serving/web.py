@@ -262,7 +262,7 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER, per_client: int = CLIEN
                         if classes is None:
                             negative: Any = gradio.Textbox(label="Negative prompt", info=about, elem_id="negative")
                         else:
-            choices: list[Any] = [("none", NO_CLASS), *classes]
+                            choices: list[Any] = [("none", NO_CLASS), *classes]
                             negative = gradio.Dropdown(
                                 choices, value=NO_CLASS, label="Negative class", info=about, elem_id="negative"
                             )
