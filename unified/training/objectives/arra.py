@@ -140,9 +140,9 @@ class Eye:
     def __call__(self, codes: Tensor) -> Tensor:
         """Features ``(n, F, h, w)`` of the images of codes ``(n, h, w)``."""
         images = (self.tokenizer.decode(codes).float().clamp(-1, 1) + 1) / 2
-        images = F.interpolate(images, self.size, mode="bilinear", antialias=True, align_corners=False)
+        images = F.interpolate(images, list(self.size), mode="bilinear", antialias=True, align_corners=False)
         seen = self._map((images - self.mean.to(images)) / self.std.to(images))
-        return F.interpolate(seen, codes.shape[1:], mode="bilinear", antialias=True, align_corners=False)
+        return F.interpolate(seen, list(codes.shape[1:]), mode="bilinear", antialias=True, align_corners=False)
 
     def _map(self, pixels: Tensor) -> Tensor:
         """The last feature map ``(n, F, g, g)``; tokens in front of the patches are left out."""
