@@ -7,8 +7,8 @@ more columns away. So the distribution is not that of the model, but near to it,
 a batch run together.
 
 The first code of a row is predicted from the last one of the row above, which is not known by then. In its place, at its
-coordinates, stands the last code of the latest row that has ended. (The paper's code takes the last known code of the row
-before; with a narrow window that one lies in the middle of the image, and the loss of a row's first code is much higher.)
+coordinates, stands the last code of the latest row that has ended. (The paper's code takes the last known code of the row two
+above; with a narrow window that one lies in the middle of the image, and the loss of a row's first code is much higher.)
 """
 
 from collections.abc import Iterator, Sequence
