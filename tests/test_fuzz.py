@@ -11,8 +11,10 @@ from hostile.case import VALID, Case
 from hostile.world import World
 from torch import load
 
-MANY = ("settings: train", "settings: tokenizer", "settings: grpo")  # each fourth of their cases is run here
-READY = [case for number, case in enumerate(CASES) if case.entry not in MANY or number % 4 == 0]
+pytestmark = pytest.mark.process  # minutes, not seconds
+FIRST = {case.entry: number for number, case in reversed(list(enumerate(CASES)))}
+# Each fourth case is run here, and the first one of every entry point.
+READY = [case for number, case in enumerate(CASES) if number % 4 == 0 or number == FIRST[case.entry]]
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +29,7 @@ def test_inputs(entry, world):
 
 
 def test_there_are_cases_of_all_entry_points():
-    assert len(READY) > 1000 and len({case.entry for case in READY}) > 50
+    assert len(CASES) > 2000 and len(READY) > 500 and len({case.entry for case in READY}) > 50  # entry points
 
 
 def fail(error: BaseException) -> None:

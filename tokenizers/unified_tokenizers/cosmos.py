@@ -10,12 +10,12 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
-from vector_quantize_pytorch import FSQ
 
 from unified_tokenizers.base import check_codes, check_images, fingerprint_of, full_precision
 from unified_tokenizers.checkpoint import WholeModel
@@ -125,6 +125,8 @@ class CosmosTokenizer(WholeModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Keep torch's own initialisation; only constants of FSQ, which files do not hold, are made again."""
+        from vector_quantize_pytorch import FSQ
+
         if isinstance(module, FSQ):
             constants = dict(_fsq(self.config.fsq_levels).named_buffers())
             for name, buffer in module.named_buffers():
@@ -183,7 +185,9 @@ class CosmosTokenizer(WholeModel):
         return fingerprint_of(self.state_dict(), described | {"groups": self.config.groups})
 
 
-def _fsq(levels: Sequence[int]) -> FSQ:
+def _fsq(levels: Sequence[int]) -> Any:
+    from vector_quantize_pytorch import FSQ  # imported here: it takes torch's compiler along, which takes seconds
+
     with torch.device("cpu"):  # FSQ reads values while it is built, which from_pretrained's meta device has not
         return FSQ(levels=list(levels))
 

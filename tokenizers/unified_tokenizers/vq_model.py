@@ -6,12 +6,12 @@ this costs a sixteenth of a classic VQGAN stem. Quantizers come from `vector-qua
 
 import math
 import reprlib
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
-from vector_quantize_pytorch import FSQ, VectorQuantize
 
 from unified_tokenizers.base import check_codes, check_images, fingerprint_of, full_precision
 from unified_tokenizers.checkpoint import WholeModel
@@ -94,7 +94,7 @@ class VQModel(WholeModel):
     def __init__(self, config: VQConfig):
         super().__init__(config)
         pixels = 3 * config.downsample**2
-        self.quantizer: FSQ | BinaryQuantizer | IndexQuantizer | VectorQuantize
+        self.quantizer: Any  # an FSQ, BinaryQuantizer, IndexQuantizer or VectorQuantize
         self.quantizer, code_dim = _build_quantizer(config)
         self.encoder = nn.Sequential(
             nn.PixelUnshuffle(config.downsample),
@@ -115,6 +115,8 @@ class VQModel(WholeModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Keep torch's own initialisation; only constants of FSQ, which files do not hold, are made again."""
+        from vector_quantize_pytorch import FSQ
+
         if isinstance(module, FSQ):
             constants = dict(_build_quantizer(self.config)[0].named_buffers())
             for name, buffer in module.named_buffers():
@@ -157,7 +159,7 @@ class VQModel(WholeModel):
         return self.decoder(latents).clamp(-1, 1)
 
     def _lookup(self, codes: Tensor) -> Tensor:
-        if isinstance(self.quantizer, VectorQuantize):
+        if self.config.quantizer == "vq":
             return self.quantizer.get_output_from_indices(codes)
         return self.quantizer.indices_to_codes(codes)
 
@@ -188,7 +190,12 @@ class VQModel(WholeModel):
         return fingerprint_of(self.state_dict(), {name: getattr(self.config, name) for name in described})
 
 
-def _build_quantizer(config: VQConfig) -> tuple[FSQ | BinaryQuantizer | IndexQuantizer | VectorQuantize, int]:
+def _build_quantizer(config: VQConfig) -> tuple[nn.Module, int]:
+    from vector_quantize_pytorch import (
+        FSQ,
+        VectorQuantize,
+    )  # imported here: it takes torch's compiler along, for seconds
+
     if not 2 <= config.codebook_size <= MAX_CODES:
         raise ValueError(f"codebook_size: {config.codebook_size} must lie in [2, {MAX_CODES}].")
     if config.quantizer == "vq":
