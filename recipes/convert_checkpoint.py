@@ -12,7 +12,7 @@
 
 llamagen writes a whole pipeline, which `unified generate --class 207` samples, if the model is class-conditional and its
 image tokenizer is given; else the model alone. janus, emu3, chameleon, liquid and simplear write pipelines, with their templates of
-prompts and published sampling settings, which `unified generate --prompt ...` samples and `model.pipeline` trains on.
+prompts and published sampling settings, which `unified generate` samples and `model.pipeline` trains on.
 image-tokenizer reads LlamaGen's vq_ds16/vq_ds8 files, Janus (a model folder or its weights file), Chameleon's vqgan.ckpt, IBQ's
 checkpoints (--quantizer ibq), Cosmos's .jit files and Emu3 -hf folders. Weights are opened without running code; a pickle of
 anything but tensors is refused.

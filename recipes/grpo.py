@@ -10,7 +10,7 @@ and `evaluation` measures recall and coverage (metric ``prdc``) on the way.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -24,7 +24,6 @@ from peft import PeftModel
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from train import measurement
 from unified import UnifiedPipeline
 from unified.data import SkipReport, load_source
 from unified.data.rows import captions
@@ -54,6 +53,8 @@ from unified.training.rollouts import Arranged, Rollout, check_rollout, sample_r
 from unified.training.step import check_gradients
 from unified.training.tracking import RunLog, read_log
 from unified_tokenizers.images import to_pil
+
+CONFIGS = Path(__file__).with_name("configs")
 
 
 @dataclass
@@ -208,9 +209,9 @@ def read_texts(settings: GrpoSettings) -> list[str]:
     return list(found)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Read the settings and train."""
-    run(load_settings(GrpoSettings, *parse_command_line(__doc__, GrpoSettings)))
+    run(load_settings(GrpoSettings, *parse_command_line(__doc__, GrpoSettings, argv, CONFIGS)))
 
 
 def run(settings: GrpoSettings) -> Path:
@@ -224,6 +225,8 @@ def run(settings: GrpoSettings) -> Path:
         )
     measure = None
     if settings.evaluation is not None:
+        from unified_eval.monitor import measurement  # an extra, for those who measure on the way
+
         measure = measurement(settings.evaluation, Path(settings.output_dir) / "features")
     with locked(settings.output_dir):
         return train(settings, accelerator, rewards, measure)

@@ -63,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = argparse.ArgumentParser(prog="unified", description="Images from text, text from images.")
     add_import_argument(parser)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
     def command(name: str, run: object, about: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=about, description=about)

@@ -29,6 +29,7 @@ SCRIPTS: dict[str, Script | dict[str, Script]] = {
     },
     "encode": Script("unified_recipes.encode_images", "Encode images once, so that training reads codes."),
     "train": Script("unified_recipes.train", "Train a model or an adapter."),
+    "grpo": Script("unified_recipes.grpo", "Train an adapter with rewards of sampled images."),
     "evaluate": Script("unified_evaluation.evaluate", "Generate images, measure them and report.", "eval"),
     "compare": Script("unified_evaluation.compare", "Compare two evaluations in pairs of images.", "eval"),
     "convert": Script("unified_recipes.convert_checkpoint", "Turn published checkpoints into folders of this library."),

@@ -1,17 +1,19 @@
 """The same metrics while a model is trained: generate for a few captions and measure, without touching the training."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from unified import UnifiedPipeline
 from unified.data import CaptionedImage
 from unified.data.crops import fit
+from unified.training.config import EvaluationConfig
 from unified_eval.generation import square_side, stream_images
-from unified_eval.inputs import Inputs
-from unified_eval.metrics import DEFAULT_METRICS, measure_images
+from unified_eval.inputs import Inputs, load_networks
+from unified_eval.metrics import DEFAULT_METRICS, check_metrics, measure_images, needs_of
 from unified_eval.reconstruction import reconstruct
 from unified_eval.results import Results
-from unified_eval.selection import Row
+from unified_eval.selection import Row, choose_usable, first_usable_rows, unique_captions
 
 
 def measure_pipeline(
@@ -65,3 +67,20 @@ def measure_pipeline(
     rebuilt = reconstruct(pipeline.image_tokenizer, real, batch_size)
     given = Inputs(captions, real, rebuilt, generated, batch_size=batch_size, **inputs)
     return measure_images(given, metrics, resamples=resamples, seed=seed)
+
+
+def measurement(config: EvaluationConfig, cache: Path) -> Callable[[UnifiedPipeline], dict[str, float]]:
+    """Metrics of a pipeline on a small, fixed choice of captions; real images pass the networks once."""
+    check_metrics(config.metrics, {"clip", "extractor"}, config.num_images)
+    rows, report = first_usable_rows(config.data, config.split)
+    print(f"evaluation on {config.data} [{config.split}]: {len(rows)} captions, {report.skipped} rows without")
+    chosen = choose_usable(unique_captions(rows), config.num_images, config.seed)
+    networks = load_networks(needs_of(config.metrics), config.clip, config.extractor)
+    sampling = {"guidance_scale": config.guidance_scale, "temperature": config.temperature}
+
+    def measure(pipeline: UnifiedPipeline) -> dict[str, float]:
+        pipeline.set_progress_bar_config(disable=True)
+        results = measure_pipeline(pipeline, chosen, config.metrics, sampling, config.seed, cache=cache, **networks)
+        return results.metrics
+
+    return measure

@@ -59,7 +59,9 @@ def build_model(
     if head not in state and table in state:
         state = {**state, head: state[table]}
     dtype = state["image_head.weight"].dtype
-    backbone = AutoModelForCausalLM.from_config(language_config(fields, "text_config"), dtype=dtype)
+    backbone = AutoModelForCausalLM.from_config(
+        language_config(fields, "text_config"), dtype=dtype, trust_remote_code=False
+    )
     model = UnifiedForCausalLM.around(
         backbone,
         boi_token_id=tokenizer.boi_token_id,
