@@ -320,6 +320,8 @@ def refused(monkeypatch, capsys, name: str, *arguments: object) -> str:
 @pytest.fixture
 def extension_tables():
     """Leaves the tables of tokenizers, metrics and rewards as they were, and forgets which files were imported."""
+    import unified_eval.metrics  # noqa: F401  # fills its table
+
     before = [(table, dict(table)) for table in (registry.METRICS, registry.REWARDS, auto._TOKENIZERS)]
     yield
     for table, content in before:

@@ -128,9 +128,14 @@ def check_config(words: list[str], args: argparse.Namespace) -> None:
     name = getattr(args, "config", None)
     if name is None or name.isupper() or not hasattr(args, "overrides"):
         return
-    from train_tokenizer import CONFIGS, TokenizerTraining
+    from unified_recipes.grpo import GrpoSettings
+    from unified_recipes.train_tokenizer import CONFIGS, TokenizerTraining
 
-    kind: Any = TokenizerTraining if {"image", "recipes/train_tokenizer.py"} & set(words) else TrainConfig
+    kind: Any = TrainConfig
+    if {"image", "recipes/train_tokenizer.py"} & set(words):
+        kind = TokenizerTraining
+    elif {"grpo", "recipes/grpo.py"} & set(words):
+        kind = GrpoSettings
     given = [part for part in args.overrides if "=" in part]
     given += ["output_dir=x"] if "study" in words[0] else []  # a study has folders of its own
     load_settings(kind, find_config(name, CONFIGS), given)
