@@ -152,7 +152,7 @@ def test_the_joint_distribution_is_exact_and_the_test_can_fail(way, monkeypatch)
 
 
 MODES_OF = {
-    ("raster", "one"): ["plain", "jacobi", "sjd", "gsd"],
+    ("raster", "one"): ["plain", "jacobi", "sjd", "gsd", "zipar"],
     ("raster", "channel"): ["plain"],
     ("rows", "one"): ["plain"],
     ("locality", "one"): ["plain"],
@@ -208,7 +208,8 @@ def test_a_mode_is_refused_before_anything_is_computed(
         (menu,) = (block for block in build_demo(engine).blocks.values() if block.elem_id == "decoding")
         assert [name for _, name in menu.choices] == ["plain", "assd"]
     message = (
-        "decoding: 'sjd' needs the order 'raster' with merge 'one'; the model has the order 'random' with merge 'one', "
+        "decoding: 'sjd' needs the order 'raster' with merge 'one', without tokens between codes; the model has the order "
+        "'random' with merge 'one', "
     )
     message += "use one of ('plain', 'assd')."
     for name in ("decoder", "enable_fast_decoding", "to"):
