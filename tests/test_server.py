@@ -304,7 +304,7 @@ def test_errors_hold_no_paths_of_the_server(client, served, monkeypatch, capfd):
     data = {"path": None, "url": "data:image/png;base64,aaaa", "meta": {"_type": "gradio.FileData"}}
     assert client.describe(data) == "image: none given; upload an image."
 
-    def fail(*given):
+    def fail(*given, **options):
         raise RuntimeError("no room in /root/secret")
 
     monkeypatch.setattr(engine, "submit", fail)
