@@ -235,6 +235,7 @@ FAMILIES = {
 }
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("p", [1, 2])
 @pytest.mark.parametrize("pack_length", [None, 40])

@@ -109,6 +109,7 @@ def test_two_dimensional_positions_reach_the_layers(backbone):
     assert (one.image_logits[:, start + 4] - two.image_logits[:, start + 4]).abs().max() > 1e-3
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("p", [1, 2])
 def test_packed_rows_keep_documents_apart(backbone, p):
     """Three rows, two of them padded, of documents longer than the windows: loss and gradients are those of the documents
@@ -175,6 +176,7 @@ def test_saved_and_loaded(backbone, tmp_path):
     assert torch.equal(ours.logits, theirs.logits) and torch.equal(ours.image_logits, theirs.image_logits)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("modality", ["all", "image"])
 def test_gradient_checkpointing_reaches_adapters_on_a_frozen_base(backbone, modality):
     _, folder = backbone
@@ -296,6 +298,7 @@ def test_an_attention_that_differs_with_a_cache_is_refused(backbone, monkeypatch
         unified(folder)
 
 
+@pytest.mark.process
 def test_packing_is_tried_before_it_is_used(backbone, tmp_path, monkeypatch):
     """Also gpt-oss, whose own mask does not follow position ids that start again; a mask that leaks is noticed."""
     torch.manual_seed(0)

@@ -116,6 +116,7 @@ def flat(segments):
     return result
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("positions", ["1d", "2d"])
 @pytest.mark.parametrize("text", [{}, {"model_type": "gemma2", "sliding_window": 6, "head_dim": 8}])
 def test_interleaved_rows_equal_full_forward_passes(threads, positions, text):
@@ -198,6 +199,7 @@ ORDERS = [
 ]  # fmt: skip
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("sampling", [Sampling(top_k=8), Sampling(guidance_scale=2.0, guidance_schedule="cosine")])
 @pytest.mark.parametrize("prediction", ORDERS, ids=str)
 def test_images_of_every_order_are_those_of_the_plain_loop_whenever_they_arrive(prediction, sampling, monkeypatch):

@@ -153,6 +153,7 @@ def adapter_run(pipeline, config_file, folder, *overrides):
     ])  # fmt: skip
 
 
+@pytest.mark.process
 def test_an_adapter_of_it_samples_without_guidance(pipeline, config_file, tmp_path):
     """What it trains grows apart; loaded, guidance is off unless a call, or the pipeline's owner, says otherwise."""
     config = adapter_run(

@@ -198,6 +198,7 @@ class TestEngine:
 class TestPage:
     REQUEST = SimpleNamespace(client=SimpleNamespace(host="here"), session_hash="s")
 
+    @pytest.mark.process
     def test_a_class_is_chosen_by_name(self, class_pipeline, photo, tmp_path):
         """The fields hold the classes; what the page makes of one is what the pipeline does, also in an edit."""
         need_gradio()
@@ -270,6 +271,7 @@ def test_decoding_equals_a_full_pass(positions, prediction):
     assert bool(here.all()) and not bool(other.all()) and len(codes.unique()) > 2
 
 
+@pytest.mark.process
 def test_forward_depends_on_no_values():
     """It compiles to one graph, with classes and dropout."""
     torch._dynamo.reset()

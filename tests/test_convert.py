@@ -145,6 +145,7 @@ class TestLlamaGen:
         )
         assert torch.equal(loss.loss, loss.image_loss)
 
+    @pytest.mark.process
     @pytest.mark.parametrize("wrapper", ["model", "module", "state_dict", None])
     def test_recipe_and_folder(self, wrapper, tmp_path):
         state = llamagen_state("c2i")

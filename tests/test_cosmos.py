@@ -15,6 +15,8 @@ from torch import nn
 
 from unified_tokenizers import AutoImageTokenizer, CosmosTokenizer, ImageTokenizer, cosmos_from_weights, read_weights
 
+pytestmark = pytest.mark.process
+
 LEVELS, BLOCKS, LATENT, DEPTH = (8, 8, 8, 5, 5, 5), 1, 5, 3
 VIDEO = {"DV8x16x16": (16, 8), "DV8x8x8": (8, 8), "DV4x8x8": (8, 4)}
 IMAGE = {"DI16x16": (16, None), "DI8x8": (8, None)}

@@ -41,6 +41,7 @@ def randomize(model):
     return model
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("positions", ["1d", "2d"])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()

@@ -16,6 +16,8 @@ from unified import cli
 from unified.settings import find_config, load_settings
 from unified.training.config import TrainConfig
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {"recipes": "unified_recipes", "eval": "unified_evaluation"}
 STARTS = r"(?:[A-Z_]+=\S+ )*(?:unified|python|\.venv/bin/python|accelerate launch|torchrun) "

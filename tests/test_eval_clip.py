@@ -89,6 +89,7 @@ def test_captions_that_would_be_cut_are_named():
         tokenize(tokenizer, [])
 
 
+@pytest.mark.process
 def test_training_learns(nano):
     captions = [f"a {name} square" for name in COLOURS]
     assert grouped_retrieval(nano, flat_images(), captions) == {"r1": 1.0, "captions": 4, "groups": 1}

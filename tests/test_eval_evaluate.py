@@ -344,6 +344,7 @@ def test_a_caption_too_long_for_a_pipeline_shows_before_anything_is_generated(
         assert not list(out.rglob("*.png"))
 
 
+@pytest.mark.process
 def test_corrupt_images_are_left_out_everywhere(pipeline, photos, tmp_path, monkeypatch, capsys):
     """Of 40 photos 12 are listed; of these, two are corrupt, and so is one of the others."""
     pipeline.save_pretrained(tmp_path / "pipeline")

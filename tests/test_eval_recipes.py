@@ -21,7 +21,9 @@ from unified_eval.recipe_cards import (
     recipe_note,
 )
 
-NAMES = ["emu3_gen", "janus_pro_1b", "llamagen_c2i_b_256", "npp_c2i_b", "quickstart", "simplear_1.5b"]
+NAMES = [
+    "anole_7b", "emu3_gen", "janus_pro_1b", "liquid_7b", "llamagen_c2i_b_256", "npp_c2i_b", "quickstart", "simplear_1.5b",
+]  # fmt: skip
 
 
 def parse(*arguments):

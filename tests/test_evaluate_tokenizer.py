@@ -18,6 +18,8 @@ from unified_tokenizers import VQGAN, VQGANConfig
 sys.path.append("eval")
 import evaluate_tokenizer
 
+pytestmark = pytest.mark.process
+
 
 def test_ssim_equals_torchmetrics():
     generator = torch.Generator().manual_seed(0)

@@ -34,6 +34,8 @@ from unified.prompts import PromptFormat
 from unified.serving.engine import Engine
 from unified_tokenizers import VQGAN, VQGANConfig
 
+pytestmark = pytest.mark.process
+
 TEXT = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "max_position_embeddings": 256, "initializer_range": 0.2,

@@ -15,6 +15,8 @@ from unified.training.config import load_config
 from unified.training.loop import make_accelerator, save, set_up, train_steps
 from unified.training.tracking import read_log
 
+pytestmark = pytest.mark.process
+
 
 def frozen(model):
     return {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}

@@ -215,6 +215,7 @@ def text_file(tmp_path):
     return path
 
 
+@pytest.mark.process
 def test_a_run_on_mixed_sources_keeps_its_text(config_file, parts, interleaved, image_tokenizer, text_file, tmp_path):
     """The same steps on images alone leave the texts unlearned. Mixed sources are resumed bit for bit."""
     train_file, picture, words = (

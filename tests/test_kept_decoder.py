@@ -9,6 +9,8 @@ from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotsw
 from unified.decoding import make_decoder
 from unified.lora.adapters import attach_lora, base_of
 
+pytestmark = pytest.mark.process
+
 PROMPTS = ["red apple", "a cat and a dog"]
 
 
@@ -148,7 +150,6 @@ def test_moving_frees_the_decoder_at_once(pipeline, monkeypatch):
     assert held == [None]
 
 
-@pytest.mark.process
 def test_compiled_decoding_is_what_samples(pipeline, monkeypatch):
     """The decoder's step goes through the compiler, and samples the same; code generation is left out."""
     compiled, graphs = torch.compile, []

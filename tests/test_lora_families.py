@@ -7,6 +7,8 @@ from conftest import FAMILIES, SIZES, inputs_of, logits, tiny_model
 from unified.lora.adapters import attach_lora, base_of, load_lora, save_lora
 from unified.sequence import ImageSegment, TextSegment, build_sequence
 
+pytestmark = pytest.mark.process
+
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 OTHERS = {

@@ -72,6 +72,7 @@ BROKEN = {
 }  # fmt: skip
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("broken", BROKEN)
 @pytest.mark.parametrize("beside", [False, True])
 def test_a_broken_adapter_changes_nothing(beside, broken, adapter, tmp_path):

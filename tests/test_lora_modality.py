@@ -24,6 +24,8 @@ from unified.lora.switching import delete_adapters, fuse_lora, set_adapters
 from unified.sequence import ImageSegment, TextSegment, build_sequence
 from unified_tokenizers.images import to_tensor
 
+pytestmark = pytest.mark.process
+
 TEXT = torch.tensor([[1, 5, 6, 7, 8, 3]])
 
 

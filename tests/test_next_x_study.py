@@ -20,6 +20,8 @@ from unified.training.validation import image_loss
 from unified_eval.clip import clip_features, load_clip, retrieval_at_1
 from unified_eval.selection import choose_evenly, first_usable_rows, unique_captions
 
+pytestmark = pytest.mark.process
+
 
 @pytest.mark.parametrize("prediction", [
     {"order": "diagonals"}, {"order": "spread", "size": 2}, {"merge": "channel"}, {"order": "rows", "merge": "channel"},
@@ -150,7 +152,6 @@ def test_study_writes_plot_and_table(tmp_path):
     assert "| fast |" in (tmp_path / "table.md").read_text()
 
 
-@pytest.mark.process
 def test_a_variant_stops_at_the_cost_of_another(config_file, picture_source, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     arguments = ["--config", str(config_file), "--data", picture_source, "--clip", "none", "--out", str(tmp_path),

@@ -161,6 +161,7 @@ def test_bad_settings_are_named_before_the_first_step(option, message, config_fi
         run(config_file, tmp_path, *SHORT, *FINE, option)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "prediction", [{"order": "diagonals"}, {"order": "random"}, {"order": "rows", "merge": "channel"}], ids=str
 )

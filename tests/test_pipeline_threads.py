@@ -43,6 +43,7 @@ def in_threads(work, count=4):
     return [results[index] for index in range(count)]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("decoding", modes_for(RASTER))
 def test_threads_sample_what_they_sample_alone(slow, decoding):
     def codes(index):

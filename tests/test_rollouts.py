@@ -10,6 +10,8 @@ from unified.decoding.decode import generate_scored
 from unified.lora.adapters import attach_lora
 from unified.training.rollouts import Arranged, check_rollout, sample_rollout
 
+pytestmark = pytest.mark.process
+
 ROWS = [Prompt((1, 5, 6, 3)), Prompt((1, 5, 6, 3)), Prompt((1, 9, 7, 8, 11, 3))]
 NEGATIVES = [Prompt((1, 3))] * 3
 SAMPLINGS = {

@@ -57,6 +57,7 @@ def naive(model, row, negative, sampling, generator, weights):
     return codes
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "sampling", [Sampling(), Sampling(guidance_scale=2.0, temperature=0.6)], ids=["plain", "guided"]
 )

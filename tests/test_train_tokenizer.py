@@ -60,6 +60,7 @@ def test_every_option_changes_the_result(run, option):
     assert not same(weights(run("plain")), weights(run("changed", option)))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "model",
     [{"quantizer": "lfq"}, {"quantizer": "fsq", "fsq_levels": [4, 4]}, {"downsample": 8}, {"downsample": 16}],

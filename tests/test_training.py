@@ -94,6 +94,7 @@ def test_lora_run_on_a_pipeline(finished, config_file, parts, tmp_path):
     assert torch.equal(pipe.model(ids).logits, base)
 
 
+@pytest.mark.process
 def test_captioning_and_muon_run_learns_both_ways(config_file, tmp_path):
     override = ["steps=60", "validate_every=60", "checkpoint_every=null", "optimizer.name=muon", "data.captioning=0.5",
                 "data.caption_dropout=0", "schedule.patch_sizes=[2,1]", "schedule.shares=[0.5,0.5]", "batch_size=12"]  # fmt: skip
@@ -104,6 +105,7 @@ def test_captioning_and_muon_run_learns_both_ways(config_file, tmp_path):
     assert final["caption_loss"] < 0.5 * log[0]["text_loss"]
 
 
+@pytest.mark.process
 def test_figures_are_measured_while_training(config_file, tmp_path):
     """Every second step of the last stage; training itself is what it is without."""
     sizes = []
@@ -122,6 +124,7 @@ def test_figures_are_measured_while_training(config_file, tmp_path):
     assert all(torch.equal(ours[name], plain[name]) for name in plain)
 
 
+@pytest.mark.process
 def test_packed_run_equals_the_padded_one(config_file, tmp_path):
     """Both directions, so lengths differ; the same documents are learned in every step, in fewer rows."""
     options = ["steps=6", "validate_every=6", "checkpoint_every=null", "data.captioning=0.5", "optimizer.ema_decay=null",

@@ -71,6 +71,7 @@ TOKENIZER_DAMAGES = {
 }  # fmt: skip
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("damage", TOKENIZER_DAMAGES)
 @pytest.mark.parametrize("kind", ["vq", "vqgan", "emu3"])
 def test_an_image_tokenizer_is_whole(kind, damage, tmp_path):
