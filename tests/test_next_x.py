@@ -297,8 +297,8 @@ def test_patches_of_an_order_are_one_distribution_each(way):
 
 
 @every_way
-def test_known_codes_stay_and_queries_read_them_first(way):
-    """Every known code stays. Where queries ask, what is sampled first already follows known codes anywhere."""
+def test_known_codes_stay_and_any_order_reads_them_first(way):
+    """Every known code stays. In any order, what is sampled first already follows known codes anywhere."""
     model, sampling = model_of(way), Sampling(top_k=1)
     known = torch.full((2, *GRID), -1)
     known[0, 2:, 4:], known[1, ::2] = image(5)[2:, 4:], image(6)[::2]

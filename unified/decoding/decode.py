@@ -64,8 +64,8 @@ def iterate_codes(
         grid: code grid ``(h, w)``.
         sampling: guidance and filters.
         generators: one per row.
-        known: ``(B, h, w)`` codes that are forced, -1 where the model samples. If queries predict all codes, known ones are
-            given first, so that what is sampled follows all of them.
+        known: ``(B, h, w)`` codes that are forced, -1 where the model samples. To models of any order they are given
+            first, so that what is sampled follows all of them.
 
     Yields:
         The codes so far, ``(B, n)`` up to ``(B, h*w)``: the first n in raster order, as far as any is sampled; -1 where

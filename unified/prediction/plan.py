@@ -123,8 +123,8 @@ class Prediction:
 
     @property
     def known_first(self) -> bool:
-        """Whether known codes are given before all others, wherever they are: queries predict all cells."""
-        return bool((self.way.sources((2, 2), 1) == QUERY).all())
+        """Whether known codes are given before all others, wherever they are: training has met any of them first."""
+        return self.way.any_order
 
     def plan(self, grid: Grid, seed: int | None = None, known: Cells | None = None) -> Plan:
         """The plan of a grid of cells for sampling, or for its likelihood.
@@ -132,7 +132,7 @@ class Prediction:
         Args:
             grid: cells ``(h, w)``, those of merged codes.
             seed: of the permutation, for an order that has one in every image.
-            known: ``(h*w,)``, True for cells that are given before all others; only where queries predict all cells.
+            known: ``(h*w,)``, True for cells that are given before all others; only with :attr:`known_first`.
 
         Raises:
             ValueError: if the order does not fit the grid.
