@@ -452,8 +452,8 @@ class UnifiedPipeline:
     ) -> UnifiedPipelineOutput:
         """Generate the bright part of a mask again; every other code stays.
 
-        In raster order what is new follows what is above it and left of it; where queries predict all codes, all known
-        ones. For a larger canvas see :func:`unified.pipeline.editing.outpainting_canvas`.
+        In raster order what is new follows what is above it and left of it; in ``random`` order, all known codes.
+        For a larger canvas see :func:`unified.pipeline.editing.outpainting_canvas`.
 
         Args:
             prompt: what the whole image shows; None with ``class_labels``.
