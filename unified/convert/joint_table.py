@@ -1,11 +1,13 @@
 """Language models with one table for text and image codes, as Liquid (arXiv 2412.04332) trains them."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from unified.model.backbone import load_language_model
 from unified.model.modeling import LOGIT_SCALES, UnifiedForCausalLM
+from unified_tokenizers import ImageTokenizer, TextTokenizer
 
 
 def split_joint_table(
@@ -55,3 +57,32 @@ def split_joint_table(
         model.image_embed.weight.copy_(vectors)
         model.image_head.weight.copy_(scores)
     return model.eval()
+
+
+def split_at_codes(
+    folder: Path, source: str, images: ImageTokenizer, tokenizer: TextTokenizer, pixels: int, **config: Any
+) -> UnifiedForCausalLM:
+    """:func:`split_joint_table` for a checkpoint that comes with both of its tokenizers.
+
+    Args:
+        folder: of the language model.
+        source: what the user named, for errors.
+        images, tokenizer: its tokenizers; the codes of the first follow the ids of the second.
+        pixels: side of the images that the checkpoint makes.
+        config: further fields of :class:`unified.UnifiedConfig`.
+
+    Raises:
+        ValueError: as :func:`split_joint_table`, or if the rows before the codes are not the tokenizer's ids.
+    """
+    side = pixels // images.downsample
+    model = split_joint_table(
+        str(folder), images.codebook_size, tokenizer.boi_token_id, tokenizer.eoi_token_id, image_grids=[[side, side]],
+        image_tokenizer_fingerprint=images.fingerprint, **config,
+    )  # fmt: skip
+    rows = model.config.text_config.vocab_size
+    if rows != tokenizer.vocab_size:
+        raise ValueError(
+            f"checkpoint: {source!r} has {rows} rows before the last {images.codebook_size}, its tokenizer "
+            f"{tokenizer.vocab_size} ids; codes follow them, so give the image tokenizer of this checkpoint."
+        )
+    return model

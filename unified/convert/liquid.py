@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from unified.convert.joint_table import split_joint_table
+from unified.convert.joint_table import split_at_codes
 from unified.hub import local_folder
 from unified.pipeline.pipeline import UnifiedPipeline
 from unified_tokenizers import AutoImageTokenizer, load_text_tokenizer
@@ -27,14 +27,5 @@ def liquid_pipeline(path: str | Path, image_tokenizer: str | Path) -> UnifiedPip
     tokenizer = load_text_tokenizer(folder, BOI, EOI)
     if NULL not in tokenizer.special_tokens:
         raise ValueError(f"checkpoint: the tokenizer of {str(path)!r} has no {NULL!r}, which stands for no caption.")
-    side = _PIXELS // images.downsample
-    model = split_joint_table(
-        str(folder), images.codebook_size, tokenizer.boi_token_id, tokenizer.eoi_token_id, image_grids=[[side, side]],
-        image_tokenizer_fingerprint=images.fingerprint, prompt_template=TEMPLATE, null_prompt=NULL,
-    )  # fmt: skip
-    if model.config.text_config.vocab_size != tokenizer.vocab_size:
-        raise ValueError(
-            f"checkpoint: {str(path)!r} has {model.config.text_config.vocab_size} rows before the last {images.codebook_size}, its "
-            f"tokenizer {tokenizer.vocab_size} ids; codes follow them, so give the image tokenizer of this checkpoint."
-        )
+    model = split_at_codes(folder, str(path), images, tokenizer, _PIXELS, prompt_template=TEMPLATE, null_prompt=NULL)
     return UnifiedPipeline(model, images, tokenizer, _SAMPLING)

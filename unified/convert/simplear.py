@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from unified.convert.joint_table import split_joint_table
+from unified.convert.joint_table import split_at_codes
 from unified.hub import local_folder
 from unified.pipeline.pipeline import UnifiedPipeline
 from unified_tokenizers import AutoImageTokenizer, TransformersTokenizer, load_text_tokenizer
@@ -39,17 +39,8 @@ def simplear_pipeline(path: str | Path, image_tokenizer: str | Path, pixels: int
         raise ValueError(f"checkpoint: the tokenizer of {str(path)!r} has no {START!r}, which its prompts start with.")
     if pixels % images.downsample:
         raise ValueError(f"pixels: {pixels} is no multiple of the image tokenizer's stride {images.downsample}.")
-    side = pixels // images.downsample
-    model = split_joint_table(
-        str(folder), images.codebook_size, tokenizer.boi_token_id, tokenizer.eoi_token_id, image_grids=[[side, side]],
-        image_tokenizer_fingerprint=images.fingerprint, prompt_template=TEMPLATE, null_prompt=NULL,
-    )  # fmt: skip
-    text = model.config.text_config
-    if text.vocab_size != tokenizer.vocab_size:
-        raise ValueError(
-            f"checkpoint: {str(path)!r} has {text.vocab_size} rows before the last {images.codebook_size}, its tokenizer "
-            f"{tokenizer.vocab_size} ids; codes follow them, so give the image tokenizer of this checkpoint."
-        )
+    model = split_at_codes(folder, str(path), images, tokenizer, pixels, prompt_template=TEMPLATE, null_prompt=NULL)
     # Qwen's configuration names a <bos> that its tokenizer does not put in front of a text.
+    text = model.config.text_config
     text.bos_token_id, text.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     return UnifiedPipeline(model, images, tokenizer, _SAMPLING)
