@@ -176,3 +176,18 @@ class TestCodesCache:
         assert (report.used, report.corrupt_image, report.empty_caption) == (10, 1, 1)
         kept = [int(row) for row in load_codes(tmp_path / "codes", "train", None)["source_row"]]
         assert kept == [i for i in range(12) if i not in (3, 5)]
+
+
+def test_a_local_code_depends_on_its_own_patch_alone():
+    """With `local`, other pixels move no code; without, they do. Both decode what they encode to the same size."""
+    torch.manual_seed(0)
+    images = torch.rand(1, 3, 24, 24) * 2 - 1
+    others = torch.rand(1, 3, 24, 24) * 2 - 1
+    others[:, :, 8:12, 12:16] = images[:, :, 8:12, 12:16]
+    for local in (True, False):
+        model = VQModel(VQConfig(channels=16, encoder_blocks=2, decoder_blocks=1, code_dim=4, local=local)).eval()
+        latents, elsewhere = (model.encoder(pixels)[..., 2, 3] for pixels in (images, others))
+        assert torch.equal(latents, elsewhere) == local
+        assert model.decode(model.encode(images)).shape == images.shape
+    with pytest.raises(ValueError, match="local: 1 must be true or false"):
+        VQConfig(local=1)

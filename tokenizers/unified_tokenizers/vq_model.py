@@ -23,6 +23,7 @@ _QUANTIZERS = ("vq", "ibq", "fsq", "lfq", "bsq")
 _FIELDS: dict[str, Rule] = {
     "downsample": whole(),
     "channels": (f"a multiple of {_GROUPS}", lambda value: is_whole(value) and value % _GROUPS == 0),
+    "local": ("true or false", lambda value: isinstance(value, bool)),
     "encoder_blocks": whole(0),
     "decoder_blocks": whole(0),
     "quantizer": (f"one of {_QUANTIZERS}", lambda value: value in _QUANTIZERS),
@@ -40,6 +41,9 @@ class VQConfig(PreTrainedConfig):
     Args:
         downsample: pixels per code along each side.
         channels: width of the convolutions.
+        local: whether a code depends on its own ``downsample`` x ``downsample`` pixels alone. Equal patches then have equal
+            codes wherever they are and whatever is around them, which a language model predicts far more easily; a wider view
+            describes real images better.
         encoder_blocks, decoder_blocks: residual blocks on either side.
         quantizer: ``vq`` (L2-normalised codebook with EMA updates and dead-code revival), ``ibq`` (a codebook that gradients
             reach through the indices, arXiv 2412.02692), ``fsq`` (finite scalar quantisation, arXiv 2309.15505), ``lfq``
@@ -55,6 +59,7 @@ class VQConfig(PreTrainedConfig):
 
     downsample: int = 4
     channels: int = 64
+    local: bool = False
     encoder_blocks: int = 3
     decoder_blocks: int = 3
     quantizer: str = "vq"
@@ -71,14 +76,34 @@ class VQConfig(PreTrainedConfig):
             raise ValueError("fsq_levels: missing, which the quantizer 'fsq' needs; give the levels of each dimension.")
 
 
-class ResidualBlock(nn.Module):
-    """Pre-normalised 3x3 convolutions with a skip; ``(B, C, H, W)`` to the same shape."""
+class ChannelNorm(nn.Module):
+    """Root-mean-square normalisation over the channels of each position of ``(B, C, H, W)``."""
 
     def __init__(self, channels: int):
         super().__init__()
-        self.norm = nn.GroupNorm(_GROUPS, channels)
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.weight = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        return x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-6) * self.weight[:, None, None]
+
+
+def _norm(channels: int, local: bool) -> nn.Module:
+    return ChannelNorm(channels) if local else nn.GroupNorm(_GROUPS, channels)
+
+
+def _convolution(channels_in: int, channels_out: int, local: bool) -> nn.Conv2d:
+    size = 1 if local else 3
+    return nn.Conv2d(channels_in, channels_out, size, padding=size // 2)
+
+
+class ResidualBlock(nn.Module):
+    """Pre-normalised convolutions, 3x3 or ``local`` (1x1), with a skip; ``(B, C, H, W)`` to the same shape."""
+
+    def __init__(self, channels: int, local: bool = False):
+        super().__init__()
+        self.norm = _norm(channels, local)
+        self.conv1 = _convolution(channels, channels, local)
+        self.conv2 = _convolution(channels, channels, local)
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         return x + self.conv2(F.silu(self.conv1(self.norm(x))))
@@ -98,9 +123,9 @@ class VQModel(WholeModel):
         self.quantizer, code_dim = _build_quantizer(config)
         self.encoder = nn.Sequential(
             nn.PixelUnshuffle(config.downsample),
-            nn.Conv2d(pixels, config.channels, 3, padding=1),
-            *[ResidualBlock(config.channels) for _ in range(config.encoder_blocks)],
-            nn.GroupNorm(_GROUPS, config.channels),
+            _convolution(pixels, config.channels, config.local),
+            *[ResidualBlock(config.channels, config.local) for _ in range(config.encoder_blocks)],
+            _norm(config.channels, config.local),
             nn.Conv2d(config.channels, code_dim, 1),
         )
         self.decoder = nn.Sequential(
