@@ -54,6 +54,8 @@ GAP, MARGIN = 0.09, 0.04
 # A shape may leave the axis of its relation by this share of the distance along it: then only one relation is true.
 MAX_SLANT = 0.4
 SUPERSAMPLING = 4
+STYLES = ("flat", "outline")
+STROKE = 0.05  # width of an outline as a share of the image's side
 
 
 class Thing(NamedTuple):
@@ -194,15 +196,23 @@ def ground_truth(scene: Scene, size: int) -> dict[str, Any]:
     return {"background": scene.background, "shapes": shapes}
 
 
-def draw(scene: Scene, size: int) -> Image.Image:
-    """Render a scene at ``size`` x ``size``. Only pixels that an outline crosses mix two colours."""
+def draw(scene: Scene, size: int, style: str = "flat") -> Image.Image:
+    """Render a scene at ``size`` x ``size``. Only pixels that an outline crosses mix two colours.
+
+    The style ``outline`` leaves the inside of the shapes empty. Such images cannot be checked from their pixels.
+    """
     image = Image.new("RGB", (size * SUPERSAMPLING,) * 2, PALETTE[scene.background])
     pen = ImageDraw.Draw(image)
     for shape in ground_truth(scene, size)["shapes"]:
         x, y, radius = (shape[key] * SUPERSAMPLING for key in ("x", "y", "radius"))
         radius -= 0.5  # Pillow also fills pixels that an edge only touches
+        stroke = STROKE * size * SUPERSAMPLING if style == "outline" else 0.0
+        radius -= stroke / 2
         corners = [(x + radius * corner.real, y + radius * corner.imag) for corner in OUTLINES[shape["class"]]]
-        pen.polygon(corners, fill=PALETTE[shape["color"]])
+        if style == "outline":
+            pen.line([*corners, *corners[:2]], fill=PALETTE[shape["color"]], width=round(stroke), joint="curve")
+        else:
+            pen.polygon(corners, fill=PALETTE[shape["color"]])
     return image.reduce(SUPERSAMPLING)
 
 
@@ -214,12 +224,14 @@ def held_out_combinations(number: int, seed: int) -> list[tuple[str, str]]:
     return [(colours[k % len(colours)], shapes[k % len(shapes)]) for k in range(number)]
 
 
-def rows(split: str, count: int, size: int, seed: int, allowed: Sequence[tuple[str, str]]) -> Iterator[dict[str, Any]]:
+def rows(
+    split: str, count: int, size: int, seed: int, allowed: Sequence[tuple[str, str]], style: str = "flat"
+) -> Iterator[dict[str, Any]]:
     """Yield the rows of a split. Row i has its own random stream, made from seed, split and i."""
     for i in tqdm(range(count), desc=f"render {split}"):
         scene = sample_scene(random.Random(f"{seed}/{split}/{i}"), allowed)
         png = io.BytesIO()
-        draw(scene, size).save(png, format="PNG")
+        draw(scene, size, style).save(png, format="PNG")
         yield {
             "image": {"bytes": png.getvalue(), "path": None},
             "caption": describe(scene),
@@ -229,7 +241,9 @@ def rows(split: str, count: int, size: int, seed: int, allowed: Sequence[tuple[s
         }
 
 
-def build(size: int, train: int, validation: int, seed: int, held_out: int = 0) -> datasets.DatasetDict:
+def build(
+    size: int, train: int, validation: int, seed: int, held_out: int = 0, style: str = "flat"
+) -> datasets.DatasetDict:
     """Make the splits that have rows. Train never shows ``held_out`` of the (colour, shape) combinations."""
     for field, value, low in (("size", size, MIN_SIZE), ("train", train, 0), ("validation", validation, 0)):
         if value < low:
@@ -244,7 +258,7 @@ def build(size: int, train: int, validation: int, seed: int, held_out: int = 0) 
     splits = datasets.DatasetDict()
     for split, count, allowed in (("train", train, seen), ("validation", validation, COMBINATIONS)):
         if count:  # `datasets` saves an empty split but cannot open it
-            part = list(rows(split, count, size, seed, allowed))
+            part = list(rows(split, count, size, seed, allowed, style))
             splits[split] = datasets.Dataset.from_list(part, features=features)
     return splits
 
@@ -253,11 +267,11 @@ CARD = """---
 license: cc0-1.0
 task_categories: [text-to-image, image-to-text]
 ---
-# Coloured shapes, {size} px
+# Coloured shapes, {size} px, {style}
 
 Procedural scenes with captions and exact ground truth, {train} for training and {validation} for validation.
 Made with `recipes/prepare_shapes.py --size {size} --train {train} --validation {validation} --seed {seed}
---hold-out-combinations {held_out}`.
+--hold-out-combinations {held_out} --style {style}`.
 
 - `tag`: {tags}.
 - `include`: what the caption claims, a JSON list of `class`, `count`, `color`, `size`, `position` as in GenEval. Counts
@@ -284,6 +298,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--hold-out-combinations", type=int, default=0, metavar="N", dest="held_out",
         help="(colour, shape) combinations, e.g. red circles, that train never shows but validation does (default 0)",
     )  # fmt: skip
+    parser.add_argument(
+        "--style", choices=STYLES, default=STYLES[0], help="filled shapes, or their outlines (default flat)"
+    )
     args = parser.parse_args(argv)
     settings = {k: v for k, v in vars(args).items() if k != "out"}
     splits = build(**settings)

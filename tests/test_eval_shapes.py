@@ -294,3 +294,31 @@ def test_images_that_cannot_be_checked_are_errors():
         bootstrap_interval([1, 2], ["a", "a"])
     with pytest.raises(ValueError, match="values: number 1 is not finite"):
         bootstrap_interval([1, math.nan])
+
+
+def test_captions_are_read_as_what_they_claim():
+    for scene in scenes(300, "captions"):
+        assert shapes.claims_of_caption(recipe.describe(scene)) == recipe.claims(scene)
+    for text in (
+        "",
+        "a red",
+        "a red circle above",
+        "five red circles",
+        "a circle and a square and a star",
+        "Eine rote Kugel",
+    ):
+        with pytest.raises(ValueError, match="is not of the form 'a small red circle above two stars"):
+            shapes.claims_of_caption(text)
+
+
+def test_outlines_are_empty_inside():
+    scene = recipe.Scene("test", "white", (thing("circle", "red", "large"),), True, True)
+    flat, outline = (np.asarray(recipe.draw(scene, 64, style)).astype(int) for style in recipe.STYLES)
+    assert (flat[32, 32] == recipe.PALETTE["red"]).all() and (outline[32, 32] == WHITE).all()
+    radius = recipe.ground_truth(scene, 64)["shapes"][0]["radius"]
+    ring = math.pi * (radius**2 - (radius - recipe.STROKE * 64) ** 2)
+    ink = (np.array(WHITE) - outline).sum() / (np.array(WHITE) - recipe.PALETTE["red"]).sum()
+    assert ink == pytest.approx(ring, rel=0.1)
+    for axis in (0, 1):  # and the line stays within the shape
+        extents = [np.flatnonzero((image != WHITE).any(-1).any(axis))[[0, -1]] for image in (flat, outline)]
+        assert np.abs(extents[0] - extents[1]).max() <= 1

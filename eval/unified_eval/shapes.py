@@ -7,6 +7,7 @@ extended by ``size`` and the class ``background``; counts are exact. Nothing is 
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -72,6 +73,17 @@ def _area_and_centroid(corners: np.ndarray) -> tuple[float, complex]:
 GEOMETRY = {name: _area_and_centroid(corners) for name, corners in OUTLINES.items()}
 # Less ink than this share of side^2, half of the smallest shape, is a speck and not an object.
 MIN_AREA = 0.5 * SMALLEST_RADIUS**2 * min(area for area, _ in GEOMETRY.values())
+
+
+_NUMBERS = ("a", "an", "two", "three", "four")
+_THING = re.compile(
+    rf"({'|'.join(_NUMBERS)}) (?:({'|'.join(SIZES)}) )?(?:({'|'.join(COLOURS)}) )?({'|'.join(OUTLINES)})(?:s|es)?"
+)
+_RELATION = "|".join(["and", *(f"to the {word}" if word.endswith(" of") else word for word in RELATIONS)])
+_CAPTION = re.compile(
+    rf"(?P<first>{_THING.pattern})(?: (?P<relation>{_RELATION}) (?P<second>{_THING.pattern}))?"
+    rf"(?: on an? (?P<background>{'|'.join(COLOURS)}) background)?"
+)
 
 
 class Shape(NamedTuple):
@@ -292,6 +304,31 @@ def read_claims(claims: Claims) -> list[dict[str, Any]]:
         if len(colours) > 1 and (None in colours or len(set(colours)) < len(colours)):
             raise ValueError(f"{where}: class {claim['class']!r} repeats; give each of its claims another color.")
     return entries
+
+
+def claims_of_caption(caption: str) -> list[dict[str, Any]]:
+    """What a caption of the form of ``recipes/prepare_shapes.py`` claims, as the ``include`` of its row.
+
+    Raises:
+        ValueError: if it has another form, such as one that a model wrote may have.
+    """
+    match = _CAPTION.fullmatch(caption.strip())
+    if match is None:
+        form = "a small red circle above two stars on a blue background"
+        raise ValueError(f"caption: {caption!r:.80} is not of the form {form!r}.")
+    claims = []
+    for place in ("first", "second"):
+        if match[place] is not None:
+            number, size, colour, name = _THING.fullmatch(match[place]).groups()  # type: ignore[union-attr]
+            said = {"color": colour, "size": size}
+            count = 1 + max(0, _NUMBERS.index(number) - 1)
+            claims.append({"class": name, "count": count} | {key: word for key, word in said.items() if word})
+    if match["relation"] not in (None, "and"):
+        claims.reverse()
+        claims[1]["position"] = [match["relation"].removeprefix("to the "), 0]
+    if match["background"] is not None:
+        claims.append({"class": "background", "count": 1, "color": match["background"]})
+    return claims
 
 
 def scene_records(
