@@ -102,15 +102,26 @@ COMBINATIONS = tuple((colour, shape) for colour in PALETTE for shape in SHAPES)
 MAX_HELD_OUT = len(COMBINATIONS) // 2
 
 
-def arrange(rng: random.Random, kinds: Sequence[tuple[str, str, str]], relation: str | None) -> tuple[Thing, ...]:
-    """Place one thing per (size, colour, shape), apart from each other; two things may have to obey a relation."""
+def arrange(
+    rng: random.Random, kinds: Sequence[tuple[str, str, str]], relation: str | None, places: int | None = None
+) -> tuple[Thing, ...]:
+    """Place one thing per (size, colour, shape), apart from each other; two things may have to obey a relation.
+
+    With ``places``, centres lie on so many lines a side, and things of one size word have one radius.
+    """
     while True:
         things: list[Thing] = []
         for kind in kinds:
-            radius = rng.uniform(*RADII[kind[0]])
+            radius = rng.uniform(*RADII[kind[0]]) if places is None else sum(RADII[kind[0]]) / 2
             low, high = MARGIN + radius, 1 - MARGIN - radius
+
+            def place(low: float = low, high: float = high) -> float:
+                if places is None:
+                    return rng.uniform(low, high)
+                return rng.randint(math.ceil(low * places), math.floor(high * places)) / places
+
             for _ in range(20):
-                new = Thing(*kind, rng.uniform(low, high), rng.uniform(low, high), radius)
+                new = Thing(*kind, place(), place(), radius)
                 if all(math.hypot(new.x - old.x, new.y - old.y) >= radius + old.radius + GAP for old in things):
                     things.append(new)
                     break
@@ -125,8 +136,13 @@ def holds(relation: str, first: Thing, second: Thing) -> bool:
     return along >= first.radius + second.radius + GAP and across <= MAX_SLANT * along
 
 
-def sample_scene(rng: random.Random, allowed: Sequence[tuple[str, str]] = COMBINATIONS) -> Scene:
-    """Sample a scene: a task, then (colour, shape) combinations out of ``allowed``, sizes, background and places."""
+def sample_scene(
+    rng: random.Random, allowed: Sequence[tuple[str, str]] = COMBINATIONS, places: int | None = None
+) -> Scene:
+    """Sample a scene: a task, then (colour, shape) combinations out of ``allowed``, sizes, background and places.
+
+    ``places`` is that of :func:`arrange`.
+    """
     tag = rng.choice(list(PLANS))
     pair, sized, names_colours = (rng.random() < chance for chance in PLANS[tag])
     kinds: list[tuple[str, str]] = []
@@ -151,7 +167,7 @@ def sample_scene(rng: random.Random, allowed: Sequence[tuple[str, str]] = COMBIN
     background = rng.choice(free) if tag == "background" or "white" not in free else "white"
 
     wanted = [(size, *kind) for size, kind, count in zip(sizes, kinds, counts, strict=True) for _ in range(count)]
-    things = arrange(rng, wanted, relation)
+    things = arrange(rng, wanted, relation, places)
     return Scene(tag, background, things, names_colours, tag == "background" or background != "white", relation)
 
 
@@ -225,11 +241,11 @@ def held_out_combinations(number: int, seed: int) -> list[tuple[str, str]]:
 
 
 def rows(
-    split: str, count: int, size: int, seed: int, allowed: Sequence[tuple[str, str]], style: str = "flat"
+    split: str, count: int, size: int, seed: int, allowed: Sequence[tuple[str, str]], style: str, places: int | None
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows of a split. Row i has its own random stream, made from seed, split and i."""
     for i in tqdm(range(count), desc=f"render {split}"):
-        scene = sample_scene(random.Random(f"{seed}/{split}/{i}"), allowed)
+        scene = sample_scene(random.Random(f"{seed}/{split}/{i}"), allowed, places)
         png = io.BytesIO()
         draw(scene, size, style).save(png, format="PNG")
         yield {
@@ -242,7 +258,13 @@ def rows(
 
 
 def build(
-    size: int, train: int, validation: int, seed: int, held_out: int = 0, style: str = "flat"
+    size: int,
+    train: int,
+    validation: int,
+    seed: int,
+    held_out: int = 0,
+    style: str = "flat",
+    places: int | None = None,
 ) -> datasets.DatasetDict:
     """Make the splits that have rows. Train never shows ``held_out`` of the (colour, shape) combinations."""
     for field, value, low in (("size", size, MIN_SIZE), ("train", train, 0), ("validation", validation, 0)):
@@ -251,6 +273,8 @@ def build(
     if not 0 <= held_out <= MAX_HELD_OUT:
         fix = f"use --hold-out-combinations 0 to {MAX_HELD_OUT}, half of all {len(COMBINATIONS)}"
         raise ValueError(f"hold-out-combinations is {held_out}, which is out of range: {fix}")
+    if places is not None and not 16 <= places <= size:
+        raise ValueError(f"places is {places}, which is out of range: use --places 16 to the size, {size}")
     hidden = held_out_combinations(held_out, seed)
     text = datasets.Value("string")
     features = datasets.Features(image=datasets.Image(), caption=text, tag=text, include=text, objects=text)
@@ -258,7 +282,7 @@ def build(
     splits = datasets.DatasetDict()
     for split, count, allowed in (("train", train, seen), ("validation", validation, COMBINATIONS)):
         if count:  # `datasets` saves an empty split but cannot open it
-            part = list(rows(split, count, size, seed, allowed, style))
+            part = list(rows(split, count, size, seed, allowed, style, places))
             splits[split] = datasets.Dataset.from_list(part, features=features)
     return splits
 
@@ -271,7 +295,7 @@ task_categories: [text-to-image, image-to-text]
 
 Procedural scenes with captions and exact ground truth, {train} for training and {validation} for validation.
 Made with `recipes/prepare_shapes.py --size {size} --train {train} --validation {validation} --seed {seed}
---hold-out-combinations {held_out} --style {style}`.
+--hold-out-combinations {held_out} --style {style}{on_places}`.
 
 - `tag`: {tags}.
 - `include`: what the caption claims, a JSON list of `class`, `count`, `color`, `size`, `position` as in GenEval. Counts
@@ -301,12 +325,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--style", choices=STYLES, default=STYLES[0], help="filled shapes, or their outlines (default flat)"
     )
+    parser.add_argument(
+        "--places", type=int, metavar="N",
+        help="centres lie on N x N places and sizes do not vary, which a small model learns sooner; 16 or more (default: anywhere)",
+    )  # fmt: skip
     args = parser.parse_args(argv)
     settings = {k: v for k, v in vars(args).items() if k != "out"}
     splits = build(**settings)
     splits.save_to_disk(args.out)
     card = CARD.format(
-        **settings, tags=", ".join(f"`{tag}`" for tag in PLANS),
+        **settings, on_places="" if args.places is None else f" --places {args.places}",
+        tags=", ".join(f"`{tag}`" for tag in PLANS),
         hidden=", ".join(" ".join(kind) for kind in held_out_combinations(args.held_out, args.seed)) or "none",
         radii="; ".join(f"{word} {low} to {high}" for word, (low, high) in RADII.items()),
         palette="; ".join(f"{colour} {rgb}" for colour, rgb in PALETTE.items()),

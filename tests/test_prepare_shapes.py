@@ -261,6 +261,21 @@ def test_held_out_combinations_occur_in_validation_alone():
     assert table(splits["validation"]) == table(plain["validation"])
 
 
+def test_places_and_sizes_may_be_few():
+    """Centres on a grid and one radius for a size word; what captions say of them still holds."""
+    few = [shapes.sample_scene(random.Random(f"places/{i}"), places=16) for i in range(200)]
+    for scene in few:
+        for thing in scene.things:
+            assert (thing.x * 16) % 1 == (thing.y * 16) % 1 == 0
+            assert thing.radius == sum(shapes.RADII[thing.size]) / 2
+        if scene.relation:
+            assert shapes.holds(scene.relation, *scene.things)
+    assert {scene.tag for scene in few} == set(shapes.PLANS)
+    rows = list(shapes.rows("test", 20, SIZE, 0, shapes.COMBINATIONS, "flat", 16))
+    assert any(row["objects"] != other["objects"] for row, other in zip(rows, shapes.rows("test", 20, SIZE, 0,
+               shapes.COMBINATIONS, "flat", None), strict=True))  # fmt: skip
+
+
 def test_the_command_writes_a_folder_that_datasets_opens(tmp_path, monkeypatch):
     monkeypatch.setattr(
         sys, "argv", ["prepare_shapes.py", "--out", str(tmp_path / "out"), "--train", "12", "--validation", "0"]
@@ -289,6 +304,8 @@ def test_the_command_writes_a_folder_that_datasets_opens(tmp_path, monkeypatch):
         ({"train": -1}, "train is -1, which is too small: use --train 0 or more"),
         ({"validation": -2}, "validation is -2, which is too small: use --validation 0 or more"),
         ({"held_out": 36}, "hold-out-combinations is 36, which is out of range: use --hold-out-combinations 0 to 35"),
+        ({"places": 15}, "places is 15, which is out of range: use --places 16 to the size, 64"),
+        ({"places": 65}, "places is 65, which is out of range: use --places 16 to the size, 64"),
         ({"held_out": -1}, "hold-out-combinations is -1, which is out of range: use --hold-out-combinations 0 to 35"),
     ],
 )
