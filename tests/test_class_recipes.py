@@ -217,6 +217,7 @@ class TestNames:
             ("names.txt", "", "holds no list of names"),
             ("names.json", '{"0": "cat", "2": "dog"}', "has no name for class 1 of 2"),
             ("names.json", "[", "is no JSON"),
+            ("names.json", "[" * 100_000, "is no JSON"),
             ("names.json", "3", "holds no list of names"),
             ("missing.txt", None, "cannot be read"),
         ],

@@ -72,12 +72,13 @@ def test_other_files(tmp_path):
         (tmp_path / f"{number}.png").write_bytes(damage)
         with pytest.raises(ValueError, match=rf"image: '.*{number}.png' is no PNG that can be read"):
             read_image_metadata(tmp_path / f"{number}.png")
-    chunks = PngInfo()
-    chunks.add_text("software", "unified")
-    chunks.add_text("seed", "seven")
-    image.save(tmp_path / "changed.png", pnginfo=chunks)
-    with pytest.raises(ValueError, match=r"image: seed in '.*changed.png' is no JSON"):
-        read_image_metadata(tmp_path / "changed.png")
+    for seed in ("seven", "[" * 100_000):
+        chunks = PngInfo()
+        chunks.add_text("software", "unified")
+        chunks.add_text("seed", seed)
+        image.save(tmp_path / "changed.png", pnginfo=chunks)
+        with pytest.raises(ValueError, match=r"image: seed in '.*changed.png' is no JSON"):
+            read_image_metadata(tmp_path / "changed.png")
     with pytest.raises(ValueError, match=r"metadata: \['caption'\] are none of"):
         describe(image, caption="red apple")
     describe(image, seed=0, settings={"guidance_schedule": generators}, prompt="")

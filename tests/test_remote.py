@@ -180,6 +180,7 @@ def test_a_busy_server_is_asked_again(exported):
         ((400, {"error": {"message": "bad\nids."}}), r"refuses /v1/completions \(400\): bad ids\. A server with guidance"),
         ((401, {"error": "Unauthorized"}), r"\(401\): Unauthorized\."),
         ((200, b"<html>"), "answers /v1/completions with no JSON"),
+        ((200, b"[" * 100_000), "answers /v1/completions with no JSON"),
         ((200, [1]), r"answers /v1/completions with \[1\]"),
         ((200, {"choices": []}), "answers without token_ids"),
     ],

@@ -168,7 +168,7 @@ class RemotePipeline:
             )
         try:
             content = answer.json()
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(
                 f"server: {self.url} answers {path} with no JSON ({error}); is it the right one?"
             ) from error
