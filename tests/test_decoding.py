@@ -105,10 +105,10 @@ def test_a_large_top_k_without_its_threshold_samples_the_same(sampling, spread):
         sample_codes(logits.index_fill(1, torch.tensor([3]), float("nan")), sampling, noise)
 
 
-@pytest.mark.parametrize("place", ["first", "last"])
 @pytest.mark.parametrize(
-    "settings", [Sampling(), Sampling(guidance_scale=2.0, top_k=12)]
-)  # 12 of 20: without a threshold
+    ("place", "settings"),
+    [("first", Sampling()), ("last", Sampling(guidance_scale=2.0, top_k=12))],  # 12 of 20: without a threshold
+)
 def test_a_new_filter_acts_wherever_codes_are_sampled(monkeypatch, settings, place):
     """One that keeps even ids alone: plain, after a class, in a running batch, in every mode, and in text."""
     model, grid = tiny_model(), (2, 4)

@@ -169,6 +169,7 @@ def test_command_line_offers_adapters_by_name(pipeline, tmp_path, monkeypatch):
     assert (options["host"], options["allow_hosts"]) == ("127.0.0.1", ["demo", "*.example.org"])
 
 
+@pytest.mark.process
 def test_a_password_is_asked_for(pipeline, monkeypatch):
     need_gradio()
     import httpx
@@ -188,6 +189,7 @@ def test_a_password_is_asked_for(pipeline, monkeypatch):
             page.close()
 
 
+@pytest.mark.process
 def test_gradio_decodes_nothing(pipeline, saved, monkeypatch):
     """The page gets the names of uploaded files, whatever a request says about them."""
     need_gradio()

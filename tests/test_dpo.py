@@ -65,6 +65,7 @@ def test_the_loss_is_that_of_the_paper():
             torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("way", [{"order": "random"}, {"order": "diagonals", "merge": "channel"}], ids=str)
 def test_packing_and_patches_change_no_margin(way):
     """In any order both images of a pair come in one permutation, so equal images differ by nothing."""

@@ -72,6 +72,7 @@ def test_a_family_that_scales_its_embeddings_is_the_same():
     torch.testing.assert_close(embeds, model.image_embed(codes), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.process
 def test_command_fuses_an_adapter(pipeline, tmp_path, capsys):
     pipe = one_dimensional(pipeline, tmp_path / "pipe")
     noisy_adapter(pipe.model, tmp_path / "lora", 1)

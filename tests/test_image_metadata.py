@@ -19,6 +19,7 @@ SETTINGS = {"height": 16, "width": 16, "guidance_scale": 2.0, "temperature": 1.0
             "guidance_schedule": "constant", "decoding": "plain"}  # fmt: skip
 
 
+@pytest.mark.process
 def test_an_image_of_the_command_line_is_generated_again(pipeline, tmp_path):
     """From what its file says alone, with the adapter."""
     pipeline.save_pretrained(tmp_path / "runs" / "mine" / "pipeline")
@@ -40,6 +41,7 @@ def test_an_image_of_the_command_line_is_generated_again(pipeline, tmp_path):
     assert torch.equal(to_tensor([Image.open(files[2])]), to_tensor(again.images))
 
 
+@pytest.mark.process
 def test_edits_the_page_evaluations_and_runs_say_it_too(pipeline, tmp_path, photo):
     pytest.importorskip("gradio")
     (image,) = pipeline("red apple", generator=3).images

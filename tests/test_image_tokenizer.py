@@ -74,7 +74,7 @@ def test_training_moves_towards_the_image(changes):
     images = torch.rand(4, 3, 16, 16) * 2 - 1
     optimizer = torch.optim.AdamW(tokenizer.parameters(), 1e-2)
     errors = []
-    for _ in range(60):
+    for _ in range(30):
         decoded, _, commitment = tokenizer(images)
         error = (decoded - images).square().mean()
         (error + commitment).backward()

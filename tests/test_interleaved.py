@@ -73,6 +73,7 @@ def test_interleaved_rows_are_encoded_once(image_tokenizer, text_tokenizer, voca
         assert made.image_grids == reference.image_grids
 
 
+@pytest.mark.process
 def test_interleaved_images_of_mixed_sizes_are_learned(
     image_tokenizer, interleaved, config_file, parts, tmp_path, monkeypatch
 ):

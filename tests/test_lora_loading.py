@@ -165,9 +165,10 @@ def test_names_that_cannot_name_modules_are_refused(name, adapter):
 def test_a_config_that_asks_for_too_much_is_refused(fields, message, adapter):
     changed_config(adapter, **fields)
     model = tiny_model()
+    names = list(bits(model))
     with pytest.raises(ValueError, match=f"(?s)lora: .*{message}"):
         load_lora(model, adapter, "x")
-    assert bits(model).keys() == bits(tiny_model()).keys()
+    assert list(bits(model)) == names
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "corda", "eva", "loftq", "lora_ga", "mica", None])

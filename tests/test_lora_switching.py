@@ -23,6 +23,7 @@ def with_adapters(tmp_path, *kinds):
     return model.eval()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("kind", KINDS)
 def test_reload_and_fuse(kind, tmp_path):
     base, before = logits(tiny_model()), bits(tiny_model())
@@ -94,6 +95,7 @@ def test_tables_of_several_adapters_are_summed_like_updates(tmp_path):
     assert torch.equal(logits(model), logits(tiny_model()))
 
 
+@pytest.mark.process
 def test_fused_adapters_with_tables_are_saved_as_a_plain_pipeline(pipeline, tmp_path):
     for seed, name in enumerate("ab"):
         pipeline.model = noisy_adapter(pipeline.model, tmp_path / name, seed, train_image_tables=True)
@@ -132,6 +134,7 @@ def test_a_broken_adapter_is_not_fused(tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.process
 def test_disabling_ends_with_the_next_load(pipeline, tmp_path):
     for seed, name in enumerate("ab"):
         pipeline.model = noisy_adapter(pipeline.model, tmp_path / name, seed, train_image_tables=name == "a")
@@ -164,6 +167,7 @@ def test_only_what_is_loaded_to_train_requires_gradients(tmp_path):
     assert not wants(frozen) and wants(training) == added
 
 
+@pytest.mark.process
 def test_deleting_leaves_the_others(pipeline, tmp_path):
     for seed, name in enumerate("abc"):
         pipeline.model = noisy_adapter(pipeline.model, tmp_path / name, seed, train_image_tables=name != "b")
@@ -247,6 +251,7 @@ def test_loading_as_in_diffusers(pipeline, tmp_path, monkeypatch):
     assert pipeline.device.type == "cpu" and pipeline.dtype == torch.float32
 
 
+@pytest.mark.process
 def test_the_card_of_a_fused_pipeline_keeps_all_terms(pipeline, tmp_path):
     folder = tmp_path / "one"
     pipeline.model = noisy_adapter(pipeline.model, folder, 1)
@@ -269,6 +274,7 @@ def test_the_card_of_a_fused_pipeline_keeps_all_terms(pipeline, tmp_path):
     assert ModelCard.load(tmp_path / "silent" / "README.md").data.license == "unknown"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("theirs", ["---\nlicense: unknown\n---\n# Outlines\n", None])
 def test_a_part_of_unknown_terms_makes_the_sum_unknown(pipeline, tmp_path, theirs):
     """Of a card that says so, and of an adapter that came without a card, past load_lora_weights."""

@@ -82,6 +82,7 @@ def test_the_engine_takes_all_options(pipeline, decoding):
     assert [image.tobytes() for image in result.images] == [image.tobytes() for image in expected.images]
 
 
+@pytest.mark.process
 def test_a_mode_in_the_table_is_offered_everywhere(pipeline, tmp_path, monkeypatch):
     """One line more, and the pipeline, the command line and the page have it."""
     plain = pipeline("red apple", generator=generators(0)).codes

@@ -82,6 +82,7 @@ def test_failed_step_stops_and_is_continued(steps, monkeypatch):
     assert steps() == "bc"
 
 
+@pytest.mark.process
 def test_memory_counts_children():
     import subprocess
 

@@ -91,6 +91,7 @@ def test_rear_in_every_order(way):
     )
 
 
+@pytest.mark.process
 def test_rear_trains_beside_likelihood_and_resumes(pipeline, config_file, tmp_path):
     """Its networks learn, are in the checkpoint, and not in what is saved; a resumed run logs the same."""
     overrides = ["objectives=[{name: likelihood}, {name: rear, weight: 0.5, width: 32}]", "data.code_noise=0.3"]

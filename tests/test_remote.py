@@ -132,6 +132,7 @@ def running(server):
             thread.join()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("sample", "scale"), [(unguided, 1.0), (guided, 3.0)])
 def test_codes_and_images_are_the_pipelines(exported, sample, scale):
     pipe, folder = exported
@@ -168,6 +169,7 @@ def test_a_busy_server_is_asked_again(exported):
         assert len(server.bodies) == 6
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -188,6 +188,7 @@ def begun(batcher, request):
     return codes is not None and bool((codes >= 0).any())
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("own", [False, True])
 def test_an_image_that_fails_leaves_the_others_alone(pipeline, own):
     """NaN in the rows of one job, with the others' options or its own; its rows generate the next images as ever."""

@@ -99,6 +99,7 @@ def test_the_running_batch_samples_the_same_steered_images(order):
     assert not torch.equal(alone, base)
 
 
+@pytest.mark.process
 def test_adapters_are_set_as_before_afterwards(folders):
     model = loaded(folders, "one", "two")
     set_adapters(model, ["two"], [0.5])
