@@ -16,7 +16,7 @@ from unified.settings import check_range
 
 
 class MicroBatch(NamedTuple):
-    """What an objective computes its loss from.
+    """Inputs of an objective's loss for one micro-batch.
 
     Attributes:
         model: the trained model, as Accelerate has wrapped it; call it with the inputs of any batch.
@@ -52,7 +52,7 @@ class Objective:
         asks: keyword arguments that it adds to the forward pass over the batch, whose output it reads; None if it does not
             read that.
         sampling: defaults of sampling that the trained adapter is saved with.
-        module: parameters of its own, which train with the model and are not saved with it; :meth:`build` makes them.
+        module: its own parameters, which train with the model and are not saved with it; :meth:`build` makes them.
     """
 
     weight: float = 1.0  # of its loss in the sum
@@ -73,7 +73,7 @@ class Objective:
         check_range(self.prefix, self, "(0, inf)", "weight")
 
     def build(self, model: nn.Module, image_tokenizer: Any) -> nn.Module | None:
-        """Parameters of its own, for a model that is not wrapped yet; None without any.
+        """Its own parameters, for a model that is not wrapped yet; None without any.
 
         Raises:
             ValueError: if model or tokenizer lack what the objective needs.
@@ -85,7 +85,7 @@ class Objective:
     ) -> list[TokenSequence] | None:
         """Further sequences for a micro-batch, one for each of its own, which are arranged as those are; None for none.
 
-        Called in the data layer, perhaps in a process of its own; ``config`` is that of the model. What does not count has labels
+        Called in the data layer, perhaps in another process; ``config`` is that of the model. What does not count has labels
         of -100.
         """
         return None
