@@ -9,19 +9,11 @@ from PIL import Image, ImageFile
 
 from unified.cli import main
 from unified.data.crops import fit
+from unified.serving import uploads
 from unified.serving import web as demo
 from unified.serving.engine import Engine
-from unified.serving.web import (
-    build_demo,
-    check_files,
-    check_request,
-    fit_upload,
-    image_and_mask,
-    launch,
-    load_adapters,
-    opened,
-    painted,
-)
+from unified.serving.uploads import check_files, fit_upload, image_and_mask, opened, painted
+from unified.serving.web import build_demo, check_request, launch, load_adapters
 
 
 @pytest.mark.parametrize(
@@ -106,7 +98,7 @@ def test_huge_images_are_refused_before_they_are_decoded(saved, tmp_path, monkey
 
 def test_an_image_that_is_given_again_is_not_decoded_again(saved, monkeypatch):
     layer, read = saved("layer", Image.new("RGBA", (16, 16), "red")), []
-    monkeypatch.setattr(demo, "painted", lambda file: read.append(file) or painted(file))
+    monkeypatch.setattr(uploads, "painted", lambda file: read.append(file) or painted(file))
     image_and_mask(layer, [layer] * 4, (16, 16))
     assert read == [layer]
 
