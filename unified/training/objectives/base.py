@@ -34,7 +34,7 @@ class MicroBatch(NamedTuple):
 
 
 class Term(NamedTuple):
-    """A loss, divided by the ``items`` of its objective, and sums over what it counts of further metrics for the log."""
+    """A loss, divided by the ``items`` of its objective, and further metrics for the log, each summed over these items."""
 
     loss: Tensor
     metrics: dict[str, Tensor]
@@ -91,13 +91,13 @@ class Objective:
         return None
 
     def count(self, batch: Batch) -> float:
-        """What its loss is a mean over, as far as this micro-batch has it; all micro-batches and processes are summed."""
+        """How many items of this micro-batch its loss is a mean over; the counts of micro-batches and processes add up."""
         raise NotImplementedError
 
     def loss(self, given: MicroBatch, items: float) -> Term:
-        """Sum over what is counted, divided by ``items``: the count of the whole step for each micro-batch and process.
+        """The sum of the losses of its items, divided by ``items``: the mean count of a micro-batch over the whole step.
 
-        Gradients of micro-batches and processes are averaged, so that the step follows the mean over all that it counts.
+        Gradients are averaged over micro-batches and processes, so that the step follows the mean over all of its items.
         """
         raise NotImplementedError
 
