@@ -217,6 +217,7 @@ schedule: {{patch_sizes: [1], shares: [1]}}
         load_config(tmp_path / "run.yaml", ["model.options.conditioning={kind: class, classes: 4}"])
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -212,6 +212,7 @@ def test_every_option_reaches_the_pipeline(pipeline, folder, tmp_path, capsys, m
     assert switches == [{"compile": False, "int8": True}, {"compile": True, "int8": False}]
 
 
+@pytest.mark.process
 def test_mistakes_of_files_seeds_and_compilers(folder, tmp_path, capsys, monkeypatch):
     start = ["generate", "--out", str(tmp_path / "out"), "--prompt", "red apple", "--pipeline"]
     with pytest.raises(SystemExit):

@@ -102,6 +102,7 @@ def pair_table(tmp_path_factory):
     return folder / "pairs.jsonl"
 
 
+@pytest.mark.process
 def test_from_a_table_of_pairs_to_an_adapter(pipeline, config_file, pair_table, tmp_path, capsys):
     """The margin grows over the steps; unusable rows are reported; the adapter is sampled as its base is."""
     sources = f"data.sources=[{{path: {pair_table}, kind: pairs}}]"

@@ -323,6 +323,7 @@ def test_scripts_from_data_to_metrics(pipeline, picture_source, tmp_path, monkey
     assert "exists and is no earlier nano CLIP" in refused(monkeypatch, capsys, *trained)
 
 
+@pytest.mark.process
 def test_distances_run_without_a_clip(pipeline, picture_source, tmp_path, monkeypatch):
     pipeline.save_pretrained(tmp_path / "pipeline")
     run_script(monkeypatch, "evaluate.py", "--pipeline", tmp_path / "pipeline", "--data", picture_source, "--metrics", "kd",

@@ -13,6 +13,7 @@ from unified.convert import split_joint_table
 from unified.serving.export import EXPORT_FILE, check_exportable, export_pipeline, joint_model
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "text",
     [{}, {"tie_word_embeddings": True}, {"model_type": "qwen3", "head_dim": 8, "num_key_value_heads": 2}],

@@ -37,6 +37,7 @@ def test_names():
             part_names("train", share)
 
 
+@pytest.mark.process
 def test_every_row_is_on_one_side_and_equal_images_on_the_same(tmp_path):
     source = write_images(tmp_path / "a", [*range(200), *range(50)])
     rest, held_out = numbers(load_source(source, REST)), numbers(load_source(source, HELD_OUT))

@@ -68,6 +68,7 @@ def test_codes_are_the_nearest_in_angle():
     assert torch.equal(tokenizer.encode(images).flatten(), cosine.argmax(-1))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("changes", [{}, FSQ, LFQ, BSQ, IBQ])
 def test_training_moves_towards_the_image(changes):
     tokenizer = small(**changes).train()

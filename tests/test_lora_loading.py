@@ -120,6 +120,7 @@ def test_a_pipeline_that_refuses_an_adapter_is_saved_as_it_was(pipeline, tmp_pat
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", ["style-v1.5", "", "a/b", "..", "model", "layers", "0", "keys", "train", "a\nb"])
 def test_names_that_cannot_name_modules_are_refused(name, adapter):
     model = tiny_model()
@@ -128,6 +129,7 @@ def test_names_that_cannot_name_modules_are_refused(name, adapter):
     assert isinstance(load_lora(model, adapter, "my style-2").get_base_model(), UnifiedForCausalLM)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -69,6 +69,7 @@ def test_scaling_of_rslora_is_alpha_over_root_of_rank(tmp_path):
         torch.testing.assert_close(layer(x), x @ (layer.base_layer.weight + scale * update).T, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.process
 def test_tables_of_several_adapters_are_summed_like_updates(tmp_path):
     """With low-rank updates at zero, two adapters with tables are the base with summed tables."""
     tables = {"train_image_tables": True}

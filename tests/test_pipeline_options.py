@@ -69,6 +69,7 @@ def test_unknown_options_are_named(pipeline, photo):
         pipeline.stream("red apple", image=photo, keep=0.5, known=torch.zeros(1, 4, 4).long())
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("decoding", modes_for(RASTER))
 def test_the_engine_takes_all_options(pipeline, decoding):
     """In the batch or alone, it generates what a call generates."""

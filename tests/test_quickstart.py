@@ -97,6 +97,7 @@ def test_memory_counts_children():
             child.kill()
 
 
+@pytest.mark.process
 def test_edits_count_the_codes_that_stay(pipeline, tmp_path, monkeypatch):
     lay_out, sheets = quickstart_report.captioned_grid, []
     monkeypatch.setattr(

@@ -143,6 +143,7 @@ def test_one_token_rollout_is_the_expected_policy_gradient():
             torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.process
 def test_one_token_rollout_trains_an_adapter(pipeline, config_file, tmp_path):
     train(
         adapter_run(

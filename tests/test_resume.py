@@ -287,6 +287,7 @@ def test_full_disk_leaves_the_last_checkpoint(finished, config_file, tmp_path, m
     assert_same_run(tmp_path, finished)
 
 
+@pytest.mark.process
 def test_changed_settings_are_shown_and_refused(config_file, tmp_path):
     train(load_config(config_file, [f"output_dir={tmp_path}"]))
     changed = [f"output_dir={tmp_path}", "resume=latest", "optimizer.learning_rate=0.5", "keep_checkpoints=7"]

@@ -114,6 +114,7 @@ def test_cancelling_frees_the_rows(pipeline):
         assert torch.equal(last.result(WAIT).codes, expected)
 
 
+@pytest.mark.process
 def test_an_adapter_has_the_batch_for_itself(pipeline, tmp_path, monkeypatch):
     """a, b, none, a: each job samples as alone with its adapter, jobs of one adapter share, switches happen only between."""
     for name, seed in (("a", 1), ("b", 2)):

@@ -56,6 +56,7 @@ def test_style_from_ten_images(pipeline, folder, tmp_path, captions):
     assert not torch.equal(torch.as_tensor(before), torch.as_tensor(after))
 
 
+@pytest.mark.process
 def test_prior_preservation_is_a_second_source(pipeline, folder, parts, tmp_path):
     """Crops and flips are for what the run encodes; codes are taken as they are."""
     sources = f"[{{path: {folder}, caption: in stripes}},{{path: {parts}/codes, weight: 0.5}}]"

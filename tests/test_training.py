@@ -156,6 +156,7 @@ def test_muon_takes_the_decoders_matrices_only():
     assert "image_head" in decays[0.05] and "norm" in decays[0.0]
 
 
+@pytest.mark.process
 def test_images_are_encoded_on_the_way(config_file, parts, picture_source, tmp_path):
     options = [
         f"output_dir={tmp_path}",

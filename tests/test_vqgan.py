@@ -199,6 +199,7 @@ def product_codes(state, images):
     return torch.einsum("bchw,kc->bkhw", latents, state["quantize.embedding.weight"]).argmax(1)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("where", ["checkpoint with averages", "folder of Emu3.5"])
 def test_codes_of_ibq_are_those_of_the_greatest_product(where, tmp_path):
     state = make_layout("taming")
