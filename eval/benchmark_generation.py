@@ -198,7 +198,7 @@ def measure(rounds: int, llamagen: str | None, grid: int, codebook: int, compile
 
 
 def serving(decoder: Any, grid: int, count: int = 8) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
-    """Requests with prompts of their own, in one running batch that they join one step after the other, or in turn.
+    """Requests with different prompts: in one running batch, which each joins a step after the last, or one by one.
 
     Both return the codes ``(count, grid, grid)``.
     """

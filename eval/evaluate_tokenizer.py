@@ -30,10 +30,10 @@ from unified_eval.extraction import batches
 from unified_eval.features import EXTRACTORS, Extractor, load_extractor
 from unified_eval.files import write_image
 from unified_eval.frechet import frechet_distance
-from unified_eval.reconstruction import image_errors, summarise_errors
+from unified_eval.reconstruction import squared_error, summarise_errors
 from unified_eval.selection import choose_evenly, first_usable_rows, usable_images
 from unified_eval.sheets import captioned_grid
-from unified_eval.structural import ssim, statistics_of_counts
+from unified_eval.structural import code_statistics, ssim
 from unified_tokenizers import AutoImageTokenizer, ImageTokenizer
 from unified_tokenizers.images import to_pil, to_tensor
 from unified_tokenizers.vq_loss import LPIPS
@@ -102,8 +102,9 @@ class Measurement:
         self.code_counts += torch.bincount(codes.cpu().flatten(), minlength=len(self.code_counts))
         rebuilt = to_pil(made)
         again = to_tensor(rebuilt)
-        self.errors.append(image_errors(images, rebuilt))
-        self.similarity += float(ssim(*((part / 2 + 0.5).clamp(0, 1) for part in (pixels, again))).sum())
+        pair = [(part / 2 + 0.5).clamp(0, 1) for part in (pixels, again)]
+        self.errors.append(squared_error(*pair))
+        self.similarity += float(ssim(*pair).sum())
         if self.lpips is not None:
             self.perceptual += float(self.lpips.distances(pixels, again).sum())
         self.features.append(extractor(rebuilt, len(rebuilt)))
@@ -127,7 +128,7 @@ class Measurement:
             "ssim": self.similarity / count,
             key: frechet_distance(np.concatenate(self.features), real_features),
             **({} if self.lpips is None else {"lpips": self.perceptual / count}),
-            **statistics_of_counts(self.code_counts, self.tokenizer.downsample),
+            **code_statistics(self.code_counts, self.tokenizer.downsample),
         }
         for number, way in ((1, "encode"), (2, "decode")):
             times = [record[number] / record[0] for record in self.seconds if record[0] == whole]

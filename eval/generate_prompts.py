@@ -1,4 +1,4 @@
-"""Generate images for the prompts of a benchmark in the layout that its own evaluator reads, and score them by CLIP.
+"""Generate images for the prompts of a benchmark in the folders that its own evaluator reads, and score them by CLIP.
 
     python eval/generate_prompts.py --pipeline DIR --prompts evaluation_metadata.jsonl --samples 4 --out runs/geneval
     python eval/generate_prompts.py --pipeline DIR --prompts PartiPrompts.tsv --clip ViT-L-14/openai --out runs/parti

@@ -1,4 +1,4 @@
-"""A metric of your own: how sharp generated images are, beside the real images of their captions.
+"""A custom metric: how sharp generated images are, beside the real images of their captions.
 
 unified evaluate --import examples/metric.py --metrics sharpness --pipeline DIR --data data/openmoji --out runs/sharpness
 """

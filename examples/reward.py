@@ -1,4 +1,4 @@
-"""A reward of your own: how much of an image has the colour that its caption names."""
+"""A custom reward: how much of an image has the colour that its caption names."""
 
 from collections.abc import Sequence
 

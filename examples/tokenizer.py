@@ -1,4 +1,4 @@
-"""An image tokenizer of your own: the mean colour of every patch, rounded. It has no weights.
+"""A custom image tokenizer: the mean colour of every patch, rounded. It has no weights.
 
 unified encode --import examples/tokenizer.py --image-tokenizer FOLDER --source data/openmoji --out data/codes
 """

@@ -76,7 +76,7 @@ class GrpoSettings:
     batch_size: int = 32  # images at once in sampling and in training
     guidance_scale: float = 1.0  # of the rollouts; a gain at 1 need not show in guided images
     temperature: float = 1.0
-    clip: float = 0.2  # how far the ratio of probabilities counts
+    clip: float = 0.2  # the ratio of probabilities is clipped to 1 - clip ... 1 + clip
     kl_weight: float = 0.02  # of the divergence from the reference
     learning_rate: float = 3e-4
     weight_decay: float = 0.0

@@ -131,11 +131,11 @@ def naive_codes(model, prompt, negative, grid, sampling, generator, known=None):
     steps, codes = grid[0] * grid[1], []
     for step in range(steps):
         sides = []
-        for ids in (prompt, negative):
+        for ids in (prompt, negative) if sampling.guided else (prompt,):
             rest = [50 + c for c in codes] + [50] * (steps - step)  # codes to come are hidden by causality
             output = full_forward(model, [*ids, *rest], [grid])
             sides.append(output.image_logits[:, len(ids) - 1 + step])
-        logits = guide(*sides, sampling.guidance_scale) if sampling.guidance_scale > 1 else sides[0]
+        logits = guide(*sides, sampling.guidance_scale) if sampling.guided else sides[0]
         noise = gumbel_noise([generator], 20, logits.device)
         sampled = int((filter_logits(logits, sampling) + noise).argmax())
         codes.append(sampled if known is None or known[step] < 0 else int(known[step]))

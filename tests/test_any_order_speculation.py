@@ -46,7 +46,7 @@ def known_codes():
 
 
 @every_merge
-@pytest.mark.parametrize("window", [2, 3, 40])
+@pytest.mark.parametrize("window", [2, pytest.param(3, marks=pytest.mark.process), 40])
 @pytest.mark.parametrize("known", [None, known_codes()], ids=["free", "known"])
 def test_the_likeliest_codes_are_those_of_plain_decoding_one_at_a_time(way, window, known):
     """With top_k = 1 nothing is left to chance: context, masks, guidance and the cache have to agree."""
@@ -180,6 +180,7 @@ def test_a_mode_that_does_not_suit_the_order_is_refused(order, merge):
             next(run)
 
 
+@pytest.mark.process
 def test_a_mode_is_refused_before_anything_is_computed(
     text_tokenizer, image_tokenizer, photo, tmp_path, capsys, monkeypatch
 ):

@@ -79,6 +79,7 @@ def test_image_span_equals_the_backbone_fed_by_hand(backbone, p):
     torch.testing.assert_close(got[0, 4 : 4 + patches.shape[1]], expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.process
 def test_image_embedding_starts_like_what_the_backbone_feeds_itself(backbone):
     plain, folder = backbone
     looked_up = plain.get_input_embeddings()(torch.arange(50))
@@ -86,6 +87,7 @@ def test_image_embedding_starts_like_what_the_backbone_feeds_itself(backbone):
     torch.testing.assert_close(model.image_embed.weight.std(0), looked_up.std(0), rtol=0.1, atol=0)
 
 
+@pytest.mark.process
 def test_gradient_checkpointing_changes_nothing(backbone):
     _, folder = backbone
     gradients = []
@@ -160,6 +162,7 @@ def test_packed_rows_keep_documents_apart(backbone, p):
     assert max(abs(mixed.text_loss - output.text_loss), abs(mixed.image_loss - output.image_loss)) > 5e-3
 
 
+@pytest.mark.process
 def test_saved_and_loaded(backbone, tmp_path):
     """Tied tables stay tied, untied ones apart; every weight and the attention come back."""
     plain, folder = backbone
@@ -197,6 +200,7 @@ def test_gradient_checkpointing_reaches_adapters_on_a_frozen_base(backbone, moda
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.process
 def test_the_loaded_module_is_taken_over(backbone, monkeypatch):
     _, folder = backbone
     loaded = []
@@ -278,6 +282,7 @@ def test_families_that_carry_another_state_along_are_refused(family, tmp_path):
         unified(str(tmp_path), positions="1d")
 
 
+@pytest.mark.process
 def test_an_attention_that_differs_with_a_cache_is_refused(backbone, monkeypatch):
     """The check compares numbers: a layer that forgets the first token once it decodes."""
     plain, folder = backbone

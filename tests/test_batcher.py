@@ -22,8 +22,10 @@ def image_requests(sampling, grid=(4, 4)):
     ]
 
 
-@pytest.mark.parametrize("positions", ["1d", "2d"])
-@pytest.mark.parametrize("sampling", [Sampling(top_k=8), Sampling(guidance_scale=2.0, guidance_schedule="cosine")])
+@pytest.mark.parametrize(
+    ("positions", "sampling"),
+    [("1d", Sampling(top_k=8)), ("2d", Sampling(guidance_scale=2.0, guidance_schedule="cosine"))],
+)
 def test_images_are_those_of_the_plain_loop_whenever_they_arrive(threads, positions, sampling):
     """Five requests, two at a time, the last ones submitted while the first are running; columns move back."""
     decoder = make_decoder(tiny_model(positions=positions))

@@ -70,6 +70,7 @@ def test_logits_along_a_image_are_those_of_a_full_forward():
     torch.testing.assert_close(found, sides[1] + scales * (sides[0] - sides[1]), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.process
 def test_sweep_compares_with_its_first_grid():
     from benchmark_generation import sweep
 

@@ -27,6 +27,7 @@ from benchmark_serving import (  # noqa: E402
 )
 
 
+@pytest.mark.process
 def test_it_runs(tmp_path):
     main(["--requests", "3", "--rounds", "1", "--loads", "4", "--grid", "4", "--width", "64", "--layers", "1",
           "--max-rows", "4", "--threads", str(torch.get_num_threads()), "--json", str(tmp_path / "out.json")])  # fmt: skip
@@ -70,6 +71,7 @@ def test_other_images_are_not_timed(monkeypatch):
         measure(pipe, [1.0], requests=6, max_rows=4, rounds=1)
 
 
+@pytest.mark.process
 def test_a_server_beside_the_engine(exported, monkeypatch):  # noqa: F811
     """The ratio is the engine's time by the server's, after a round that warms up; other codes are not timed."""
     pipe, folder = exported

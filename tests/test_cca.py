@@ -67,6 +67,7 @@ def test_the_loss_is_that_of_the_paper():
             torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("way", [None, {"order": "diagonals"}, {"order": "random"}, {"merge": "channel"}], ids=str)
 def test_packing_patches_and_orders_change_no_loss_of_a_pair(way):
     """A batch of all is the mean of what each pair gives alone, in packed rows too, in a coarse stage too."""

@@ -97,6 +97,7 @@ TOKENIZERS = {
 }  # fmt: skip
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("kind", "changes"),
     [

@@ -47,6 +47,7 @@ def run(monkeypatch, main, *arguments):
 
 
 class TestConversion:
+    @pytest.mark.process
     def test_generate_samples_what_the_model_says(self, converted, tmp_path):
         """``unified generate --class``: the images of the codes after the condition."""
         assert json.loads((converted / "out" / "pipeline.json").read_text())["_class_name"] == "UnifiedPipeline"
@@ -60,6 +61,7 @@ class TestConversion:
             assert np.array_equal(np.asarray(Image.open(file)), np.asarray(image))
         assert pipe.labels == {name: number for number, name in sorted(enumerate(NAMES), key=lambda pair: pair[1])}
 
+    @pytest.mark.process
     @pytest.mark.parametrize(
         ("options", "message"),
         [
@@ -134,6 +136,7 @@ class TestImageNet:
         (root / "LOC_synset_mapping.txt").write_text("\n".join(lines) + "\n")
         return root
 
+    @pytest.mark.process
     def test_ten_crops_with_names_and_go_on(self, imagenet, parts, monkeypatch, capsys, tmp_path):
         command = ["--source", imagenet, "--image-tokenizer", parts / "image_tokenizer", "--out", tmp_path / "codes",
                    "--image-size", 16, "--block-rows", 4]  # fmt: skip
@@ -217,6 +220,7 @@ class TestNames:
             ("names.txt", "", "holds no list of names"),
             ("names.json", '{"0": "cat", "2": "dog"}', "has no name for class 1 of 2"),
             ("names.json", "[", "is no JSON"),
+            ("names.json", "[" * 100_000, "is no JSON"),
             ("names.json", "3", "holds no list of names"),
             ("missing.txt", None, "cannot be read"),
         ],

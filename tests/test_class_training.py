@@ -70,6 +70,7 @@ def trained(class_config, tmp_path_factory):
     return output
 
 
+@pytest.mark.process
 def test_a_run_from_folders_to_named_images(trained):
     log = read_log(trained)
     steps = [record for record in log if "image_loss" in record]
@@ -90,6 +91,7 @@ def test_a_run_from_folders_to_named_images(trained):
     assert torch.equal(by_name, pipe(class_labels=[2, 0], generator=generators(0, 1), output_type="codes").codes)
 
 
+@pytest.mark.process
 def test_codes_know_names_and_a_split_may_lack_classes(trained):
     for folder, rows in (("codes", 12 * 3), ("codes-validation", 4)):
         described = json.loads((trained / folder / "codes.json").read_text())
@@ -113,6 +115,7 @@ def test_held_out_classes_are_found_by_name(class_config, parts, tmp_path):
     assert [int(row["label"]) for row in data.rows["train"]] == [0] * 4 + [1] * 4 + [2] * 4
 
 
+@pytest.mark.process
 def test_classes_are_learned(class_config, tmp_path):
     """After a few steps an image is likelier after its own class than after another."""
     options = ["steps=40", "batch_size=6", "validate_every=null", "schedule.patch_sizes=[2,1]", "schedule.shares=[0.5,0.5]",
@@ -135,6 +138,7 @@ def test_classes_are_learned(class_config, tmp_path):
     assert losses.argmin(dim=1).tolist() == [0, 1, 2], losses
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "order", [["prediction.order=spread"], ["prediction.merge=channel"], ["prediction.order=random"]]
 )
@@ -146,6 +150,7 @@ def test_orders_and_merges(class_config, order, tmp_path):
     assert int(pipe(class_labels="red", generator=generators(0), output_type="codes").codes.min()) >= 0
 
 
+@pytest.mark.process
 def test_a_resumed_run_is_the_one_that_was_not_stopped(class_config, tmp_path):
     """With dropout of the class and of activations, and a view chosen for every image."""
     options = ["data.crops=3", "data.one_view=true", "validate_every=null", "checkpoint_every=3", "keep_checkpoints=2"]
@@ -159,6 +164,7 @@ def test_a_resumed_run_is_the_one_that_was_not_stopped(class_config, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.process
 def test_sources_of_classes_are_mixed(class_config, class_folder, tmp_path):
     """Classes are found by name in each; a source of texts is refused."""
     (tmp_path / "more" / "train").mkdir(parents=True)
@@ -187,6 +193,7 @@ def test_two_processes_equal_one(class_config, tmp_path):
     assert len(ours) == 6 and np.array(ours) == pytest.approx(np.array(theirs), rel=1e-5)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("way", ["", "lora: {rank: 2}", "prediction: {order: spread}"])
 def test_a_pipeline_is_trained_on(trained, class_folder, way, tmp_path):
     (tmp_path / "run.yaml").write_text(f"""
@@ -210,6 +217,7 @@ schedule: {{patch_sizes: [1], shares: [1]}}
         load_config(tmp_path / "run.yaml", ["model.options.conditioning={kind: class, classes: 4}"])
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -283,6 +291,7 @@ def test_the_papers_sizes_and_what_their_files_say(name, millions):
     assert f"images: {whole:.2g} FLOPs".replace("e+", "e") in header
 
 
+@pytest.mark.process
 def test_the_papers_configuration_starts_on_two_cores(parts, class_folder, tmp_path):
     """recipes/configs/npp_c2i_b.yaml with a tiny width and few images, by overrides alone."""
     options = [

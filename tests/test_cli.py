@@ -26,6 +26,7 @@ def folder(pipeline, tmp_path):
     return str(tmp_path / "pipeline")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("kind", ["turned", "16 bits", "transparent", "at home"])
 def test_a_mask_is_read_as_every_image(kind, pipeline, folder, tmp_path, monkeypatch):
     """Upright, scaled to 8 bits and laid on white; the lower half changes."""
@@ -65,6 +66,7 @@ def test_generate(pipeline, folder, tmp_path, capsys):
     assert Image.open(tmp_path / "out" / names[2]).tobytes() == expected.tobytes()
 
 
+@pytest.mark.process
 def test_a_folder_keeps_the_images_of_earlier_calls(folder, tmp_path, capsys, monkeypatch):
     """Numbers go on behind those that are there, also behind one that another call writes at the same time."""
     arguments = ["generate", "--pipeline", folder, "--prompt", "red apple", "--out", str(tmp_path / "out")]
@@ -84,6 +86,7 @@ def test_a_folder_keeps_the_images_of_earlier_calls(folder, tmp_path, capsys, mo
     assert [file.read_bytes() for file in files] == contents
 
 
+@pytest.mark.process
 def test_inpaint_and_caption(pipeline, folder, tmp_path, capsys):
     image = pipeline("red apple", generator=generators(0)).images[0]
     image.save(tmp_path / "image.png")
@@ -169,6 +172,7 @@ def test_a_folder_that_is_a_file_is_found_before_the_model_is_loaded(tmp_path, c
     assert "File exists" in capsys.readouterr().err
 
 
+@pytest.mark.process
 def test_every_option_reaches_the_pipeline(pipeline, folder, tmp_path, capsys, monkeypatch):
     """All of them off their defaults: arguments of the call, the decoder's switches, the adapter."""
     image = Image.new("RGB", (16, 16), "red")
@@ -208,6 +212,7 @@ def test_every_option_reaches_the_pipeline(pipeline, folder, tmp_path, capsys, m
     assert switches == [{"compile": False, "int8": True}, {"compile": True, "int8": False}]
 
 
+@pytest.mark.process
 def test_mistakes_of_files_seeds_and_compilers(folder, tmp_path, capsys, monkeypatch):
     start = ["generate", "--out", str(tmp_path / "out"), "--prompt", "red apple", "--pipeline"]
     with pytest.raises(SystemExit):
@@ -233,6 +238,7 @@ def test_mistakes_of_files_seeds_and_compilers(folder, tmp_path, capsys, monkeyp
         main([*start, folder, "--compile"])
 
 
+@pytest.mark.process
 def test_machine_options(pipeline, folder, tmp_path, capsys, monkeypatch):
     """Device, dtype and threads reach torch, and what cannot be used is refused."""
     threads = []

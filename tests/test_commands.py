@@ -110,10 +110,11 @@ def parts_of(kind: type) -> list[type]:
 @pytest.mark.parametrize("kind", [TrainConfig, train_tokenizer.TokenizerTraining])
 def test_help_says_what_every_key_means(kind):
     for part in parts_of(kind):
+        found = meanings(part)
         for field in fields(part):
             inner = get_type_hints(part)[field.name]
             if not any(is_dataclass(hint) for hint in (inner, *get_args(inner))):
-                assert meanings(part).get(field.name), f"{part.__name__}.{field.name} has no comment behind it"
+                assert found.get(field.name), f"{part.__name__}.{field.name} has no comment behind it"
     assert all("  # " in line for line in described_keys(kind))
 
 

@@ -284,6 +284,7 @@ class TestFolders:
         assert report.corrupt_image == report.skipped == len(unusable)
         assert all(any(f"{tmp_path / name}:" in example for example in report.examples) for name in unusable)
 
+    @pytest.mark.process
     @pytest.mark.parametrize("name", ["photos [2024]", "best*", "what?"])
     @pytest.mark.parametrize("kind", ["txt", "metadata.jsonl", "metadata.csv", "table", "parquet", "saved", "tar"])
     @pytest.mark.parametrize("streaming", [False, True])

@@ -60,22 +60,22 @@ def test_equals_a_full_forward(family, positions):
 @torch.no_grad()
 def test_adapters_count_attached_disabled_and_merged(options):
     sampling = Sampling()
-    base = generate_codes(tiny_model(), PROMPTS, None, (4, 4), sampling, generators(0, 1))
+    base = generate_codes(tiny_model(), PROMPTS, None, (2, 4), sampling, generators(0, 1))
     adapted = attach_lora(tiny_model(), rank=4, **options).eval()
     torch.manual_seed(2)
     for name, parameter in adapted.named_parameters():
         if "lora_" in name or "modules_to_save" in name:
             parameter.normal_(0, 0.3)
     model = base_of(adapted)
-    attached = generate_codes(model, PROMPTS, None, (4, 4), sampling, generators(0, 1))
+    attached = generate_codes(model, PROMPTS, None, (2, 4), sampling, generators(0, 1))
     for row in range(2):
-        expected = naive_codes(model, PROMPTS[row], PROMPTS[row], (4, 4), sampling, *generators(row))
+        expected = naive_codes(model, PROMPTS[row], PROMPTS[row], (2, 4), sampling, *generators(row))
         assert attached[row].flatten().tolist() == expected
     assert not torch.equal(attached, base)
     with adapted.disable_adapter():
-        assert torch.equal(generate_codes(model, PROMPTS, None, (4, 4), sampling, generators(0, 1)), base)
+        assert torch.equal(generate_codes(model, PROMPTS, None, (2, 4), sampling, generators(0, 1)), base)
     adapted.base_model.merge_adapter()
-    assert torch.equal(generate_codes(model, PROMPTS, None, (4, 4), sampling, generators(0, 1)), attached)
+    assert torch.equal(generate_codes(model, PROMPTS, None, (2, 4), sampling, generators(0, 1)), attached)
 
 
 def test_building_leaves_the_model_alone():

@@ -2,12 +2,15 @@
 
 import pytest
 import torch
-from conftest import generators, naive_codes, tiny_model
+from conftest import generators, last, naive_codes, tiny_model
 
 from unified.decoding import DECODING_MODES, Prompt, Sampling, generate_codes, generate_conditioned, make_decoder
 from unified.decoding import sampling as sampling_module
 from unified.decoding.continuous_batching import Batcher, Request
+from unified.decoding.decode import iterate_codes
 from unified.decoding.sampling import LogitFilter, filter_logits, guide, gumbel_noise, sample_codes, sample_gumbel
+from unified.decoding.speculative import jacobi_codes
+from unified.decoding.staggered_rows import zipar_codes
 from unified.prediction.plan import RASTER
 
 
@@ -102,10 +105,10 @@ def test_a_large_top_k_without_its_threshold_samples_the_same(sampling, spread):
         sample_codes(logits.index_fill(1, torch.tensor([3]), float("nan")), sampling, noise)
 
 
-@pytest.mark.parametrize("place", ["first", "last"])
 @pytest.mark.parametrize(
-    "settings", [Sampling(), Sampling(guidance_scale=2.0, top_k=12)]
-)  # 12 of 20: without a threshold
+    ("place", "settings"),
+    [("first", Sampling()), ("last", Sampling(guidance_scale=2.0, top_k=12))],  # 12 of 20: without a threshold
+)
 def test_a_new_filter_acts_wherever_codes_are_sampled(monkeypatch, settings, place):
     """One that keeps even ids alone: plain, after a class, in a running batch, in every mode, and in text."""
     model, grid = tiny_model(), (2, 4)
@@ -173,6 +176,18 @@ def test_noise_of_values_near_one_is_finite_and_exact():
     )
 
 
-def test_guidance_needs_negative_rows():
-    with pytest.raises(ValueError, match="negative_prompts"):
-        generate_codes(tiny_model(), [[1, 3]], None, (2, 2), Sampling(guidance_scale=2.0), generators(0))
+@pytest.mark.parametrize(
+    ("prompts", "negatives", "seeds", "message"),
+    [
+        ([[1, 3]], None, [0], "negative_prompts: guidance needs one row per prompt"),
+        ([], [], [], "prompts: need one or more rows"),
+        ([[1, 3], []], [[3], [3]], [0, 1], "of at least one id"),
+        ([[1, 3]], [[]], [0], "of at least one id"),
+        ([[1, 3]], [[3]], [0, 1], "generators: 2 given for 1 prompts"),
+    ],
+)
+def test_prompts_that_cannot_be_continued_are_named(prompts, negatives, seeds, message):
+    decoder, sampling = make_decoder(tiny_model()), Sampling(guidance_scale=2.0)
+    for mode in (iterate_codes, jacobi_codes, zipar_codes):
+        with pytest.raises(ValueError, match=message):
+            last(mode(decoder, prompts, negatives, (2, 2), sampling, generators(*seeds)))

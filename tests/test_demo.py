@@ -9,19 +9,11 @@ from PIL import Image, ImageFile
 
 from unified.cli import main
 from unified.data.crops import fit
+from unified.serving import uploads
 from unified.serving import web as demo
 from unified.serving.engine import Engine
-from unified.serving.web import (
-    build_demo,
-    check_files,
-    check_request,
-    fit_upload,
-    image_and_mask,
-    launch,
-    load_adapters,
-    opened,
-    painted,
-)
+from unified.serving.uploads import check_files, fit_upload, image_and_mask, opened, painted
+from unified.serving.web import build_demo, check_request, launch, load_adapters
 
 
 @pytest.mark.parametrize(
@@ -106,7 +98,7 @@ def test_huge_images_are_refused_before_they_are_decoded(saved, tmp_path, monkey
 
 def test_an_image_that_is_given_again_is_not_decoded_again(saved, monkeypatch):
     layer, read = saved("layer", Image.new("RGBA", (16, 16), "red")), []
-    monkeypatch.setattr(demo, "painted", lambda file: read.append(file) or painted(file))
+    monkeypatch.setattr(uploads, "painted", lambda file: read.append(file) or painted(file))
     image_and_mask(layer, [layer] * 4, (16, 16))
     assert read == [layer]
 
@@ -169,6 +161,7 @@ def test_command_line_offers_adapters_by_name(pipeline, tmp_path, monkeypatch):
     assert (options["host"], options["allow_hosts"]) == ("127.0.0.1", ["demo", "*.example.org"])
 
 
+@pytest.mark.process
 def test_a_password_is_asked_for(pipeline, monkeypatch):
     need_gradio()
     import httpx
@@ -188,6 +181,7 @@ def test_a_password_is_asked_for(pipeline, monkeypatch):
             page.close()
 
 
+@pytest.mark.process
 def test_gradio_decodes_nothing(pipeline, saved, monkeypatch):
     """The page gets the names of uploaded files, whatever a request says about them."""
     need_gradio()

@@ -65,6 +65,7 @@ def test_the_loss_is_that_of_the_paper():
             torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("way", [{"order": "random"}, {"order": "diagonals", "merge": "channel"}], ids=str)
 def test_packing_and_patches_change_no_margin(way):
     """In any order both images of a pair come in one permutation, so equal images differ by nothing."""
@@ -101,6 +102,7 @@ def pair_table(tmp_path_factory):
     return folder / "pairs.jsonl"
 
 
+@pytest.mark.process
 def test_from_a_table_of_pairs_to_an_adapter(pipeline, config_file, pair_table, tmp_path, capsys):
     """The margin grows over the steps; unusable rows are reported; the adapter is sampled as its base is."""
     sources = f"data.sources=[{{path: {pair_table}, kind: pairs}}]"

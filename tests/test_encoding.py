@@ -252,6 +252,7 @@ class TestContent:
             return encode_interleaved(tokenizer, source, out, ("train",), ((16, 16),), **options)
         return encode_source(tokenizer, source, out, ("train",), image_size=16, **options)
 
+    @pytest.mark.process
     @pytest.mark.parametrize("streaming", [False, True])
     @pytest.mark.parametrize("changed", [("captions", "z"), ("colors", "white")])
     def test_changes_are_noticed(self, source, streaming, changed, image_tokenizer, tmp_path):
@@ -302,6 +303,7 @@ class TestContent:
         captions = [row["caption"] for row in rows_of(tmp_path / "out" / "codes")]
         assert captions == ["after 0", *(f"before {number}" for number in range(1, 8))]
 
+    @pytest.mark.process
     def test_a_run_encodes_changed_images_again(self, config_file, image_tokenizer, tmp_path):
         images = tmp_path / "images"
         images.mkdir()

@@ -177,6 +177,7 @@ def photos(tmp_path):
     return folder
 
 
+@pytest.mark.process
 def test_choosing_decodes_no_other_images_than_the_choice(photos, monkeypatch):
     """Memory and time follow the number of images that are compared, not the size of the data set."""
     decoded = []
@@ -197,6 +198,7 @@ def test_choosing_decodes_no_other_images_than_the_choice(photos, monkeypatch):
     assert chosen[0].image.size == (1600, 1200) and chosen[0].image is not chosen[0].image
 
 
+@pytest.mark.process
 def test_a_stream_keeps_one_image(photos):
     images = []
     for row in usable_images(str(photos)):
@@ -205,6 +207,7 @@ def test_a_stream_keeps_one_image(photos):
     assert len(images) == 40
 
 
+@pytest.mark.process
 def test_corrupt_images_are_replaced_within_their_run(photos):
     rows, _ = first_usable_rows(str(photos))
     plain = choose_evenly(rows, 4, seed=0)
@@ -320,6 +323,7 @@ def test_scripts_from_data_to_metrics(pipeline, picture_source, tmp_path, monkey
     assert "exists and is no earlier nano CLIP" in refused(monkeypatch, capsys, *trained)
 
 
+@pytest.mark.process
 def test_distances_run_without_a_clip(pipeline, picture_source, tmp_path, monkeypatch):
     pipeline.save_pretrained(tmp_path / "pipeline")
     run_script(monkeypatch, "evaluate.py", "--pipeline", tmp_path / "pipeline", "--data", picture_source, "--metrics", "kd",
@@ -329,6 +333,7 @@ def test_distances_run_without_a_clip(pipeline, picture_source, tmp_path, monkey
     assert "by score" not in (tmp_path / "out" / "report.html").read_text()
 
 
+@pytest.mark.process
 def test_a_caption_too_long_for_a_pipeline_shows_before_anything_is_generated(
     pipeline, picture_source, tmp_path, monkeypatch, capsys
 ):

@@ -50,6 +50,7 @@ def random_inception_file(tmp_path_factory):
     return path
 
 
+@pytest.mark.process
 def test_efficientnet_features_do_not_depend_on_the_batch(efficientnet):
     images = noise(5)
     alone = efficientnet(images, batch_size=1)
@@ -132,6 +133,7 @@ def test_all_inception_metrics_agree_with_torch_fidelity(random_inception_file, 
     assert ours == pytest.approx({name: expected[name] for name in ours}, rel=1e-5)
 
 
+@pytest.mark.process
 def test_missing_or_wrong_weights_are_errors(tmp_path, random_inception_file):
     with pytest.raises(ValueError, match="weights: the inception extractor needs a weights file; download https"):
         load_extractor("inception")

@@ -55,6 +55,7 @@ def test_a_folder_is_continued(pipeline, calls, tmp_path):
     assert generate()[1] == {"generated": 0, "kept": 6, "seconds_per_image": None} and calls == []
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "change", [{"seed": 1}, {"sampling": {"top_k": 3}}, {"identity": {"pipeline": "b"}}, {"samples": 2}]
 )

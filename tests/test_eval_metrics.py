@@ -246,6 +246,7 @@ def test_inception_score_of_generated_and_real_images():
     assert list(other.metrics) == ["exp_kl_classes", "exp_kl_classes_real"] and "SHA-256 00" in other.notes[0]
 
 
+@pytest.mark.process
 def test_captions_that_the_clip_cannot_read_are_left_out_with_a_note():
     """The scores are those of the other captions; distances are of all images."""
 

@@ -68,6 +68,7 @@ def run(monkeypatch, *arguments):
     runpy.run_path(str(ROOT / "eval" / "generate_prompts.py"), run_name="__main__")
 
 
+@pytest.mark.process
 def test_script_generates_geneval_and_parti(pipeline, tmp_path, monkeypatch, capsys):
     from unified_eval import save_nano_clip, train_nano_clip
     from unified_eval.shapes import check_scene

@@ -109,6 +109,7 @@ def test_bad_cards_are_errors(tmp_path):
         parse("--recipe", file)
 
 
+@pytest.mark.process
 def test_reports_carry_the_recipe(pipeline, picture_source, tmp_path, monkeypatch, capsys):
     pipeline.save_pretrained(tmp_path / "pipeline")
     height, width = pipeline.default_size

@@ -70,6 +70,7 @@ def test_at_least_99_percent_of_ground_truth_is_read_exactly(side):
     assert exact >= 0.99 * len(many)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("change", ["blur", "noise", "jpeg"])
 def test_what_a_tokenizer_does_to_a_image_is_forgiven(change):
     many = scenes(60, "forgiven")
@@ -86,6 +87,7 @@ def test_what_a_tokenizer_does_to_a_image_is_forgiven(change):
     assert found["shapes_correct"] >= 0.95
 
 
+@pytest.mark.process
 def test_claims_of_other_scenes_do_not_hold():
     """Every scene against the claims of 10 others: correct only where the other caption happens to be true as well."""
     many = scenes(60, "shuffled")

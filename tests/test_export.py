@@ -13,6 +13,7 @@ from unified.convert import split_joint_table
 from unified.serving.export import EXPORT_FILE, check_exportable, export_pipeline, joint_model
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "text",
     [{}, {"tie_word_embeddings": True}, {"model_type": "qwen3", "head_dim": 8, "num_key_value_heads": 2}],
@@ -72,6 +73,7 @@ def test_a_family_that_scales_its_embeddings_is_the_same():
     torch.testing.assert_close(embeds, model.image_embed(codes), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.process
 def test_command_fuses_an_adapter(pipeline, tmp_path, capsys):
     pipe = one_dimensional(pipeline, tmp_path / "pipe")
     noisy_adapter(pipe.model, tmp_path / "lora", 1)

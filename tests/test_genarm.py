@@ -39,6 +39,7 @@ def test_it_needs_pairs_and_an_adapter(config_file, tmp_path):
                                   "data.train=null", "data.sources=[{path: x, kind: pairs}]"])  # fmt: skip
 
 
+@pytest.mark.process
 def test_a_trained_reward_steers_the_model_the_way_that_was_preferred():
     """Images of code 3 are preferred to random ones: the more weight, the more of code 3 is sampled, and less below 0."""
     model = tiny_model()

@@ -124,11 +124,11 @@ def folder(tmp_path_factory, text_tokenizer, image_tokenizer):
     return path
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "changes",
     [pytest.param({}, id="plain"),
-     pytest.param({"guidance_scale": 2.0, "temperature": 0.8, "updates": 2, "batch_size": 6}, id="guided",
-                  marks=pytest.mark.process)],
+     pytest.param({"guidance_scale": 2.0, "temperature": 0.8, "updates": 2, "batch_size": 6}, id="guided")],
 )  # fmt: skip
 def test_an_exact_reward_rises(folder, changes):
     """The share of code 3, which one code in twenty is by chance."""
@@ -233,6 +233,7 @@ def test_a_run_that_ended_early_and_went_on_equals_one_that_did_not(tmp_path, fo
     assert {"reward", "reward_spread", "kl", "entropy", "diversity", "clipped", "ratio"} <= logs[0][0].keys()
 
 
+@pytest.mark.process
 def test_a_run_goes_on_with_an_adapter(tmp_path, folder, picture_source, at_step):
     """What it samples first is what the adapter samples, and the reference is still the model without."""
     first = recipe.run(settings_of(tmp_path / "first", folder, picture_source, steps=2))

@@ -37,6 +37,7 @@ def test_names():
             part_names("train", share)
 
 
+@pytest.mark.process
 def test_every_row_is_on_one_side_and_equal_images_on_the_same(tmp_path):
     source = write_images(tmp_path / "a", [*range(200), *range(50)])
     rest, held_out = numbers(load_source(source, REST)), numbers(load_source(source, HELD_OUT))
@@ -50,6 +51,7 @@ def test_every_row_is_on_one_side_and_equal_images_on_the_same(tmp_path):
     assert more & known == set(held_out) & known
 
 
+@pytest.mark.process
 def test_tables_and_streams_agree(tmp_path):
     source = write_images(tmp_path / "a", range(40))
     rows = load_source(source)
@@ -103,6 +105,7 @@ def test_one_split_is_not_held_out_from_itself(tmp_path, image_tokenizer):
     check_splits(str(tmp_path / "a"), "train", "validation", "x")  # a folder says itself that it lacks a split
 
 
+@pytest.mark.process
 def test_a_run_holds_out_what_it_says(config_file, tmp_path):
     source = write_images(tmp_path / "a", range(12))
     settings = [

@@ -19,6 +19,7 @@ SETTINGS = {"height": 16, "width": 16, "guidance_scale": 2.0, "temperature": 1.0
             "guidance_schedule": "constant", "decoding": "plain"}  # fmt: skip
 
 
+@pytest.mark.process
 def test_an_image_of_the_command_line_is_generated_again(pipeline, tmp_path):
     """From what its file says alone, with the adapter."""
     pipeline.save_pretrained(tmp_path / "runs" / "mine" / "pipeline")
@@ -40,6 +41,7 @@ def test_an_image_of_the_command_line_is_generated_again(pipeline, tmp_path):
     assert torch.equal(to_tensor([Image.open(files[2])]), to_tensor(again.images))
 
 
+@pytest.mark.process
 def test_edits_the_page_evaluations_and_runs_say_it_too(pipeline, tmp_path, photo):
     pytest.importorskip("gradio")
     (image,) = pipeline("red apple", generator=3).images
@@ -72,12 +74,13 @@ def test_other_files(tmp_path):
         (tmp_path / f"{number}.png").write_bytes(damage)
         with pytest.raises(ValueError, match=rf"image: '.*{number}.png' is no PNG that can be read"):
             read_image_metadata(tmp_path / f"{number}.png")
-    chunks = PngInfo()
-    chunks.add_text("software", "unified")
-    chunks.add_text("seed", "seven")
-    image.save(tmp_path / "changed.png", pnginfo=chunks)
-    with pytest.raises(ValueError, match=r"image: seed in '.*changed.png' is no JSON"):
-        read_image_metadata(tmp_path / "changed.png")
+    for seed in ("seven", "[" * 100_000):
+        chunks = PngInfo()
+        chunks.add_text("software", "unified")
+        chunks.add_text("seed", seed)
+        image.save(tmp_path / "changed.png", pnginfo=chunks)
+        with pytest.raises(ValueError, match=r"image: seed in '.*changed.png' is no JSON"):
+            read_image_metadata(tmp_path / "changed.png")
     with pytest.raises(ValueError, match=r"metadata: \['caption'\] are none of"):
         describe(image, caption="red apple")
     describe(image, seed=0, settings={"guidance_schedule": generators}, prompt="")

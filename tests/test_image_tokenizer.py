@@ -68,13 +68,14 @@ def test_codes_are_the_nearest_in_angle():
     assert torch.equal(tokenizer.encode(images).flatten(), cosine.argmax(-1))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("changes", [{}, FSQ, LFQ, BSQ, IBQ])
 def test_training_moves_towards_the_image(changes):
     tokenizer = small(**changes).train()
     images = torch.rand(4, 3, 16, 16) * 2 - 1
     optimizer = torch.optim.AdamW(tokenizer.parameters(), 1e-2)
     errors = []
-    for _ in range(60):
+    for _ in range(30):
         decoded, _, commitment = tokenizer(images)
         error = (decoded - images).square().mean()
         (error + commitment).backward()

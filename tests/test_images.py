@@ -13,7 +13,7 @@ from PIL import Image
 from unified.cli import main
 from unified.data import SkipReport, captioned_images, load_source
 from unified.data.crops import Views, fit
-from unified.serving.web import opened
+from unified.serving.uploads import opened
 from unified_tokenizers.images import as_rgb, read_image
 
 RAMP = np.tile(np.linspace(0, 1, 64), (4, 1))

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,7 @@ def room_of(module: str) -> str | None:
     return parts[0] if parts[0] != "unified" else ".".join(parts[:2])
 
 
+@cache
 def imported(path: Path) -> set[str]:
     """Modules that a file imports anywhere, also inside functions and under ``TYPE_CHECKING``."""
     names = set()

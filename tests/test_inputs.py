@@ -64,6 +64,7 @@ def test_unfit_data_is_refused_before_the_first_step(config_file, tmp_path):
     assert not (tmp_path / "log.jsonl").exists()
 
 
+@pytest.mark.process
 def test_adapter_on_a_new_model_loads_into_the_kept_base(config_file, parts, tmp_path):
     """The base samples the size of the codes, whatever data.image_size says, and is refused for another model."""
     options = [f"output_dir={tmp_path}", "data.image_size=64", "lora.rank=4", "lora.train_image_tables=true",

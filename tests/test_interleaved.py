@@ -73,6 +73,7 @@ def test_interleaved_rows_are_encoded_once(image_tokenizer, text_tokenizer, voca
         assert made.image_grids == reference.image_grids
 
 
+@pytest.mark.process
 def test_interleaved_images_of_mixed_sizes_are_learned(
     image_tokenizer, interleaved, config_file, parts, tmp_path, monkeypatch
 ):
@@ -270,6 +271,7 @@ def test_train_and_sources_together_are_refused(config_file):
         load_config(config_file, ["output_dir=x", "data.sources=[{path: a}]"])
 
 
+@pytest.mark.process
 def test_empty_sources_missing_columns_and_small_weights_are_named(config_file, text_file, tmp_path):
     datasets.Dataset.from_dict({"text": [" "]}).to_parquet(tmp_path / "blank.parquet")
     for source, message in (

@@ -79,6 +79,7 @@ def test_adapter_of_another_model_is_refused(tmp_path):
         check_base(tiny_model(image_tokenizer_fingerprint="abc"), tmp_path)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("field", "other", "message"),
     [

@@ -120,6 +120,7 @@ def test_a_pipeline_that_refuses_an_adapter_is_saved_as_it_was(pipeline, tmp_pat
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", ["style-v1.5", "", "a/b", "..", "model", "layers", "0", "keys", "train", "a\nb"])
 def test_names_that_cannot_name_modules_are_refused(name, adapter):
     model = tiny_model()
@@ -128,6 +129,7 @@ def test_names_that_cannot_name_modules_are_refused(name, adapter):
     assert isinstance(load_lora(model, adapter, "my style-2").get_base_model(), UnifiedForCausalLM)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -165,9 +167,10 @@ def test_names_that_cannot_name_modules_are_refused(name, adapter):
 def test_a_config_that_asks_for_too_much_is_refused(fields, message, adapter):
     changed_config(adapter, **fields)
     model = tiny_model()
+    names = list(bits(model))
     with pytest.raises(ValueError, match=f"(?s)lora: .*{message}"):
         load_lora(model, adapter, "x")
-    assert bits(model).keys() == bits(tiny_model()).keys()
+    assert list(bits(model)) == names
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "corda", "eva", "loftq", "lora_ga", "mica", None])

@@ -26,6 +26,7 @@ def trained_by_peft(model, folder, part, **options):
     return logits(model.eval())  # with the adapter inside
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("part", ["", "backbone", "backbone.model"])
 @pytest.mark.parametrize(
     "options", [{}, {"task_type": "CAUSAL_LM"}, {"rank_pattern": {"q_proj": 2}, "use_rslora": True}]

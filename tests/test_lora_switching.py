@@ -23,6 +23,7 @@ def with_adapters(tmp_path, *kinds):
     return model.eval()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("kind", KINDS)
 def test_reload_and_fuse(kind, tmp_path):
     base, before = logits(tiny_model()), bits(tiny_model())
@@ -68,6 +69,7 @@ def test_scaling_of_rslora_is_alpha_over_root_of_rank(tmp_path):
         torch.testing.assert_close(layer(x), x @ (layer.base_layer.weight + scale * update).T, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.process
 def test_tables_of_several_adapters_are_summed_like_updates(tmp_path):
     """With low-rank updates at zero, two adapters with tables are the base with summed tables."""
     tables = {"train_image_tables": True}
@@ -94,6 +96,7 @@ def test_tables_of_several_adapters_are_summed_like_updates(tmp_path):
     assert torch.equal(logits(model), logits(tiny_model()))
 
 
+@pytest.mark.process
 def test_fused_adapters_with_tables_are_saved_as_a_plain_pipeline(pipeline, tmp_path):
     for seed, name in enumerate("ab"):
         pipeline.model = noisy_adapter(pipeline.model, tmp_path / name, seed, train_image_tables=True)
@@ -132,6 +135,7 @@ def test_a_broken_adapter_is_not_fused(tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.process
 def test_disabling_ends_with_the_next_load(pipeline, tmp_path):
     for seed, name in enumerate("ab"):
         pipeline.model = noisy_adapter(pipeline.model, tmp_path / name, seed, train_image_tables=name == "a")
@@ -164,6 +168,7 @@ def test_only_what_is_loaded_to_train_requires_gradients(tmp_path):
     assert not wants(frozen) and wants(training) == added
 
 
+@pytest.mark.process
 def test_deleting_leaves_the_others(pipeline, tmp_path):
     for seed, name in enumerate("abc"):
         pipeline.model = noisy_adapter(pipeline.model, tmp_path / name, seed, train_image_tables=name != "b")
@@ -247,6 +252,7 @@ def test_loading_as_in_diffusers(pipeline, tmp_path, monkeypatch):
     assert pipeline.device.type == "cpu" and pipeline.dtype == torch.float32
 
 
+@pytest.mark.process
 def test_the_card_of_a_fused_pipeline_keeps_all_terms(pipeline, tmp_path):
     folder = tmp_path / "one"
     pipeline.model = noisy_adapter(pipeline.model, folder, 1)
@@ -269,6 +275,7 @@ def test_the_card_of_a_fused_pipeline_keeps_all_terms(pipeline, tmp_path):
     assert ModelCard.load(tmp_path / "silent" / "README.md").data.license == "unknown"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("theirs", ["---\nlicense: unknown\n---\n# Outlines\n", None])
 def test_a_part_of_unknown_terms_makes_the_sum_unknown(pipeline, tmp_path, theirs):
     """Of a card that says so, and of an adapter that came without a card, past load_lora_weights."""

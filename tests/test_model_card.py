@@ -104,6 +104,7 @@ def test_unknown_terms_are_called_unknown(sources, card_of):
     assert "12 for training. Licence: unknown. Attribution: none stated" in sections["What it was made from"]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("parent", "licence", "attribution"),
     [
@@ -127,6 +128,7 @@ def test_terms_of_the_base_hold_for_its_adapter(sources, card_of, tmp_path, pare
     assert f'from_pretrained("{tmp_path}/parent")' in load and f'load_lora_weights("{tmp_path}/run/lora")' in load
 
 
+@pytest.mark.process
 def test_runs_write_their_cards(config_file, on_a_backbone, tmp_path):
     options = ["steps=2", "validate_every=2", "checkpoint_every=null", "optimizer.ema_decay=null", "lora.rank=2",
                "schedule.patch_sizes=[1]", "schedule.shares=[1.0]"]  # fmt: skip

@@ -34,6 +34,7 @@ def opened(folder):
     return pipe
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("options", "passes"), [
     (["prediction.order=diagonals", "schedule.patch_sizes=[2,1]", "schedule.shares=[0.5,0.5]"], 7),
     (["prediction.order=random", "prediction.size=5", *FINE], 5),
@@ -53,6 +54,7 @@ def test_a_run_ends_in_a_pipeline_that_needs_no_word_about_the_order(options, pa
     assert pipe("red apple", generator=generators(3), output_type="codes").codes.min() >= 0
 
 
+@pytest.mark.process
 def test_inpainting_by_queries_keeps_what_is_outside_of_the_mask(config_file, tmp_path):
     pipe = opened(run(config_file, tmp_path, *SHORT, "prediction.order=spread", "prediction.size=2", *FINE))
     image = pipe("red apple", generator=generators(1)).images[0]
@@ -130,6 +132,7 @@ def test_a_changed_prediction_keeps_backbone_embedding_and_head():
     assert codes.shape == (1, 4, 4)
 
 
+@pytest.mark.process
 def test_an_adapter_of_all_image_modules(config_file, tmp_path, on_a_backbone):
     """Queries and a learned merge are trained, saved and loaded with the adapter."""
     options = [*on_a_backbone, *SHORT, *FINE, "lora.rank=4", "prediction.order=spread", "prediction.merge=channel"]

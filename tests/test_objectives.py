@@ -67,7 +67,7 @@ def test_log_probs_are_those_of_a_plain_forward():
 
 
 @every_way
-@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("p", [1, pytest.param(2, marks=pytest.mark.process)])
 def test_images_of_every_order_get_their_own_log_probs(way, p):
     """Each image alone has the same: its loss times its codes. Also in patches, in packed rows, beside images without loss."""
     model = model_of(way)

@@ -16,6 +16,7 @@ def sample(pipe, **given):
     return pipe("red apple", generator=7, **given).codes
 
 
+@pytest.mark.process
 def test_dtypes_under_both_names(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path / "full")
     pipeline.to(torch.bfloat16).save_pretrained(tmp_path / "half")
@@ -39,6 +40,7 @@ def test_dtypes_under_both_names(pipeline, tmp_path):
             load(tmp_path / "full", **given)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}])
 def test_device_maps_of_one_device(pipeline, tmp_path, device_map):
     pipeline.save_pretrained(tmp_path)
@@ -53,6 +55,7 @@ def test_a_model_cut_over_devices_is_refused(pipeline, tmp_path, monkeypatch):
         UnifiedPipeline.from_pretrained(tmp_path, device_map="auto")
 
 
+@pytest.mark.process
 def test_shards_and_variants(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path / "a", max_shard_size="20KB")
     assert len(list((tmp_path / "a" / "model").glob("model-*.safetensors"))) > 2
@@ -101,6 +104,7 @@ def test_push_to_hub_uploads_what_it_wrote(pipeline, tmp_path, monkeypatch):
     assert set(taken) == written != set(paths)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "error", [OfflineModeIsEnabled("offline mode"), httpx2.ConnectError("no route"), OSError("403")]
 )
@@ -114,6 +118,7 @@ def test_push_to_hub_without_a_hub_is_one_error(pipeline, tmp_path, monkeypatch,
     assert torch.equal(sample(UnifiedPipeline.from_pretrained(tmp_path)), sample(pipeline))
 
 
+@pytest.mark.process
 def test_components_make_another_pipeline(pipeline, tmp_path):
     pipeline.sampling = {"top_k": 4}
     pipeline.model = noisy_adapter(pipeline.model, tmp_path, 1)
@@ -126,6 +131,7 @@ def test_components_make_another_pipeline(pipeline, tmp_path):
     assert pipeline.sampling == {"top_k": 4}
 
 
+@pytest.mark.process
 def test_tuples_in_place_of_outputs(pipeline, photo):
     output = pipeline("red apple", generator=7, output_type="np")
     images, codes, interrupted = pipeline("red apple", generator=7, output_type="np", return_dict=False)
@@ -135,6 +141,7 @@ def test_tuples_in_place_of_outputs(pipeline, photo):
         assert isinstance(again, tuple) and torch.equal(again[1], output.codes)
 
 
+@pytest.mark.process
 def test_seeds_are_generators(pipeline, photo):
     assert torch.equal(sample(pipeline), pipeline("red apple", generator=torch.Generator().manual_seed(7)).codes)
     several = {"num_images_per_prompt": 2}
@@ -150,6 +157,7 @@ def test_seeds_are_generators(pipeline, photo):
     assert torch.equal(*last) and torch.equal(last[0], sample(pipeline))
 
 
+@pytest.mark.process
 def test_adapters_are_listed_and_saved_one_by_one(pipeline, tmp_path):
     for seed, name in enumerate(("outline", "default")):
         pipeline.model = noisy_adapter(pipeline.model, tmp_path / name, seed, train_image_tables=True)

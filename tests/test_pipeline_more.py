@@ -20,6 +20,7 @@ def seeded(seed):
     return torch.Generator().manual_seed(seed)
 
 
+@pytest.mark.process
 def test_arguments_reach_the_sampler(pipeline, photo):
     """A tiny top-p leaves the likeliest code, as top-k 1 does; every caption has its own negative prompt."""
     sample = lambda **options: pipeline(PROMPTS, generator=generators(0, 1), guidance_scale=2.0, **options).codes  # noqa: E731
@@ -81,6 +82,7 @@ def test_seeds_of_a_single_generator_do_not_depend_on_their_number(count):
     assert len(set(reference)) == 3 * 17
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("decoding", ["plain", "sjd"])
 def test_a_generator_means_what_a_list_of_it_means(pipeline, photo, decoding):
     alone, listed = (pipeline("red apple", generator=g, decoding=decoding).codes for g in (seeded(7), [seeded(7)]))
@@ -102,6 +104,7 @@ def test_a_generator_moves_on(pipeline, photo):
         pipeline(PROMPTS, generator=[generator, generator])
 
 
+@pytest.mark.process
 def test_counterfactual_edit_changes_little(pipeline):
     """Another word with the same noise leaves most codes; with other noise, chance decides."""
     options = {"guidance_scale": 1.0, "num_images_per_prompt": 1}
@@ -256,6 +259,7 @@ def test_variation_keeps_its_share(pipeline, photo):
     assert torch.equal(new, pipeline("red apple", generator=generators(0)).codes)
 
 
+@pytest.mark.process
 def test_every_variation_keeps_cells_of_its_own(pipeline, photo):
     before = pipeline.image_tokenizer.encode(to_tensor([photo])).flatten()
 
@@ -310,6 +314,7 @@ def test_outpainting_keeps_the_middle(pipeline, photo):
 # Words
 
 
+@pytest.mark.process
 def test_caption_is_the_models_own_continuation(pipeline, photo):
     """The likeliest tokens, one full forward pass each."""
     vocabulary = pipeline.model.config.vocabulary

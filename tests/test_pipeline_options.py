@@ -69,6 +69,7 @@ def test_unknown_options_are_named(pipeline, photo):
         pipeline.stream("red apple", image=photo, keep=0.5, known=torch.zeros(1, 4, 4).long())
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("decoding", modes_for(RASTER))
 def test_the_engine_takes_all_options(pipeline, decoding):
     """In the batch or alone, it generates what a call generates."""
@@ -82,6 +83,7 @@ def test_the_engine_takes_all_options(pipeline, decoding):
     assert [image.tobytes() for image in result.images] == [image.tobytes() for image in expected.images]
 
 
+@pytest.mark.process
 def test_a_mode_in_the_table_is_offered_everywhere(pipeline, tmp_path, monkeypatch):
     """One line more, and the pipeline, the command line and the page have it."""
     plain = pipeline("red apple", generator=generators(0)).codes

@@ -55,6 +55,7 @@ def test_threads_sample_what_they_sample_alone(slow, decoding):
         assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
 
 
+@pytest.mark.process
 def test_threads_that_ask_for_different_things(slow, photo):
     """An edit, a stream, captions and a conversation at the same time."""
     mask = Image.new("L", (16, 16), 255)

@@ -220,6 +220,7 @@ def test_grammar(count, names_colours, caption):
     assert shapes.describe(shapes.Scene("counting", "white", (thing,) * count, names_colours, False)) == caption
 
 
+@pytest.mark.process
 def test_tasks_shapes_and_colours_are_evenly_mixed():
     many = scenes(4000, "even")
     for label, share, seen in (

@@ -82,6 +82,7 @@ def test_failed_step_stops_and_is_continued(steps, monkeypatch):
     assert steps() == "bc"
 
 
+@pytest.mark.process
 def test_memory_counts_children():
     import subprocess
 
@@ -96,6 +97,7 @@ def test_memory_counts_children():
             child.kill()
 
 
+@pytest.mark.process
 def test_edits_count_the_codes_that_stay(pipeline, tmp_path, monkeypatch):
     lay_out, sheets = quickstart_report.captioned_grid, []
     monkeypatch.setattr(

@@ -91,6 +91,7 @@ def test_rear_in_every_order(way):
     )
 
 
+@pytest.mark.process
 def test_rear_trains_beside_likelihood_and_resumes(pipeline, config_file, tmp_path):
     """Its networks learn, are in the checkpoint, and not in what is saved; a resumed run logs the same."""
     overrides = ["objectives=[{name: likelihood}, {name: rear, weight: 0.5, width: 32}]", "data.code_noise=0.3"]
@@ -142,6 +143,7 @@ def test_one_token_rollout_is_the_expected_policy_gradient():
             torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.process
 def test_one_token_rollout_trains_an_adapter(pipeline, config_file, tmp_path):
     train(
         adapter_run(

@@ -132,6 +132,7 @@ def running(server):
             thread.join()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("sample", "scale"), [(unguided, 1.0), (guided, 3.0)])
 def test_codes_and_images_are_the_pipelines(exported, sample, scale):
     pipe, folder = exported
@@ -168,6 +169,7 @@ def test_a_busy_server_is_asked_again(exported):
         assert len(server.bodies) == 6
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -180,6 +182,7 @@ def test_a_busy_server_is_asked_again(exported):
         ((400, {"error": {"message": "bad\nids."}}), r"refuses /v1/completions \(400\): bad ids\. A server with guidance"),
         ((401, {"error": "Unauthorized"}), r"\(401\): Unauthorized\."),
         ((200, b"<html>"), "answers /v1/completions with no JSON"),
+        ((200, b"[" * 100_000), "answers /v1/completions with no JSON"),
         ((200, [1]), r"answers /v1/completions with \[1\]"),
         ((200, {"choices": []}), "answers without token_ids"),
     ],

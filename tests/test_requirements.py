@@ -96,6 +96,7 @@ def test_locks_are_made_for_the_oldest_python():
     assert f"--python-version {PYTHONS[0]} " in (ROOT / "Makefile").read_text(encoding="utf-8")
 
 
+@pytest.mark.process
 def test_what_the_packages_import_is_named():
     """A package that came along with another one may be gone with its next version."""
     extras = PROJECT["optional-dependencies"]

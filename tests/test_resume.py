@@ -228,6 +228,7 @@ def test_resuming_from_the_one_before_a_damaged_one(finished, config_file, tmp_p
     assert_same_run(tmp_path, finished)
 
 
+@pytest.mark.process
 def test_used_folder_is_refused_without_resume(config_file, tmp_path):
     train(load_config(config_file, [f"output_dir={tmp_path}/used"]))
     with pytest.raises(ValueError, match=r"output_dir: .* up to step-00000012; resume=latest goes on with it, another"):
@@ -286,6 +287,7 @@ def test_full_disk_leaves_the_last_checkpoint(finished, config_file, tmp_path, m
     assert_same_run(tmp_path, finished)
 
 
+@pytest.mark.process
 def test_changed_settings_are_shown_and_refused(config_file, tmp_path):
     train(load_config(config_file, [f"output_dir={tmp_path}"]))
     changed = [f"output_dir={tmp_path}", "resume=latest", "optimizer.learning_rate=0.5", "keep_checkpoints=7"]
@@ -354,6 +356,7 @@ def test_bad_gradients_stop_the_run_and_keep_the_batch(config_file, tmp_path, mo
     assert [r["step"] for r in read_log(tmp_path)] == [1, 2]  # the bad step changed and logged nothing
 
 
+@pytest.mark.process
 def test_fp16_that_finds_no_scale_stops(config_file, tmp_path, monkeypatch):
     monkeypatch.setattr(Accelerator, "optimizer_step_was_skipped", property(lambda self: True))
     with pytest.raises(

@@ -36,6 +36,7 @@ def saved(pipeline, tmp_path):
     return tmp_path / "saved"
 
 
+@pytest.mark.process
 def test_none_is_what_the_pipeline_was_saved_with(pipeline, saved, photo):
     loaded = UnifiedPipeline.from_pretrained(saved)
     loaded.set_progress_bar_config(disable=True)
@@ -104,6 +105,7 @@ def test_a_damaged_description_is_named(pipeline, saved):
         pipeline.sampling = {"guidance_schedule": lambda share: 2.0}
 
 
+@pytest.mark.process
 def test_the_command_line_and_the_page_begin_with_them(pipeline, saved, tmp_path, capsys):
     command = [
         "generate",

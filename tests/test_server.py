@@ -178,12 +178,14 @@ def slow_steps(engine, seconds):
         yield
 
 
+@pytest.mark.process
 def test_only_known_hosts_are_answered(client):
     for host, status in (("localhost", 200), ("127.0.0.1:99", 200), ("[::1]:99", 200), ("evil.example", 400),
                          ("localhost.evil.example", 400), ("192.168.1.5", 400), ("", 400)):  # fmt: skip
         assert client.http.get("/config", headers={"host": host}).status_code == status, host
 
 
+@pytest.mark.process
 def test_a_server_for_everybody_answers_under_addresses_and_allowed_names(pipeline):
     with serving(pipeline, host="0.0.0.0", allow_hosts=["*.example.org", "demo"]) as (url, *_):
         client = Client(url)
@@ -220,6 +222,7 @@ def test_an_address_that_cannot_be_listened_on_is_one_line(monkeypatch, capsys, 
     assert error.startswith(f"unified serve: {message.format(port=port)}") and error.count("\n") == 1
 
 
+@pytest.mark.process
 def test_routes_that_are_not_used_are_off(client):
     """Among them calls past the queue, a proxy, and blobs of an editor: a list of a thousand million items in one number."""
     blob = {
@@ -238,6 +241,7 @@ def test_routes_that_are_not_used_are_off(client):
     assert set(ends["named_endpoints"]) == {"/generate", "/edit", "/describe"} and not ends["unnamed_endpoints"]
 
 
+@pytest.mark.process
 def test_bodies_are_bounded(client):
     chunks = (bytes(1 << 16) for _ in range(64))
     assert client.http.post("/gradio_api/queue/join", content=bytes(2 << 20), headers=JSON).status_code == 413
@@ -248,6 +252,7 @@ def test_bodies_are_bounded(client):
     assert client.http.post("/gradio_api/upload", files=both).status_code == 413
 
 
+@pytest.mark.process
 def test_connections_of_a_client_are_bounded():
     need_gradio()
     from unified.serving.guard import Visitors
@@ -267,6 +272,7 @@ def test_connections_of_a_client_are_bounded():
     assert not visitors.turns and not visitors.readers
 
 
+@pytest.mark.process
 def test_programs_are_served_through_gradios_client(served, pipeline, tmp_path):
     from gradio_client import Client as Program
     from gradio_client import handle_file
@@ -280,6 +286,7 @@ def test_programs_are_served_through_gradios_client(served, pipeline, tmp_path):
     assert text == pipeline.caption(wanted, temperature=0.85, generator=generators(7)[0])[0]
 
 
+@pytest.mark.process
 def test_errors_hold_no_paths_of_the_server(client, served, monkeypatch, capfd):
     engine = served[1]
     empty, text = client.upload(Image.new("RGB", (8, 8))), client.upload(b"no image")

@@ -114,6 +114,7 @@ def test_cancelling_frees_the_rows(pipeline):
         assert torch.equal(last.result(WAIT).codes, expected)
 
 
+@pytest.mark.process
 def test_an_adapter_has_the_batch_for_itself(pipeline, tmp_path, monkeypatch):
     """a, b, none, a: each job samples as alone with its adapter, jobs of one adapter share, switches happen only between."""
     for name, seed in (("a", 1), ("b", 2)):
@@ -188,6 +189,7 @@ def begun(batcher, request):
     return codes is not None and bool((codes >= 0).any())
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("own", [False, True])
 def test_an_image_that_fails_leaves_the_others_alone(pipeline, own):
     """NaN in the rows of one job, with the others' options or its own; its rows generate the next images as ever."""

@@ -111,6 +111,7 @@ def loss_of(model, published, codes):
     return model(**inputs_of(config, build_sequence(segments, config.vocabulary))).loss
 
 
+@pytest.mark.process
 def test_loss_follows_the_image_and_falls_in_training(published):
     one, other = torch.randint(CODES, (2, *GRID), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():

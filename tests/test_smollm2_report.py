@@ -50,6 +50,7 @@ def test_perplexity_by_hand():
     assert recipe.perplexity(logits, torch.tensor([[0, 1, 0]])) == pytest.approx((4 / 3 * 2) ** 0.5)
 
 
+@pytest.mark.process
 def test_kept_promises(learned_run, transformers_backbone, monkeypatch, capsys):
     main(monkeypatch, learned_run, transformers_backbone)
     result = json.loads((learned_run / "report.json").read_text())
@@ -77,6 +78,7 @@ def test_answer_is_the_models_own(transformers_backbone, word_tokenizer):
     assert answer[0] == step and len(answer) <= 12
 
 
+@pytest.mark.process
 def test_another_backbone_is_a_broken_promise(learned_run, transformers_backbone, tmp_path, monkeypatch):
     shutil.copytree(transformers_backbone, tmp_path / "other")
     weights = load_file(tmp_path / "other" / "model.safetensors")
@@ -89,6 +91,7 @@ def test_another_backbone_is_a_broken_promise(learned_run, transformers_backbone
         main(monkeypatch, learned_run, transformers_backbone, expect="Paris")
 
 
+@pytest.mark.process
 def test_an_adapter_that_learned_nothing_is_named(learned_run, transformers_backbone, tmp_path, monkeypatch):
     shutil.copytree(learned_run, tmp_path / "run")
     file = tmp_path / "run" / "lora" / "adapter_model.safetensors"

@@ -99,6 +99,7 @@ def test_the_running_batch_samples_the_same_steered_images(order):
     assert not torch.equal(alone, base)
 
 
+@pytest.mark.process
 def test_adapters_are_set_as_before_afterwards(folders):
     model = loaded(folders, "one", "two")
     set_adapters(model, ["two"], [0.5])
@@ -117,7 +118,7 @@ def test_adapters_are_set_as_before_afterwards(folders):
         ({}, "weights"),
         ({"one": float("nan")}, "weights"),
         ({"three": 1.0}, "'three'"),
-        ({"tables": 1.0}, "'tables' has an embedding"),
+        ({"tables": 1.0}, "'tables' has its own embedding"),
     ],
 )
 def test_what_cannot_steer_is_refused(folders, weights, message):

@@ -33,6 +33,7 @@ def run(pipeline, tmp_path, *overrides):
     return train(load_config(CONFIG, [*shared, *overrides]))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("captions", ["one for all", "beside the images"])
 def test_style_from_ten_images(pipeline, folder, tmp_path, captions):
     if captions == "one for all":
@@ -55,6 +56,7 @@ def test_style_from_ten_images(pipeline, folder, tmp_path, captions):
     assert not torch.equal(torch.as_tensor(before), torch.as_tensor(after))
 
 
+@pytest.mark.process
 def test_prior_preservation_is_a_second_source(pipeline, folder, parts, tmp_path):
     """Crops and flips are for what the run encodes; codes are taken as they are."""
     sources = f"[{{path: {folder}, caption: in stripes}},{{path: {parts}/codes, weight: 0.5}}]"
@@ -72,5 +74,5 @@ def test_impossible_sources_are_named(pipeline, folder, parts, tmp_path):
     with pytest.raises(ValueError, match="holds codes already; crops, flips and caption are for images"):
         run(pipeline, tmp_path, f"data.train={parts}/codes")
     (folder / "0.txt").write_text("stripes")
-    with pytest.raises(ValueError, match="caption: the source has a column 'caption' of its own"):
+    with pytest.raises(ValueError, match="caption: the source already has a column 'caption'"):
         run(pipeline, tmp_path, f"data.train={folder}", "data.caption=in stripes")

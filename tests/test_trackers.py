@@ -14,6 +14,7 @@ from unified.training.loop import train
 from unified.training.tracking import RunLog, check_trackers
 
 
+@pytest.mark.process
 def test_tensorboard_continues_where_the_checkpoint_was(config_file, tmp_path):
     """Steps 11 and 12 are written twice and shown once; the folder bears the project's name."""
     options = [f"output_dir={tmp_path}", "track_with=[tensorboard]", "project=pictures", "checkpoint_every=10"]

@@ -44,6 +44,7 @@ def same(a, b):
     return all(torch.equal(value, b[name]) for name, value in a.items())
 
 
+@pytest.mark.process
 def test_resume_continues_bit_exactly(run):
     whole = run("whole", *ALL, "checkpoint_every=8")
     resumed = run("resumed", *ALL, "checkpoint_every=8", f"resume={whole}/checkpoints/step-00000008")
@@ -55,6 +56,7 @@ def test_resume_continues_bit_exactly(run):
     assert read_log(again)[-1]["step"] == 16
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("option", ALL)
 def test_every_option_changes_the_result(run, option):
     assert not same(weights(run("plain")), weights(run("changed", option)))
@@ -71,6 +73,7 @@ def test_quantizers_and_strides(run, model):
     assert 0 < log[-1]["codes_used"] <= 1
 
 
+@pytest.mark.process
 def test_published_weights_can_be_trained_on(run, tmp_path):
     torch.manual_seed(0)
     VQGAN(VQGANConfig(channels=32, multipliers=[1, 1], residual_blocks=1, attention_levels=[], latent_channels=8,
@@ -106,6 +109,7 @@ class TestImages:
         sources = [f"sources=[{tmp_path}]", "validation_split=train"]
         assert read_log(run("bare", *sources, "steps=2", "validate_every=1"))[-1]["step"] == 2
 
+    @pytest.mark.process
     def test_images_that_are_read_again_train_the_same(self, run):
         """Above ``cache_gb`` nothing is kept; the result is the same bit for bit."""
         kept, read = run("kept"), run("read", "cache_gb=0")
@@ -134,6 +138,7 @@ class TestImages:
         with pytest.raises(ValueError, match=r"sources: no image can be read: [\s\S]*0\.png"):
             Images(rows_of([str(tmp_path)]), "image", 8, cache_gb)[torch.tensor([0])]
 
+    @pytest.mark.process
     def test_resume_notices_other_images(self, run, tmp_path):
         for number in range(4):
             Image.new("RGB", (16, 16), (60 * number, 0, 0)).save(tmp_path / f"{number}.png")

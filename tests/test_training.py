@@ -45,6 +45,7 @@ def test_cost_counts_positions(finished, text_tokenizer):
     assert all(4 * 3 <= text <= 4 * (3 + 14) for text in text_positions)  # <bos>, caption, <boi>, <eoi>
 
 
+@pytest.mark.process
 def test_mixed_steps_train_coarser_patches(config_file, tmp_path):
     """With half of the steps mixed, every second step of the fine stage goes back to p = 2, and costs and says so."""
     options = ["schedule.patch_sizes=[2,1]", "schedule.shares=[0.5,0.5]", "schedule.mixed=0.5", "data.caption_dropout=1",
@@ -57,6 +58,7 @@ def test_mixed_steps_train_coarser_patches(config_file, tmp_path):
     assert per_step == [4 * (3 + 16 // record["patch_size"] ** 2) for record in log]  # <bos> <boi> codes <eoi>
 
 
+@pytest.mark.process
 def test_average_starts_anew_with_every_stage(config_file, tmp_path, monkeypatch):
     update, equal = AveragedModel.update_parameters, []
 
@@ -154,6 +156,7 @@ def test_muon_takes_the_decoders_matrices_only():
     assert "image_head" in decays[0.05] and "norm" in decays[0.0]
 
 
+@pytest.mark.process
 def test_images_are_encoded_on_the_way(config_file, parts, picture_source, tmp_path):
     options = [
         f"output_dir={tmp_path}",
@@ -181,6 +184,7 @@ def test_codes_of_another_tokenizer_are_refused(config_file, parts, tmp_path):
         train(load_config(config_file, [f"output_dir={tmp_path}/run", f"data.train={tmp_path}/codes"]))
 
 
+@pytest.mark.process
 def test_adapter_on_a_language_model_loads_into_the_kept_base(
     config_file, parts, tmp_path, transformers_backbone, on_a_backbone
 ):

@@ -8,7 +8,7 @@ from PIL import Image
 
 from unified.cli import main
 from unified.pipeline.editing import outpainting_canvas
-from unified.serving.web import image_and_mask
+from unified.serving.uploads import image_and_mask
 from unified_tokenizers.images import as_rgb, to_tensor
 
 

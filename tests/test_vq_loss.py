@@ -51,6 +51,7 @@ def lpips_files(tmp_path_factory):
     return str(folder / "vgg16.pth"), str(folder / "vgg.pth"), theirs
 
 
+@pytest.mark.process
 def test_lpips_parity_with_torchmetrics(lpips_files):
     backbone, linear, theirs = lpips_files
     ours = LPIPS(backbone, linear)
@@ -63,6 +64,7 @@ def test_lpips_parity_with_torchmetrics(lpips_files):
     assert b.grad.abs().sum() > 0 and all(p.grad is None for p in ours.parameters())
 
 
+@pytest.mark.process
 def test_bad_perceptual_settings_are_named(lpips_files, tmp_path):
     with pytest.raises(ValueError, match="perceptual: 'vgg' is unknown"):
         build_perceptual("vgg", [])

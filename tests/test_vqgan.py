@@ -199,6 +199,7 @@ def product_codes(state, images):
     return torch.einsum("bchw,kc->bkhw", latents, state["quantize.embedding.weight"]).argmax(1)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("where", ["checkpoint with averages", "folder of Emu3.5"])
 def test_codes_of_ibq_are_those_of_the_greatest_product(where, tmp_path):
     state = make_layout("taming")
@@ -323,6 +324,7 @@ EMU3 = {"codebook_size": 20, "embed_dim": 4, "latent_channels": 4, "base_channel
         "num_res_blocks": 1, "attn_resolutions": [1], "hidden_size": 64, "temporal_downsample_factor": 2}  # fmt: skip
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("whole", [False, True])
 def test_parity_with_emu3_of_transformers(whole, tmp_path):
     if whole:
@@ -350,6 +352,7 @@ def test_parity_with_emu3_of_transformers(whole, tmp_path):
         ours.encode(torch.zeros(1, 3, 15, 16))
 
 
+@pytest.mark.process
 def test_training_pulls_codes_and_images():
     tokenizer = vqgan_from_weights(make_layout("llamagen"), "llamagen").train()
     optimizer = torch.optim.AdamW(tokenizer.parameters(), 2e-3)

@@ -211,6 +211,7 @@ def test_code_of_a_folder_is_never_run(known, kind, word_tokenizer, tmp_path, no
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.process
 def test_no_call_leaves_remote_code_open():
     """Every use of an Auto class of transformers says that code of a folder is not run."""
     seen = 0

@@ -148,7 +148,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _device(name: str) -> "torch.device":
-    """A device that is there; argparse reports the error."""
+    """An available device; argparse reports the error."""
     import torch
 
     try:

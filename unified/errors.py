@@ -1,4 +1,4 @@
-"""What a user can fix ends a recipe with one line in place of a traceback."""
+"""An error that a user can fix ends a recipe with one line in place of a traceback."""
 
 import subprocess
 import sys

@@ -40,7 +40,7 @@ def read_json(file: Path, name: str) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name}: {str(file)!r} is no JSON ({error}).") from error
+        raise ValueError(f"{name}: {str(file)!r} is no JSON ({error}); correct it, or get it again.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{name}: {str(file)!r} holds a {type(content).__name__}; need names with values.")
     return content

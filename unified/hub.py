@@ -1,4 +1,4 @@
-"""Is a name a path on this machine or a repository on the Hub? The answer lies in ``unified_tokenizers``, which needs it too."""
+"""Is a name a path on this machine or a repository on the Hub? ``unified_tokenizers`` answers, for it needs this too."""
 
 from unified_tokenizers.hub import check_config, expanded, local_folder, local_path, on_the_hub
 

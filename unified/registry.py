@@ -1,4 +1,4 @@
-"""What a user adds from a file of their own: image tokenizers, metrics and rewards, by name.
+"""Custom image tokenizers, metrics and rewards, by name.
 
     unified evaluate --import my_metrics.py --metrics sharpness ...
 
@@ -97,7 +97,7 @@ def add_import_argument(parser: Any) -> None:
     """Add ``--import`` to a parser, for its help; :func:`import_extensions` reads it."""
     parser.add_argument(
         "--import", dest="imports", action="append", default=argparse.SUPPRESS, metavar="MODULE",
-        help="module, or file .py, that registers tokenizers, metrics or rewards of your own; may be repeated",
+        help="module, or file .py, that registers custom tokenizers, metrics or rewards; may be repeated",
     )  # fmt: skip
 
 

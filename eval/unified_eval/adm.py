@@ -2,7 +2,7 @@
 
 FID and sFID of means and covariances, the Inception Score of runs of 5,000 images, precision and recall with balls that
 reach to the third neighbour. Source: Dhariwal and Nichol 2021, https://arxiv.org/abs/2105.05233, and its code
-https://github.com/openai/guided-diffusion (evaluations/evaluator.py at 22e0df8). This is an implementation of its own.
+https://github.com/openai/guided-diffusion (evaluations/evaluator.py at 22e0df8). This is an independent implementation.
 """
 
 from dataclasses import dataclass

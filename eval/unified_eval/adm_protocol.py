@@ -60,7 +60,9 @@ def check_adm_arguments(args: argparse.Namespace) -> None:
     own = {"metrics": list(DEFAULT_METRICS), "extractor": EXTRACTORS[0], "clip": None, "psnr_data": None}
     for name, default in own.items():
         if getattr(args, name) != default:
-            raise ValueError(f"--{name.replace('_', '-')}: the protocol adm-50k has metrics and a network of its own.")
+            raise ValueError(
+                f"--{name.replace('_', '-')}: the protocol adm-50k has its own metrics and network; leave it out."
+            )
     if args.images and (args.data or args.lora or args.recipe or args.samples_per_caption > 1):
         raise ValueError(
             "--images: are measured as they are; leave out --data, --lora, --recipe and --samples-per-caption."

@@ -13,7 +13,7 @@ SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p")
 
 
 def device(name: str) -> str:
-    """The name of a device that is there, as a type of argparse."""
+    """The name of an available device, as a type of argparse."""
     try:
         torch.zeros((), device=name).item()  # not on `meta`, which computes nothing
     except (RuntimeError, AssertionError) as error:

@@ -1,4 +1,4 @@
-"""Images as files, and files told apart by their content."""
+"""Images as files, and hashes of files."""
 
 import hashlib
 from pathlib import Path

@@ -1,6 +1,6 @@
 """The metrics of a text-to-image model, each with its floor, its ceiling and the recipe that decides its value.
 
-To add one, write a class of the protocol :class:`Metric` and add a line to the table below; in a file of your own, register
+To add one, write a class of the protocol :class:`Metric` and add a line to the table below; in your own file, register
 it with ``unified.register(name, metric=...)``.
 """
 

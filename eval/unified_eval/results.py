@@ -188,7 +188,7 @@ class Results:
                 results.values[name] = Value(
                     float(value["number"]), value["recipe"], value["given"], rows=rows, resampled=resampled
                 )
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f"results: {str(path)!r} is no file of results ({error!r}); evaluate again.") from error
         return results
 

@@ -1,6 +1,6 @@
 """Rewards for recipes/grpo.py: functions of images and their prompts that return a number for each image.
 
-Any function of this kind may be named there by its import path; these two measure what ``evaluate.py`` measures.
+Any function of this kind may be named there by its import path; these measure as ``evaluate.py`` does.
 """
 
 import re

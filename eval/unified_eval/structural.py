@@ -49,12 +49,11 @@ def _blur(x: Tensor) -> Tensor:
     return F.conv2d(F.conv2d(x, bell[..., None], groups=x.shape[1]), bell[:, :, None], groups=x.shape[1])
 
 
-def code_statistics(codes: Tensor, codebook_size: int, downsample: int) -> dict[str, float]:
+def code_statistics(counts: Tensor, downsample: int) -> dict[str, float]:
     """How much of the codebook a set of images uses, and the bits a pixel costs.
 
     Args:
-        codes: codes of all images, any shape, int64.
-        codebook_size: number of codes K.
+        counts: ``(K,)``, how often each code occurs in all images.
         downsample: pixels per code along each side.
 
     Returns:
@@ -63,15 +62,10 @@ def code_statistics(codes: Tensor, codebook_size: int, downsample: int) -> dict[
         ``entropy_bits_per_pixel`` (an ideal code for these frequencies).
 
     Raises:
-        ValueError: if there is no code, or one outside the codebook.
+        ValueError: if no code was counted.
     """
-    if codes.numel() == 0 or int(codes.min()) < 0 or int(codes.max()) >= codebook_size:
-        raise ValueError(f"codes: need one or more in [0, {codebook_size}), got {codes.numel()}.")
-    return statistics_of_counts(torch.bincount(codes.flatten(), minlength=codebook_size), downsample)
-
-
-def statistics_of_counts(counts: Tensor, downsample: int) -> dict[str, float]:
-    """:func:`code_statistics` of codes that are counted already: ``counts`` is ``(K,)``, how often each code occurs."""
+    if not int(counts.sum()):
+        raise ValueError("counts: no code was counted; give one or more images.")
     frequency = counts.cpu().double() / float(counts.sum())
     entropy = float(torch.special.entr(frequency).sum()) / math.log(2)
     return {

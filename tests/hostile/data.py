@@ -421,6 +421,7 @@ CODES = [
     ("no description", cache(lambda f: (f / "codes.json").unlink()), "codes"),
     ("a description that is no JSON", cache(lambda f: (f / "codes.json").write_text("{")), "codes.json"),
     ("a description that is a list", cache(lambda f: (f / "codes.json").write_text("[]")), "codes.json"),
+    ("a description nested too deep", cache(lambda f: (f / "codes.json").write_text("[" * 100_000)), "codes.json"),
     ("a description of noise", cache(lambda f: (f / "codes.json").write_bytes(b"\xff")), "codes.json"),
     ("another fingerprint", cache(described(tokenizer_fingerprint="0" * 16)), "tokenizer 0000000000000000"),
     ("no fingerprint", cache(described(tokenizer_fingerprint=None)), "tokenizer_fingerprint"),

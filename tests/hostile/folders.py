@@ -388,6 +388,11 @@ CASES: list[Case] = [
             "index.json",
         ),
         (
+            "an index nested too deep",
+            model(lambda f: ((f / WEIGHTS).unlink(), write(f"{WEIGHTS}.index.json", "[" * 100_000)(f))),
+            "index.json",
+        ),
+        (
             "an index with traversal",
             model(
                 lambda f: (

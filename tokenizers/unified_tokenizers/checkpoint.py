@@ -147,7 +147,7 @@ def check_weights(build: Callable[[], nn.Module], stored: Stored, source: str | 
             tensors = build().state_dict(keep_vars=True).values()
     except (ValueError, OSError, ImportError):
         raise
-    except Exception as error:  # whatever torch and a class say to a configuration that makes no sense
+    except Exception as error:  # any error of torch or of a class on a senseless configuration
         reason = " ".join(str(error).split())
         raise ValueError(f"config: {str(source)!r} describes a model that cannot be built ({reason}).") from error
     weights = sum({id(tensor): tensor.numel() for tensor in tensors}.values())

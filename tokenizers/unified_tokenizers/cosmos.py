@@ -186,9 +186,9 @@ class CosmosTokenizer(WholeModel):
 
 
 def _fsq(levels: Sequence[int]) -> Any:
-    from vector_quantize_pytorch import FSQ  # imported here: it takes torch's compiler along, which takes seconds
+    from vector_quantize_pytorch import FSQ  # imported here: it loads torch's compiler, which takes seconds
 
-    with torch.device("cpu"):  # FSQ reads values while it is built, which from_pretrained's meta device has not
+    with torch.device("cpu"):  # FSQ reads values while it is built, which the meta device of from_pretrained lacks
         return FSQ(levels=list(levels))
 
 

@@ -1,4 +1,4 @@
-"""Quantizers that are trained with the tokenizer around them and that vector-quantize-pytorch has not: by bits, and IBQ.
+"""Quantizers that are trained with the tokenizer around them and that vector-quantize-pytorch lacks: by bits, and IBQ.
 
 Each maps ``(..., d)`` to vectors ``(..., d)``, codes ``(...)`` and a loss, and codes to vectors by ``indices_to_codes``.
 """

@@ -197,7 +197,7 @@ def load_text_tokenizer(path: str | Path, boi: str | None = None, eoi: str | Non
     if (folder / _FRAME_FILE).is_file():
         try:
             frame |= json.loads((folder / _FRAME_FILE).read_text())
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"text_tokenizer: {str(folder / _FRAME_FILE)!r} is not JSON of two names ({error})."
             ) from error

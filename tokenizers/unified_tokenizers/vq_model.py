@@ -219,7 +219,7 @@ def _build_quantizer(config: VQConfig) -> tuple[nn.Module, int]:
     from vector_quantize_pytorch import (
         FSQ,
         VectorQuantize,
-    )  # imported here: it takes torch's compiler along, for seconds
+    )  # imported here: it loads torch's compiler, which takes seconds
 
     if not 2 <= config.codebook_size <= MAX_CODES:
         raise ValueError(f"codebook_size: {config.codebook_size} must lie in [2, {MAX_CODES}].")
@@ -241,7 +241,7 @@ def _build_quantizer(config: VQConfig) -> tuple[nn.Module, int]:
             raise ValueError(
                 f"codebook_size: {config.codebook_size} is not the product of fsq_levels {reprlib.repr(levels)}."
             )
-        with torch.device("cpu"):  # FSQ reads values while it is built, which from_pretrained's meta device has not
+        with torch.device("cpu"):  # FSQ reads values while it is built, which the meta device of from_pretrained lacks
             return FSQ(levels=levels), len(levels)
     if config.quantizer in ("lfq", "bsq"):
         bits = config.codebook_size.bit_length() - 1

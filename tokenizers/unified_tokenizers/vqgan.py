@@ -314,7 +314,7 @@ class VQGAN(WholeModel):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Reconstruct ``(B, 3, H, W)`` in [-1, 1]; returns the reconstruction, the codes ``(B, h, w)`` and the loss that
-        samples codes to latents and, weighted, latents to codes.
+        pulls codes to latents and, weighted, latents to codes.
         """
         latents = self._latents(images)
         if self.config.quantizer == "ibq":

@@ -137,7 +137,7 @@ def shards_of(index: Path) -> list[str]:
     """Names of the files that an index of shards lists. Raises ValueError if it is none."""
     try:
         return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"weights: {str(index)!r} is no index of shards ({error!r}); get it again.") from error
 
 

@@ -59,7 +59,7 @@ def text_of(row: Mapping[str, Any], column: str) -> str:
     value = row[column]
     if not isinstance(value, str):
         raise ValueError(f"{column}: {value!r} is no text; leave the row out, or encode the source again.")
-    return str(value)  # NumPy has strings of its own
+    return str(value)  # NumPy has its own strings
 
 
 def grids_of(codes: Any, heights: Sequence[Any], widths: Sequence[Any]) -> list[torch.Tensor]:

@@ -20,7 +20,7 @@ def read_class_names(path: str | Path) -> list[str]:
     if Path(path).suffix.lower() == ".json":
         try:
             found = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"class names: {str(path)!r} is no JSON ({error}).") from error
         if isinstance(found, dict):
             missing = [number for number in range(len(found)) if str(number) not in found]

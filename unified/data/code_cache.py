@@ -22,7 +22,7 @@ from unified.data.encoding import MakeRecords, captioned_records, encode_blocks,
 from unified.data.held_out import part_names
 from unified.data.rows import Rows, SkipReport, undecoded_rows, with_caption
 from unified.data.sources import check_splits, load_source, terms_of
-from unified.files import write_text
+from unified.files import read_json, write_text
 from unified.locks import LOCK_FILE, locked
 from unified.settings import refuse_other
 from unified_tokenizers.auto import AutoImageTokenizer
@@ -41,11 +41,8 @@ def is_codes_cache(path: str | Path) -> bool:
 def description_of(path: str | Path) -> dict[str, Any]:
     """What a cache says of itself. Raises ValueError if that cannot be read."""
     file = Path(path) / CACHE_FILE
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"codes: {str(file)!r} is no JSON ({error}); encode the images again.") from error
-    if not isinstance(content, dict) or "tokenizer_fingerprint" not in content:
+    content = read_json(file, "codes")
+    if "tokenizer_fingerprint" not in content:
         raise ValueError(f"codes: {str(file)!r} has no tokenizer_fingerprint; encode the images again.")
     return content
 

@@ -1,7 +1,7 @@
 """Encoding a source in blocks of rows: each block becomes one file, written whole or not at all.
 
 Block b holds rows ``[b * R, (b + 1) * R)`` of a split and belongs to process ``b mod N``. What a block contains depends on
-nothing but its rows, so a run that was killed goes on with the blocks that are missing, with as many processes as it likes.
+nothing but its rows, so a run that was killed goes on with the blocks that are missing, with any number of processes.
 """
 
 import json

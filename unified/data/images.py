@@ -1,4 +1,4 @@
-"""Square images without captions, for training an image tokenizer, in as much memory as one likes to give."""
+"""Square images without captions, for training an image tokenizer, in bounded memory."""
 
 import os
 from collections.abc import Sequence

@@ -50,8 +50,8 @@ def encode_labelled(
 ) -> dict[str, SkipReport]:
     """Encode the images of a source and write an Arrow data set of codes, grids and classes.
 
-    The column ``label`` of the data set knows the names of its classes if the source does. Rows without a class, or with one
-    that there is not, are skipped and reported.
+    The column ``label`` of the data set knows the names of its classes if the source does. Rows without a class, or with an
+    unknown one, are skipped and reported.
 
     Args:
         tokenizer, source, out, splits, image_column, batch_size, streaming, block_rows, process, storage_options, max_rows,

@@ -45,7 +45,7 @@ class SkipReport:
     corrupt_image: int = 0
     empty_caption: int = 0
     unreadable_caption: int = 0  # not UTF-8, or no text at all
-    missing_class: int = 0  # no class, or none that there is
+    missing_class: int = 0  # no class, or an unknown one
     unreadable_row: int = 0  # a damaged line of a table, or a damaged member of a tar
     examples: list[str] = field(default_factory=list)
 
@@ -111,7 +111,7 @@ def with_caption(source: Rows, caption: str, column: str) -> Rows:
     """Give all rows of a source without captions the same one. Raises ValueError if it has the column."""
     if column in column_names(source):
         raise ValueError(
-            f"caption: the source has a column {column!r} of its own; leave caption={caption!r} out, or name another column."
+            f"caption: the source already has a column {column!r}; leave caption={caption!r} out, or name another column."
         )
     if isinstance(source, datasets.Dataset):
         return source.add_column(column, [caption] * len(source))  # type: ignore[call-arg]
@@ -263,7 +263,7 @@ def open_rgb(value: Any) -> Image.Image:
             with fsspec.open(path, "rb") as file:
                 content = file.read()
         return read_image(path if content is None else content)
-    except Exception as error:  # file systems, too, raise errors of their own
+    except Exception as error:  # file systems raise their own errors, too
         reason = str(error) or type(error).__name__
         raise ValueError(reason if path in reason else f"{path}: {reason}") from error
 

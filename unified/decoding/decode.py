@@ -349,18 +349,19 @@ def paired_prompts(
     """All rows of a batch: the prompts, then their negatives if guidance needs them.
 
     Raises:
-        ValueError: if the model takes a condition instead of a prompt, or a list has another length.
+        ValueError: if there is no prompt or one is empty, the model takes a condition instead of a prompt, or a list has
+            another length.
     """
     rows = list(prompts)
-    if not rows:
-        raise ValueError("prompts: need one or more rows of at least one id.")
-    if len(generators) != len(rows):
-        raise ValueError(f"generators: {len(generators)} given for {len(rows)} prompts; give one each.")
     if sampling.guided:
-        if negatives is None or len(negatives) != len(prompts):
-            raise ValueError(f"negative_prompts: guidance needs one row per prompt ({len(prompts)}).")
+        if negatives is None or len(negatives) != len(rows):
+            raise ValueError(f"negative_prompts: guidance needs one row per prompt ({len(rows)}).")
         rows += negatives
     made = [row if isinstance(row, Prompt) else Prompt(tuple(row)) for row in rows]
+    if not made or not all(row.ids for row in made):
+        raise ValueError("prompts: need one or more rows of at least one id.")
+    if len(generators) != len(prompts):
+        raise ValueError(f"generators: {len(generators)} given for {len(prompts)} prompts; give one each.")
     check_conditions(model, made)
     return made
 

@@ -43,7 +43,7 @@ class _Layer:
 def make_decoder(model: UnifiedForCausalLM, compile: bool = False, int8: bool = False) -> Decoder:
     """The fastest decoder that a model's backbone allows, with the weights as they are now.
 
-    Adapters count as they are set: attached, weighted, merged or disabled.
+    Adapters act as they are set: attached, weighted, merged or disabled.
 
     Args:
         model: the model, inside an adapter's wrapper or not.

@@ -70,13 +70,11 @@ def prompt_columns(model: UnifiedForCausalLM, prompt: Prompt) -> int:
 
 
 def prefill(decoder: Decoder, prompts: Sequence[Prompt], room: int) -> Prefilled:
-    """Run prompts through the model, equal ones once, and leave ``room`` columns behind them.
+    """Run one or more prompts of at least one id through the model, equal ones once; ``room`` columns stay free behind them.
 
     Raises:
-        ValueError: if a prompt is empty, its images are no valid spans, or :func:`check_conditions` refuses it.
+        ValueError: if the images of a prompt are no valid spans, or :func:`check_conditions` refuses it.
     """
-    if not prompts or not all(prompt.ids for prompt in prompts):
-        raise ValueError("prompts: need one or more rows of at least one id.")
     distinct = list(dict.fromkeys(prompts))
     model = decoder.model
     check_conditions(model, distinct)

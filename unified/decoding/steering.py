@@ -2,7 +2,7 @@
 
 Each code is sampled from the model's logits plus ``alpha`` times the log-probabilities of a reward adapter. The adapter says of
 every code how much better it is, as training on preferences makes it (its log-probability of a whole image is its reward), and
-the model stays what it is. Several adapters steer at once, each with its own weight, which every call may choose anew; below 0 it
+the model stays what it is. Several adapters steer at once, each with its own weight, which every call may set; below 0 it
 steers away. Each adapter costs a forward pass more.
 """
 
@@ -91,8 +91,8 @@ def steer(model: PeftModel, weights: Mapping[str, float]) -> SteeredDecoder:
             as the model alone; GenARM divides by 1 + A.
 
     Raises:
-        ValueError: for an unknown adapter, a weight that is not finite, an adapter with an embedding of codes of its own, a
-            merge of codes, adapters that train a join of sources, or a backbone whose decoder has no weights of its own.
+        ValueError: for an unknown adapter, a weight that is not finite, an adapter with its own embedding of codes, a
+            merge of codes, adapters that train a join of sources, or a backbone whose decoder keeps no copy of the weights.
     """
     base, state = base_of(model), adapter_state(model)
     for name in ("image_join", "image_projection"):
@@ -111,7 +111,7 @@ def steer(model: PeftModel, weights: Mapping[str, float]) -> SteeredDecoder:
     if not isinstance(decoder, LeanDecoder):
         kind = type(base.backbone.base_model).__name__
         raise ValueError(
-            f"steer: {kind} has no decoder with weights of its own, which an adapter beside the model needs."
+            f"steer: {kind} has no decoder with a copy of its weights, which an adapter beside the model needs."
         )
     codes = torch.arange(base.config.codebook_size, device=base.device)
     try:
@@ -120,7 +120,7 @@ def steer(model: PeftModel, weights: Mapping[str, float]) -> SteeredDecoder:
             guide = make_decoder(base)
             if not torch.equal(guide.embed(codes), decoder.embed(codes)):
                 raise ValueError(
-                    f"steer: adapter {name!r} has an embedding of codes of its own; train it with train_image_tables=False."
+                    f"steer: adapter {name!r} has its own embedding of codes; train it with train_image_tables=False."
                 )
             guides[name] = (guide, weight)
     finally:

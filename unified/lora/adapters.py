@@ -1,4 +1,4 @@
-"""LoRA adapters of a unified model: attach a new one; save, load and unload it, each a whole or not at all."""
+"""LoRA adapters of a unified model: attach a new one; save, load and unload it, completely or not at all."""
 
 import copy
 import json
@@ -352,7 +352,7 @@ def _try_out(model: UnifiedForCausalLM | PeftModel, config: LoraConfig, name: st
             return get_peft_model_state_dict(outline, adapter_name=name, save_embedding_layers=False)
     except ValueError:
         raise
-    except Exception as error:  # whatever peft says to a config that no check has foreseen
+    except Exception as error:  # any error of peft on a config that the checks did not foresee
         raise ValueError(f"lora: the adapter {name!r} does not fit the model ({error!r}).") from error
 
 

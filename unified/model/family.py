@@ -50,7 +50,7 @@ def check_family(backbone: Any, text_logits: Callable[[Tensor], Tensor], positio
         try:
             hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
             logits = backbone(input_ids=ids, use_cache=False).logits
-        except Exception as error:  # whatever a decoder says that asks more of its rotary embedding
+        except Exception as error:  # any error of a decoder that needs more of its rotary embedding
             raise ValueError(
                 f"backbone: {family} does not run in a unified model ({error!r}); choose another family."
             ) from error
@@ -72,7 +72,7 @@ def check_family(backbone: Any, text_logits: Callable[[Tensor], Tensor], positio
             stepwise = [_run(decoder, ids[:, step : step + 1], step, cache=cache, use_cache=True) for step in steps]
             distance = _distance(torch.cat(stepwise, dim=1), _run(decoder, ids, 0, use_cache=False))
             reason = None if distance <= _tolerance(hidden) else f"a relative error of {distance:.2g}"
-        except Exception as error:  # whatever a layer says that looks for another kind of state
+        except Exception as error:  # any error of a layer that looks for another kind of state
             reason = repr(error)
         if reason is not None:
             raise ValueError(

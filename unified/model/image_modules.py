@@ -43,7 +43,7 @@ class WindowMerge(nn.Module):
 
 
 class WindowSplit(nn.Module):
-    """A final state to one for each code of the window that it predicts: an MLP, then a matrix for each code."""
+    """One final state to one for each code of the window that it predicts: an MLP, then a matrix for each code."""
 
     def __init__(self, width: int, side: int):
         super().__init__()
@@ -57,7 +57,7 @@ class WindowSplit(nn.Module):
 
 
 class SourceJoin(nn.Module):
-    """Final states of the sources of a cell to one: a matrix for each source, then an MLP.
+    """Joins the final states of a cell's sources into one: a matrix for each source, then an MLP.
 
     A position then need not say in one state what follows on its right and what follows below it. The published way, a head
     for each source and the mean of their logits (arXiv 2503.10696), scores all codes once for each source.

@@ -298,7 +298,7 @@ class Wanted:
         """A row for each prompt or class, and as many unconditional ones.
 
         Raises:
-            ValueError: for prompts or classes that are none, too long or unknown, or that the model does not take.
+            ValueError: for prompts or classes that are invalid, too long or unknown, or that the model does not take.
         """
         classes = self._classes(config)
         if classes is None:

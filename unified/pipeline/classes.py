@@ -36,7 +36,7 @@ def class_count(config: UnifiedConfig, given: dict[str, Any], texts: dict[str, A
 
 
 def labels_of(config: UnifiedConfig) -> dict[str, int]:
-    """Numbers of the classes by name, sorted by name. Each of the words for a class is a name, but none of two classes."""
+    """Numbers of the classes by name, sorted by name. Each word for a class is a name, unless two classes share it."""
     return {name: numbers[0] for name, numbers in sorted(_numbers(config).items()) if len(numbers) == 1}
 
 

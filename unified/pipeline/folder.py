@@ -1,6 +1,5 @@
 """A pipeline's folder: its description, what it is loaded with, and its way to the Hub."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,14 +25,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     file = folder / PIPELINE_FILE
     if not file.is_file():
         raise ValueError(f"pipeline: {str(folder)!r} has no {PIPELINE_FILE}; give a folder written by save_pretrained.")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"pipeline: {str(file)!r} is no JSON ({error}); correct it, or save the folder again."
-        ) from error
-    if not isinstance(content, dict):
-        raise ValueError(f"pipeline: {str(file)!r} holds a {type(content).__name__}; need names with values.")
+    content = read_json(file, "pipeline")
     try:
         return {**content, "sampling": check_defaults(content.get("sampling"))}
     except ValueError as error:

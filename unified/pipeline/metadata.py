@@ -97,7 +97,7 @@ def read_image_metadata(path: str | Path) -> dict[str, Any]:
         try:
             if name in texts:
                 found[name] = texts[name] if name in TEXTS else json.loads(texts[name])
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"image: {name} in {str(path)!r} is no JSON ({error}); it was changed.") from error
     return found
 

@@ -813,7 +813,7 @@ class UnifiedPipeline:
 
 
 def check_output_type(output_type: Any) -> None:
-    """Refuse a form of images that there is not. Raises ValueError."""
+    """Refuse an unknown output type. Raises ValueError."""
     if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
         raise ValueError(f"output_type: {output_type!r} is unknown; use one of {OUTPUT_TYPES}.")
 

@@ -2,7 +2,7 @@
 
 transformers has continuous batching too (``generate_batch``). Its requests are independent rows of one vocabulary, which
 images are not: a guided image is a pair of rows whose states become one prediction at every step; inside an image
-span only codes are possible, embedded and scored by tables of their own, while other rows of the batch may write text;
+span only codes are possible, embedded and scored by their own tables, while other rows of the batch may write text;
 codes sit at 2D positions; and an image's noise belongs to its request, so that it is the same image in any company.
 """
 
@@ -273,7 +273,7 @@ class Engine:
         try:
             with self.pipe.lock:
                 finished = dict(self._batcher.step())
-        except Exception as error:  # of the whole batch: everybody in it gets to know
+        except Exception as error:  # the whole batch has failed: every job in it is told
             for job in self._running:
                 job.update(None, error=error)
             self._running.clear()

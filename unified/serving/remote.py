@@ -32,7 +32,7 @@ WAIT = 0.5  # seconds before the first further try; twice as long before each on
 class RemotePipeline:
     """An exported model that a server generates with; only the tokenizers are loaded here.
 
-    A server samples with noise of its own: a seed gives the same image again there, not the one of a pipeline here, and is not
+    A server samples with its own noise: a seed gives the same image again there, not the one of a pipeline here, and is not
     among what an image says of itself. Guidance needs a server with the plugin in ``engines/unified_vllm``.
 
     Args:
@@ -168,7 +168,7 @@ class RemotePipeline:
             )
         try:
             content = answer.json()
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(
                 f"server: {self.url} answers {path} with no JSON ({error}); is it the right one?"
             ) from error

@@ -133,7 +133,7 @@ class DataConfig:
                 "data.bucket: batches of several sources hold several lengths anyway; use data.pack instead."
             )
         if self.sources and (self.validation or self.max_samples is not None or self.caption):
-            raise ValueError("data: validation, max_samples and caption are for train; sources have keys of their own.")
+            raise ValueError("data: validation, max_samples and caption are for train; sources have their own keys.")
 
 
 @dataclass

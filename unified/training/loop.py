@@ -97,7 +97,7 @@ def train_steps(run: Run, measure: Measure | None, stopped: Callable[[], bool]) 
 
 
 def _due(run: Run, every: int | None) -> bool:
-    """Whether something that happens every so many steps, and at the end, happens now."""
+    """Whether something is due at this step: every so many steps, and at the end."""
     return every is not None and (run.step % every == 0 or run.step == run.config.steps)
 
 

@@ -16,7 +16,7 @@ from unified.settings import check_range
 
 
 class MicroBatch(NamedTuple):
-    """What an objective computes its loss from.
+    """Inputs of an objective's loss for one micro-batch.
 
     Attributes:
         model: the trained model, as Accelerate has wrapped it; call it with the inputs of any batch.
@@ -34,7 +34,7 @@ class MicroBatch(NamedTuple):
 
 
 class Term(NamedTuple):
-    """A loss, divided by the ``items`` of its objective, and sums over what it counts of further metrics for the log."""
+    """A loss, divided by the ``items`` of its objective, and further metrics for the log, each summed over these items."""
 
     loss: Tensor
     metrics: dict[str, Tensor]
@@ -52,7 +52,7 @@ class Objective:
         asks: keyword arguments that it adds to the forward pass over the batch, whose output it reads; None if it does not
             read that.
         sampling: defaults of sampling that the trained adapter is saved with.
-        module: parameters of its own, which train with the model and are not saved with it; :meth:`build` makes them.
+        module: its own parameters, which train with the model and are not saved with it; :meth:`build` makes them.
     """
 
     weight: float = 1.0  # of its loss in the sum
@@ -73,7 +73,7 @@ class Objective:
         check_range(self.prefix, self, "(0, inf)", "weight")
 
     def build(self, model: nn.Module, image_tokenizer: Any) -> nn.Module | None:
-        """Parameters of its own, for a model that is not wrapped yet; None without any.
+        """Its own parameters, for a model that is not wrapped yet; None without any.
 
         Raises:
             ValueError: if model or tokenizer lack what the objective needs.
@@ -85,19 +85,19 @@ class Objective:
     ) -> list[TokenSequence] | None:
         """Further sequences for a micro-batch, one for each of its own, which are arranged as those are; None for none.
 
-        Called in the data layer, perhaps in a process of its own; ``config`` is that of the model. What does not count has labels
+        Called in the data layer, perhaps in another process; ``config`` is that of the model. What does not count has labels
         of -100.
         """
         return None
 
     def count(self, batch: Batch) -> float:
-        """What its loss is a mean over, as far as this micro-batch has it; all micro-batches and processes are summed."""
+        """How many items of this micro-batch its loss is a mean over; the counts of micro-batches and processes add up."""
         raise NotImplementedError
 
     def loss(self, given: MicroBatch, items: float) -> Term:
-        """Sum over what is counted, divided by ``items``: the count of the whole step for each micro-batch and process.
+        """The sum of the losses of its items, divided by ``items``: the mean count of a micro-batch over the whole step.
 
-        Gradients of micro-batches and processes are averaged, so that the step follows the mean over all that it counts.
+        Gradients are averaged over micro-batches and processes, so that the step follows the mean over all of its items.
         """
         raise NotImplementedError
 

@@ -66,7 +66,7 @@ def grpo_loss(
         sampled: of the policy when it sampled the codes.
         reference: of the reference; both are taken without gradients.
         advantages: ``(N,)``.
-        clip: a ratio counts from ``1 - clip`` to ``1 + clip`` only, as far as it is in the policy's favour.
+        clip: a ratio is clipped to ``1 - clip`` ... ``1 + clip`` where it is in the policy's favour.
         kl_weight: of the divergence from the reference.
     """
     ratio = torch.exp(log_probs - sampled.detach())

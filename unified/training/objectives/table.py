@@ -23,7 +23,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
 
 
 def build_objectives(given: Sequence[Any]) -> list[Objective]:
-    """The objectives that the entries of ``objectives`` describe: each a name, a weight and settings of its own.
+    """The objectives that the entries of ``objectives`` describe: each a name, a weight and its settings.
 
     Raises:
         ValueError: if there is none or one is named twice, or for an unknown name or key, or a value of the wrong type.
