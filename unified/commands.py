@@ -32,6 +32,9 @@ SCRIPTS: dict[str, Script | dict[str, Script]] = {
     "train": Script("unified_recipes.train", "Train a model or an adapter."),
     "grpo": Script("unified_recipes.grpo", "Train an adapter with rewards of sampled images."),
     "evaluate": Script("unified_evaluation.evaluate", "Generate images, measure them and report.", "eval"),
+    "evaluate-text": Script(
+        "unified_evaluation.evaluate_text", "Ask for captions and answers, measure them and report.", "eval"
+    ),
     "compare": Script("unified_evaluation.compare", "Compare two evaluations in pairs of images.", "eval"),
     "convert": Script("unified_recipes.convert_checkpoint", "Turn published checkpoints into folders of this library."),
 }
