@@ -243,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # 3. Write.
     results.prompts = [f"{name} {each['row']}" for name, texts in said.items() for each in texts]
-    run = {**plain_settings(args), **identity, "versions": {name: version(name) for name in ("torch", "sacrebleu")}}
+    run = {**plain_settings(args), **identity, "versions": {name: version(name) for name in ("torch", "transformers")}}
     for name, texts in said.items():
         write_text(args.out / f"{name}.jsonl", "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in texts))
     write_json(args.out / "metrics.json", {**results.result(), "run": run})

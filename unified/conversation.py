@@ -5,7 +5,6 @@ from itertools import groupby
 from reprlib import repr as short
 from typing import Any, NamedTuple
 
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -162,7 +161,7 @@ def _rendered(messages: list[dict[str, str]], tokenizer: TextTokenizer, template
             ("eos_token", tokenizer.eos_token_id), ("pad_token", tokenizer.pad_token_id)) if number is not None}  # fmt: skip
     try:
         found: Any = render_jinja_template([messages], chat_template=template, add_generation_prompt=reply, **ends)
-    except (TemplateError, TypeError, ValueError) as error:
+    except Exception as error:  # templates compute; TemplateError and ZeroDivisionError are among them
         roles = ", ".join(message["role"] for message in messages)
         raise ValueError(f"chat_template: it cannot write turns of {roles} ({error}); choose another one.") from error
     return str(found[0][0])
