@@ -107,6 +107,23 @@ def test_a_text_is_shown_while_it_grows(pipeline, says, ends):
     assert all(after.startswith(before) for before, after in pairwise(texts))
 
 
+def test_a_streamed_reply_grows_to_that_of_a_call(pipeline, says, photo):
+    tokenizer = pipeline.text_tokenizer
+    script = [*tokenizer.encode("blue car"), tokenizer.boi_token_id, *tokenizer.encode("dog"), tokenizer.eos_token_id]
+    says(*script)
+    expected = pipeline.chat(["red apple"], 20, generator=generators(5))
+    says(*script)
+    shown = list(pipeline.stream_chat(["red apple"], 20, generator=generators(5)))
+    as_bytes = [[part if isinstance(part, str) else part.tobytes() for part in reply] for reply in [*shown, expected]]
+    assert as_bytes[-2] == as_bytes[-1] and [type(part) for part in expected] == [str, Image.Image, str]
+    assert [len(reply) for reply in as_bytes] == sorted(len(reply) for reply in as_bytes) and len(shown) > 4
+    assert all("blue car".startswith(reply[0]) for reply in as_bytes if reply)
+    with pytest.raises(ValueError, match="max_new_tokens: 0"):
+        pipeline.stream_chat(["red apple"], 0)
+    with pytest.raises(ValueError, match="image: 8x8 is not a size"):
+        pipeline.stream_chat([photo.resize((8, 8))])
+
+
 def test_texts_and_images_in_turn(pipeline, says, photo, tmp_path, capsys):
     tokenizer, saved = pipeline.text_tokenizer, []
 

@@ -10,7 +10,7 @@ from PIL import Image
 from unified.decoding.config import Sampling
 from unified.errors import MENDABLE
 from unified.lora.adapters import base_of
-from unified.pipeline.chat import fit_image
+from unified.pipeline.chat import fit_image, message
 from unified_tokenizers.images import read_image
 
 if TYPE_CHECKING:
@@ -88,14 +88,6 @@ def chat_loop(
         except MENDABLE as error:
             messages, shown = before, shown_before
             print(f"unified chat: {' '.join(str(error).split())}")
-
-
-def message(role: str, *parts: str | Image.Image) -> Message:
-    """A turn in transformers' format."""
-    content = [
-        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part} for part in parts
-    ]
-    return {"role": role, "content": content}
 
 
 def without_roles(messages: Iterable[Message]) -> list[str | Image.Image]:

@@ -1,6 +1,6 @@
 """Images to text, and text and images in turn."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from reprlib import repr as short
 from typing import Any, NamedTuple
 
@@ -120,6 +120,62 @@ def continue_conversations(
     Raises:
         ValueError: if a limit is not a whole number, or a conversation does not fit the model's context.
     """
+    batcher, requests = _begin(
+        decoder, conversations, grid, text_tokenizer, generators, text_sampling, image_sampling, max_new_tokens,
+        max_images, batch_size,
+    )  # fmt: skip
+
+    def show() -> None:
+        if on_text is not None and (ids := batcher.written(requests[0])):
+            on_text(text_tokenizer.decode(ids))
+
+    replies = batcher.run(requests, show)
+    if on_text is not None and replies[0] and isinstance(replies[0][-1], TextSegment):
+        on_text(text_tokenizer.decode(replies[0][-1].ids))  # with the token that ended it
+    _spend(generators)
+    return replies
+
+
+def stream_conversation(
+    decoder: Decoder, segments: Sequence[Segment], grid: Grid, text_tokenizer: TextTokenizer, generator: torch.Generator,
+    text_sampling: Sampling, image_sampling: Sampling, max_new_tokens: int, max_images: int,
+) -> Iterator[list[Segment]]:  # fmt: skip
+    """The model's reply in one conversation as far as it is, after every step; the last one is complete.
+
+    Raises:
+        ValueError: as :func:`continue_conversations`, before the first step.
+    """
+    batcher, (request,) = _begin(
+        decoder,
+        [segments],
+        grid,
+        text_tokenizer,
+        [generator],
+        text_sampling,
+        image_sampling,
+        max_new_tokens,
+        max_images,
+        1,
+    )
+    batcher.submit(request)
+
+    def steps() -> Iterator[list[Segment]]:
+        while batcher.busy:
+            done = dict(batcher.step())
+            if batcher.failed:
+                raise batcher.failed[request]
+            yield done[request] if request in done else batcher.so_far(request)
+        _spend([generator])
+
+    return steps()
+
+
+def _begin(
+    decoder: Decoder, conversations: Sequence[Sequence[Segment]], grid: Grid, text_tokenizer: TextTokenizer,
+    generators: Sequence[torch.Generator], text_sampling: Sampling, image_sampling: Sampling, max_new_tokens: int,
+    max_images: int, batch_size: int,
+) -> tuple[Batcher, list[Request]]:  # fmt: skip
+    """A batch with room for conversations, and the requests to be run in it. Raises as :func:`continue_conversations`."""
     check_whole("max_new_tokens", max_new_tokens)
     check_whole("max_images", max_images, least=0)
     config = decoder.model.config
@@ -141,18 +197,13 @@ def continue_conversations(
     rows = min(batch_size, len(requests)) * requests[0].rows
     room = max(prompt_columns(decoder.model, request.prompt) for request in requests) + max_new_tokens
     room += max_images and max_images * image_columns(decoder.model, grid)
-    batcher = Batcher(decoder, rows, room)
+    return Batcher(decoder, rows, room), requests
 
-    def show() -> None:
-        if on_text is not None and (ids := batcher.written(requests[0])):
-            on_text(text_tokenizer.decode(ids))
 
-    replies = batcher.run(requests, show)
-    if on_text is not None and replies[0] and isinstance(replies[0][-1], TextSegment):
-        on_text(text_tokenizer.decode(replies[0][-1].ids))  # with the token that ended it
-    for generator in generators:  # texts are sampled from copies; the next call shall reply differently
+def _spend(generators: Sequence[torch.Generator]) -> None:
+    """Texts are sampled from copies of the generators; the next call shall reply differently."""
+    for generator in generators:
         torch.rand((), generator=generator, device=generator.device)
-    return replies
 
 
 def as_messages(
@@ -194,3 +245,11 @@ def fit_image(image: Image.Image, config: UnifiedConfig, stride: int) -> Image.I
             f"image: {image.height}x{image.width} is too small, the model reads {height}x{width}; give a larger one."
         )
     return fit(image, (height, width))
+
+
+def message(role: str, *parts: str | Image.Image) -> dict[str, Any]:
+    """A turn in transformers' format."""
+    content = [
+        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part} for part in parts
+    ]
+    return {"role": role, "content": content}

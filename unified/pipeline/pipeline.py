@@ -54,6 +54,7 @@ from unified.pipeline.chat import (
     as_segments,
     check_sizes,
     continue_conversations,
+    stream_conversation,
 )
 from unified.pipeline.classes import as_classes, class_count, labels_of
 from unified.pipeline.editing import as_images, codes_to_keep, share_to_keep, unfinished_images
@@ -67,6 +68,7 @@ from unified.pipeline.folder import (
     write_description,
 )
 from unified.pipeline.options import GenerationOptions, check_defaults, check_whole
+from unified.sequence import Segment, TextSegment
 from unified_tokenizers import AutoImageTokenizer, ImageTokenizer, TextTokenizer, load_text_tokenizer
 from unified_tokenizers.images import to_pil
 
@@ -670,6 +672,62 @@ class UnifiedPipeline:
             image_sampling or options.filled(self.sampling).sampling, generator, callback_on_text,
         )  # fmt: skip
         return replies if several else replies[0]
+
+    def stream_chat(
+        self,
+        messages: Sequence[Any],
+        max_new_tokens: int = 64,
+        max_images: int = 1,
+        text_sampling: Sampling | None = None,
+        image_sampling: Sampling | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        generator: Generators = None,
+    ) -> Iterator[list[Any]]:
+        """Continue one conversation and show the reply on the way; other calls may come in between.
+
+        Arguments as for :meth:`chat`.
+
+        Returns:
+            An iterator over replies so far, whenever a text has grown or an image is whole; the last one is that of :meth:`chat`.
+
+        Raises:
+            ValueError: as :meth:`chat`.
+        """
+        with self.lock:
+            check_sampling(text_sampling, "text_sampling")
+            check_sampling(image_sampling, "image_sampling")
+            options, config = GenerationOptions(height, width), base_of(self.model).config
+            given = as_conversation(messages, config, self.text_tokenizer)
+            check_sizes(given.images, config, self.image_tokenizer.downsample)
+            with_images = max_images != 0 or height is not None or width is not None
+            grid = code_grid(config, self.image_tokenizer.downsample, height, width) if with_images else (1, 1)
+            read = as_segments(given, self.image_tokenizer, self.text_tokenizer)
+            replies = stream_conversation(
+                self.decoder(), read, grid, self.text_tokenizer, per_image(generator, 1)[0], text_sampling or Sampling(),
+                image_sampling or options.filled(self.sampling).sampling, max_new_tokens, max_images,
+            )  # fmt: skip
+        return self._growing(replies)
+
+    def _growing(self, replies: Iterator[list[Segment]]) -> Iterator[list[Any]]:
+        """Texts and images of a growing reply, each image decoded once; the lock is free in between."""
+        images: dict[int, list[Any]] = {}
+        shown: list[int] | None = None
+        while True:
+            with self.lock:
+                reply = next(replies, None)
+                if reply is None:
+                    return
+                sizes = [len(part.ids) if isinstance(part, TextSegment) else 0 for part in reply]
+                if sizes == shown:
+                    continue
+                shown, messages = sizes, []
+                for place, part in enumerate(reply):
+                    made = images.get(place) or as_messages([part], self.image_tokenizer, self.text_tokenizer)
+                    if not isinstance(part, TextSegment):
+                        images[place] = made
+                    messages += made
+            yield messages
 
     def _replies(
         self,
