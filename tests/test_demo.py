@@ -92,7 +92,7 @@ def test_huge_images_are_refused_before_they_are_decoded(saved, tmp_path, monkey
     assert huge.stat().st_size < 10_000 and line.stat().st_size < 500
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *given: pytest.fail("decoded"))
     check_files(small, [small] * 4)
-    for background, layers, message in (
+    for background, layers, error in (
         (huge, [], "5000x4000 pixels, at most 16 million are allowed"),
         (small, [small, huge], "5000x4000 pixels, at most 16 million are allowed"),
         (line, [], "image: 1x200000 pixels, at most 16384 are allowed on a side here"),
@@ -100,7 +100,7 @@ def test_huge_images_are_refused_before_they_are_decoded(saved, tmp_path, monkey
         (small, [small] * 5, "image: 5 layers, at most 4 are allowed here; merge them"),
         (None, [], "image: none given"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=error):
             check_files(background, layers)
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "program.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")

@@ -721,7 +721,7 @@ class UnifiedPipeline:
                 sizes = [len(part.ids) if isinstance(part, TextSegment) else 0 for part in reply]
                 if sizes == shown:
                     continue
-                shown, messages = sizes, []
+                shown, messages = sizes, list[Any]()
                 for place, part in enumerate(reply):
                     made = images.get(place) or as_messages([part], self.image_tokenizer, self.text_tokenizer)
                     if not isinstance(part, TextSegment):

@@ -221,16 +221,18 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER, per_client: int = CLIEN
             generators = seeded(int(seed) + len(history), 1)  # the same words again need not get the same reply
             asked: list[Any] = []
 
-            def work() -> Iterator[list[Any]]:
-                shown = [] if file is None else [fit_upload(opened(file), (height, width))]
+            def work() -> Iterator[tuple[list[Any], str]]:
+                shown, reply = [] if file is None else [fit_upload(opened(file), (height, width))], list[Any]()
                 asked.append(message("user", *shown, said.strip()))
                 sampling = Sampling(temperature=temperature)
-                return pipe.stream_chat([*history, *asked], text_sampling=sampling, generator=generators)
+                for reply in pipe.stream_chat([*history, *asked], text_sampling=sampling, generator=generators):
+                    yield reply, "Writing ..."
+                yield reply, "Done."
 
-            def show(reply: list[Any]) -> tuple[Any, ...]:
-                replied = [message("assistant", *reply)] if reply else []
-                kept = [*history, *asked, *replied]
-                return kept, bubbles(kept, conversation.GRADIO_CACHE), "", None, "Done."
+            def show(state: tuple[list[Any], str]) -> tuple[Any, ...]:
+                reply, status = state
+                kept = [*history, *asked, *([message("assistant", *reply)] if reply else [])]
+                return kept, bubbles(kept, conversation.GRADIO_CACHE), "", None, status
 
             yield from followed(engine.alone(work, adapter_of(lora)), show, 4)
 
