@@ -1,9 +1,10 @@
-"""Encode the images of any captioned, labelled or interleaved source once, so that training reads codes.
+"""Encode the images of any captioned, labelled, interleaved or chat source once, so that training reads codes.
 
     python recipes/encode_images.py --image-tokenizer runs/tokenizer --source data/openmoji --out data/openmoji-codes
     python recipes/encode_images.py --image-tokenizer runs/tokenizer --source folders --class-column label --out data/codes
     python recipes/encode_images.py --image-tokenizer runs/tokenizer --source articles.parquet --segments-column segments \\
         --buckets 64x64 64x96 96x64 --out data/article-codes
+    python recipes/encode_images.py --image-tokenizer runs/tokenizer --source chat.parquet --messages-column messages --out codes
 
 The cache carries the tokenizer's fingerprint: training refuses codes of another tokenizer. It also carries a digest of the
 captions and of the image files' names, sizes and times, by which a run notices that they have changed. Run the same command
@@ -14,6 +15,7 @@ import argparse
 import time
 from collections.abc import Sequence
 
+from unified.data.chat import encode_chat
 from unified.data.code_cache import encode_source, open_tokenizer
 from unified.data.crops import CROPS, Views
 from unified.data.interleaved import encode_interleaved
@@ -59,6 +61,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--segments-column",
         help="column with lists of {text, image}: encode interleaved rows in place of captioned ones",
     )
+    parser.add_argument(
+        "--messages-column",
+        help="column with lists of {role, content}: encode conversations in place of captioned rows",
+    )
+    parser.add_argument("--images-column", default="images", help="column with the lists of their images")
     parser.add_argument("--batch-size", type=int, default=64, help="images per encoder call")
     parser.add_argument(
         "--block-rows", type=int, default=1024, help="rows between two writes; a run that is killed loses at most these"
@@ -80,6 +87,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     given = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) != parser.get_default(name)]
     if args.segments_column and given:
         parser.error(f"{', '.join(given)}: not for interleaved rows; leave out --segments-column")
+    if args.messages_column and (given or args.segments_column or args.class_column or args.buckets):
+        wrong = [*given, *(["--buckets"] if args.buckets else []), *(["--segments-column"] if args.segments_column else []),
+                 *(["--class-column"] if args.class_column else [])]  # fmt: skip
+        parser.error(f"{', '.join(wrong)}: not for conversations; leave out --messages-column")
     if args.class_column and (args.segments_column or args.caption or args.caption_column != "caption"):
         parser.error("--class-column: images have classes, captions or segments; leave the others out")
     return args
@@ -95,6 +106,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         reports = encode_interleaved(
             tokenizer, args.source, args.out, tuple(args.splits), sizes, args.segments_column, args.batch_size,
             args.streaming, args.block_rows, process, max_rows=args.max_rows,
+            validation=args.validation,
+        )  # fmt: skip
+    elif args.messages_column:
+        reports = encode_chat(
+            tokenizer, args.source, args.out, tuple(args.splits), sizes[0], (args.images_column, args.messages_column),
+            args.batch_size, args.streaming, args.block_rows, process, max_rows=args.max_rows,
             validation=args.validation,
         )  # fmt: skip
     elif args.class_column:

@@ -53,7 +53,7 @@ def test_a_command_does_what_its_script_does(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("prepare", "unified prepare: '' is unknown; use one of shapes, openmoji"),
+        ("prepare", "unified prepare: '' is unknown; use one of shapes, shapes-chat, openmoji"),
         ("prepare nothing", "unified prepare: 'nothing' is unknown"),
         ("prepare shapes --out x --size 0", "unified prepare shapes: size is 0"),
         ("train --config nothing", "unified train: config: 'nothing' is no file and no known name"),

@@ -10,7 +10,11 @@ from PIL import Image
 
 from unified.chat_loop import HELP, chat_loop
 from unified.cli import main
+from unified.conversation import DEFAULT_TEMPLATE, Turn, conversation_segments
 from unified.decoding import Sampling
+from unified.pipeline.chat import continue_conversations
+from unified.sequence import build_sequence
+from unified_tokenizers.images import to_tensor
 
 
 @pytest.fixture
@@ -103,6 +107,23 @@ def test_a_text_is_shown_while_it_grows(pipeline, says, ends):
     assert all(after.startswith(before) for before, after in pairwise(texts))
 
 
+def test_a_streamed_reply_grows_to_that_of_a_call(pipeline, says, photo):
+    tokenizer = pipeline.text_tokenizer
+    script = [*tokenizer.encode("blue car"), tokenizer.boi_token_id, *tokenizer.encode("dog"), tokenizer.eos_token_id]
+    says(*script)
+    expected = pipeline.chat(["red apple"], 20, generator=generators(5))
+    says(*script)
+    shown = list(pipeline.stream_chat(["red apple"], 20, generator=generators(5)))
+    as_bytes = [[part if isinstance(part, str) else part.tobytes() for part in reply] for reply in [*shown, expected]]
+    assert as_bytes[-2] == as_bytes[-1] and [type(part) for part in expected] == [str, Image.Image, str]
+    assert [len(reply) for reply in as_bytes] == sorted(len(reply) for reply in as_bytes) and len(shown) > 4
+    assert all("blue car".startswith(reply[0]) for reply in as_bytes if reply)
+    with pytest.raises(ValueError, match="max_new_tokens: 0"):
+        pipeline.stream_chat(["red apple"], 0)
+    with pytest.raises(ValueError, match="image: 8x8 is not a size"):
+        pipeline.stream_chat([photo.resize((8, 8))])
+
+
 def test_texts_and_images_in_turn(pipeline, says, photo, tmp_path, capsys):
     tokenizer, saved = pipeline.text_tokenizer, []
 
@@ -122,6 +143,67 @@ def test_texts_and_images_in_turn(pipeline, says, photo, tmp_path, capsys):
     assert without_help[0] == str(tmp_path / "1.png") and without_help[2:] == ["blue car"]
     assert without_help[1].startswith("unified chat: ") and "nothing.png" in without_help[1]
     assert len(out) - len(without_help) == 2 * len(HELP.splitlines())  # at the start, and for an unknown command
+
+
+def test_a_model_of_conversations_hears_who_speaks(pipeline, says, photo, monkeypatch):
+    """Roles in the template; a list without roles is a turn of the user; captions stay what they were."""
+    tokenizer, prompts = pipeline.text_tokenizer, []
+    says(*tokenizer.encode("blue car"), tokenizer.eos_token_id)
+    plain = pipeline.caption(photo, generator=generators(0))
+    pipeline.model.config.chat_template = DEFAULT_TEMPLATE
+    kept = continue_conversations
+
+    def spy(decoder, read, *args, **options):
+        prompts.append(read)
+        return kept(decoder, read, *args, **options)
+
+    monkeypatch.setattr("unified.pipeline.pipeline.continue_conversations", spy)
+    asked = [{"role": "user", "content": [{"type": "image", "image": photo}, {"type": "text", "text": "red apple"}]}]
+    says(*tokenizer.encode("blue car"), tokenizer.eos_token_id)
+    assert pipeline.chat(asked, generator=generators(0)) == ["blue car"]
+    says(*tokenizer.encode("blue car"), tokenizer.eos_token_id)
+    assert pipeline.chat([photo, "red apple"], generator=generators(0)) == ["blue car"]
+    codes = pipeline.image_tokenizer.encode(to_tensor([photo]))[0]
+    expected = conversation_segments([Turn("user", (codes, "red apple"))], tokenizer, DEFAULT_TEMPLATE, reply=True)
+    vocabulary = pipeline.model.config.vocabulary
+    ids = build_sequence(expected, vocabulary).input_ids.tolist()
+    assert [build_sequence(read[0], vocabulary).input_ids.tolist() for read in prompts] == [ids, ids]
+    says(*tokenizer.encode("blue car"), tokenizer.eos_token_id)
+    assert pipeline.caption(photo, generator=generators(0)) == plain
+    for messages, error in (
+        ([*asked, {"role": "assistant", "content": "a"}], "messages: the assistant spoke last"),
+        (
+            [{"role": "user", "content": [{"type": "image", "image": 5}]}],
+            "messages: 5 is neither a text nor a PIL image",
+        ),
+        ([{"role": "user", "content": [{"type": "image", "image": photo.resize((8, 8))}]}], "image: 8x8 is not a size"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            pipeline.chat(messages)
+
+
+def test_the_loop_keeps_who_said_what(pipeline, says, photo, tmp_path, monkeypatch, capsys):
+    """An image that is shown belongs to the next line; other sizes are fitted, too small ones refused."""
+    pipeline.model.config.chat_template = DEFAULT_TEMPLATE
+    tokenizer, heard = pipeline.text_tokenizer, []
+    says(*tokenizer.encode("blue car"), tokenizer.eos_token_id)
+    kept = pipeline.chat
+
+    def spy(messages, *args, **options):
+        heard.append(list(messages))
+        return kept(messages, *args, **options)
+
+    monkeypatch.setattr(pipeline, "chat", spy)
+    photo.resize((48, 32)).save(tmp_path / "large.png")
+    photo.resize((8, 48)).save(tmp_path / "small.png")
+    lines = [f"/show {tmp_path}/small.png", f"/show {tmp_path}/large.png", "what is this?", "and now?"]
+    chat_loop(pipeline, lines, None, 20, 0, Sampling(), *generators(3))
+    out = [line for line in capsys.readouterr().out.splitlines() if line not in HELP.splitlines()]
+    assert out == ["unified chat: image: 48x8 is too small, the model reads 16x16; give a larger one.", "blue car"]
+    assert [message["role"] for message in heard[1]] == ["user", "assistant", "user"]
+    first = heard[0][0]["content"]
+    assert first[0]["image"].size == (16, 16) and first[1] == {"type": "text", "text": "what is this?"}
+    assert heard[1][1]["content"] == [{"type": "text", "text": "blue car"}]
 
 
 def test_an_answer_with_an_image_is_saved(pipeline, says, tmp_path, monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """The web page's checks: limits, masks, uploads, adapters by name, what the command line hands to it."""
 
-from contextlib import closing
+from contextlib import closing, nullcontext
+from types import SimpleNamespace
 
 import pytest
 from browsing import need_gradio
@@ -8,7 +9,11 @@ from conftest import noisy_adapter
 from PIL import Image, ImageFile
 
 from unified.cli import main
+from unified.conversation import DEFAULT_TEMPLATE
 from unified.data.crops import fit
+from unified.decoding import Sampling
+from unified.pipeline.arguments import seeded
+from unified.pipeline.chat import message
 from unified.serving import uploads
 from unified.serving import web as demo
 from unified.serving.engine import Engine
@@ -79,7 +84,7 @@ def test_huge_images_are_refused_before_they_are_decoded(saved, tmp_path, monkey
     assert huge.stat().st_size < 10_000 and line.stat().st_size < 500
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *given: pytest.fail("decoded"))
     check_files(small, [small] * 4)
-    for background, layers, message in (
+    for background, layers, error in (
         (huge, [], "5000x4000 pixels, at most 16 million are allowed"),
         (small, [small, huge], "5000x4000 pixels, at most 16 million are allowed"),
         (line, [], "image: 1x200000 pixels, at most 16384 are allowed on a side here"),
@@ -87,7 +92,7 @@ def test_huge_images_are_refused_before_they_are_decoded(saved, tmp_path, monkey
         (small, [small] * 5, "image: 5 layers, at most 4 are allowed here; merge them"),
         (None, [], "image: none given"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=error):
             check_files(background, layers)
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "program.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
@@ -200,6 +205,43 @@ def test_gradio_decodes_nothing(pipeline, saved, monkeypatch):
     assert canvas.preprocess(EditorData(id="x")) == canvas.preprocess(None) == (None, [])
     assert upload.preprocess(ImageData(path=path, url="data:image/png;base64,aaaa", orig_name="x.svg")) == path
     assert upload.preprocess(None) is None
+
+
+def test_a_conversation_on_the_page(pipeline, saved, tmp_path, monkeypatch):
+    """The reply grows, turns are kept with their images, and mistakes are words."""
+    need_gradio()
+    from gradio.exceptions import Error
+
+    monkeypatch.setattr("unified.serving.guard.Visitors.turn", lambda self, *given: nullcontext())
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "cache"))
+    pipeline.model.config.chat_template = DEFAULT_TEMPLATE
+    red, who = str(saved("red", Image.new("RGB", (40, 32), "red"))), SimpleNamespace(host="here")
+    request = SimpleNamespace(client=who, session_hash="x")
+    with closing(Engine(pipeline)) as engine:
+        page = build_demo(engine)
+        (converse,) = (each.fn for each in page.fns.values() if each.name == "converse")
+        states = [
+            state for state in converse("red apple", red, [], 3, 0.5, "none", request) if isinstance(state[0], list)
+        ]
+        kept, shown, text, file, status = states[-1]
+        first = pipeline.chat(kept[:1], text_sampling=Sampling(temperature=0.5), generator=seeded(3, 1))
+        before = [message("user", "red"), message("assistant", "car")]
+        again = [*converse("blue car", None, before, 3, 0.5, "none", request)][-1][0]
+        for given, error in (
+            ((" ", None), "message: empty"), (("x" * 301, None), "301 characters"), (("a", "no.png"), "cannot be read"),
+        ):  # fmt: skip
+            with pytest.raises(Error, match=error):
+                list(converse(*given, [], 0, 1.0, "none", request))
+    assert (text, file, status) == ("", None, "Done.")
+    content = kept[0]["content"]
+    assert content[0]["image"].size == (16, 16) and content[1] == {"type": "text", "text": "red apple"}
+    reply = [part["text"] if part["type"] == "text" else part["image"].tobytes() for part in kept[1]["content"]]
+    assert reply == [part if isinstance(part, str) else part.tobytes() for part in first]
+    assert [each["role"] for each in shown] == ["user"] * 2 + ["assistant"] * len(first)
+    assert Image.open(shown[0]["content"]["path"]).size == (16, 16) and shown[1]["content"] == "red apple"
+    assert again[:2] == before and again[2] == message("user", "blue car")
+    (tab,) = (block for block in page.blocks.values() if getattr(block, "label", None) == "Chat")
+    assert tab.visible
 
 
 def test_the_decoder_is_kept_until_the_adapter_changes(pipeline, tmp_path):

@@ -10,7 +10,10 @@ from browsing import chromium, need_gradio
 from conftest import generators, noisy_adapter, tiny_pipeline
 from PIL import Image
 
+from unified.conversation import DEFAULT_TEMPLATE
 from unified.data.crops import fit
+from unified.decoding import Sampling
+from unified.pipeline.chat import message
 from unified.serving.engine import Engine
 from unified.serving.web import build_demo, launch, load_adapters
 
@@ -85,6 +88,7 @@ def page(text_tokenizer, image_tokenizer, tmp_path_factory):
     networking.url_ok = lambda url: True  # gradio gives its own server 3 s, the browser is more patient
     folder = tmp_path_factory.mktemp("page")
     pipe = tiny_pipeline(text_tokenizer, image_tokenizer)
+    pipe.model.config.chat_template = DEFAULT_TEMPLATE
 
     def sample(seed, **options):
         return pipe("red apple", generator=generators(seed), **OPTIONS | options).images[0].tobytes()
@@ -233,6 +237,27 @@ def test_describe_writes_the_caption(page):
     page.until(text.input_value)
     assert text.input_value().split() == page.expected["caption"].split()
     page.tab.locator("#describe-status", has_text="Done: seed 7").wait_for()
+
+
+def test_a_conversation_is_shown(page):
+    """The image as the model sees it, the words, and the reply that a call gives."""
+    page.open("Chat")
+    page.tab.locator("#with-it input[type=file]").set_input_files(page.folder / "image.png")
+    page.tab.locator("#with-it img").wait_for()
+    page.set(seed=7)
+    said = page.tab.locator("#said textarea")
+    said.fill("red apple")
+    page.tab.locator("#send").click()
+    page.tab.locator("#chat-status", has_text="Done.").wait_for()
+    page.until(lambda: not said.input_value())
+    image = fit(Image.open(page.folder / "image.png"), (16, 16))
+    page.wait_for("#conversation", image.tobytes())
+    reply = page.engine.pipe.chat(
+        [message("user", image, "red apple")], text_sampling=Sampling(temperature=0.85), generator=generators(7)
+    )
+    shown = page.tab.locator("#conversation").inner_text()
+    words = "".join(part for part in ["red apple", *reply] if isinstance(part, str))
+    assert [*filter(str.isalnum, shown)] == [*filter(str.isalnum, words)] and len(words) > 20
 
 
 def test_stop_lets_a_waiting_description_go(page):

@@ -25,6 +25,7 @@ FLOORS = [
         "unified.config",
     },
     {"unified.sequence", "unified.prompts", "unified.model_card"},
+    {"unified.conversation"},
     {"unified.prediction"},
     {"unified.model", "unified.data"},
     {"unified.lora"},

@@ -10,15 +10,16 @@ from PIL import Image
 from unified.decoding.config import Sampling
 from unified.errors import MENDABLE
 from unified.lora.adapters import base_of
-from unified.pipeline.chat import check_sizes
+from unified.pipeline.chat import fit_image, message
 from unified_tokenizers.images import read_image
 
 if TYPE_CHECKING:
     from unified.pipeline.pipeline import UnifiedPipeline
 
+Message = dict[str, Any]
 HELP = """A line is a message; the model answers with text, images or both.
   /generate CAPTION  an image of a caption, whatever the model would answer
-  /show FILE         give the model an image; say something about it in the next line
+  /show FILE         give the model an image; ask about it in the next line
   /new               forget the conversation
   /quit              end"""
 
@@ -34,6 +35,8 @@ def chat_loop(
 ) -> None:
     """Answer lines until they end or one says ``/quit``. A line that cannot be answered says why and is forgotten.
 
+    The conversation has roles for a model that was trained on such; any other one reads texts and images one after the other.
+
     Args:
         pipe: a pipeline that reads text.
         lines: what the user writes.
@@ -46,46 +49,53 @@ def chat_loop(
     if pipe.text_tokenizer is None:
         raise ValueError("pipeline: a model of classes reads no text; use `unified generate --class`.")
     pipe.set_progress_bar_config(disable=True)
-    messages: list[Any] = []
+    config, stride = base_of(pipe.model).config, pipe.image_tokenizer.downsample
+    messages: list[Message] = []
+    shown: list[Image.Image] = []  # images of the turn that the next line is
     print(HELP)
     for line in lines:
         command, _, rest = line.strip().partition(" ")
-        before = list(messages)
+        before, shown_before = list(messages), list(shown)
         try:
             if not command:
                 continue
             if command == "/quit":
                 return
             if command == "/new":
-                messages = []
+                messages, shown = [], []
             elif command == "/show":
-                image = read_image(Path(rest.strip()).expanduser())
-                check_sizes([image], base_of(pipe.model).config, pipe.image_tokenizer.downsample)
-                messages.append(image)
+                shown.append(fit_image(read_image(Path(rest.strip()).expanduser()), config, stride))
             elif command == "/generate":
                 made = pipe(rest.strip(), generator=generator).images[0]
                 assert isinstance(made, Image.Image)
-                messages += [rest.strip(), made]
+                messages += [message("user", *shown, rest.strip()), message("assistant", made)]
+                shown = []
                 print(save(made, rest.strip()))
             elif command.startswith("/"):
                 print(HELP)
             else:
-                messages.append(line.strip())
-                shown = Shown()
+                messages.append(message("user", *shown, line.strip()))
+                shown, written = [], Written()
+                given = messages if config.chat_template is not None else without_roles(messages)
                 reply = pipe.chat(
-                    messages, max_new_tokens, max_images, text_sampling, generator=generator, callback_on_text=shown
+                    given, max_new_tokens, max_images, text_sampling, generator=generator, callback_on_text=written
                 )
-                shown.end()
-                for message in reply:
-                    if isinstance(message, Image.Image):
-                        print(save(message, line.strip()))
-                messages += reply
+                written.end()
+                for part in reply:
+                    if isinstance(part, Image.Image):
+                        print(save(part, line.strip()))
+                messages += [message("assistant", *reply)] if reply else []
         except MENDABLE as error:
-            messages = before
+            messages, shown = before, shown_before
             print(f"unified chat: {' '.join(str(error).split())}")
 
 
-class Shown:
+def without_roles(messages: Iterable[Message]) -> list[str | Image.Image]:
+    """Texts and images one after the other."""
+    return [part[part["type"]] for each in messages for part in each["content"]]
+
+
+class Written:
     """Prints a text as it grows; a text that does not go on from the one before begins a line."""
 
     def __init__(self) -> None:

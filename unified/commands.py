@@ -18,6 +18,7 @@ class Script(NamedTuple):
 SCRIPTS: dict[str, Script | dict[str, Script]] = {
     "prepare": {
         "shapes": Script("unified_recipes.prepare_shapes", "scenes of coloured shapes with exact ground truth"),
+        "shapes-chat": Script("unified_recipes.prepare_shapes_chat", "questions, answers and drawings of such scenes"),
         "openmoji": Script("unified_recipes.prepare_openmoji", "emoji with captions", "data"),
         "imagenet": Script("unified_recipes.prepare_imagenet", "ImageNet's classes as codes of ten crops"),
         "smollm2": Script("unified_recipes.prepare_smollm2", "SmolLM2-135M as a transformers folder", "smollm2"),
@@ -31,6 +32,9 @@ SCRIPTS: dict[str, Script | dict[str, Script]] = {
     "train": Script("unified_recipes.train", "Train a model or an adapter."),
     "grpo": Script("unified_recipes.grpo", "Train an adapter with rewards of sampled images."),
     "evaluate": Script("unified_evaluation.evaluate", "Generate images, measure them and report.", "eval"),
+    "evaluate-text": Script(
+        "unified_evaluation.evaluate_text", "Ask for captions and answers, measure them and report.", "eval"
+    ),
     "compare": Script("unified_evaluation.compare", "Compare two evaluations in pairs of images.", "eval"),
     "convert": Script("unified_recipes.convert_checkpoint", "Turn published checkpoints into folders of this library."),
 }
@@ -54,7 +58,7 @@ def run_script(command: str, argv: Sequence[str]) -> None:
             lines = [
                 f"usage: {name} {{{','.join(entry)}}} ...",
                 "",
-                *(f"  {k:<10} {s.about}" for k, s in entry.items()),
+                *(f"  {k:<12} {s.about}" for k, s in entry.items()),
             ]
             if kind in ("-h", "--help"):
                 print("\n".join(lines))

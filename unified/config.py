@@ -33,6 +33,10 @@ _FIELDS: dict[str, Rule] = {
     ),
     "null_prompt": ("a text", lambda value: isinstance(value, str)),
     "null_prompt_repeats": YES_OR_NO,
+    "chat_template": (
+        "null or a Jinja template that looks at message['role']",
+        lambda value: value is None or (isinstance(value, str) and "role" in value),
+    ),
     "image_frame": (
         "null or a mapping of tokens inside an image",
         lambda value: value is None or isinstance(value, dict),
@@ -108,6 +112,8 @@ class UnifiedConfig(PreTrainedConfig):
             ``row_end`` and ``after`` (see :class:`unified.prediction.frame.Frame`); None without.
         prompt_template, null_prompt, null_prompt_repeats: how captions are written in front of an image, and what stands for
             none: ``template``, ``null`` and ``null_repeats`` of :class:`unified.prompts.PromptFormat`.
+        chat_template: how conversations were written that the model was trained on (see :mod:`unified.conversation`); None
+            if it was trained on none.
     """
 
     model_type = "unified"
@@ -137,6 +143,7 @@ class UnifiedConfig(PreTrainedConfig):
     prompt_template: str = "{prompt}"
     null_prompt: str = ""
     null_prompt_repeats: bool = False
+    chat_template: str | None = None
 
     def __post_init__(self, **kwargs: object) -> None:
         """Build the backbone's config and refuse values that are out of range."""

@@ -31,11 +31,11 @@ class PromptFormat:
 
     def caption_ids(self, caption: str, tokenizer: TextTokenizer) -> list[int]:
         """Ids of a caption in the template."""
-        return _ids(self.template, tokenizer, caption.strip())
+        return template_ids(self.template, tokenizer, caption.strip())
 
     def null_ids(self, tokenizer: TextTokenizer, length: int = 0) -> list[int]:
         """Ids in place of a prompt of ``length`` tokens. Raises ValueError if what repeats is not a single token."""
-        ids = _ids(self.null, tokenizer)
+        ids = template_ids(self.null, tokenizer)
         if not self.null_repeats:
             return ids
         if len(ids) != 1:
@@ -48,8 +48,8 @@ class PromptFormat:
 PLAIN = PromptFormat()
 
 
-def _ids(text: str, tokenizer: TextTokenizer, caption: str = "") -> list[int]:
-    """Ids of a text: special tokens are those that it names itself, not those that its caption spells."""
+def template_ids(text: str, tokenizer: TextTokenizer, caption: str = "") -> list[int]:
+    """Ids of a template's text: special tokens are those that it names itself, not those that its caption spells."""
     special = tokenizer.special_tokens
     names = sorted((name for name in special if name and name in text), key=len, reverse=True)
     parts = re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]

@@ -18,6 +18,7 @@ from hostile.world import World
 from PIL import Image
 
 from unified.data import SkipReport, captioned_images, load_source
+from unified.data.chat import encode_chat
 from unified.data.code_cache import encode_source, load_codes
 from unified.data.interleaved import encode_interleaved
 from unified.data.sources import terms_of
@@ -208,6 +209,22 @@ def segments(rows: list[Any], streaming: bool = False) -> Callable[[World], obje
     return call
 
 
+def conversations(rows: list[Any], streaming: bool = False) -> Callable[[World], object]:
+    def call(w: World) -> None:
+        file = w.file("rows.jsonl", lines(*rows))
+        w.photo.save(file.parent / "a.png")
+        encode_chat(
+            w.image_tokenizer, str(file), w.fresh() / "codes", ("train",), (16, 16), batch_size=2, streaming=streaming
+        )
+
+    return call
+
+
+def said(*contents: Any, images: Any = ("a.png",), roles: tuple[Any, ...] = ("user", "assistant")) -> dict[str, Any]:
+    messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
+    return {"messages": messages, "images": images if images is None else list(images)}
+
+
 def linked(w: World) -> None:
     """A folder that links to itself."""
     root = w.fresh()
@@ -218,6 +235,7 @@ def linked(w: World) -> None:
     skips(1)(root)
 
 
+IMAGE = {"type": "image"}
 A, PNG = {"image": "a.png", "caption": "red"}, noise()
 SOURCES = [
     ("nothing there", lambda w: load_source(str(w.root / "nothing.csv")), "source nothing.csv"),
@@ -516,6 +534,43 @@ CASES: list[Case] = [
             ([["red"]], "source no usable row"),
             ([[7]], "source no usable row"),
             ([7], "source no usable row"),
+        ],
+    ),
+    *each(
+        "chat rows",
+        conversations,
+        [
+            ([said([IMAGE, {"type": "text", "text": "red?"}], [{"type": "text", "text": "yes"}])], VALID),
+            ([said("red?", "yes", images=())], VALID),
+            ([said("red?", "yes", images=None)], VALID),
+            (
+                [said([IMAGE, {"type": "text", "text": "red?"}], [{"type": "text", "text": "yes"}], images=())],
+                "image without",
+            ),
+            ([said("red?", "yes")], "images places"),
+            ([said("red?", images=())], "nobody replies"),
+            ([said("yes", images=(), roles=("assistant",))], "nobody asks"),
+            ([said("red?", "yes", images=(), roles=("user", "bot"))], "role bot"),
+            ([said("red?", "yes", images=(), roles=("user", None))], "role None"),
+            ([said("red?", " ", images=())], "says nothing"),
+            ([said(7, 8, images=())], "content 7"),
+            ([said([{"type": "video"}], [{"type": "text"}], images=())], "video"),
+            ([said([IMAGE], [{"type": "text", "text": "yes"}], images=("nothing.png",))], "nothing.png"),
+            ([{"messages": [], "images": []}], "messages"),
+            ([{"messages": "red", "images": []}], "messages red"),
+            ([{"messages": 7, "images": []}], "messages 7"),
+            ([{"images": ["a.png"]}], "messages_column messages"),
+            ([{"messages": [{"role": "user", "content": "a"}], "images": 7}], "images"),
+        ],
+    ),
+    *each(
+        "chat rows",
+        lambda rows: conversations(rows, streaming=True),
+        [
+            ([said([IMAGE, {"type": "text", "text": "red?"}], [{"type": "text", "text": "yes"}])], VALID),
+            ([said("red?", images=())], "nobody replies"),
+            ([{"messages": [7], "images": []}], "messages 7"),
+            ([{"messages": 7, "images": []}], "messages 7"),
         ],
     ),
     *cases("codes cache", *CODES),

@@ -11,9 +11,11 @@ from hostile.case import VALID, Case, cases, each
 from hostile.world import World
 from PIL import Image
 
+from unified.conversation import DEFAULT_TEMPLATE
 from unified.data import SkipReport, captioned_images
 from unified.data.batches import Batches, Source, block_shares, make_batch
 from unified.data.captioned import captioned_sequence
+from unified.data.chat import chat_sequence
 from unified.data.crops import Views
 from unified.data.interleaved import _read, interleaved_sequence
 from unified.data.rows import caption_text
@@ -54,6 +56,14 @@ def row(values: dict[str, Any], **options: Any) -> Callable[[World], object]:
 def interleaved(values: dict[str, Any], max_length: int = 64) -> Callable[[World], object]:
     whole = {"texts": ["red", None], "codes": [0] * 16, "heights": np.array([4]), "widths": np.array([4]), **values}
     return lambda w: interleaved_sequence(whole, None, w.text_tokenizer, VOCABULARY, max_length)
+
+
+def chat(values: dict[str, Any], max_length: int = 64, template: str = DEFAULT_TEMPLATE) -> Callable[[World], object]:
+    whole = {
+        "texts": [None, "red", "yes"], "roles": ["user", None, "assistant"], "codes": [0] * 16, "heights": np.array([4]),
+        "widths": np.array([4]), **values,
+    }  # fmt: skip
+    return lambda w: chat_sequence(whole, None, w.text_tokenizer, VOCABULARY, template, max_length)
 
 
 def source(weight: Any, rows: int = 3) -> Source:
@@ -210,6 +220,35 @@ CASES: list[Case] = [
             ({}, VALID),
         ],
     ),
+    *each(
+        "rows: chat",
+        chat,
+        [
+            ({"codes": [0] * 15}, "codes 15"),
+            ({"codes": [20] * 16}, "codes 20"),
+            ({"codes": [-1] * 16}, "codes -1"),
+            ({"heights": np.array([0])}, "codes"),
+            ({"heights": np.array([4, 4])}, "codes heights"),
+            ({"texts": [None, None, "yes"]}, "texts images"),
+            ({"texts": ["red"]}, "roles"),
+            ({"roles": [None, "user", "assistant"]}, "roles"),
+            ({"roles": ["user", None, "user"]}, "roles"),
+            ({"roles": ["user", None, "assistant"]}, VALID),
+        ],
+    ),
+    *each(
+        "rows: chat",
+        lambda template: chat({}, template=template),
+        [
+            ("{{ messages[0].role }}", "chat_template once"),
+            ("{% for m in messages %}{{ m.role }}", "chat_template"),
+            ("{{ 1 / 0 }}", "chat_template"),
+            ("{{ nothing.at.all }}", "chat_template"),
+            ("{{ raise_exception('no') }}", "chat_template no"),
+            ("{% for m in messages %}{{ m.role }}{{ m.content }}{% endfor %}", VALID),
+        ],
+    ),
+    *cases("rows: chat", ("no room", chat({}, 12), "max_length 12")),
     *cases(
         "rows: interleaved",
         ("no room for an image", interleaved({"texts": [None]}, 5), "max_length 5"),

@@ -199,6 +199,8 @@ SCRIPTS: dict[str, list[tuple[str, str]]] = {
         ("--source <pictures> --out <out> --vocab-size 3", "vocab_size 3"),
         ("--source <pictures> --out <out> --vocab-size many", "--vocab-size many"),
         ("--source <pictures> --out <out> --caption-column a", "caption_column a"),
+        ("--source <pictures> --out <out> --messages-column a", "messages_column a"),
+        ("--source <pictures> --out <out> --model-type words", "--model-type words"),
         ("--source <pictures> --out <text>", "text.txt"),
     ],
     "recipes/convert_checkpoint.py": [
@@ -219,6 +221,12 @@ SCRIPTS: dict[str, list[tuple[str, str]]] = {
         ("--out <out> --train -1", "train -1"),
         ("--out <out> --hold-out-combinations nan", "hold-out-combinations nan"),
         ("--out <out> --train many", "--train many"),
+    ],
+    "recipes/prepare_shapes_chat.py": [
+        ("", "--out"),
+        ("--out <out> --size 0", "size 0"),
+        ("--out <out> --train -1", "train -1"),
+        ("--out <out> --questions 9", "questions 9"),
     ],
     "recipes/prepare_openmoji.py": [
         ("", "--out"),
@@ -283,6 +291,18 @@ SCRIPTS: dict[str, list[tuple[str, str]]] = {
         (f"{EVALUATE} --inception-weights <nothing>", "--inception-weights"),
         (f"{EVALUATE} --features <text>", "features text.txt"),
         (f"{EVALUATE} --lora <nothing> --num-images 3", "lora nothing"),
+    ],
+    "eval/evaluate_text.py": [
+        ("", "--out"),
+        ("--pipeline <pipeline> --out <out>", "--questions none"),
+        ("--pipeline <nothing> --questions <pictures> --out <out>", "pipeline nothing"),
+        ("--pipeline <pipeline> --questions <nothing> --out <out>", "source nothing"),
+        ("--pipeline <pipeline> --questions <pictures> --out <out>", "messages_column messages"),
+        ("--pipeline <pipeline> --captions <nothing> --out <out>", "source nothing"),
+        ("--pipeline <pipeline> --captions <pictures> --ask what? --out <out>", "messages template"),
+        ("--pipeline <pipeline> --captions <pictures> --max-new-tokens 0 --out <out>", "max-new-tokens 0"),
+        ("--pipeline <pipeline> --texts <pictures> --text-column nothing --out <out>", "text-column nothing"),
+        ("--pipeline <pipeline> --texts <pictures> --out <text>", "text.txt"),
     ],
     "eval/compare.py": [
         ("", "A"),

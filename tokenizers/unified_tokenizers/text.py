@@ -8,6 +8,7 @@ import shutil
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any, Protocol
@@ -19,6 +20,7 @@ from unified_tokenizers.fields import is_whole
 from unified_tokenizers.hub import local_path, on_the_hub
 
 BOI, EOI = "<boi>", "<eoi>"
+MODEL_TYPES = ("unigram", "bpe")
 _SENTENCEPIECE_FILE = "sentencepiece.model"
 _FRAME_FILE = "image_tokens.json"
 _LONGEST = 4192  # bytes of a text that sentencepiece trains on by default
@@ -26,7 +28,10 @@ _FIXED_PIECES = 256 + 6  # every byte, and <unk>, <s>, </s>, <pad>, <boi>, <eoi>
 
 
 class TextTokenizer(Protocol):
-    """Text to ids and back; ``boi_token_id`` and ``eoi_token_id`` frame an image and never come out of ``encode``."""
+    """Text to ids and back; ``boi_token_id`` and ``eoi_token_id`` frame an image and never come out of ``encode``.
+
+    ``chat_template`` is how its language model writes conversations, in transformers' Jinja; None if it does not.
+    """
 
     vocab_size: int
     bos_token_id: int | None
@@ -34,6 +39,7 @@ class TextTokenizer(Protocol):
     pad_token_id: int
     boi_token_id: int
     eoi_token_id: int
+    chat_template: str | None
 
     @property
     def fingerprint(self) -> str:
@@ -64,6 +70,8 @@ class SentencePieceTokenizer:
         ValueError: if the file is missing, is no sentencepiece model, or lacks the two symbols.
     """
 
+    chat_template: str | None = None
+
     def __init__(self, model_file: str | Path):
         try:
             self.processor = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
@@ -89,7 +97,7 @@ class SentencePieceTokenizer:
         """Hash of the pieces in the order of their ids."""
         return _fingerprint([self.processor.id_to_piece(i) for i in range(self.vocab_size)])
 
-    @property
+    @cached_property
     def special_tokens(self) -> dict[str, int]:
         """Ids of the control symbols by name."""
         inner = self.processor
@@ -140,6 +148,7 @@ class TransformersTokenizer:
         )
         self.boi_token_id: int = vocabulary[boi]
         self.eoi_token_id: int = vocabulary[eoi]
+        self.chat_template: str | None = tokenizer.get_chat_template() if tokenizer.chat_template else None
 
     @property
     def fingerprint(self) -> str:
@@ -147,7 +156,7 @@ class TransformersTokenizer:
         vocabulary = self.tokenizer.get_vocab()
         return _fingerprint(sorted(vocabulary, key=vocabulary.__getitem__))
 
-    @property
+    @cached_property
     def special_tokens(self) -> dict[str, int]:
         """Ids of the added tokens by name."""
         return self.tokenizer.get_added_vocab()
@@ -209,9 +218,9 @@ def load_text_tokenizer(path: str | Path, boi: str | None = None, eoi: str | Non
 
 
 def train_sentencepiece(
-    captions: Iterable[str], output_dir: str | Path, vocab_size: int = 1024
+    captions: Iterable[str], output_dir: str | Path, vocab_size: int = 1024, model_type: str = "unigram"
 ) -> SentencePieceTokenizer:
-    """Train a unigram sentencepiece model (arXiv 1808.06226) with byte fallback, so that any text can be encoded.
+    """Train a sentencepiece model (arXiv 1808.06226) with byte fallback, so that any text can be encoded.
 
     Every character of the captions becomes a piece if the vocabulary has room for all of them; otherwise the most frequent
     ones take three quarters of the room, and rarer ones are encoded as bytes.
@@ -220,10 +229,15 @@ def train_sentencepiece(
         captions: texts to train on.
         output_dir: folder to write.
         vocab_size: upper bound of the vocabulary; small corpora may fill less of it.
+        model_type: ``unigram``, whose pieces occur in several words, or ``bpe``, which also makes pieces of whole words that
+            occur in one form alone: far fewer tokens where there are few words.
 
     Raises:
-        ValueError: if there is no text, something else stands among them, or ``vocab_size`` is too small for them.
+        ValueError: if there is no text, something else stands among them, or ``vocab_size`` is too small for them; or for an
+            unknown ``model_type``.
     """
+    if model_type not in MODEL_TYPES:
+        raise ValueError(f"model_type: {model_type!r} is unknown; use one of {', '.join(MODEL_TYPES)}.")
     if isinstance(captions, str) or not isinstance(captions, Iterable):
         raise ValueError(f"captions: {short(captions)} is no list of texts.")
     if not is_whole(vocab_size):
@@ -241,10 +255,10 @@ def train_sentencepiece(
     rare = {ord(character): " " for character, _ in characters.most_common()[room * 3 // 4 :]}
     try:
         try:
-            model = _train_unigram(texts, vocab_size)
+            model = _train_model(texts, vocab_size, model_type)
         except RuntimeError:  # no room for all characters
             normal = (unicodedata.normalize("NFKC", text).translate(rare) for text in texts)
-            model = _train_unigram([text for text in normal if text.strip()], vocab_size)
+            model = _train_model([text for text in normal if text.strip()], vocab_size, model_type)
     except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"vocab_size: sentencepiece cannot train {vocab_size} pieces on {len(texts)} captions with {len(characters)} different "
@@ -265,7 +279,7 @@ def _is_text(caption: Any) -> bool:
     return bool(caption.strip())
 
 
-def _train_unigram(texts: Sequence[str], vocab_size: int) -> bytes:
+def _train_model(texts: Sequence[str], vocab_size: int, model_type: str) -> bytes:
     buffer, longest = io.BytesIO(), max(len(text.encode()) for text in texts)
     all_of_them: Any = {"max_sentence_length": longest} if longest > _LONGEST else {}
     sentencepiece.SentencePieceTrainer.train(
@@ -273,7 +287,7 @@ def _train_unigram(texts: Sequence[str], vocab_size: int) -> bytes:
         model_writer=buffer,
         vocab_size=vocab_size,
         hard_vocab_limit=False,
-        model_type="unigram",
+        model_type=model_type,
         byte_fallback=True,
         character_coverage=1.0,
         unk_id=0,

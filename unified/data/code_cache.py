@@ -150,7 +150,8 @@ def write_cache(
     process: PartialState | None,
 ) -> dict[str, SkipReport]:
     """Write a codes cache; :func:`encode_source`, :func:`unified.data.interleaved.encode_interleaved`,
-    :func:`unified.data.labelled.encode_labelled` and :func:`unified.data.pairs.encode_pairs` say of what.
+    :func:`unified.data.labelled.encode_labelled`, :func:`unified.data.pairs.encode_pairs` and
+    :func:`unified.data.chat.encode_chat` say of what.
 
     Args:
         tokenizer, out, splits, block_rows, batch_size, process: as in :func:`encode_source`.
@@ -304,7 +305,7 @@ def load_codes(path: str | Path, split: str, fingerprint: str | None, kind: str 
         path: folder written by :func:`write_cache`.
         split: split to open.
         fingerprint: fingerprint of the tokenizer in use; None skips the comparison.
-        kind: what the rows have to be, ``captioned``, ``interleaved``, ``labelled`` or ``pairs``.
+        kind: what the rows have to be, ``captioned``, ``interleaved``, ``labelled``, ``pairs`` or ``chat``.
 
     Raises:
         ValueError: if the folder is no cache of this kind, the split is missing, the codes are of another tokenizer or no
@@ -332,6 +333,7 @@ def _check_columns(rows: datasets.Dataset, path: str | Path, kind: str) -> None:
         "captioned": (("codes", "height", "width"), "caption"),
         "interleaved": (("codes", "heights", "widths"), "texts"),
         "pairs": (("codes", "heights", "widths"), "texts"),
+        "chat": (("codes", "heights", "widths"), "texts"),
         "labelled": (("codes", "height", "width", "label"), None),
     }[kind]
     for name in (*whole, *([] if text is None else [text])):

@@ -236,6 +236,13 @@ class Batcher:
         """Ids so far of the text that a request writes; empty before it has begun and in its images."""
         return next((list(row.text) for row in self.rows if row.request is request), [])
 
+    def so_far(self, request: Request) -> list[Segment]:
+        """What a request has generated so far, without the image that is being generated; empty before it has begun."""
+        row = next((row for row in self.rows if row.request is request), None)
+        if row is None:
+            return []
+        return [*row.segments, *([TextSegment(list(row.text))] if row.text else [])]
+
     def cancel(self, request: Request) -> None:
         """Forget a request, waiting or running; its rows are free for the next one."""
         if request in self.waiting:

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from unified.conversation import Turn
 from unified.decoding import Sampling
 from unified.decoding.config import check_decoding
 from unified.decoding.decoder import Decoder
@@ -46,7 +47,15 @@ from unified.pipeline.arguments import (
     one_per_image,
     per_image,
 )
-from unified.pipeline.chat import as_messages, as_segments, check_sizes, continue_conversations
+from unified.pipeline.chat import (
+    Conversation,
+    as_conversation,
+    as_messages,
+    as_segments,
+    check_sizes,
+    continue_conversations,
+    stream_conversation,
+)
 from unified.pipeline.classes import as_classes, class_count, labels_of
 from unified.pipeline.editing import as_images, codes_to_keep, share_to_keep, unfinished_images
 from unified.pipeline.folder import (
@@ -59,6 +68,7 @@ from unified.pipeline.folder import (
     write_description,
 )
 from unified.pipeline.options import GenerationOptions, check_defaults, check_whole
+from unified.sequence import Segment, TextSegment
 from unified_tokenizers import AutoImageTokenizer, ImageTokenizer, TextTokenizer, load_text_tokenizer
 from unified_tokenizers.images import to_pil
 
@@ -607,10 +617,10 @@ class UnifiedPipeline:
         """
         if prompt is not None:
             check_prompt(prompt)
-        begin = [] if prompt is None else [prompt]
-        conversations = [[image, *begin] for image in as_images(images, "images")]
+        begin = () if prompt is None else (prompt,)
+        conversations = [Conversation([Turn("user", (image, *begin))]) for image in as_images(images, "images")]
         sampling = Sampling(1.0, temperature, top_k, top_p)
-        replies = self.chat(conversations, max_new_tokens, 0, sampling, generator=generator)
+        replies = self._replies(conversations, (1, 1), max_new_tokens, 0, sampling, Sampling(), generator, None)
         return [" ".join(message for message in reply if isinstance(message, str)) for reply in replies]
 
     @one_at_a_time
@@ -629,7 +639,9 @@ class UnifiedPipeline:
         """Continue conversations of texts and images with texts and images.
 
         Args:
-            messages: texts and PIL images in turn, or a list of such conversations.
+            messages: in transformers' format, ``[{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text",
+                "text": "..."}]}, ...]``; or texts and PIL images, which a model that was trained on conversations (``kind: chat``)
+                reads as one turn of the user, and any other one after the other; or a list of such conversations.
             max_new_tokens, max_images: how much a reply may hold at most.
             text_sampling, image_sampling: how text and codes are sampled; guidance applies to images, which are sampled as
                 in :meth:`__call__` by default.
@@ -647,29 +659,96 @@ class UnifiedPipeline:
         check_sampling(text_sampling, "text_sampling")
         check_sampling(image_sampling, "image_sampling")
         options = GenerationOptions(height, width)
-        several = isinstance(messages, Sequence) and bool(messages) and not isinstance(messages[0], str | Image.Image)
-        conversations = list(messages) if several else [messages]
-        config, stride = base_of(self.model).config, self.image_tokenizer.downsample
-        for each in conversations:  # before any image is encoded
-            images = [message for message in each if isinstance(message, Image.Image)] if _is_list(each) else []
-            check_sizes(images, config, stride)
-
-        # 2. Encode the messages
-        read = [as_segments(each, self.image_tokenizer, self.text_tokenizer) for each in conversations]
+        one = (str, Image.Image, Mapping)
+        several = isinstance(messages, Sequence) and bool(messages) and not isinstance(messages[0], one)
+        config = base_of(self.model).config
+        given = [as_conversation(each, config, self.text_tokenizer) for each in (messages if several else [messages])]
         with_images = max_images != 0 or height is not None or width is not None
-        grid = code_grid(config, stride, height, width) if with_images else (1, 1)
-        generators = per_image(generator, len(read))
+        grid = code_grid(config, self.image_tokenizer.downsample, height, width) if with_images else (1, 1)
 
-        # 3. Generate text and codes
-        replies = continue_conversations(
-            self.decoder(), read, grid, self.text_tokenizer, generators, text_sampling or Sampling(),
-            image_sampling or options.filled(self.sampling).sampling, max_new_tokens, max_images,
-            on_text=callback_on_text,
+        # 2. Reply
+        replies = self._replies(
+            given, grid, max_new_tokens, max_images, text_sampling or Sampling(),
+            image_sampling or options.filled(self.sampling).sampling, generator, callback_on_text,
         )  # fmt: skip
+        return replies if several else replies[0]
 
-        # 4. Decode them to texts and images
-        decoded = [as_messages(reply, self.image_tokenizer, self.text_tokenizer) for reply in replies]
-        return decoded if several else decoded[0]
+    def stream_chat(
+        self,
+        messages: Sequence[Any],
+        max_new_tokens: int = 64,
+        max_images: int = 1,
+        text_sampling: Sampling | None = None,
+        image_sampling: Sampling | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        generator: Generators = None,
+    ) -> Iterator[list[Any]]:
+        """Continue one conversation and show the reply on the way; other calls may come in between.
+
+        Arguments as for :meth:`chat`.
+
+        Returns:
+            An iterator over replies so far, whenever a text has grown or an image is whole; the last one is that of :meth:`chat`.
+
+        Raises:
+            ValueError: as :meth:`chat`.
+        """
+        with self.lock:
+            check_sampling(text_sampling, "text_sampling")
+            check_sampling(image_sampling, "image_sampling")
+            options, config = GenerationOptions(height, width), base_of(self.model).config
+            given = as_conversation(messages, config, self.text_tokenizer)
+            check_sizes(given.images, config, self.image_tokenizer.downsample)
+            with_images = max_images != 0 or height is not None or width is not None
+            grid = code_grid(config, self.image_tokenizer.downsample, height, width) if with_images else (1, 1)
+            read = as_segments(given, self.image_tokenizer, self.text_tokenizer)
+            replies = stream_conversation(
+                self.decoder(), read, grid, self.text_tokenizer, per_image(generator, 1)[0], text_sampling or Sampling(),
+                image_sampling or options.filled(self.sampling).sampling, max_new_tokens, max_images,
+            )  # fmt: skip
+        return self._growing(replies)
+
+    def _growing(self, replies: Iterator[list[Segment]]) -> Iterator[list[Any]]:
+        """Texts and images of a growing reply, each image decoded once; the lock is free in between."""
+        images: dict[int, list[Any]] = {}
+        shown: list[int] | None = None
+        while True:
+            with self.lock:
+                reply = next(replies, None)
+                if reply is None:
+                    return
+                sizes = [len(part.ids) if isinstance(part, TextSegment) else 0 for part in reply]
+                if sizes == shown:
+                    continue
+                shown, messages = sizes, list[Any]()
+                for place, part in enumerate(reply):
+                    made = images.get(place) or as_messages([part], self.image_tokenizer, self.text_tokenizer)
+                    if not isinstance(part, TextSegment):
+                        images[place] = made
+                    messages += made
+            yield messages
+
+    def _replies(
+        self,
+        conversations: Sequence[Conversation],
+        grid: tuple[int, int],
+        max_new_tokens: int,
+        max_images: int,
+        text_sampling: Sampling,
+        image_sampling: Sampling,
+        generator: Generators,
+        on_text: Callable[[str], None] | None,
+    ) -> list[list[Any]]:
+        """Texts and images of the reply in each conversation; needs the lock."""
+        for each in conversations:  # before any image is encoded
+            check_sizes(each.images, base_of(self.model).config, self.image_tokenizer.downsample)
+        read = [as_segments(each, self.image_tokenizer, self.text_tokenizer) for each in conversations]
+        replies = continue_conversations(
+            self.decoder(), read, grid, self.text_tokenizer, per_image(generator, len(read)), text_sampling,
+            image_sampling, max_new_tokens, max_images, on_text=on_text,
+        )  # fmt: skip
+        return [as_messages(reply, self.image_tokenizer, self.text_tokenizer) for reply in replies]
 
     # Adapters; the names are those of diffusers
 
@@ -824,7 +903,3 @@ def as_names(adapter_names: Any) -> list[str]:
     if not isinstance(names, list | tuple | set) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"adapter_names: {adapter_names!r} is not a name or a list of names.")
     return list(names)
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list | tuple)

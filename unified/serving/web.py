@@ -1,4 +1,7 @@
-"""A web page for a pipeline: a prompt or a class in, the image out as it is generated; edits of a mask; captions. Needs gradio."""
+"""A web page for a pipeline: a prompt or a class in, the image out as it is generated; edits of a mask; captions; conversations.
+
+Needs gradio.
+"""
 
 import hmac
 import importlib.util
@@ -14,9 +17,10 @@ from uuid import uuid4
 import torch
 from PIL import Image
 
-from unified.decoding.config import modes_for
+from unified.decoding.config import Sampling, modes_for
 from unified.lora.adapters import base_of, check_base
 from unified.pipeline.arguments import seeded
+from unified.pipeline.chat import message
 from unified.pipeline.metadata import describe_images
 from unified.pipeline.options import GenerationOptions
 from unified.pipeline.pipeline import UnifiedPipeline, UnifiedPipelineOutput
@@ -38,7 +42,8 @@ CSS = """
 #images {min-height: 390px;}
 #images .grid-wrap {max-height: none;}
 #images img, #edited img {image-rendering: pixelated;}
-#status p, #edit-status p, #describe-status p {opacity: .75; font-size: .9em;}
+#conversation img {image-rendering: pixelated; min-width: 128px;}
+#status p, #edit-status p, #describe-status p, #chat-status p {opacity: .75; font-size: .9em;}
 """
 
 
@@ -61,18 +66,20 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER, per_client: int = CLIEN
     from unified.serving.guard import Visitors
 
     pipe, visitors, classes = engine.pipe, Visitors(per_client), class_choices(engine.pipe)
+    talks = base_of(pipe.model).config.chat_template is not None
     pipe.set_progress_bar_config(disable=True)
     height, width = pipe.default_size
     usual = {"guidance_scale": 1.5, "temperature": 0.85, "decoding": "plain", **pipe.sampling}
 
-    def followed(job: Job, show: Callable[[Any], Any]) -> Iterator[Any]:
-        """What the page shows of a job; the job is cancelled when the page is closed or stopped."""
+    def followed(job: Job, show: Callable[[Any], Any], parts: int = 1) -> Iterator[Any]:
+        """What the page shows of a job, in ``parts`` and a status; the job is cancelled when the page is closed or stopped."""
+        same = [gradio.skip()] * parts
         try:
-            yield gradio.skip(), f"Waiting: {job.ahead} before you." if job.ahead else "Working ..."
+            yield *same, f"Waiting: {job.ahead} before you." if job.ahead else "Working ..."
             for output in job.previews(PATIENCE):
-                yield (gradio.skip(), gradio.skip()) if output is None else show(output)
+                yield (*same, gradio.skip()) if output is None else show(output)
         except CancelledError:
-            yield gradio.skip(), "Stopped."
+            yield *same, "Stopped."
         finally:
             job.cancel()
 
@@ -190,6 +197,34 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER, per_client: int = CLIEN
             about = f"Done: seed {int(seed)}, temperature {temperature:g}, LoRA {lora}."
             yield from followed(job, lambda text: (text, about))
 
+    def converse(
+        said: str, file: Any, history: list[Any], seed: float, temperature: float, lora: str, request: gradio.Request
+    ) -> Iterator[Any]:
+        """A turn of the user, and the reply as it grows: the conversation as it is kept and as it is shown, empty fields."""
+        with answering(request):
+            check_request(said, "", seed, 1)
+            if not (said or "").strip():
+                raise ValueError("message: empty; write something.")
+            if file is not None:
+                check_files(file, [])
+            generators = seeded(int(seed) + len(history), 1)  # the same words again need not get the same reply
+            asked: list[Any] = []
+
+            def work() -> Iterator[tuple[list[Any], str]]:
+                shown, reply = [] if file is None else [fit_upload(opened(file), (height, width))], list[Any]()
+                asked.append(message("user", *shown, said.strip()))
+                sampling = Sampling(temperature=temperature)
+                for reply in pipe.stream_chat([*history, *asked], text_sampling=sampling, generator=generators):
+                    yield reply, "Writing ..."
+                yield reply, "Done."
+
+            def show(state: tuple[list[Any], str]) -> tuple[Any, ...]:
+                reply, status = state
+                kept = [*history, *asked, *([message("assistant", *reply)] if reply else [])]
+                return kept, bubbles(kept, conversation.GRADIO_CACHE), "", None, status
+
+            yield from followed(engine.alone(work, adapter_of(lora)), show, 4)
+
     def subject_field(placeholder: str, elem_id: str, **options: Any) -> Any:
         """Where a prompt is written, or a class is chosen: typing narrows the choice."""
         if classes is None:
@@ -298,11 +333,28 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER, per_client: int = CLIEN
                         stop_describe = gradio.Button("Stop", elem_id="stop-describe", scale=1)
                     text = gradio.Textbox(label="Description", elem_id="description")
                     described = gradio.Markdown(elem_id="describe-status")
+                with gradio.Tab("Chat", visible=talks):
+                    gradio.Markdown("Ask for an image, or show one and ask about it. Reload the page to begin again.")
+                    history = gradio.State([])
+                    conversation = gradio.Chatbot(
+                        show_label=False, elem_id="conversation", render_markdown=False, height=420, feedback_options=None,
+                        buttons=[],
+                    )  # fmt: skip
+                    with gradio.Row():
+                        said = gradio.Textbox(label="Message", placeholder="what is this?", elem_id="said", scale=3)
+                        with_it: Any = gradio.Image(
+                            type="filepath", image_mode=None, label="Image", sources=["upload", "clipboard"], elem_id="with-it",
+                            height=160, scale=1,
+                        )  # fmt: skip
+                    with gradio.Row():
+                        send = gradio.Button("Send", variant="primary", elem_id="send", scale=3)
+                        stop_chat = gradio.Button("Stop", elem_id="stop-chat", scale=1)
+                    chat_status = gradio.Markdown(elem_id="chat-status")
         # On the instances, because subclasses would need front ends of their own: nothing is fetched or decoded before the
         # queue has a place for it.
         page.preprocess_data = checked_inputs(page.preprocess_data)
         canvas.preprocess = files_of_canvas
-        upload.preprocess = lambda payload: payload and payload.path
+        upload.preprocess = with_it.preprocess = lambda payload: payload and payload.path
         fresh.click(lambda: random.randrange(2**31), outputs=seed, show_progress="hidden", api_visibility="private")
         shown: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden"}
         generating = gradio.on(
@@ -314,7 +366,12 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER, per_client: int = CLIEN
             [edited, edit_status], **shown,
         )  # fmt: skip
         describing = ask.click(describe, [upload, seed, temperature, lora], [text, described], **shown)
-        for halt, event in ((stop, generating), (stop_edit, editing), (stop_describe, describing)):
+        chatting = gradio.on(
+            [send.click, said.submit], converse, [said, with_it, history, seed, temperature, lora],
+            [history, conversation, said, with_it, chat_status], **shown,
+        )  # fmt: skip
+        events = ((stop, generating), (stop_edit, editing), (stop_describe, describing), (stop_chat, chatting))
+        for halt, event in events:
             halt.click(None, cancels=[event])
     page.visitors = visitors
     return page.queue(max_size=BACKLOG)
@@ -375,6 +432,18 @@ def class_choices(pipe: UnifiedPipeline) -> list[tuple[str, int]] | None:
     names = config.class_names or ["class"] * config.classes
     counts = Counter(names)
     return [(name if counts[name] == 1 else f"{name} {number}", number) for number, name in enumerate(names)]
+
+
+def bubbles(messages: Sequence[Any], cache: str) -> list[dict[str, Any]]:
+    """A conversation as gradio shows it: a bubble for each text and image."""
+    return [
+        {
+            "role": each["role"],
+            "content": part["text"] if part["type"] == "text" else {"path": stored(part["image"], cache)},
+        }
+        for each in messages
+        for part in each["content"]
+    ]
 
 
 def parameters(pipe: UnifiedPipeline) -> str:

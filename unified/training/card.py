@@ -40,7 +40,7 @@ def _data(config: TrainConfig) -> list[Origin]:
     data, output, sources = config.data, Path(config.output_dir), config.all_sources()
     if data.train:
         return [_codes("Images", data.train, output / "codes", sources[0].split, data.max_samples)]
-    kinds = {"image": "Images", "interleaved": "Texts with images", "pairs": "Pairs of images"}
+    kinds = {"image": "Images", "interleaved": "Texts with images", "pairs": "Pairs of images", "chat": "Conversations"}
     return [
         (f"Texts: `{source.path}`", terms_of(source.path))
         if source.kind == "text"

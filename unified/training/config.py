@@ -23,7 +23,7 @@ from unified.settings import check_choice, check_range, did_you_mean, load_setti
 from unified.training.objectives.base import Objective
 from unified.training.objectives.table import build_objectives
 
-KINDS = ("image", "text", "interleaved", "pairs")
+KINDS = ("image", "text", "interleaved", "pairs", "chat")
 # Fields of UnifiedConfig that come from the tokenizers and the backbone, so that `model.options` cannot set them.
 _DERIVED = {
     "text_config", "codebook_size", "boi_token_id", "eoi_token_id", "image_tokenizer_fingerprint",
@@ -36,9 +36,7 @@ class SourceConfig:
     """One of several sources that are mixed by weight."""
 
     path: str = MISSING  # a codes cache, or any source of `unified.data.sources.load_source`; images are encoded once
-    kind: str = (
-        "image"  # image: captioned images; text: plain texts; interleaved: lists of both; pairs: of images, for dpo
-    )
+    kind: str = "image"  # image: captioned images; text: plain texts; interleaved: lists of both; pairs: of images, for dpo; chat
     weight: float = 1.0  # share of the training rows, relative to the weights of the other sources
     split: str = "train"  # split to train on
     validation_split: str | None = None  # measured every validate_every steps, as `<kind>_validation_loss`
@@ -49,9 +47,11 @@ class SourceConfig:
     class_column: str = "label"  # column with the classes, for a class-conditional model
     text_column: str = "text"  # column with the plain texts
     segments_column: str = "segments"  # column with the interleaved rows: lists of {text, image}, one of them null
+    messages_column: str = "messages"  # of chat: column with the conversations, lists of {role, content}
+    images_column: str = "images"  # of chat: column with the lists of their images
     chosen_column: str = "chosen"  # of pairs: column with the images that are preferred
     rejected_column: str = "rejected"  # of pairs: column with the others
-    max_length: int = 512  # tokens that a text or an interleaved row is cut to
+    max_length: int = 512  # tokens that a text, an interleaved row or a conversation is cut to
     captioning: float | None = None  # for images; default: that of `data`
     caption_dropout: float | None = None  # for images, with captions or classes; default: that of `data`
 

@@ -13,9 +13,11 @@ from accelerate import Accelerator, PartialState
 from torch import nn
 
 from unified.config import UnifiedConfig
+from unified.conversation import DEFAULT_TEMPLATE
 from unified.data import SkipReport, load_source
 from unified.data.batches import Batches, Source, first_views, in_order
 from unified.data.captioned import captioned_sequence, text_sequence
+from unified.data.chat import chat_sequence, encode_chat
 from unified.data.code_cache import description_of, encode_source, is_codes_cache, load_codes, source_changed
 from unified.data.crops import Views
 from unified.data.held_out import base_split, part_of
@@ -35,7 +37,7 @@ from unified.training.validation import mean_loss
 from unified_tokenizers import ImageTokenizer, TextTokenizer
 
 Check = Callable[[nn.Module, torch.device], float]
-_LOSSES = {"image": "image_loss", "text": "text_loss", "interleaved": "loss", "pairs": "image_loss"}
+_LOSSES = {"image": "image_loss", "text": "text_loss", "interleaved": "loss", "chat": "loss", "pairs": "image_loss"}
 
 
 @dataclass
@@ -183,6 +185,10 @@ def open_source(context: Context, source: SourceConfig, split: str, folder: Path
         rows = _interleaved_rows(context, source, split, folder)
         sequence = partial(interleaved_sequence, frame=Prediction.of(config).frame, **shared)
         return Source(name, rows, sequence, source.weight)
+    if source.kind == "chat":
+        rows = _chat_rows(context, source, split, folder)
+        sequence = partial(chat_sequence, template=_chat_template(context), frame=Prediction.of(config).frame, **shared)
+        return Source(name, rows, sequence, source.weight)
     data = context.config.data
     rows = _first_samples(_captioned_rows(context, source, split, folder, clean), data, clean)
     if not clean:
@@ -328,6 +334,41 @@ def _interleaved_rows(context: Context, source: SourceConfig, split: str, folder
         wanted = {"source": source.path, "sizes": [list(size)], "columns": [source.segments_column]}
         path = encode_once(context, folder, split, wanted, encode)
     return load_codes(path, split, tokenizer.fingerprint, "interleaved").with_format(None)
+
+
+def _chat_rows(context: Context, source: SourceConfig, split: str, folder: Path) -> datasets.Dataset:
+    data, tokenizer, path = context.config.data, context.image_tokenizer, Path(source.path)
+    columns = (source.images_column, source.messages_column)
+    if not is_codes_cache(path):
+        size = (data.image_size, data.image_size)
+
+        def encode() -> dict[str, SkipReport]:
+            return encode_chat(
+                tokenizer, source.path, folder, (split,), size, columns, streaming=data.streaming,
+                process=PartialState(), storage_options=data.storage_options or None,
+            )  # fmt: skip
+
+        wanted = {"kind": "chat", "source": source.path, "sizes": [list(size)], "columns": list(columns)}
+        path = encode_once(context, folder, split, wanted, encode)
+    return load_codes(path, split, tokenizer.fingerprint, "chat").with_format(None)
+
+
+def _chat_template(context: Context) -> str:
+    """How conversations are written: as the model's configuration says, which is given the usual way if it says nothing.
+
+    Raises:
+        ValueError: if it says nothing and belongs to the base of an adapter, which stays as it is.
+    """
+    config, text_tokenizer = context.model_config, context.text_tokenizer
+    assert text_tokenizer is not None
+    if config.chat_template is None:
+        if context.config.lora is not None and context.config.model.pipeline is not None:
+            raise ValueError(
+                f"data.sources: chat rows need a chat_template, and {context.config.model.pipeline!r} has none in its "
+                "model/config.json; an adapter cannot bring one. Add it there, or train without lora."
+            )
+        config.chat_template = text_tokenizer.chat_template or DEFAULT_TEMPLATE
+    return config.chat_template
 
 
 def _pair_rows(context: Context, source: SourceConfig, split: str, folder: Path) -> datasets.Dataset:

@@ -1,0 +1,153 @@
+"""Questions about images: those of chat rows, a pipeline's answers, and how many are exact beside guesses without a look."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+from PIL import Image
+
+from unified import UnifiedPipeline
+from unified.conversation import Turn, read_messages
+from unified.data import SkipReport, load_source
+from unified.data.rows import check_column, open_rgb, readable
+from unified.decoding import Sampling
+from unified.lora.adapters import base_of
+from unified.pipeline.chat import fit_image
+from unified_eval.caption_metrics import normalised
+from unified_eval.extraction import batches
+from unified_eval.results import Bound, Results
+
+NO_KIND = "question"
+
+
+class Asked(NamedTuple):
+    """The first question of a row: what is said up to it, its words, the answer, its kind and the row's number."""
+
+    turns: list[Turn]
+    text: str
+    answer: str
+    kind: str
+    row: int
+
+
+def read_questions(
+    source: str, split: str, columns: tuple[str, str] = ("images", "messages"), kind_column: str = "kind",
+    most: int | None = None, report: SkipReport | None = None,
+) -> list[Asked]:  # fmt: skip
+    """The first question of each of the first ``most`` rows of a source of conversations that begins with one and has a text as
+    its answer; images stay undecoded.
+
+    Args:
+        source, split: as for :func:`unified.data.sources.load_source`.
+        columns: with the images and with the messages.
+        kind_column: column with the kind of the first question; all are of one kind without it.
+        most: rows to read; None for all.
+        report: counts what is left out.
+
+    Raises:
+        ValueError: if there is no such column of messages, or no such row.
+    """
+    images, messages = columns
+    rows, report = load_source(source, split, image_column=images), SkipReport() if report is None else report
+    assert isinstance(rows, datasets.Dataset)  # because it is not streamed
+    check_column(rows, "messages_column", messages)
+    if images in rows.column_names:
+        rows = rows.cast_column(images, datasets.List(datasets.Image(decode=False)))
+    found = []
+    for number, row in enumerate(rows.select(range(min(len(rows), most or len(rows))))):
+        if not readable(row, report, number):
+            continue
+        try:
+            turns = read_messages(row[messages], row.get(images))
+            replies = [place for place, turn in enumerate(turns) if turn.role == "assistant"]
+            if not replies or replies[0] == 0 or not isinstance(turns[replies[0]].parts[-1], str):
+                raise ValueError("messages: they do not begin with a question that has a text as its answer.")
+        except ValueError as error:
+            report.skip("unreadable_row", number, str(error))
+            continue
+        asked, answer = turns[: replies[0]], turns[replies[0]].parts[-1]
+        words = " ".join(part for turn in asked for part in turn.parts if isinstance(part, str))
+        found.append(Asked(asked, words, answer, str(row.get(kind_column) or NO_KIND), number))
+        report.used += 1
+    if not found:
+        raise ValueError(f"source: split {split!r} of {source!r} has no question with an answer.\n{report.summary()}")
+    return found
+
+
+def answers_of(
+    pipeline: UnifiedPipeline, asked: Sequence[Asked], max_new_tokens: int = 16, batch_size: int = 64
+) -> Iterator[str]:
+    """The likeliest answer of a pipeline to each question, in words alone.
+
+    Raises:
+        ValueError: if it was not trained on conversations, or an image cannot be read or is too small.
+    """
+    config, stride = base_of(pipeline.model).config, pipeline.image_tokenizer.downsample
+
+    def message(turn: Turn) -> dict[str, Any]:
+        content: list[dict[str, Any]] = []
+        for part in turn.parts:
+            image: Image.Image | None = None if isinstance(part, str) else fit_image(open_rgb(part), config, stride)
+            content.append({"type": "text", "text": part} if image is None else {"type": "image", "image": image})
+        return {"role": turn.role, "content": content}
+
+    for part in batches(asked, batch_size):
+        conversations = [[message(turn) for turn in each.turns] for each in part]
+        for reply in pipeline.chat(conversations, max_new_tokens, 0, Sampling(top_k=1)):
+            yield " ".join(text for text in reply if isinstance(text, str))
+
+
+def add_accuracy(
+    results: Results, asked: Sequence[Asked], answers: Sequence[str], training: Sequence[Asked] = ()
+) -> None:
+    """Add the share of exact answers, overall and by kind, and what does not look at images.
+
+    ``vqa_accuracy``, ``vqa_<kind>`` and ``vqa_kind_mean``; ``vqa_majority``: the most frequent answer of each kind among these
+    very questions; ``vqa_blind``: the most frequent answer to the same words in ``training``, where that is given.
+
+    Raises:
+        ValueError: if there are not as many answers as questions, or none.
+    """
+    if len(asked) != len(answers) or not asked:
+        raise ValueError(f"answers: {len(answers)} for {len(asked)} questions; give one for each, 1 or more.")
+    right = np.array([normalised(a) == normalised(q.answer) for q, a in zip(asked, answers, strict=True)], dtype=float)
+    kinds, groups = [each.kind for each in asked], [f"row {each.row}" for each in asked]
+    rule: dict[str, Any] = {"formula": "exact match in lower case"}
+
+    def add(name: str, values: np.ndarray, label: str, members: Sequence[int], **options: Any) -> None:
+        results.add_mean(name, values[members], label, [groups[number] for number in members], **options)
+
+    everything = list(range(len(asked)))
+    add("vqa_accuracy", right, "exact answers", everything, **rule)
+    frequent = _most_frequent((each.kind, each.answer) for each in asked)
+    guessed = np.array([frequent[each.kind] == normalised(each.answer) for each in asked], dtype=float)
+    add(
+        "vqa_majority", guessed, "majority answer of each kind", everything, given=True,
+        bound=Bound("vqa_accuracy", "majority of the kind"), formula="without a look, knowing these answers",
+    )  # fmt: skip
+    if training:
+        words = _most_frequent((each.text, each.answer) for each in training)
+        blind = np.array([words.get(each.text) == normalised(each.answer) for each in asked], dtype=float)
+        add(
+            "vqa_blind", blind, "majority answer to the same words in training", everything, given=True,
+            bound=Bound("vqa_accuracy", "by the words"), formula="without a look", n_training=len(training),
+        )  # fmt: skip
+    for kind in sorted(set(kinds)):
+        members = [number for number, other in enumerate(kinds) if other == kind]
+        add(f"vqa_{kind}", right, f"exact answers, {kind}", members, **rule)
+        add(
+            f"vqa_{kind}_majority", guessed, f"majority answer, {kind}", members, given=True,
+            bound=Bound(f"vqa_{kind}", "majority of the kind"), formula="without a look, knowing these answers",
+        )  # fmt: skip
+    mean = float(np.mean([results.metrics[f"vqa_{kind}"] for kind in set(kinds)]))
+    results.add("vqa_kind_mean", mean, f"mean over {len(set(kinds))} kinds", n=len(asked), **rule)
+
+
+def _most_frequent(pairs: Any) -> dict[str, str]:
+    """The most frequent answer for each key, in alphabetical order where several are."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for key, answer in pairs:
+        counts[key][normalised(answer)] += 1
+    return {key: min(found, key=lambda answer: (-found[answer], answer)) for key, found in counts.items()}
