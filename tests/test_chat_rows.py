@@ -1,7 +1,5 @@
 """Chat rows: conversations of roles in a template, of which the replies alone are in the loss."""
 
-import json
-
 import datasets
 import numpy as np
 import pytest
@@ -16,13 +14,17 @@ from unified.data.chat import chat_sequence, chat_texts, encode_chat
 from unified.data.code_cache import load_codes
 from unified.data.crops import fit
 from unified.data.rows import SkipReport
+from unified.decoding import Sampling
+from unified.pipeline.chat import message
 from unified.sequence import IGNORE, build_sequence
 from unified.training.config import load_config
 from unified.training.loop import train
+from unified.training.tracking import read_log
 from unified_tokenizers import TransformersTokenizer
-from unified_tokenizers.images import to_tensor
+from unified_tokenizers.images import to_pil, to_tensor
 from unified_tokenizers.text import train_sentencepiece
 
+TEXT = datasets.Value("string")
 # A template as published models have it: it trims, names its own tokens, and opens the assistant's turn when asked.
 TURNS = (
     "{{ bos_token }}{% for m in messages %}{{ '<r1> ' + m['role'] + ' ' + m['content'] | trim + ' <r2> ' }}{% endfor %}"
@@ -172,10 +174,9 @@ def conversations(tmp_path_factory):
         ([user(None, None, "a cat"), assistant_list("a dog")], [images[1], images[0]]),
         ([user(None, "red"), assistant_list("red")], [{"bytes": b"broken", "path": None}]),
     ]
-    text = datasets.Value("string")
     features = datasets.Features(
         images=datasets.List(datasets.Image()),
-        messages=datasets.List({"role": text, "content": datasets.List({"type": text, "text": text})}),
+        messages=datasets.List({"role": TEXT, "content": datasets.List({"type": TEXT, "text": TEXT})}),
     )
     rows = [{"messages": messages, "images": shown} for messages, shown in rows]
     folder = tmp_path_factory.mktemp("chat") / "rows"
@@ -230,28 +231,53 @@ def test_whole_exchanges_are_left_out_of_long_rows(text_tokenizer):
         ValueError, match=f"max_length: {short - 1} has no room for the first reply of a row, which needs {short}"
     ):
         length(short - 1)
-    for change, message in (
+    for change, error in (
         ({"roles": ["user"] * 4}, "roles: .* are no conversation"),
         ({"roles": [None, "user", "assistant", None]}, "roles: .* are no conversation"),
         ({"texts": ["red apple", None, "yellow sun", "a cat"]}, "texts: .* for 0 images"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=error):
             length(512, **change)
 
 
-def test_a_run_learns_to_reply(config_file, conversations, tmp_path):
-    """The template is saved with the pipeline; the loss of the replies falls."""
-    options = [
-        "data.train=null", "steps=40", "validate_every=40", "checkpoint_every=null", "schedule.patch_sizes=[2,1]",
-        "schedule.shares=[0.5,0.5]",
-        f"data.sources=[{{path: {conversations[0]}, kind: chat, max_length: 99, validation_split: train}}]",
+@pytest.mark.process
+def test_a_run_learns_to_talk_and_to_draw(config_file, tmp_path, photo):
+    """One conversation of each sort, learned by heart; the template is saved with the pipeline, and a reply ends by itself."""
+    features = datasets.Features(
+        images=datasets.List(datasets.Image()),
+        messages=datasets.List({"role": TEXT, "content": datasets.List({"type": TEXT, "text": TEXT})}),
+    )
+    drawing = {"role": "assistant", "content": [{"type": "image"}]}
+    rows = [
+        {"images": [photo], "messages": [user(None, "red apple"), assistant_list("yellow sun"), user("a cat"),
+                                         assistant_list("a dog")]},
+        {"images": [photo.rotate(90)], "messages": [user(None, "red apple"), assistant_list("blue car")]},
+        {"images": [photo], "messages": [user("the small dog"), drawing]},
     ]  # fmt: skip
-    train(load_config(config_file, [f"output_dir={tmp_path}", *options]))
+    datasets.DatasetDict(train=datasets.Dataset.from_list(rows, features=features)).save_to_disk(tmp_path / "rows")
+    options = [
+        "data.train=null", "steps=140", "validate_every=140", "checkpoint_every=null", "schedule.patch_sizes=[2,1]",
+        "schedule.shares=[0.2,0.8]", "schedule.decay=0.5", "optimizer.ema_decay=null", f"output_dir={tmp_path}",
+        f"data.sources=[{{path: {tmp_path}/rows, kind: chat, max_length: 99, validation_split: train}}]",
+    ]  # fmt: skip
+    train(load_config(config_file, options))
     pipe = UnifiedPipeline.from_pretrained(tmp_path / "pipeline")
     assert pipe.model.config.chat_template == DEFAULT_TEMPLATE
-    losses = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert losses[-1]["chat_validation_loss"] < 0.5
     assert "Conversations" in (tmp_path / "pipeline" / "README.md").read_text()
+    assert read_log(tmp_path)[-1]["chat_validation_loss"] < 0.1
+    likely = Sampling(top_k=1)
+
+    def ask(*messages):
+        return pipe.chat(list(messages), 20, 1, likely, likely, generator=0)
+
+    assert ask(message("user", photo, "red apple")) == ["yellow sun"]
+    assert ask(message("user", photo.rotate(90), "red apple")) == ["blue car"]
+    assert ask(message("user", photo, "red apple"), message("assistant", "yellow sun"), message("user", "a cat")) == [
+        "a dog"
+    ]
+    (drawn,) = ask(message("user", "the small dog"))
+    codes = pipe.image_tokenizer.encode(to_tensor([photo]))
+    assert drawn.tobytes() == to_pil(pipe.image_tokenizer.decode(codes))[0].tobytes()
 
 
 def test_an_adapter_needs_a_base_with_a_template(config_file, conversations, pipeline, tmp_path):

@@ -48,7 +48,7 @@ def encode_chat(
 
     Args:
         tokenizer, source, out, splits, batch_size, streaming, block_rows, process, storage_options, max_rows, validation: as
-            in :func:`unified.data.code_cache.encode_source`.
+            in :func:`unified.data.code_cache.encode_source`; a share is held out by the images, so that none is on both sides.
         size: height and width in pixels that images are fitted to.
         columns: with the lists of images, which conversations of texts alone do not need, and with the messages.
 
