@@ -77,14 +77,17 @@ def train_steps(run: Run, measure: Measure | None, stopped: Callable[[], bool]) 
         if run.step % config.log_every == 0:
             meter.write(losses)
         if _due(run, config.validate_every):
-            losses = {name: check(run.current(), accelerator.device) for name, check in run.data.checks.items()}
+            with run.averaged():
+                losses = {name: check(run.current(), accelerator.device) for name, check in run.data.checks.items()}
             run.log.write(run.step, positions=run.positions, **losses)
         fine = run.schedule.stage(step, config.steps).patch_size == 1
         if fine and _due(run, config.sample.every):
-            run.log.samples(run.step, run.pipeline(), config.sample)
+            with run.averaged():
+                run.log.samples(run.step, run.pipeline(), config.sample)
             run.model.train()
         if fine and measure is not None and config.evaluation is not None and _due(run, config.evaluation.every):
-            run.log.write(run.step, **measure(run.pipeline()))
+            with run.averaged():
+                run.log.write(run.step, **measure(run.pipeline()))
             run.model.train()
         interrupted = stopped() and run.step < config.steps
         if interrupted or _due(run, config.checkpoint_every):
@@ -133,17 +136,18 @@ class Meter:
 def save(run: Run) -> Path:
     """Write the trained pipeline or adapter with its card; returns its folder."""
     accelerator, model, fingerprint = run.accelerator, run.current(), run.image_tokenizer.fingerprint
-    # Gathers what is cut over processes, so all of them take part.
-    state = accelerator.get_state_dict(run.model) if run.average is None else None
     part = "lora" if isinstance(model, PeftModel) else "pipeline"
     folder = run.output / part
-    if accelerator.is_main_process:
-        card = run_card(run.config, part, fingerprint, base_of(model).config)
-        if isinstance(model, PeftModel):
-            save_lora(model, folder, state, card, adapter_sampling_of(run.objectives))
-        else:
-            run.pipeline().save_pretrained(folder, state_dict=state, card=card)
-        accelerator.print(f"saved {folder}")
+    with run.averaged():
+        # Gathers what is cut over processes, so all of them take part.
+        state = accelerator.get_state_dict(run.model)
+        if accelerator.is_main_process:
+            card = run_card(run.config, part, fingerprint, base_of(model).config)
+            if isinstance(model, PeftModel):
+                save_lora(model, folder, state, card, adapter_sampling_of(run.objectives))
+            else:
+                run.pipeline().save_pretrained(folder, state_dict=state, card=card)
+            accelerator.print(f"saved {folder}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return folder
