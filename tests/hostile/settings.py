@@ -29,6 +29,7 @@ RUN = {
     "gradient_accumulation_steps": COUNT,
     "processes": COUNT,
     "seed": f"-1 4294967296 1.5 {NUMBER}",
+    "peak_flops": f"0 -1 {NUMBER}",
     "log_every": COUNT,
     "validate_every": COUNT,
     "checkpoint_every": COUNT,

@@ -388,6 +388,7 @@ class TrainConfig:
     mixed_precision: str | None = None  # "no", bf16, fp16; default: that of accelerate launch
     seed: int = 0  # of the initial weights, the order of the data and dropout
     log_every: int = 10  # steps between two records of the training losses
+    peak_flops: float | None = None  # FLOP/s of one device at its best, which `mfu` in the log is a share of
     validate_every: int | None = None  # steps between two measurements of the validation losses
     checkpoint_every: int | None = None  # steps between two checkpoints; a multiple of log_every
     keep_checkpoints: int = 2  # older ones are removed
@@ -417,6 +418,7 @@ class TrainConfig:
             raise ValueError("output_dir: empty; name the folder to write.")
         check_range("", self, "[1, inf)", "steps", "batch_size", "gradient_accumulation_steps", "processes")
         check_range("", self, "[1, inf)", "log_every", "validate_every", "checkpoint_every", "keep_checkpoints")
+        check_range("", self, "(0, inf)", "peak_flops")
         check_range("", self, "[0, 4294967295]", "seed")  # what numpy takes
         if self.mixed_precision not in (None, "no", "bf16", "fp16"):
             raise ValueError(

@@ -1,7 +1,7 @@
 """The training loop: next-patch stages, one optimizer step after the other."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
@@ -13,12 +13,14 @@ from unified.data.batches import loader
 from unified.locks import locked
 from unified.lora.adapters import base_of, save_lora
 from unified.pipeline.pipeline import UnifiedPipeline
+from unified.prediction.arrange import Batch
 from unified.training.card import run_card
 from unified.training.checkpoint import save_checkpoint
 from unified.training.config import TrainConfig
 from unified.training.interrupt import catch_signals
 from unified.training.setup import Run, adapter_sampling_of, make_accelerator, set_up
 from unified.training.step import check_skipped, kept_on_failure, train_step
+from unified.training.throughput import batch_flops, peak_flops
 from unified.training.tracking import LossMeter, check_trackers
 
 Measure = Callable[[UnifiedPipeline], dict[str, float]]
@@ -73,7 +75,7 @@ def train_steps(run: Run, measure: Measure | None, stopped: Callable[[], bool]) 
             check_skipped(skipped)
         run.update_average(step)
         run.step = step + 1
-        meter.count(sum(batch.counts.images for batch in batches), patch_size=patch_size, learning_rate=rate)
+        meter.count(batches, patch_size=patch_size, learning_rate=rate)
         if run.step % config.log_every == 0:
             meter.write(losses)
         if _due(run, config.validate_every):
@@ -105,28 +107,44 @@ def _due(run: Run, every: int | None) -> bool:
 
 
 class Meter:
-    """What is logged every ``log_every`` steps: mean losses and speed; also shown in the progress bar."""
+    """What is logged every ``log_every`` steps: mean losses, learning rate and speed; also shown in the progress bar.
+
+    Speed is that of all processes: images, and tokens (positions of the backbone) per second; ``mfu`` is that of the main one.
+    """
 
     def __init__(self, run: Run):
-        self.run, self.losses, self.images, self.since = run, LossMeter(run.accelerator), 0, time.monotonic()
+        self.run, self.losses, self.since = run, LossMeter(run.accelerator), time.monotonic()
+        self.images, self.flops, self.positions = 0, 0.0, run.positions
+        self.peak = peak_flops(run.accelerator, run.config.peak_flops)
+        if self.peak is None:
+            run.accelerator.print("no MFU is logged: the peak of this device is not known; peak_flops=... sets it")
         hidden = not run.accelerator.is_local_main_process
         self.bar = tqdm(total=run.config.steps, initial=run.step, unit="step", disable=hidden)
         self.now: dict[str, float] = {}
 
-    def count(self, images: int, patch_size: int, learning_rate: float) -> None:
-        """A step is done, with so many images on this process."""
-        self.images += images * self.run.accelerator.num_processes
+    def count(self, batches: Sequence[Batch], patch_size: int, learning_rate: float) -> None:
+        """A step is done, with these batches on this process."""
+        self.images += sum(batch.counts.images for batch in batches) * self.run.accelerator.num_processes
+        model = self.run.current()
+        for batch in batches if self.peak is not None else ():
+            for each in (batch, *batch.further.values()):
+                self.flops += batch_flops(base_of(model).config, each, frozen=isinstance(model, PeftModel))
         self.now = {"patch_size": patch_size, "lr": learning_rate}
         self.bar.update()
 
     def write(self, validation: dict[str, float]) -> None:
         """Write the means since the last time to the log; ``validation`` is shown beside them."""
         seconds, means = time.monotonic() - self.since, self.losses.means()
-        speed = self.images / seconds
-        self.run.log.write(self.run.step, **means, **self.now, positions=self.run.positions, images_per_second=speed)
-        shown = {name: f"{value:.3f}" for name, value in {**means, **validation}.items()}
-        self.bar.set_postfix(p=self.now["patch_size"], img_s=f"{speed:.0f}", **shown)
-        self.images, self.since = 0, time.monotonic()
+        positions = self.run.positions - self.positions
+        speed = {"images_per_second": self.images / seconds, "tokens_per_second": positions / seconds}
+        shown = {"img_s": f"{self.images / seconds:.0f}", "tok_s": f"{positions / seconds:.0f}"}
+        if self.peak is not None:  # each process has counted its own batches
+            speed["mfu"] = self.flops / seconds / self.peak
+            shown["mfu"] = f"{speed['mfu']:.1%}"
+        self.run.log.write(self.run.step, **means, **self.now, positions=self.run.positions, **speed)
+        shown |= {name: f"{value:.3f}" for name, value in {**means, **validation}.items()}
+        self.bar.set_postfix(p=self.now["patch_size"], **shown)
+        self.images, self.flops, self.positions, self.since = 0, 0.0, self.run.positions, time.monotonic()
 
     def close(self) -> None:
         """Finish the progress bar."""
