@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.utils import DeepSpeedPlugin, DistributedType
+from accelerate.utils import DeepSpeedPlugin, DistributedType, ParallelismConfig
 from conftest import CAPTIONS, ROOT, tiny_config, tiny_model
 from safetensors.torch import load_file
 
@@ -152,6 +152,7 @@ step = loop.train_step
 
 def checked(accelerator, model, *rest):
     assert accelerator.is_fsdp2 and all(isinstance(p, DTensor) for p in model.parameters())
+    accelerator.print("cut over", next(model.parameters()).device_mesh.shape)
     return step(accelerator, model, *rest)
 
 loop.train_step = checked
@@ -163,8 +164,12 @@ FILE = yaml.safe_load((ROOT / "recipes" / "accelerate" / "fsdp2.yaml").read_text
 FSDP = {"ACCELERATE_USE_FSDP": "true", **{name.upper(): str(value) for name, value in FILE["fsdp_config"].items()}}
 
 
+PARALLEL = yaml.safe_load((ROOT / "recipes" / "accelerate" / "fsdp2_replicas.yaml").read_text())["parallelism_config"]
+HYBRID = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", **{name.upper(): "2" for name in PARALLEL}}
+
+
 def test_fully_sharded_training_equals_whole(config_file, tmp_path):
-    """FSDP2 with an average over four processes; two go on from their checkpoint, which is in pieces."""
+    """FSDP2 with an average, two replicas of two processes each; two go on from their checkpoint, which is in pieces."""
     script, output = tmp_path / "sharded.py", tmp_path / "run"
     script.write_text(SHARDED)
     train(load_config(config_file, [f"output_dir={tmp_path}/one", "batch_size=4", *OPTIONS, AVERAGE]))
@@ -172,13 +177,13 @@ def test_fully_sharded_training_equals_whole(config_file, tmp_path):
     for processes in (4, 2):
         resume = ["resume=latest", "allow_changes=true"] if processes < 4 else []
         every = f"batch_size={4 // processes}"
-        done = torchrun(processes, config_file, *options, every, *resume, script=script, **FSDP)
+        replicas = HYBRID if processes == 4 else {}
+        done = torchrun(processes, config_file, *options, every, *resume, script=script, **FSDP, **replicas)
         assert done.returncode == 0, done.stderr
         assert_same_training(output, tmp_path / "one")
         files = {file.suffix for file in (output / "checkpoints").rglob("*") if file.is_file()}
         assert files == {".safetensors", ".json", ".yaml"}
-        pieces = list((output / "checkpoints/step-00000003/average").iterdir())
-        assert len(pieces) == 4
+        assert ("cut over (2, 2)" if replicas else "cut over (2,)") in done.stdout
         for folder in ("pipeline", "checkpoints/step-00000006"):
             shutil.rmtree(output / folder)
 
@@ -216,6 +221,18 @@ def test_launch_configurations_are_understood(file):
     assert f"--config_file recipes/accelerate/{file.name}" in file.read_text()
 
 
+def test_processes_that_share_a_batch_are_refused(config_file):
+    config = load_config(config_file, ["output_dir=x"])
+    for size in ("tp_size", "cp_size"):
+        state = SimpleNamespace(
+            distributed_type=DistributedType.MULTI_GPU, parallelism_config=ParallelismConfig(**{size: 2})
+        )
+        with pytest.raises(
+            ValueError, match=r"parallelism_config: tensor, context.*set tp_size, cp_size and sp_size to 1"
+        ):
+            check_sharding(state, config)
+
+
 def test_deepspeed_learns_what_it_cannot_see(config_file):
     """Without these numbers Accelerate refuses to prepare a model without its dataloader, or clips at 1."""
     plugin = DeepSpeedPlugin(zero_stage=2, gradient_clipping=1.0)
@@ -239,15 +256,17 @@ def test_deepspeed_learns_what_it_cannot_see(config_file):
 )
 def test_options_that_need_whole_weights_are_refused_when_sharded(option, named, kind, config_file):
     plain = load_config(config_file, ["output_dir=x", "optimizer.ema_decay=null"])
-    check_sharding(SimpleNamespace(distributed_type=kind, mixed_precision="fp16", is_fsdp2=True), plain)
+    check_sharding(
+        SimpleNamespace(distributed_type=kind, mixed_precision="fp16", is_fsdp2=True, parallelism_config=None), plain
+    )
     config = load_config(config_file, ["output_dir=x", "optimizer.ema_decay=null", option])
-    whole = SimpleNamespace(distributed_type=DistributedType.MULTI_GPU, mixed_precision="bf16")
+    whole = SimpleNamespace(distributed_type=DistributedType.MULTI_GPU, mixed_precision="bf16", parallelism_config=None)
     check_sharding(whole, config)
     with pytest.raises(ValueError, match=f"{named}: not available with {kind.value}"):
-        check_sharding(SimpleNamespace(distributed_type=kind, is_fsdp2=True), config)
+        check_sharding(SimpleNamespace(distributed_type=kind, is_fsdp2=True, parallelism_config=None), config)
     if kind == DistributedType.FSDP:
         with pytest.raises(ValueError, match="fsdp_version: 1 is not supported; set it to 2"):
-            check_sharding(SimpleNamespace(distributed_type=kind, is_fsdp2=False), plain)
+            check_sharding(SimpleNamespace(distributed_type=kind, is_fsdp2=False, parallelism_config=None), plain)
     if named == "optimizer.name=muon":
         whole.mixed_precision = "fp16"
         with pytest.raises(ValueError, match=r"optimizer.name=muon: not available with fp16.*use bf16"):

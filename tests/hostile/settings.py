@@ -54,6 +54,8 @@ RUN = {
     "model.options": "7 [1]",
     "model.architecture": "7 [1] {a:1} {model_type:nothing}",
     "model.gradient_checkpointing": "perhaps",
+    "model.gradient_checkpointing_layers": f"2 {COUNT}",
+    "model.attention": "nothing 7",
     "model.image_init": "nothing codebook",
     "model.head_init": "nothing zero",
     "lora.rank": COUNT,

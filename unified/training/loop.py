@@ -53,7 +53,9 @@ def train_steps(run: Run, measure: Measure | None, stopped: Callable[[], bool]) 
     """Go on to the last step, or until ``stopped``: then a checkpoint is saved, and the program ends."""
     config, accelerator, accumulation, skipped = run.config, run.accelerator, run.config.gradient_accumulation_steps, 0
     meter, losses = Meter(run), dict[str, float]()
-    stream = iter(loader(run.data.batches, run.step * accumulation, config.data.num_workers))
+    on_gpu, workers = accelerator.device.type == "cuda", config.data.num_workers
+    workers = (4 if on_gpu else 0) if workers is None else workers
+    stream = iter(loader(run.data.batches, run.step * accumulation, workers, pin_memory=on_gpu))
     run.model.train()
     for step in range(run.step, config.steps):
         patch_size = run.schedule.patch_size(step, config.steps)
@@ -157,8 +159,9 @@ def save(run: Run) -> Path:
     part = "lora" if isinstance(model, PeftModel) else "pipeline"
     folder = run.output / part
     with run.averaged():
-        # Gathers what is cut over processes, so all of them take part.
-        state = accelerator.get_state_dict(run.model)
+        # Gathers what is cut over processes, so all of them take part. The compiler adds to the names.
+        gathered = accelerator.get_state_dict(run.model)
+        state = {name.replace("_orig_mod.", ""): tensor for name, tensor in gathered.items()}
         if accelerator.is_main_process:
             card = run_card(run.config, part, fingerprint, base_of(model).config)
             if isinstance(model, PeftModel):

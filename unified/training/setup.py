@@ -78,7 +78,7 @@ class Run:
 
     def current(self) -> UnifiedForCausalLM | PeftModel:
         """The model, without what wraps it for training."""
-        return cast(UnifiedForCausalLM | PeftModel, self.accelerator.unwrap_model(self.model))
+        return cast(UnifiedForCausalLM | PeftModel, plain(self.accelerator, self.model))
 
     def averaged(self) -> AbstractContextManager[None]:
         """Inside, the model holds the weights that are measured and saved: the average if there is one."""
@@ -142,7 +142,7 @@ def set_up(config: TrainConfig, accelerator: Accelerator) -> Run:
         if objective.name in modules:
             objective.module = prepared[list(modules).index(objective.name)]
     decay = config.optimizer.ema_decay
-    average = None if decay is None else Average(accelerator.unwrap_model(model), decay)
+    average = None if decay is None else Average(plain(accelerator, model), decay)
     if average is not None:
         accelerator.register_for_checkpointing(average)
     step, positions = load_checkpoint(accelerator, checkpoint) if checkpoint else (0, 0)
@@ -181,6 +181,11 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             "one whatever its options say; on CPUs use `torchrun --nproc_per_node N`, with ACCELERATE_USE_CPU=true set."
         )
     return accelerator
+
+
+def plain(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """A prepared model without what wraps it for several processes, for precision and for the compiler."""
+    return cast(nn.Module, accelerator.unwrap_model(model, keep_torch_compile=False))
 
 
 def check_samples(config: TrainConfig, model_config: UnifiedConfig, text_tokenizer: TextTokenizer | None) -> None:
@@ -238,8 +243,13 @@ def build_parts(config: TrainConfig) -> Parts:
         model = _new_model(config, image_tokenizer, text_tokenizer)
     if config.data.pack is not None and model.condition is None:
         check_packing(model.backbone)
+    if source.attention is not None:
+        try:
+            model.set_attn_implementation(source.attention)
+        except ImportError as error:
+            raise ValueError(f"model.attention: {source.attention} cannot be used ({error}); use sdpa.") from error
     if source.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable(every_n_layers=source.gradient_checkpointing_layers)
     return model, image_tokenizer, text_tokenizer
 
 
@@ -279,7 +289,8 @@ def adapt(
 
 def _keep_base(config: TrainConfig, pipeline: UnifiedPipeline) -> None:
     """Write ``<output_dir>/base`` beside and rename it, or compare with what is there."""
-    source = {name: value for name, value in asdict(config.model).items() if name != "gradient_checkpointing"}
+    how = ("gradient_checkpointing", "gradient_checkpointing_layers", "attention")  # not what
+    source = {name: value for name, value in asdict(config.model).items() if name not in how}
     origin = {**source, "image_tokenizer": pipeline.image_tokenizer.fingerprint, "seed": config.seed}
     if config.prediction is not None:
         origin["prediction"] = config.prediction.build()

@@ -24,7 +24,12 @@ def check_sharding(accelerator: Accelerator, config: TrainConfig) -> None:
     Raises:
         ValueError: naming the option.
     """
-    kind = accelerator.distributed_type
+    kind, parallel = accelerator.distributed_type, accelerator.parallelism_config
+    if parallel is not None and parallel.non_data_parallel_size > 1:
+        raise ValueError(
+            "parallelism_config: tensor, context and sequence parallel processes would share a batch, and each process here "
+            "has its own; set tp_size, cp_size and sp_size to 1 (dp_replicate_size and dp_shard_size are fine)."
+        )
     if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise ValueError("fsdp_version: 1 is not supported; set it to 2, as in recipes/accelerate/fsdp2.yaml.")
     if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
