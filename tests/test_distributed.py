@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import torch
-import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DeepSpeedPlugin, DistributedType, ParallelismConfig
+from accelerate.utils.launch import prepare_multi_gpu_env
 from conftest import CAPTIONS, ROOT, tiny_config, tiny_model
 from safetensors.torch import load_file
 
@@ -160,12 +161,18 @@ loop.train(load_config(sys.argv[2], sys.argv[3:]))
 sys.stdout.flush()
 os._exit(0)
 """
-FILE = yaml.safe_load((ROOT / "recipes" / "accelerate" / "fsdp2.yaml").read_text())
-FSDP = {"ACCELERATE_USE_FSDP": "true", **{name.upper(): str(value) for name, value in FILE["fsdp_config"].items()}}
 
 
-PARALLEL = yaml.safe_load((ROOT / "recipes" / "accelerate" / "fsdp2_replicas.yaml").read_text())["parallelism_config"]
-HYBRID = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", **{name.upper(): "2" for name in PARALLEL}}
+def launched(name):
+    """What `accelerate launch` tells the processes of a launch file."""
+    file = str(ROOT / "recipes" / "accelerate" / f"{name}.yaml")
+    arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", file, "train.py"]))
+    names = ("FSDP_", "PARALLELISM_", "ACCELERATE_USE_", "ACCELERATE_DYNAMO_")
+    return {name: value for name, value in prepare_multi_gpu_env(arguments).items() if name.startswith(names)}
+
+
+FSDP = launched("fsdp2")
+REPLICAS = launched("fsdp2_replicas") | {"PARALLELISM_CONFIG_DP_SHARD_SIZE": "2"}
 
 
 def test_fully_sharded_training_equals_whole(config_file, tmp_path):
@@ -177,13 +184,13 @@ def test_fully_sharded_training_equals_whole(config_file, tmp_path):
     for processes in (4, 2):
         resume = ["resume=latest", "allow_changes=true"] if processes < 4 else []
         every = f"batch_size={4 // processes}"
-        replicas = HYBRID if processes == 4 else {}
-        done = torchrun(processes, config_file, *options, every, *resume, script=script, **FSDP, **replicas)
+        cut = REPLICAS if processes == 4 else FSDP
+        done = torchrun(processes, config_file, *options, every, *resume, script=script, **cut)
         assert done.returncode == 0, done.stderr
         assert_same_training(output, tmp_path / "one")
         files = {file.suffix for file in (output / "checkpoints").rglob("*") if file.is_file()}
         assert files == {".safetensors", ".json", ".yaml"}
-        assert ("cut over (2, 2)" if replicas else "cut over (2,)") in done.stdout
+        assert ("cut over (2, 2)" if processes == 4 else "cut over (2,)") in done.stdout
         for folder in ("pipeline", "checkpoints/step-00000006"):
             shutil.rmtree(output / folder)
 
@@ -219,6 +226,15 @@ def test_launch_configurations_are_understood(file):
     config = load_config_from_file(str(file))
     assert config.distributed_type.value in ("MULTI_GPU", "FSDP", "DEEPSPEED") and config.num_processes == 8
     assert f"--config_file recipes/accelerate/{file.name}" in file.read_text()
+
+
+def test_launch_configurations_reach_the_processes():
+    assert FSDP["ACCELERATE_USE_FSDP"] == "true" and FSDP["FSDP_VERSION"] == "2"
+    replicas, compiled = launched("fsdp2_replicas"), launched("compiled")
+    sizes = [int(replicas[f"PARALLELISM_CONFIG_DP_{kind}_SIZE"]) for kind in ("REPLICATE", "SHARD")]
+    assert sizes == [2, 4] and replicas["ACCELERATE_USE_PARALLELISM_CONFIG"] == "true"
+    assert compiled["ACCELERATE_DYNAMO_BACKEND"] == "INDUCTOR" and compiled["ACCELERATE_DYNAMO_USE_DYNAMIC"] == "True"
+    assert FSDP["ACCELERATE_DYNAMO_BACKEND"] == "NO"
 
 
 def test_processes_that_share_a_batch_are_refused(config_file):
