@@ -1,6 +1,7 @@
 # make quickstart [FRESH=1]  data, tokenizers, model, LoRA, images, report in runs/quickstart/
 # make check                 lint, types and fast tests: under two minutes on two cores
 # make test                  lint, types and all tests
+# make gpu-check             what no CPU can prove, on one CUDA device: writes runs/gpu_check.md
 # make docs                  the site, in site/; a link that leads nowhere fails
 # make lock [UPGRADE=1]      write requirements/ from pyproject.toml; with UPGRADE, newest versions
 # make audit                 known vulnerabilities of requirements/; asks PyPI's database
@@ -18,7 +19,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfil
 LOCK := $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --quiet \
 	--custom-compile-command "make lock" $(if $(UPGRADE),--upgrade)
 
-.PHONY: quickstart check test lint docs lock audit clean
+.PHONY: quickstart check test lint docs lock audit clean gpu-check
 
 quickstart: .venv/quickstart.installed
 	$(BIN)/python recipes/quickstart.py $(if $(FRESH),--fresh)
@@ -33,6 +34,9 @@ lint: .venv/dev.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+gpu-check: .venv/dev.installed
+	$(BIN)/python eval/gpu_check.py
 
 docs: .venv/docs.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --clean

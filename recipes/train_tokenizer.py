@@ -28,6 +28,7 @@ from unified.data.sources import check_splits
 from unified.errors import explain_errors
 from unified.locks import locked
 from unified.settings import check_range, did_you_mean, dump_settings, load_settings, parse_command_line
+from unified.training.average import Average
 from unified.training.checkpoint import (
     check_inputs,
     check_settings,
@@ -36,7 +37,6 @@ from unified.training.checkpoint import (
     save_checkpoint,
     start_checkpoint,
 )
-from unified.training.setup import average_of
 from unified.training.tracking import RunLog, read_log
 from unified_tokenizers import VQGAN, AutoImageTokenizer, CosmosTokenizer, VQConfig, VQModel
 from unified_tokenizers.vq_loss import PatchDiscriminator, adaptive_weight, build_perceptual, hinge_loss
@@ -240,12 +240,10 @@ def train(settings: TokenizerTraining, accelerator: Accelerator) -> None:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.learning_rate, settings.steps, pct_start=0.1)
     accelerator.register_for_checkpointing(schedule)
     adversary = Adversary(settings.discriminator, accelerator) if settings.discriminator is not None else None
-    ema = average_of(accelerator.unwrap_model(model), settings.ema_decay)
+    plain = cast(Tokenizer, accelerator.unwrap_model(model))
+    ema = None if settings.ema_decay is None else Average(plain, settings.ema_decay)
     if ema is not None:
         accelerator.register_for_checkpointing(ema)
-
-    def current() -> Tokenizer:
-        return cast(Tokenizer, ema.module if ema is not None else accelerator.unwrap_model(model))
 
     # 3. Images
     how = (settings.image_column, settings.image_size, settings.cache_gb)
@@ -288,13 +286,14 @@ def train(settings: TokenizerTraining, accelerator: Accelerator) -> None:
         optimizer.zero_grad()
         discriminator_loss = adversary.update(decoded, batch) if adversary is not None and adversarial else None
         if ema is not None:
-            ema.update_parameters(accelerator.unwrap_model(model))
+            ema.update()
 
         if step % settings.validate_every == 0 or step == settings.steps:
             error = float(squared.detach())
             if not math.isfinite(error):
                 raise FloatingPointError(f"squared error is {error} at step {step}: lower learning_rate.")
-            metrics = {"squared_error": error, **held_out(current(), validation)}
+            with nullcontext() if ema is None else ema.in_place():
+                metrics = {"squared_error": error, **held_out(plain, validation)}
             if discriminator_loss is not None:
                 metrics["discriminator_loss"] = float(discriminator_loss)
             log.write(step, **metrics)
@@ -305,7 +304,8 @@ def train(settings: TokenizerTraining, accelerator: Accelerator) -> None:
 
     # 6. The tokenizer
     if accelerator.is_main_process:
-        current().save_pretrained(output)
+        with nullcontext() if ema is None else ema.in_place():
+            plain.save_pretrained(output)
         if images.pixels is None:  # what cannot be read is known by now
             print(f"{settings.train_split}: {images.summary()}")
         last = read_log(output)[-1]

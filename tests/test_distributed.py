@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import torch
-import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.utils import DeepSpeedPlugin, DistributedType
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DeepSpeedPlugin, DistributedType, ParallelismConfig
+from accelerate.utils.launch import prepare_multi_gpu_env
 from conftest import CAPTIONS, ROOT, tiny_config, tiny_model
 from safetensors.torch import load_file
 
@@ -29,6 +30,7 @@ pytestmark = pytest.mark.process
 OPTIONS = ["steps=6", "validate_every=6", "checkpoint_every=null", "data.captioning=0.5", "data.caption_dropout=0",
            "schedule.patch_sizes=[2,1]", "schedule.shares=[0.5,0.5]", "optimizer.ema_decay=null",
            "model.options.loss_normalization=token", "model.options.text_loss_weight=3"]  # fmt: skip
+AVERAGE = "optimizer.ema_decay=0.5"
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +153,7 @@ step = loop.train_step
 
 def checked(accelerator, model, *rest):
     assert accelerator.is_fsdp2 and all(isinstance(p, DTensor) for p in model.parameters())
+    accelerator.print("cut over", next(model.parameters()).device_mesh.shape)
     return step(accelerator, model, *rest)
 
 loop.train_step = checked
@@ -158,41 +161,47 @@ loop.train(load_config(sys.argv[2], sys.argv[3:]))
 sys.stdout.flush()
 os._exit(0)
 """
-FILE = yaml.safe_load((ROOT / "recipes" / "accelerate" / "fsdp2.yaml").read_text())
-FSDP = {"ACCELERATE_USE_FSDP": "true", **{name.upper(): str(value) for name, value in FILE["fsdp_config"].items()}}
 
 
-def test_fully_sharded_training_equals_whole(one_process, config_file, tmp_path):
-    """FSDP2 over two processes; its checkpoints are in pieces, resume bit for bit, and open in one process too."""
+def launched(name):
+    """What `accelerate launch` tells the processes of a launch file."""
+    file = str(ROOT / "recipes" / "accelerate" / f"{name}.yaml")
+    arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", file, "train.py"]))
+    names = ("FSDP_", "PARALLELISM_", "ACCELERATE_USE_", "ACCELERATE_DYNAMO_")
+    return {name: value for name, value in prepare_multi_gpu_env(arguments).items() if name.startswith(names)}
+
+
+FSDP = launched("fsdp2")
+REPLICAS = launched("fsdp2_replicas") | {"PARALLELISM_CONFIG_DP_SHARD_SIZE": "2"}
+
+
+def test_fully_sharded_training_equals_whole(config_file, tmp_path):
+    """FSDP2 with an average, two replicas of two processes each; two go on from their checkpoint, which is in pieces."""
     script, output = tmp_path / "sharded.py", tmp_path / "run"
     script.write_text(SHARDED)
-    options = [f"output_dir={output}", "batch_size=2", "checkpoint_every=3"]
-    done = torchrun(2, config_file, *options, script=script, **FSDP)
-    assert done.returncode == 0, done.stderr
-    assert_same_training(output, one_process)
-    shutil.copytree(output / "pipeline", tmp_path / "whole")
-    for folder in ("pipeline", "checkpoints/step-00000006"):
-        shutil.rmtree(output / folder)
-    done = torchrun(2, config_file, *options, "resume=latest", script=script, **FSDP)
-    assert done.returncode == 0, done.stderr
-    a, b = (load_file(folder / "model/model.safetensors") for folder in (output / "pipeline", tmp_path / "whole"))
-    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-    files = {file.suffix for file in (output / "checkpoints").rglob("*") if file.is_file()}
-    assert files == {".safetensors", ".json", ".yaml"}
-
-    for folder in ("pipeline", "checkpoints/step-00000006"):
-        shutil.rmtree(output / folder)
-    options = [f"output_dir={output}", "batch_size=4", "checkpoint_every=3", "resume=latest", "allow_changes=true"]
-    done = torchrun(1, config_file, *options, script=script, **FSDP)
-    assert done.returncode == 0, done.stderr
-    assert_same_training(output, one_process)
+    train(load_config(config_file, [f"output_dir={tmp_path}/one", "batch_size=4", *OPTIONS, AVERAGE]))
+    options = [f"output_dir={output}", "checkpoint_every=3", AVERAGE]
+    for processes in (4, 2):
+        resume = ["resume=latest", "allow_changes=true"] if processes < 4 else []
+        every = f"batch_size={4 // processes}"
+        cut = REPLICAS if processes == 4 else FSDP
+        done = torchrun(processes, config_file, *options, every, *resume, script=script, **cut)
+        assert done.returncode == 0, done.stderr
+        assert_same_training(output, tmp_path / "one")
+        files = {file.suffix for file in (output / "checkpoints").rglob("*") if file.is_file()}
+        assert files == {".safetensors", ".json", ".yaml"}
+        assert ("cut over (2, 2)" if processes == 4 else "cut over (2,)") in done.stdout
+        for folder in ("pipeline", "checkpoints/step-00000006"):
+            shutil.rmtree(output / folder)
 
 
 def test_fully_sharded_adapter_equals_whole(config_file, on_a_backbone, tmp_path):
-    """LoRA on a language model, its frozen weights cut over two processes as well; it resumes bit for bit."""
+    """LoRA on a language model, its frozen weights cut over two processes as well, by Muon and with an average; it resumes
+    bit for bit.
+    """
     script = tmp_path / "sharded.py"
     script.write_text(SHARDED)
-    options = [*on_a_backbone, "lora.rank=4", "lora.train_image_tables=true"]
+    options = [*on_a_backbone, "lora.rank=4", "lora.train_image_tables=true", "optimizer.name=muon", AVERAGE]
     sharded = [*options, f"output_dir={tmp_path}/two", "batch_size=2", "checkpoint_every=3"]
     done = torchrun(2, config_file, *sharded, script=script, **FSDP)
     assert done.returncode == 0, done.stderr
@@ -207,8 +216,8 @@ def test_fully_sharded_adapter_equals_whole(config_file, on_a_backbone, tmp_path
     train(load_config(config_file, [*OPTIONS, *options, f"output_dir={tmp_path}/one", "batch_size=4"]))
     ours, theirs = (load_file(tmp_path / name / "lora" / "adapter_model.safetensors") for name in ("two", "one"))
     assert ours.keys() == theirs.keys() and any("image_head" in name for name in ours)
-    for name in theirs:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=2e-5)
+    for name in theirs:  # Muon orthogonalises in bfloat16, where rounding grows; its six steps move a weight by 1e-2
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "recipes" / "accelerate").glob("*.yaml")), ids=lambda file: file.stem)
@@ -217,6 +226,27 @@ def test_launch_configurations_are_understood(file):
     config = load_config_from_file(str(file))
     assert config.distributed_type.value in ("MULTI_GPU", "FSDP", "DEEPSPEED") and config.num_processes == 8
     assert f"--config_file recipes/accelerate/{file.name}" in file.read_text()
+
+
+def test_launch_configurations_reach_the_processes():
+    assert FSDP["ACCELERATE_USE_FSDP"] == "true" and FSDP["FSDP_VERSION"] == "2"
+    replicas, compiled = launched("fsdp2_replicas"), launched("compiled")
+    sizes = [int(replicas[f"PARALLELISM_CONFIG_DP_{kind}_SIZE"]) for kind in ("REPLICATE", "SHARD")]
+    assert sizes == [2, 4] and replicas["ACCELERATE_USE_PARALLELISM_CONFIG"] == "true"
+    assert compiled["ACCELERATE_DYNAMO_BACKEND"] == "INDUCTOR" and compiled["ACCELERATE_DYNAMO_USE_DYNAMIC"] == "True"
+    assert FSDP["ACCELERATE_DYNAMO_BACKEND"] == "NO"
+
+
+def test_processes_that_share_a_batch_are_refused(config_file):
+    config = load_config(config_file, ["output_dir=x"])
+    for size in ("tp_size", "cp_size"):
+        state = SimpleNamespace(
+            distributed_type=DistributedType.MULTI_GPU, parallelism_config=ParallelismConfig(**{size: 2})
+        )
+        with pytest.raises(
+            ValueError, match=r"parallelism_config: tensor, context.*set tp_size, cp_size and sp_size to 1"
+        ):
+            check_sharding(state, config)
 
 
 def test_deepspeed_learns_what_it_cannot_see(config_file):
@@ -231,27 +261,28 @@ def test_deepspeed_learns_what_it_cannot_see(config_file):
     assert [plugin.get_value(name) for name in names] == [6, 3, 0.5]
 
 
-@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
 @pytest.mark.parametrize(
-    ("option", "named"),
+    ("option", "named", "kind"),
     [
-        ("optimizer.ema_decay=0.9", "optimizer.ema_decay"),
-        ("optimizer.name=muon", "optimizer.name=muon"),
-        ("sample={every: 5, prompts: [a]}", "sample.every"),
-        ("evaluation={every: 5, data: d, clip: c}", "evaluation"),
+        ("optimizer.ema_decay=0.9", "optimizer.ema_decay", DistributedType.DEEPSPEED),
+        ("optimizer.name=muon", "optimizer.name=muon", DistributedType.DEEPSPEED),
+        ("sample={every: 5, prompts: [a]}", "sample.every", DistributedType.FSDP),
+        ("evaluation={every: 5, data: d, clip: c}", "evaluation", DistributedType.FSDP),
     ],
 )
-def test_options_that_need_whole_weights_are_refused_when_sharded(kind, option, named, config_file):
+def test_options_that_need_whole_weights_are_refused_when_sharded(option, named, kind, config_file):
     plain = load_config(config_file, ["output_dir=x", "optimizer.ema_decay=null"])
-    check_sharding(SimpleNamespace(distributed_type=kind, mixed_precision="fp16", is_fsdp2=True), plain)
+    check_sharding(
+        SimpleNamespace(distributed_type=kind, mixed_precision="fp16", is_fsdp2=True, parallelism_config=None), plain
+    )
     config = load_config(config_file, ["output_dir=x", "optimizer.ema_decay=null", option])
-    whole = SimpleNamespace(distributed_type=DistributedType.MULTI_GPU, mixed_precision="bf16")
+    whole = SimpleNamespace(distributed_type=DistributedType.MULTI_GPU, mixed_precision="bf16", parallelism_config=None)
     check_sharding(whole, config)
     with pytest.raises(ValueError, match=f"{named}: not available with {kind.value}"):
-        check_sharding(SimpleNamespace(distributed_type=kind, is_fsdp2=True), config)
+        check_sharding(SimpleNamespace(distributed_type=kind, is_fsdp2=True, parallelism_config=None), config)
     if kind == DistributedType.FSDP:
         with pytest.raises(ValueError, match="fsdp_version: 1 is not supported; set it to 2"):
-            check_sharding(SimpleNamespace(distributed_type=kind, is_fsdp2=False), plain)
+            check_sharding(SimpleNamespace(distributed_type=kind, is_fsdp2=False, parallelism_config=None), plain)
     if named == "optimizer.name=muon":
         whole.mixed_precision = "fp16"
         with pytest.raises(ValueError, match=r"optimizer.name=muon: not available with fp16.*use bf16"):

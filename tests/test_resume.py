@@ -33,7 +33,7 @@ from unified.training.tracking import LossMeter, read_log
 
 
 def without_time(log):
-    return [{name: value for name, value in record.items() if name != "images_per_second"} for record in log]
+    return [{k: v for k, v in record.items() if not k.endswith("_per_second") and k != "mfu"} for record in log]
 
 
 def weights_of(output):

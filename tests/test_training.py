@@ -8,12 +8,12 @@ import pytest
 import torch
 from conftest import generators, tiny_model
 from safetensors.torch import load_file
-from torch.optim.swa_utils import AveragedModel
 from transformers import AutoModelForCausalLM
 
 from unified import UnifiedPipeline
 from unified.data.code_cache import load_codes
 from unified.lora.adapters import base_of
+from unified.training.average import Average
 from unified.training.config import OptimizerConfig, load_config
 from unified.training.loop import train
 from unified.training.optimizer import build_optimizers
@@ -60,14 +60,14 @@ def test_mixed_steps_train_coarser_patches(config_file, tmp_path):
 
 @pytest.mark.process
 def test_average_starts_anew_with_every_stage(config_file, tmp_path, monkeypatch):
-    update, equal = AveragedModel.update_parameters, []
+    update, equal = Average.update, []
 
-    def recorded(self, model):
-        update(self, model)
-        pairs = zip(self.module.parameters(), model.parameters(), strict=True)
+    def recorded(self):
+        update(self)
+        pairs = zip(self.module.buffers(), self._weights, strict=True)
         equal.append(all(torch.equal(ours, theirs) for ours, theirs in pairs))
 
-    monkeypatch.setattr(AveragedModel, "update_parameters", recorded)
+    monkeypatch.setattr(Average, "update", recorded)
     train(load_config(config_file, [f"output_dir={tmp_path}", "validate_every=null", "checkpoint_every=null"]))
     assert [step for step, same in enumerate(equal) if same] == [0, 3, 6] and len(equal) == 12
 

@@ -276,7 +276,12 @@ def bucketed_order(grids: np.ndarray, batch_size: int, begun: int, rng: np.rando
     return np.concatenate([rest[:begun], *batches, rest[begun : begun + ending]])
 
 
-def loader(batches: Batches, start: int = 0, num_workers: int = 0) -> DataLoader:
-    """Iterate over batches from index ``start`` on. The global random stream, which dropout uses, is left alone."""
+def loader(batches: Batches, start: int = 0, num_workers: int = 0, pin_memory: bool = False) -> DataLoader:
+    """Iterate over batches from index ``start`` on. The global random stream, which dropout uses, is left alone.
+
+    ``pin_memory`` puts them into memory that a GPU copies from while it computes.
+    """
     indices, generator = range(start, len(batches)), torch.Generator()
-    return DataLoader(batches, batch_size=None, sampler=indices, num_workers=num_workers, generator=generator)
+    return DataLoader(
+        batches, None, sampler=indices, num_workers=num_workers, pin_memory=pin_memory, generator=generator
+    )

@@ -1,12 +1,16 @@
 """Attention masks of training batches, ready for any backbone, without a look at the values on the device."""
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import Cache, PreTrainedConfig
 
 ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+Mask = TypeVar("Mask", Tensor, BlockMask)
 
 
 def document_mask(document_ids: Tensor, causal: bool = True) -> Tensor:
@@ -17,19 +21,17 @@ def document_mask(document_ids: Tensor, causal: bool = True) -> Tensor:
     return same[:, None]
 
 
-def by_layer(config: PreTrainedConfig, visible: Tensor, age: Tensor) -> Tensor | dict[str, Tensor]:
+def by_layer(config: PreTrainedConfig, mask: Callable[[int | None], Mask]) -> Mask | dict[str, Mask]:
     """A mask for each kind of layer that a backbone has: sliding layers hide what is ``sliding_window`` or more positions old.
 
     Args:
         config: of the backbone.
-        visible: True where a position attends.
-        age: how far back a key lies, broadcasts to ``visible``.
+        mask: makes one for a window, or None for layers without.
     """
     window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None) or []
     if window is None or (kinds and "sliding_attention" not in kinds):
-        return visible
-    sliding = visible & (age < window)
-    return {"full_attention": visible, "sliding_attention": sliding} if kinds else sliding
+        return mask(None)
+    return {"full_attention": mask(None), "sliding_attention": mask(window)} if kinds else mask(window)
 
 
 def step_mask(steps: Tensor) -> Tensor:
@@ -42,12 +44,46 @@ def step_mask(steps: Tensor) -> Tensor:
     return ((seen[:, None] <= sees[:, :, None]) | itself)[:, None]
 
 
+def visible_mask(steps: Tensor | None, document_ids: Tensor | None, window: int | None) -> Tensor:
+    """``(B, 1, S, S)``, True where a position attends; the arguments are those of :func:`block_mask`."""
+    visible = None if steps is None else step_mask(steps)
+    if document_ids is not None:
+        of_documents = document_mask(document_ids, causal=steps is None)
+        visible = of_documents if visible is None else visible & of_documents
+    assert visible is not None
+    if window is None:
+        return visible
+    index = torch.arange(visible.shape[-1], device=visible.device)
+    return visible & (index[:, None] - index < window)
+
+
+def block_mask(steps: Tensor | None, document_ids: Tensor | None, window: int | None) -> BlockMask:
+    """The same mask for FlexAttention, which skips the blocks in which no position attends.
+
+    Args:
+        steps: ``(B, S, 2)``; None where each position sees all before it.
+        document_ids: ``(B, S)`` of packed rows, or None.
+        window: hide what is so many or more positions old.
+    """
+    given = document_ids if steps is None else steps
+    assert given is not None
+
+    def visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        seen = key <= query if steps is None else (steps[row, key, 0] <= steps[row, query, 1]) | (key == query)
+        if document_ids is not None:
+            seen = seen & (document_ids[row, key] == document_ids[row, query])
+        return seen if window is None else seen & (query - key < window)
+
+    return create_block_mask(visible, given.shape[0], None, given.shape[1], given.shape[1], device=given.device)
+
+
 def masked_arguments(
     config: PreTrainedConfig, dtype: torch.dtype, steps: Tensor | None, document_ids: Tensor | None
 ) -> dict[str, Any]:
     """Arguments of a backbone that keep the documents of packed rows apart, and images to their order.
 
-    ``sdpa`` and ``eager`` attention take a mask; other kinds read position ids that restart with every document.
+    ``sdpa`` and ``eager`` attention take a mask, ``flex_attention`` one of blocks; other kinds read position ids that restart
+    with every document.
 
     Args:
         config: of the backbone.
@@ -59,18 +95,14 @@ def masked_arguments(
         ValueError: for steps under attention that takes no mask, or flash attention over several rows, which would mix them.
     """
     attention = str(config._attn_implementation)
+    if attention == "flex_attention":
+        return {"attention_mask": by_layer(config, partial(block_mask, steps, document_ids))}
     if attention not in ("sdpa", "eager"):
         if steps is not None:
-            raise ValueError(f"prediction.order: {attention} attention takes no mask; use attn_implementation='sdpa'.")
+            raise ValueError(f"prediction.order: {attention} attention takes no mask; use sdpa or flex_attention.")
         assert document_ids is not None
         return _restarted_positions(attention, document_ids)
-    visible = None if steps is None else step_mask(steps)
-    if document_ids is not None:
-        of_documents = document_mask(document_ids, causal=steps is None)
-        visible = of_documents if visible is None else visible & of_documents
-    assert visible is not None
-    index = torch.arange(visible.shape[-1], device=visible.device)
-    mask = by_layer(config, visible, index[:, None] - index)
+    mask = by_layer(config, partial(visible_mask, steps, document_ids))
     if attention == "eager":
         mask = {k: _additive(m, dtype) for k, m in mask.items()} if isinstance(mask, dict) else _additive(mask, dtype)
     return {"attention_mask": mask}

@@ -129,7 +129,11 @@ class PatchSchedule:
 
 
 def training_flops(
-    config: UnifiedConfig, text_positions: float, image_positions: float, scored: float | None = None
+    config: UnifiedConfig,
+    text_positions: float,
+    image_positions: float,
+    scored: float | None = None,
+    squares: float | None = None,
 ) -> float:
     """FLOPs of one training step on one sequence: forward and backward, two per multiply-add (arXiv 2001.08361).
 
@@ -141,6 +145,7 @@ def training_flops(
         text_positions: text tokens of the sequence, frame tokens included.
         image_positions: image positions, ``h*w/p^2`` for every image.
         scored: states that the image head scores; default ``image_positions``.
+        squares: of several sequences together, the sum of their squared lengths; default: there is one.
     """
     c = config.text_config
     width = head_dim(c)
@@ -148,9 +153,10 @@ def training_flops(
     keys = (getattr(c, "num_key_value_heads", None) or c.num_attention_heads) * width
     matrices = c.hidden_size * (2 * queries + 2 * keys + 3 * c.intermediate_size)
     positions = text_positions + image_positions
-    attention = queries * positions  # scores and values, each over half of the positions on average
+    squares = positions**2 if squares is None else squares
+    attention = queries * squares  # scores and values, each over half of the positions on average
     scored = image_positions if scored is None else scored
-    forward = c.num_hidden_layers * positions * (matrices + attention) + scored * c.hidden_size * config.codebook_size
+    forward = c.num_hidden_layers * (positions * matrices + attention) + scored * c.hidden_size * config.codebook_size
     return 6.0 * forward
 
 

@@ -19,7 +19,7 @@ _SETTINGS_FILE = "settings.yaml"
 # Settings that do not change what is trained.
 _FREE = (
     "output_dir", "resume", "allow_changes", "keep_checkpoints", "checkpoint_every", "track_with", "project", "processes",
-    "sample", "sampling",
+    "sample", "sampling", "peak_flops",
 )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from unified.training.objectives.base import Objective
 from unified.training.objectives.table import build_objectives
 
 KINDS = ("image", "text", "interleaved", "pairs", "chat")
+ATTENTION = ("sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3")
 # Fields of UnifiedConfig that come from the tokenizers and the backbone, so that `model.options` cannot set them.
 _DERIVED = {
     "text_config", "codebook_size", "boi_token_id", "eoi_token_id", "image_tokenizer_fingerprint",
@@ -108,7 +109,7 @@ class DataConfig:
     captioning: float = 0.0  # share of rows with the image first, whose caption alone is in the loss
     pack: int | None = None  # pack the sequences of a batch into rows of at most this many tokens
     bucket: bool = False  # batches of one code grid each, for codes of several aspect ratios; leftovers share batches
-    num_workers: int = 0  # processes that prepare batches; 0: the training process itself
+    num_workers: int | None = None  # processes that prepare batches; 0: the training itself; null: 4 on a GPU, else 0
 
     def check(self) -> None:
         """Raises ValueError for a field that is out of range or contradicts another."""
@@ -151,6 +152,8 @@ class ModelConfig:
     head_init: str = "normal"  # likewise normal, text, zero (a loss of ln K) or tied-like (rows of the image embedding)
     options: dict[str, Any] = field(default_factory=dict)  # fields of UnifiedConfig: positions, loss weights, ...
     gradient_checkpointing: bool = False  # less memory for activations, about a third more time
+    gradient_checkpointing_layers: int = 1  # with it, one layer in so many: more memory and less time again
+    attention: str | None = None  # while training: flex_attention, flash_attention_2, eager, ...; default: sdpa
     dtype: str = (
         "float32"  # or bfloat16, of the frozen base of an adapter: half of its memory; the adapter is in float32
     )
@@ -183,6 +186,13 @@ class ModelConfig:
             check_choice(f"model.{name}", kind, kinds)
             if kind != default and not self.backbone:
                 raise ValueError(f"model.{name}: {kind!r} is for image tables on a model.backbone; leave it out.")
+        if self.attention is not None:
+            check_choice("model.attention", self.attention, ATTENTION)
+        check_range("model.", self, "[1, inf)", "gradient_checkpointing_layers")
+        if self.gradient_checkpointing_layers > 1 and not self.gradient_checkpointing:
+            raise ValueError(
+                "model.gradient_checkpointing_layers: without gradient_checkpointing there is none; set that to true too."
+            )
         check_choice("model.dtype", self.dtype, ("float32", "bfloat16"))
         if self.architecture and self.dtype != "float32":
             raise ValueError(
@@ -388,6 +398,7 @@ class TrainConfig:
     mixed_precision: str | None = None  # "no", bf16, fp16; default: that of accelerate launch
     seed: int = 0  # of the initial weights, the order of the data and dropout
     log_every: int = 10  # steps between two records of the training losses
+    peak_flops: float | None = None  # FLOP/s of one device at its best, which `mfu` in the log is a share of
     validate_every: int | None = None  # steps between two measurements of the validation losses
     checkpoint_every: int | None = None  # steps between two checkpoints; a multiple of log_every
     keep_checkpoints: int = 2  # older ones are removed
@@ -417,6 +428,7 @@ class TrainConfig:
             raise ValueError("output_dir: empty; name the folder to write.")
         check_range("", self, "[1, inf)", "steps", "batch_size", "gradient_accumulation_steps", "processes")
         check_range("", self, "[1, inf)", "log_every", "validate_every", "checkpoint_every", "keep_checkpoints")
+        check_range("", self, "(0, inf)", "peak_flops")
         check_range("", self, "[0, 4294967295]", "seed")  # what numpy takes
         if self.mixed_precision not in (None, "no", "bf16", "fp16"):
             raise ValueError(
@@ -444,6 +456,11 @@ class TrainConfig:
                     f"model.{name}: {getattr(self.model, name)!r} is for the frozen base of an adapter; set lora, or leave it "
                     "out (mixed_precision=bf16 computes in bfloat16)."
                 )
+        if self.model.attention not in (None, "sdpa", "eager") and (self.sample.every or self.evaluation):
+            raise ValueError(
+                f"model.attention: images are not sampled with {self.model.attention!r}; use sdpa, or leave out sample.every and "
+                "evaluation."
+            )
         self.patch_schedule().stages(self.steps)
         if self.checkpoint_every and self.checkpoint_every % self.log_every:
             # A logged loss is a mean over log_every steps; a resumed run starts its mean at the checkpoint.

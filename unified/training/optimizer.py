@@ -1,9 +1,73 @@
 """Optimizers of a run: AdamW for everything, or Muon for the decoder's matrices."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
 
 from unified.training.config import OptimizerConfig
+
+
+class Muon(torch.optim.Muon):
+    """torch's Muon, also for matrices that FSDP2 cuts over processes.
+
+    Those are gathered one at a time, as an update is orthogonalised whole. Each process orthogonalises every n-th of them and
+    hands the pieces out, so that n processes share the work. Momentum stays cut.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One optimizer step."""
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not any(isinstance(p, DTensor) for p in parameters):
+            return super().step(closure)
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            matrices = [p for p in group["params"] if p.grad is not None]
+            mesh, _ = _cut(matrices[0])
+            for start in range(0, len(matrices), mesh.size()):
+                self._step_together(matrices[start : start + mesh.size()], group)
+        return loss
+
+    def _step_together(self, matrices: list[DTensor], group: dict[str, Any]) -> None:
+        """A step of at most as many matrices as processes: the i-th process orthogonalises the i-th."""
+        mesh, placement = _cut(matrices[0])
+        rank, own = mesh.get_local_rank(), None
+        for i, p in enumerate(matrices):
+            whole = _whole(self._momentum(p, group).bfloat16())  # in which it is orthogonalised
+            own = whole if i == rank else own
+        if own is not None:
+            own = _zeropower_via_newtonschulz(own, group["ns_coefficients"], group["ns_steps"], group["eps"])
+        for i, p in enumerate(matrices):
+            source = own if i == rank else torch.empty(p.shape, dtype=torch.bfloat16, device=p.device)
+            assert source is not None
+            update = distribute_tensor(source.contiguous(), mesh, [placement], src_data_rank=i).to_local()
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.to_local().add_(update, alpha=-_adjust_lr(group["lr"], group["adjust_lr_fn"], p.shape))
+
+    def _momentum(self, p: DTensor, group: dict[str, Any]) -> Tensor:
+        """What is orthogonalised: the gradient's running mean, with a look ahead for Nesterov."""
+        state, gradient, momentum = self.state[p], p.grad, group["momentum"]
+        assert gradient is not None
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(gradient)
+        mean: Tensor = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
+        return gradient.lerp(mean, momentum) if group["nesterov"] else mean
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    assert isinstance(tensor, DTensor)
+    return tensor.full_tensor()
+
+
+def _cut(p: DTensor) -> tuple[Any, Any]:
+    """The processes that a tensor is cut over, and how; with replicas (HSDP) those of one replica."""
+    ((i, placement),) = [(i, placement) for i, placement in enumerate(p.placements) if placement.is_shard()]
+    names = p.device_mesh.mesh_dim_names
+    return (p.device_mesh if names is None else p.device_mesh[names[i]]), placement
 
 
 def build_optimizers(model: nn.Module, config: OptimizerConfig, *modules: nn.Module) -> list[torch.optim.Optimizer]:
@@ -27,8 +91,6 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig, *modules: nn.Mod
     ]
     if hidden:
         optimizers.append(
-            torch.optim.Muon(
-                hidden, lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
-            )
+            Muon(hidden, lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
         )
     return optimizers

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +14,6 @@ from accelerate.utils import GradientAccumulationPlugin, set_seed
 from peft import PeftModel
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from unified.config import UnifiedConfig
 from unified.lora.adapters import attach_lora, base_of
@@ -29,6 +29,7 @@ from unified.pipeline.pipeline import UnifiedPipeline
 from unified.prediction.plan import Prediction
 from unified.prediction.schedule import PatchSchedule
 from unified.settings import dump_settings, refuse_other
+from unified.training.average import Average
 from unified.training.card import run_card
 from unified.training.checkpoint import (
     check_inputs,
@@ -58,7 +59,7 @@ class Run:
     accelerator: Accelerator
     model: nn.Module
     optimizers: list[Optimizer]
-    average: AveragedModel | None
+    average: Average | None
     image_tokenizer: ImageTokenizer
     text_tokenizer: TextTokenizer | None
     data: TrainingData
@@ -76,10 +77,12 @@ class Run:
         return Path(self.config.output_dir)
 
     def current(self) -> UnifiedForCausalLM | PeftModel:
-        """The weights that are measured and saved: the average if there is one."""
-        if self.average is not None:
-            return cast(UnifiedForCausalLM, self.average.module)
-        return self.accelerator.unwrap_model(self.model)
+        """The model, without what wraps it for training."""
+        return cast(UnifiedForCausalLM | PeftModel, plain(self.accelerator, self.model))
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside, the model holds the weights that are measured and saved: the average if there is one."""
+        return nullcontext() if self.average is None else self.average.in_place()
 
     def pipeline(self) -> UnifiedPipeline:
         """The current model as a pipeline, in evaluation mode."""
@@ -93,8 +96,8 @@ class Run:
         """
         if self.average is not None:
             if step == self.schedule.stage(step, self.config.steps).start:
-                self.average.n_averaged.zero_()
-            self.average.update_parameters(self.accelerator.unwrap_model(self.model))
+                self.average.restart()
+            self.average.update()
 
 
 def set_up(config: TrainConfig, accelerator: Accelerator) -> Run:
@@ -138,7 +141,8 @@ def set_up(config: TrainConfig, accelerator: Accelerator) -> Run:
     for objective in objectives:
         if objective.name in modules:
             objective.module = prepared[list(modules).index(objective.name)]
-    average = average_of(accelerator.unwrap_model(model), config.optimizer.ema_decay)
+    decay = config.optimizer.ema_decay
+    average = None if decay is None else Average(plain(accelerator, model), decay)
     if average is not None:
         accelerator.register_for_checkpointing(average)
     step, positions = load_checkpoint(accelerator, checkpoint) if checkpoint else (0, 0)
@@ -179,6 +183,11 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
+def plain(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """A prepared model without what wraps it for several processes, for precision and for the compiler."""
+    return cast(nn.Module, accelerator.unwrap_model(model, keep_torch_compile=False))
+
+
 def check_samples(config: TrainConfig, model_config: UnifiedConfig, text_tokenizer: TextTokenizer | None) -> None:
     """Raises ValueError if what ``sample`` names cannot be sampled, which would show after the coarse stages only."""
     if not config.sample.every or not model_config.image_grids:
@@ -190,15 +199,6 @@ def check_samples(config: TrainConfig, model_config: UnifiedConfig, text_tokeniz
         raise ValueError("sample.class_labels: the model has no classes; give sample.prompts.")
     height, width = model_config.image_grids[0]
     check_room(as_prompts(config.sample.prompts), text_tokenizer, model_config, (height, width), "sample.prompts")
-
-
-def average_of(model: nn.Module, decay: float | None) -> AveragedModel | None:
-    """An exponential moving average of the weights. Raises ValueError for an adapter."""
-    if decay is None:
-        return None
-    if isinstance(model, PeftModel):
-        raise ValueError("optimizer.ema_decay: not available with lora; leave it out.")
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
 
 def sampling_of(config: TrainConfig) -> dict[str, Any]:
@@ -243,8 +243,13 @@ def build_parts(config: TrainConfig) -> Parts:
         model = _new_model(config, image_tokenizer, text_tokenizer)
     if config.data.pack is not None and model.condition is None:
         check_packing(model.backbone)
+    if source.attention is not None:
+        try:
+            model.set_attn_implementation(source.attention)
+        except ImportError as error:
+            raise ValueError(f"model.attention: {source.attention} cannot be used ({error}); use sdpa.") from error
     if source.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable(every_n_layers=source.gradient_checkpointing_layers)
     return model, image_tokenizer, text_tokenizer
 
 
@@ -284,7 +289,8 @@ def adapt(
 
 def _keep_base(config: TrainConfig, pipeline: UnifiedPipeline) -> None:
     """Write ``<output_dir>/base`` beside and rename it, or compare with what is there."""
-    source = {name: value for name, value in asdict(config.model).items() if name != "gradient_checkpointing"}
+    how = ("gradient_checkpointing", "gradient_checkpointing_layers", "attention")  # not what
+    source = {name: value for name, value in asdict(config.model).items() if name not in how}
     origin = {**source, "image_tokenizer": pipeline.image_tokenizer.fingerprint, "seed": config.seed}
     if config.prediction is not None:
         origin["prediction"] = config.prediction.build()

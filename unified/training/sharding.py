@@ -18,22 +18,27 @@ def configure_deepspeed(accelerator: Accelerator, config: TrainConfig) -> None:
 
 
 def check_sharding(accelerator: Accelerator, config: TrainConfig) -> None:
-    """Refuse options that need whole weights where they are cut over processes, two optimizers under one loss scale, and
-    FSDP1, whose flat parameters the checkpoints do not hold.
+    """Refuse options that need whole weights where they are cut over processes (DeepSpeed hides its pieces, also from Muon and
+    averages), two optimizers under one loss scale, and FSDP1, whose flat parameters the checkpoints do not hold.
 
     Raises:
         ValueError: naming the option.
     """
-    kind = accelerator.distributed_type
+    kind, parallel = accelerator.distributed_type, accelerator.parallelism_config
+    if parallel is not None and parallel.non_data_parallel_size > 1:
+        raise ValueError(
+            "parallelism_config: tensor, context and sequence parallel processes would share a batch, and each process here "
+            "has its own; set tp_size, cp_size and sp_size to 1 (dp_replicate_size and dp_shard_size are fine)."
+        )
     if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise ValueError("fsdp_version: 1 is not supported; set it to 2, as in recipes/accelerate/fsdp2.yaml.")
     if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        used = {
-            "optimizer.ema_decay": config.optimizer.ema_decay,
-            "optimizer.name=muon": config.optimizer.name == "muon",
-            "sample.every": config.sample.every,
-            "evaluation": config.evaluation,
-        }
+        used: dict[str, object] = {"sample.every": config.sample.every, "evaluation": config.evaluation}
+        if kind == DistributedType.DEEPSPEED:
+            used |= {
+                "optimizer.ema_decay": config.optimizer.ema_decay,
+                "optimizer.name=muon": config.optimizer.name == "muon",
+            }
         for name in (name for name, value in used.items() if value):
             raise ValueError(f"{name}: not available with {kind.value}; leave it out or train with DDP.")
     if config.optimizer.name == "muon" and accelerator.mixed_precision == "fp16":

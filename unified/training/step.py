@@ -63,7 +63,7 @@ def train_step(
     parameters = [parameter for module in (model, *modules) for parameter in module.parameters()]
     for i, batch in enumerate(batches):
         with accelerator.accumulate(model, *modules):
-            inputs, output = send_to_device(batch.inputs, accelerator.device), None
+            inputs, output = send_to_device(batch.inputs, accelerator.device, non_blocking=True), None
             if asked:
                 weight = likelihood_items(objectives, items)
                 output = model(**inputs, num_items_in_batch=weight, **options)
