@@ -72,7 +72,7 @@ class TestJanus:
         for prompt in ("red apple", "the small dog and <|User|>"):
             text = f"<|User|>: {prompt}\n\n<|Assistant|>:{janus.BOI}"
             ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)]])
-            row = image_prompt(prompt, pipe.text_tokenizer, pipe.model.config)
+            row = image_prompt(prompt, pipe.text_tokenizer, pipe.model.config, (4, 4))
             assert (row.ids == tuple(ids[0].tolist())) == ("<" not in prompt)  # a caption cannot spell a special token
             ids = torch.tensor([row.ids])
             wanted = model.generate(
@@ -116,7 +116,7 @@ class TestJanus:
         pipe = janus.janus_pipeline(janus_parts.folder)
         model, config = janus_parts.model, pipe.model.config
         codes = torch.arange(16).reshape(4, 4)
-        row = image_prompt("red apple", pipe.text_tokenizer, config).ids
+        row = image_prompt("red apple", pipe.text_tokenizer, config, (4, 4)).ids
         embeds = model.get_input_embeddings()(torch.tensor([row]))
         image = model.prepare_embeddings_for_image_generation(codes.reshape(1, -1))
         hidden = model.model.language_model(inputs_embeds=torch.cat([embeds, image], dim=1)).last_hidden_state

@@ -35,6 +35,7 @@ def exported(text_tokenizer, image_tokenizer, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("remote")
     pipe = one_dimensional(tiny_pipeline(text_tokenizer, image_tokenizer), folder / "pipe")
+    pipe.model.config.prompt_template = "the {prompt}"
     export_pipeline(pipe, folder / "out")
     return pipe, folder / "out"
 

@@ -33,6 +33,7 @@ _FIELDS: dict[str, Rule] = {
     ),
     "null_prompt": ("a text", lambda value: isinstance(value, str)),
     "null_prompt_repeats": YES_OR_NO,
+    "code_pixels": whole(),
     "image_frame": (
         "null or a mapping of tokens inside an image",
         lambda value: value is None or isinstance(value, dict),
@@ -105,9 +106,10 @@ class UnifiedConfig(PreTrainedConfig):
         image_projection: width of a hidden layer in front of the image head, as Janus has (see
             :class:`unified.model.image_head.ImageProjection`); None without.
         image_frame: text tokens inside an image, which are given: ``before``, lists of ids by code grids such as ``90x90``,
-            ``row_end`` and ``after`` (see :class:`unified.prediction.frame.Frame`); None without.
-        prompt_template, null_prompt, null_prompt_repeats: how captions are written in front of an image, and what stands for
-            none: ``template``, ``null`` and ``null_repeats`` of :class:`unified.prompts.PromptFormat`.
+            ``row_end`` or ``between_rows``, and ``after`` (see :class:`unified.prediction.frame.Frame`); None without.
+        prompt_template, null_prompt, null_prompt_repeats, code_pixels: how captions are written in front of an image, and what
+            stands for none: ``template``, ``null``, ``null_repeats`` and ``code_pixels`` of
+            :class:`unified.prompts.PromptFormat`.
     """
 
     model_type = "unified"
@@ -137,6 +139,7 @@ class UnifiedConfig(PreTrainedConfig):
     prompt_template: str = "{prompt}"
     null_prompt: str = ""
     null_prompt_repeats: bool = False
+    code_pixels: int = 1
 
     def __post_init__(self, **kwargs: object) -> None:
         """Build the backbone's config and refuse values that are out of range."""

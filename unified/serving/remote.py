@@ -19,7 +19,7 @@ from unified.pipeline.editing import unfinished_images
 from unified.pipeline.metadata import describe, model_name
 from unified.pipeline.options import SAMPLING, GenerationOptions, check_defaults, check_whole
 from unified.pipeline.pipeline import UnifiedPipelineOutput
-from unified.serving.export import EXPORT_FILE
+from unified.serving.export import EXPORT_FILE, PROMPT_FIELDS
 from unified_tokenizers import AutoImageTokenizer, load_text_tokenizer
 from unified_tokenizers.fields import is_whole
 from unified_tokenizers.images import to_pil
@@ -102,7 +102,7 @@ class RemotePipeline:
         check_room(prompts, self.text_tokenizer, self.config, grid, "prompt")
         name, room = self.served()
         texts = [text for text in prompts for _ in range(given.num_images_per_prompt)]
-        rows = [image_prompt(text, self.text_tokenizer, self.config).ids for text in texts]
+        rows = [image_prompt(text, self.text_tokenizer, self.config, grid).ids for text in texts]
         longest, steps = max(map(len, rows)) + given.sampling.guided, grid[0] * grid[1]
         if room is not None and longest + steps > room:
             raise ValueError(
@@ -195,7 +195,9 @@ def read_export(folder: Path) -> tuple[UnifiedConfig, dict[str, Any]]:
             f"{sizes[0]!r} and codebook_size {sizes[1]!r}; export the pipeline again."
         )
     text = {**text, "vocab_size": sizes[0]}
-    config = UnifiedConfig(text_config=text, positions="1d", **{name: about[name] for name in (*names, *prints)})
+    prompts = [name for name in PROMPT_FIELDS if name in about]  # earlier exports have none
+    fields = {name: about[name] for name in (*names, *prints, *prompts)}
+    config = UnifiedConfig(text_config=text, positions="1d", **fields)
     known = ("guidance_scale", "guidance_schedule", "temperature", "top_k", "top_p")
     return config, check_defaults({name: about[name] for name in known if name in about})
 
