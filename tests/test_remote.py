@@ -177,7 +177,7 @@ def test_a_busy_server_is_asked_again(exported):
         ({"token_ids": [287] * 16}, "token 287, codes are 288 to 307"),
         ({"token_ids": None}, "answers without token_ids; it must know `return_token_ids`"),
         ({"token_ids": [288.0] * 16}, "answers without token_ids"),
-        ({"prompt_token_ids": [1, 2]}, r"read the prompt \[1, 2\], sent was \[1, 262"),
+        ({"prompt_token_ids": [1, 2]}, r"read the prompt \[1, 2\], sent was \[1, 276, 281, 264, 262"),
         ((400, {"error": {"message": "bad\nids."}}), r"refuses /v1/completions \(400\): bad ids\. A server with guidance"),
         ((401, {"error": "Unauthorized"}), r"\(401\): Unauthorized\."),
         ((200, b"<html>"), "answers /v1/completions with no JSON"),
