@@ -10,6 +10,8 @@
     python recipes/convert_checkpoint.py liquid --checkpoint Junfeng5/Liquid_V1_7B --image-tokenizer vqgan.ckpt --out runs/liquid
     python recipes/convert_checkpoint.py simplear --checkpoint Daniel0724/SimpleAR-1.5B-RL \\
         --image-tokenizer nvidia/Cosmos-1.0-Tokenizer-DV8x16x16 --out runs/simplear
+    python recipes/convert_checkpoint.py wallaroo --checkpoint checkpoint.ckpt --image-tokenizer vq_ds16_t2i.pt \\
+        --backbone Qwen/Qwen2.5-VL-7B-Instruct --out runs/wallaroo
     python recipes/convert_checkpoint.py joint-table --checkpoint DIR --codebook-size 8192 --boi 7 --eoi 8 --out runs/joint
 
 llamagen writes a whole pipeline, which `unified generate --class 207` samples, if the model is class-conditional and its
@@ -37,6 +39,7 @@ from unified.convert import (
     llamagen_from_weights,
     simplear_pipeline,
     split_joint_table,
+    wallaroo_pipeline,
 )
 from unified.data.class_names import read_class_names
 from unified.errors import explain_errors
@@ -51,6 +54,7 @@ PIPELINES: dict[str, tuple[Callable[..., UnifiedPipeline], str]] = {
     "chameleon": (chameleon_pipeline, "Anole, or another Chameleon that makes images, for transformers (-hf)"),
     "liquid": (liquid_pipeline, "Liquid, a Gemma with the codes of Chameleon's image tokenizer"),
     "simplear": (simplear_pipeline, "SimpleAR, a Qwen2 with the codes of NVIDIA's Cosmos tokenizer"),
+    "wallaroo": (wallaroo_pipeline, "Wallaroo, the language model of a Qwen2.5-VL with LlamaGen's codes"),
 }
 _IMAGES = {"image_tokenizer": "the tokenizer of its codes, such as vqgan.ckpt"}
 NEEDS: dict[str, dict[str, str]] = {
@@ -58,6 +62,7 @@ NEEDS: dict[str, dict[str, str]] = {
     "liquid": _IMAGES,
     "simplear": _IMAGES,
     "emu35": {**_IMAGES, "text_tokenizer": "folder with emu3.tiktoken and emu3_vision_tokens.txt, from Emu3.5's code"},
+    "wallaroo": {**_IMAGES, "backbone": "Qwen2.5-VL that it was trained from, for its settings and text tokenizer"},
 }
 
 

@@ -8,6 +8,7 @@ from unified.convert.joint_table import split_joint_table
 from unified.convert.liquid import liquid_pipeline
 from unified.convert.llamagen import llamagen_from_weights
 from unified.convert.simplear import simplear_pipeline
+from unified.convert.wallaroo import wallaroo_pipeline
 
 __all__ = [
     "chameleon_pipeline",
@@ -18,4 +19,5 @@ __all__ = [
     "llamagen_from_weights",
     "simplear_pipeline",
     "split_joint_table",
+    "wallaroo_pipeline",
 ]
