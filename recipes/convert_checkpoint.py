@@ -7,6 +7,8 @@
     python recipes/convert_checkpoint.py emu35 --checkpoint BAAI/Emu3.5-Image --image-tokenizer BAAI/Emu3.5-VisionTokenizer \\
         --text-tokenizer Emu3.5/src/tokenizer_emu3_ibq --out runs/emu35
     python recipes/convert_checkpoint.py chameleon --checkpoint leloy/Anole-7b-v0.1-hf --image-tokenizer vqgan.ckpt --out runs/anole
+    python recipes/convert_checkpoint.py lumina --checkpoint Alpha-VLLM/Lumina-mGPT-2.0 --image-tokenizer movqgan_270M.ckpt \\
+        --out runs/lumina
     python recipes/convert_checkpoint.py liquid --checkpoint Junfeng5/Liquid_V1_7B --image-tokenizer vqgan.ckpt --out runs/liquid
     python recipes/convert_checkpoint.py simplear --checkpoint Daniel0724/SimpleAR-1.5B-RL \\
         --image-tokenizer nvidia/Cosmos-1.0-Tokenizer-DV8x16x16 --out runs/simplear
@@ -17,9 +19,9 @@
 llamagen writes a whole pipeline, which `unified generate --class 207` samples, if the model is class-conditional and its
 image tokenizer is given; else the model alone. The other families write pipelines, with their templates of prompts and published
 sampling settings, which `unified generate` samples and `model.pipeline` trains on.
-image-tokenizer reads LlamaGen's vq_ds16/vq_ds8 files, Janus (a model folder or its weights file), Chameleon's vqgan.ckpt, IBQ's
-checkpoints (--quantizer ibq), Cosmos's .jit files and Emu3 -hf folders. Weights are opened without running code; a pickle of
-anything but tensors is refused.
+image-tokenizer reads LlamaGen's vq_ds16/vq_ds8 files, Janus (a model folder or its weights file), Chameleon's vqgan.ckpt,
+MoVQGAN's, IBQ's checkpoints (--quantizer ibq), Cosmos's .jit files and Emu3 -hf folders. Weights are opened without running code; a
+pickle of anything but tensors is refused.
 """
 
 import argparse
@@ -37,6 +39,7 @@ from unified.convert import (
     janus_pipeline,
     liquid_pipeline,
     llamagen_from_weights,
+    lumina_pipeline,
     simplear_pipeline,
     split_joint_table,
     wallaroo_pipeline,
@@ -52,6 +55,7 @@ PIPELINES: dict[str, tuple[Callable[..., UnifiedPipeline], str]] = {
     "emu3": (emu3_pipeline, "Emu3-Gen for transformers (-hf)"),
     "emu35": (emu35_pipeline, "Emu3.5 or Emu3.5-Image, as BAAI published it, one token after the other"),
     "chameleon": (chameleon_pipeline, "Anole, or another Chameleon that makes images, for transformers (-hf)"),
+    "lumina": (lumina_pipeline, "Lumina-mGPT 2.0, a Chameleon with MoVQGAN's codes"),
     "liquid": (liquid_pipeline, "Liquid, a Gemma with the codes of Chameleon's image tokenizer"),
     "simplear": (simplear_pipeline, "SimpleAR, a Qwen2 with the codes of NVIDIA's Cosmos tokenizer"),
     "wallaroo": (wallaroo_pipeline, "Wallaroo, the language model of a Qwen2.5-VL with LlamaGen's codes"),
@@ -59,6 +63,7 @@ PIPELINES: dict[str, tuple[Callable[..., UnifiedPipeline], str]] = {
 _IMAGES = {"image_tokenizer": "the tokenizer of its codes, such as vqgan.ckpt"}
 NEEDS: dict[str, dict[str, str]] = {
     "chameleon": _IMAGES,
+    "lumina": _IMAGES,
     "liquid": _IMAGES,
     "simplear": _IMAGES,
     "emu35": {**_IMAGES, "text_tokenizer": "folder with emu3.tiktoken and emu3_vision_tokens.txt, from Emu3.5's code"},

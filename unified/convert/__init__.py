@@ -7,6 +7,7 @@ from unified.convert.janus import janus_pipeline
 from unified.convert.joint_table import split_joint_table
 from unified.convert.liquid import liquid_pipeline
 from unified.convert.llamagen import llamagen_from_weights
+from unified.convert.lumina import lumina_pipeline
 from unified.convert.simplear import simplear_pipeline
 from unified.convert.wallaroo import wallaroo_pipeline
 
@@ -17,6 +18,7 @@ __all__ = [
     "janus_pipeline",
     "liquid_pipeline",
     "llamagen_from_weights",
+    "lumina_pipeline",
     "simplear_pipeline",
     "split_joint_table",
     "wallaroo_pipeline",
