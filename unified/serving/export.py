@@ -88,6 +88,10 @@ def check_exportable(model: UnifiedForCausalLM) -> None:
         raise ValueError(
             "export: images have text tokens between their codes, which other engines would sample; use `unified serve`."
         )
+    if model.config.image_factors is not None:
+        raise ValueError(
+            "export: the image tables have two factors, a joint table has a row for each code; use `unified serve`."
+        )
     if model.image_projection is not None:
         raise ValueError(
             "export: the image head has a hidden layer, which a joint table has not; serve it with `unified serve`."
