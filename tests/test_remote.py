@@ -200,7 +200,7 @@ def test_a_server_that_is_away_slow_or_small(exported):
         with pytest.raises(TimeoutError, match=r"did not answer in 0.2 seconds"):
             there("red apple", GenerationOptions(**GREEDY))
         server.listed["data"][0]["max_model_len"] = 20
-        with pytest.raises(ValueError, match="takes 20 tokens, 26 are needed"):
+        with pytest.raises(ValueError, match="takes 20 tokens, 29 are needed"):
             there("red apple", GenerationOptions(**GREEDY))
         server.listed = {"models": []}
         with pytest.raises(ValueError, match="lists no models"):
@@ -224,6 +224,16 @@ def test_a_server_that_is_away_slow_or_small(exported):
 def test_what_a_server_cannot_do_is_refused_before_it_is_asked(exported, given, words):
     with RemotePipeline(exported[1], "http://127.0.0.1:9") as there, pytest.raises(ValueError, match=words):
         there("red apple", GenerationOptions(**given))
+
+
+def test_guidance_away_from_a_text_is_refused(exported):
+    """A server's unconditional side is the empty prompt."""
+    with RemotePipeline(exported[1], "http://127.0.0.1:9") as there:
+        there.config.null_prompt = "yellow sun"
+        with pytest.raises(
+            ValueError, match="guidance_scale: a server steers away from an empty prompt, the model from 'yellow"
+        ):
+            there("red apple", GenerationOptions(guidance_scale=2.0))
 
 
 @pytest.mark.parametrize("url", ["", "localhost:8000", "file:///etc/passwd", "http://", 5])

@@ -96,7 +96,7 @@ class RemotePipeline:
             TimeoutError: if it does not answer in time.
         """
         given = (options or GenerationOptions()).filled(self.sampling)
-        check_remote(given)
+        check_remote(given, self.config)
         prompts = as_prompts(prompt)
         grid = code_grid(self.config, self.image_tokenizer.downsample, given.height, given.width)
         check_room(prompts, self.text_tokenizer, self.config, grid, "prompt")
@@ -214,8 +214,13 @@ def base_url(url: str) -> str:
     return url.rstrip("/").removesuffix("/v1").rstrip("/")
 
 
-def check_remote(options: GenerationOptions) -> None:
-    """Raises ValueError for options that other engines do not have."""
+def check_remote(options: GenerationOptions, config: UnifiedConfig) -> None:
+    """Raises ValueError for options that other engines do not have, or not for this model."""
+    if options.sampling.guided and config.null_prompt:
+        raise ValueError(
+            f"guidance_scale: a server steers away from an empty prompt, the model from {config.null_prompt!r}; use "
+            "guidance_scale 1, or `unified serve`."
+        )
     if options.guidance_schedule != "constant":
         raise ValueError(f"guidance_schedule: {options.guidance_schedule!r}, a server knows 'constant' alone.")
     if options.decoding != "plain":
