@@ -3,10 +3,12 @@
 import numpy as np
 import torch
 from conftest import CAPTIONS, inputs_of
+from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from unified import UnifiedPipeline
+from unified import cli as command_line
 from unified.data.captioned import captioned_sequence
 from unified.lora.adapters import attach_lora
 from unified.prompts import PromptFormat
@@ -89,6 +91,13 @@ def greedy_codes(logits, row, other, steps, first, size, scale):
         one, two = (logits(torch.tensor([[*ids, *after]]))[0, -1, first : first + size] for ids in (row, other))
         codes.append(int((two + scale * (one - two)).argmax()))
     return torch.tensor(codes)
+
+
+def generated(folder, out, prompt="red apple"):
+    """The image that ``unified generate`` writes with the pipeline in a folder."""
+    command_line.main(["generate", "--pipeline", str(folder), "--prompt", prompt, "--seed", "1", "--out", str(out)])
+    (file,) = out.glob("*.png")
+    return Image.open(file)
 
 
 def reloaded(pipe, folder):

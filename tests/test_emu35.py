@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from published import TEXT, check_training, image_loss, randomize, reloaded
+from published import TEXT, check_training, generated, image_loss, randomize, reloaded
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import convert_checkpoint
@@ -109,6 +109,7 @@ def test_images_are_those_of_the_published_loop(parts, tmp_path):
     assert pipe.sampling == {"guidance_scale": 5.0, "temperature": 1.0, "top_k": 5120, "top_p": 1.0}
     found = pipe("red apple", top_k=1, output_type="codes").codes
     assert torch.equal(found.flatten(), wanted) and len(wanted.unique()) > 4
+    assert generated(tmp_path, tmp_path / "out").size == (8, 6)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from published import TEXT, byte_tokenizer, check_training, image_loss, randomize, reloaded
+from published import TEXT, byte_tokenizer, check_training, generated, image_loss, randomize, reloaded
 from transformers import ChameleonConfig, ChameleonForConditionalGeneration
 
 import convert_checkpoint
@@ -89,6 +89,7 @@ def test_images_are_those_of_the_published_loop(parts, tmp_path):
         codes.append(int((two + 4.0 * (one - two)).argmax()))
     found = pipe("red apple", top_k=1, output_type="codes").codes
     assert found.flatten().tolist() == codes and len(set(codes)) > 4
+    assert generated(tmp_path, tmp_path / "out").size == (32, 32)
 
 
 def test_logits_and_loss(parts):

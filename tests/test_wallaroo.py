@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from published import TEXT, byte_tokenizer, check_training, image_loss, randomize, reloaded
+from published import TEXT, byte_tokenizer, check_training, generated, image_loss, randomize, reloaded
 from torch import nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -105,6 +105,7 @@ def test_images_are_those_of_the_published_loop(parts, tmp_path):
     pipe = reloaded(converted(parts), tmp_path)
     found = pipe("red apple", top_k=1, output_type="codes").codes
     assert torch.equal(found.flatten(), greedy(parts)) and len(found.unique()) > 4
+    assert generated(tmp_path, tmp_path / "out").size == (8, 6)
 
 
 @torch.no_grad()
