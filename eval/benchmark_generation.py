@@ -245,10 +245,10 @@ def measure_trained(folder: str, rounds: int, llamagen: str | None, sheet: Path 
     config = model.config
     height, width = (side // pipe.image_tokenizer.downsample for side in pipe.default_size)
     sampling, captions = Sampling(1.5, 0.85), ["red apple", "penguin", "house", "airplane"]
-    rows = [image_prompt(caption, pipe.text_tokenizer, config) for caption in captions]
-    nothing = [image_prompt("", pipe.text_tokenizer, config)] * len(rows)
-    decoders = {"": make_decoder(model), " int8": make_decoder(model, int8=True)}
     size = (height, width)
+    rows = [image_prompt(caption, pipe.text_tokenizer, config, size) for caption in captions]
+    nothing = [image_prompt("", pipe.text_tokenizer, config, size)] * len(rows)
+    decoders = {"": make_decoder(model), " int8": make_decoder(model, int8=True)}
 
     def one_by_one() -> list[Tensor]:
         return [

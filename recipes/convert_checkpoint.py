@@ -4,18 +4,24 @@
     python recipes/convert_checkpoint.py llamagen --checkpoint c2i_B_256.pt --image-tokenizer vq_ds16_c2i.pt --out runs/llamagen_b
     python recipes/convert_checkpoint.py janus --checkpoint deepseek-ai/Janus-Pro-1B --out runs/janus_pro_1b
     python recipes/convert_checkpoint.py emu3 --checkpoint Emu3-community/Emu3-Gen-hf --out runs/emu3_gen
+    python recipes/convert_checkpoint.py emu35 --checkpoint BAAI/Emu3.5-Image --image-tokenizer BAAI/Emu3.5-VisionTokenizer \\
+        --text-tokenizer Emu3.5/src/tokenizer_emu3_ibq --out runs/emu35
     python recipes/convert_checkpoint.py chameleon --checkpoint leloy/Anole-7b-v0.1-hf --image-tokenizer vqgan.ckpt --out runs/anole
+    python recipes/convert_checkpoint.py lumina --checkpoint Alpha-VLLM/Lumina-mGPT-2.0 --image-tokenizer movqgan_270M.ckpt \\
+        --out runs/lumina
     python recipes/convert_checkpoint.py liquid --checkpoint Junfeng5/Liquid_V1_7B --image-tokenizer vqgan.ckpt --out runs/liquid
     python recipes/convert_checkpoint.py simplear --checkpoint Daniel0724/SimpleAR-1.5B-RL \\
         --image-tokenizer nvidia/Cosmos-1.0-Tokenizer-DV8x16x16 --out runs/simplear
+    python recipes/convert_checkpoint.py wallaroo --checkpoint checkpoint.ckpt --image-tokenizer vq_ds16_t2i.pt \\
+        --backbone Qwen/Qwen2.5-VL-7B-Instruct --out runs/wallaroo
     python recipes/convert_checkpoint.py joint-table --checkpoint DIR --codebook-size 8192 --boi 7 --eoi 8 --out runs/joint
 
 llamagen writes a whole pipeline, which `unified generate --class 207` samples, if the model is class-conditional and its
-image tokenizer is given; else the model alone. janus, emu3, chameleon, liquid and simplear write pipelines, with their templates of
-prompts and published sampling settings, which `unified generate` samples and `model.pipeline` trains on.
-image-tokenizer reads LlamaGen's vq_ds16/vq_ds8 files, Janus (a model folder or its weights file), Chameleon's vqgan.ckpt, IBQ's
-checkpoints (--quantizer ibq), Cosmos's .jit files and Emu3 -hf folders. Weights are opened without running code; a pickle of
-anything but tensors is refused.
+image tokenizer is given; else the model alone. The other families write pipelines, with their templates of prompts and published
+sampling settings, which `unified generate` samples and `model.pipeline` trains on.
+image-tokenizer reads LlamaGen's vq_ds16/vq_ds8 files, Janus (a model folder or its weights file), Chameleon's vqgan.ckpt,
+MoVQGAN's, IBQ's checkpoints (--quantizer ibq), Cosmos's .jit files and Emu3 -hf folders. Weights are opened without running code; a
+pickle of anything but tensors is refused.
 """
 
 import argparse
@@ -29,26 +35,40 @@ from unified import UnifiedForCausalLM, UnifiedPipeline
 from unified.convert import (
     chameleon_pipeline,
     emu3_pipeline,
+    emu35_pipeline,
     janus_pipeline,
     liquid_pipeline,
     llamagen_from_weights,
+    lumina_pipeline,
     simplear_pipeline,
     split_joint_table,
+    wallaroo_pipeline,
 )
 from unified.data.class_names import read_class_names
 from unified.errors import explain_errors
 from unified_tokenizers import AutoImageTokenizer, ImageTokenizer, read_weights
 
-# Families of language models that are converted to whole pipelines, and what they are. The functions of those in NEEDS_TOKENIZER
-# take the image tokenizer too; the others hold their own.
+# Families of language models that are converted to whole pipelines, and what they are. The functions of those in NEEDS take more
+# than the checkpoint; the others hold their tokenizers themselves.
 PIPELINES: dict[str, tuple[Callable[..., UnifiedPipeline], str]] = {
     "janus": (janus_pipeline, "Janus-Pro, as DeepSeek published it or for transformers (-hf)"),
     "emu3": (emu3_pipeline, "Emu3-Gen for transformers (-hf)"),
+    "emu35": (emu35_pipeline, "Emu3.5 or Emu3.5-Image, as BAAI published it, one token after the other"),
     "chameleon": (chameleon_pipeline, "Anole, or another Chameleon that makes images, for transformers (-hf)"),
+    "lumina": (lumina_pipeline, "Lumina-mGPT 2.0, a Chameleon with MoVQGAN's codes"),
     "liquid": (liquid_pipeline, "Liquid, a Gemma with the codes of Chameleon's image tokenizer"),
     "simplear": (simplear_pipeline, "SimpleAR, a Qwen2 with the codes of NVIDIA's Cosmos tokenizer"),
+    "wallaroo": (wallaroo_pipeline, "Wallaroo, the language model of a Qwen2.5-VL with LlamaGen's codes"),
 }
-NEEDS_TOKENIZER = ("chameleon", "liquid", "simplear")
+_IMAGES = {"image_tokenizer": "the tokenizer of its codes, such as vqgan.ckpt"}
+NEEDS: dict[str, dict[str, str]] = {
+    "chameleon": _IMAGES,
+    "lumina": _IMAGES,
+    "liquid": _IMAGES,
+    "simplear": _IMAGES,
+    "emu35": {**_IMAGES, "text_tokenizer": "folder with emu3.tiktoken and emu3_vision_tokens.txt, from Emu3.5's code"},
+    "wallaroo": {**_IMAGES, "backbone": "Qwen2.5-VL that it was trained from, for its settings and text tokenizer"},
+}
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -64,8 +84,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     joint = kinds.add_parser("joint-table", help="a language model whose last rows are image codes (Liquid)")
     pipelines = [kinds.add_parser(name, help=about) for name, (_, about) in PIPELINES.items()]
     for kind, name in zip(pipelines, PIPELINES, strict=True):
-        if name in NEEDS_TOKENIZER:
-            kind.add_argument("--image-tokenizer", required=True, help="the tokenizer of its codes, such as vqgan.ckpt")
+        for option, about in NEEDS.get(name, {}).items():
+            kind.add_argument(f"--{option.replace('_', '-')}", required=True, help=about)
     for kind in (tokenizer, llamagen, joint, *pipelines):
         kind.add_argument("--checkpoint", required=True, help="weights file, model folder or Hub name")
         kind.add_argument("--out", type=Path, required=True, help="folder to write")
@@ -134,8 +154,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{args.out}: {read.codebook_size} codes, stride {read.downsample}, fingerprint {read.fingerprint}")
         return
     if args.kind in PIPELINES:
-        needed = [args.image_tokenizer] if args.kind in NEEDS_TOKENIZER else []
-        pipe = PIPELINES[args.kind][0](args.checkpoint, *needed)
+        needed = {option: getattr(args, option) for option in NEEDS.get(args.kind, {})}
+        pipe = PIPELINES[args.kind][0](args.checkpoint, **needed)
         pipe.save_pretrained(args.out)
         height, width = pipe.default_size
         print(f"{args.out}: a pipeline, {height}x{width} pixels an image, {size_of(pipe.model)}")

@@ -22,7 +22,8 @@ from unified_eval.recipe_cards import (
 )
 
 NAMES = [
-    "anole_7b", "emu3_gen", "janus_pro_1b", "liquid_7b", "llamagen_c2i_b_256", "npp_c2i_b", "quickstart", "simplear_1.5b",
+    "anole_7b", "emu35_image", "emu3_gen", "janus_pro_1b", "liquid_7b", "llamagen_c2i_b_256", "lumina_mgpt_2", "npp_c2i_b",
+    "quickstart", "simplear_1.5b", "wallaroo_7b",
 ]  # fmt: skip
 
 

@@ -35,6 +35,7 @@ def exported(text_tokenizer, image_tokenizer, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("remote")
     pipe = one_dimensional(tiny_pipeline(text_tokenizer, image_tokenizer), folder / "pipe")
+    pipe.model.config.prompt_template = "the {prompt}"
     export_pipeline(pipe, folder / "out")
     return pipe, folder / "out"
 
@@ -178,7 +179,7 @@ def test_a_busy_server_is_asked_again(exported):
         ({"token_ids": [287] * 16}, "token 287, codes are 288 to 307"),
         ({"token_ids": None}, "answers without token_ids; it must know `return_token_ids`"),
         ({"token_ids": [288.0] * 16}, "answers without token_ids"),
-        ({"prompt_token_ids": [1, 2]}, r"read the prompt \[1, 2\], sent was \[1, 262"),
+        ({"prompt_token_ids": [1, 2]}, r"read the prompt \[1, 2\], sent was \[1, 276, 281, 264, 262"),
         ((400, {"error": {"message": "bad\nids."}}), r"refuses /v1/completions \(400\): bad ids\. A server with guidance"),
         ((401, {"error": "Unauthorized"}), r"\(401\): Unauthorized\."),
         ((200, b"<html>"), "answers /v1/completions with no JSON"),
@@ -202,7 +203,7 @@ def test_a_server_that_is_away_slow_or_small(exported):
         with pytest.raises(TimeoutError, match=r"did not answer in 0.2 seconds"):
             there("red apple", GenerationOptions(**GREEDY))
         server.listed["data"][0]["max_model_len"] = 20
-        with pytest.raises(ValueError, match="takes 20 tokens, 26 are needed"):
+        with pytest.raises(ValueError, match="takes 20 tokens, 29 are needed"):
             there("red apple", GenerationOptions(**GREEDY))
         server.listed = {"models": []}
         with pytest.raises(ValueError, match="lists no models"):
@@ -226,6 +227,16 @@ def test_a_server_that_is_away_slow_or_small(exported):
 def test_what_a_server_cannot_do_is_refused_before_it_is_asked(exported, given, words):
     with RemotePipeline(exported[1], "http://127.0.0.1:9") as there, pytest.raises(ValueError, match=words):
         there("red apple", GenerationOptions(**given))
+
+
+def test_guidance_away_from_a_text_is_refused(exported):
+    """A server's unconditional side is the empty prompt."""
+    with RemotePipeline(exported[1], "http://127.0.0.1:9") as there:
+        there.config.null_prompt = "yellow sun"
+        with pytest.raises(
+            ValueError, match="guidance_scale: a server steers away from an empty prompt, the model from 'yellow"
+        ):
+            there("red apple", GenerationOptions(guidance_scale=2.0))
 
 
 @pytest.mark.parametrize("url", ["", "localhost:8000", "file:///etc/passwd", "http://", 5])

@@ -17,6 +17,7 @@ _FINGERPRINT: Rule = ("a text or null", lambda value: value is None or isinstanc
 _WEIGHT: Rule = ("a finite number of at least 0", lambda value: is_finite(value) and value >= 0)
 _FIELDS: dict[str, Rule] = {
     "codebook_size": whole(),
+    "image_factors": ("null or two whole numbers of at least 2", lambda value: value is None or _are_factors(value)),
     "image_projection": ("null or a whole number of at least 1", lambda value: value is None or is_whole(value)),
     "boi_token_id": whole(0),
     "eoi_token_id": whole(0),
@@ -37,6 +38,7 @@ _FIELDS: dict[str, Rule] = {
         "null or a Jinja template that looks at message['role']",
         lambda value: value is None or (isinstance(value, str) and "role" in value),
     ),
+    "code_pixels": whole(),
     "image_frame": (
         "null or a mapping of tokens inside an image",
         lambda value: value is None or isinstance(value, dict),
@@ -108,10 +110,13 @@ class UnifiedConfig(PreTrainedConfig):
             ``size``, ``merge`` and ``window``; None for next-token prediction.
         image_projection: width of a hidden layer in front of the image head, as Janus has (see
             :class:`unified.model.image_head.ImageProjection`); None without.
+        image_factors: ``[A, B]`` with A * B = ``codebook_size``: image tables of A and of B rows in place of one of each (see
+            :mod:`unified.model.factored`); None without.
         image_frame: text tokens inside an image, which are given: ``before``, lists of ids by code grids such as ``90x90``,
-            ``row_end`` and ``after`` (see :class:`unified.prediction.frame.Frame`); None without.
-        prompt_template, null_prompt, null_prompt_repeats: how captions are written in front of an image, and what stands for
-            none: ``template``, ``null`` and ``null_repeats`` of :class:`unified.prompts.PromptFormat`.
+            ``row_end`` or ``between_rows``, and ``after`` (see :class:`unified.prediction.frame.Frame`); None without.
+        prompt_template, null_prompt, null_prompt_repeats, code_pixels: how captions are written in front of an image, and what
+            stands for none: ``template``, ``null``, ``null_repeats`` and ``code_pixels`` of
+            :class:`unified.prompts.PromptFormat`.
         chat_template: how conversations were written that the model was trained on (see :mod:`unified.conversation`); None
             if it was trained on none.
     """
@@ -139,11 +144,13 @@ class UnifiedConfig(PreTrainedConfig):
     dropout: float = 0.0
     prediction: dict[str, Any] | None = None
     image_projection: int | None = None
+    image_factors: list[int] | None = None
     image_frame: dict[str, Any] | None = None
     prompt_template: str = "{prompt}"
     null_prompt: str = ""
     null_prompt_repeats: bool = False
     chat_template: str | None = None
+    code_pixels: int = 1
 
     def __post_init__(self, **kwargs: object) -> None:
         """Build the backbone's config and refuse values that are out of range."""
@@ -156,6 +163,11 @@ class UnifiedConfig(PreTrainedConfig):
         check_fields(self, _FIELDS)
         if self.codebook_size > MAX_SIZE:
             raise ValueError(f"codebook_size: {self.codebook_size} must lie in [1, {MAX_SIZE}].")
+        if self.image_factors is not None and given and math.prod(self.image_factors) != self.codebook_size:
+            raise ValueError(
+                f"image_factors: {self.image_factors} are not two factors of the codebook of {self.codebook_size} codes; "
+                "choose two whose product it is."
+            )
         if self.conditioning is not None:
             check_conditioning(self.conditioning)
         _choice("positions", self.positions, ("1d", "2d", "llamagen"))
@@ -277,6 +289,10 @@ def _are_grids(value: Any) -> bool:
     return isinstance(value, list | tuple) and all(
         isinstance(grid, list | tuple) and len(grid) == 2 and all(map(is_whole, grid)) for grid in value
     )
+
+
+def _are_factors(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(is_whole(factor, least=2) for factor in value)
 
 
 def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

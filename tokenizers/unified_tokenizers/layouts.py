@@ -3,7 +3,7 @@
 - LlamaGen and Janus (``gen_vision_model``) name the levels ``conv_blocks``, the decoder's in running order; codes are
   compared on the unit sphere. These are the names of :class:`VQGAN`, too.
 - taming-transformers (Chameleon's ``vqgan.ckpt``) names them ``down`` and ``up``, where ``up.0`` runs last; codes are
-  compared plainly.
+  compared plainly. MoVQGAN's ``movqgan_*.ckpt`` has the same names, with norms of the decoder that see the codes.
 - Janus in transformers (``vqmodel``) uses taming's names with ``up.0`` running first, on the unit sphere. Its own
   ``encode`` leaves out the normalisation of the original; this library follows the original.
 - IBQ (SEED-Voken's checkpoints, Emu3.5's ``model.ckpt``) has taming's names, and its codes are those of the greatest product.
@@ -130,4 +130,5 @@ def _config_of(state: dict[str, Tensor], normalize: bool, quantizer: str, source
         code_dim=code_dim,
         normalize_codes=normalize,
         quantizer=quantizer,
+        spatial_norms="decoder.norm_out.conv_y.weight" in state,
     )

@@ -1,11 +1,11 @@
-"""The VQGAN design (arXiv 2012.09841) that the image tokenizers of LlamaGen, Janus, Chameleon, IBQ and Cosmos share.
+"""The VQGAN design (arXiv 2012.09841) that the image tokenizers of LlamaGen, Janus, Chameleon, IBQ, MoVQGAN and Cosmos share.
 
 A convolutional encoder halves the sides level by level, each position of its output takes the nearest entry of the
 codebook, and a mirrored decoder turns the codes into an image. :mod:`unified_tokenizers.layouts` reads the published weights.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,7 @@ _FIELDS: dict[str, Rule] = {
     "quantizer": (f"one of {_QUANTIZERS}", lambda value: value in _QUANTIZERS),
     "commitment_weight": WEIGHT,
     "entropy_weight": WEIGHT,
+    "spatial_norms": YES_OR_NO,
 }
 _NEAREST_CHUNK = 4096  # positions compared with the whole codebook at once; bounds the memory
 _MOST_LEVELS = 16  # where a code stands for 32768 pixels along each side
@@ -46,6 +47,7 @@ class Design:
         halving_levels, doubling_levels: levels of the encoder that end with half the sides, of the decoder with twice.
         groups: of channels that are normalised together.
         mixed: whether a :class:`Mix` follows attention, and a 1x1 convolution comes before doubling.
+        code_dim: width of the codes' vectors that norms see (:class:`SpatialNorm`); None for norms that see none.
     """
 
     pixels: int
@@ -58,21 +60,27 @@ class Design:
     doubling_levels: Sequence[int]
     groups: int = _GROUPS
     mixed: bool = False
+    code_dim: int | None = None
 
     @property
     def widths(self) -> list[int]:
         """Channels of every level."""
         return [self.channels * multiplier for multiplier in self.multipliers]
 
+    def norm(self, channels: int) -> nn.Module:
+        """The norm in front of a convolution."""
+        norm = nn.GroupNorm(self.groups, channels, eps=1e-6)
+        return norm if self.code_dim is None else SpatialNorm(norm, self.code_dim)
+
     def attention(self, channels: int) -> nn.Module:
         """Attention over an image, and over its one frame."""
-        over_image = AttentionBlock(channels, self.groups)
-        return nn.Sequential(over_image, Mix(channels, self.groups)) if self.mixed else over_image
+        over_image = AttentionBlock(channels, self.norm)
+        return nn.Sequential(over_image, Mix(channels, self.norm)) if self.mixed else over_image
 
     def middle(self) -> nn.Sequential:
         """The blocks at the lowest resolution."""
         width = self.widths[-1]
-        first, second = (ResidualBlock(width, width, self.groups) for _ in range(2))
+        first, second = (ResidualBlock(width, width, self.norm) for _ in range(2))
         return nn.Sequential(first, self.attention(width), second)
 
 
@@ -90,6 +98,7 @@ class VQGANConfig(PreTrainedConfig):
         quantizer: ``vq`` takes the nearest code; ``ibq`` (arXiv 2412.02692) the one of the greatest product with the latents,
             and training reaches every code through the softmax over these products.
         commitment_weight: weight of the encoder's pull towards its codes when the tokenizer is trained.
+        spatial_norms: whether the decoder's norms see the codes (MoVQ, arXiv 2209.09002), see :class:`SpatialNorm`.
         entropy_weight: in training with ``ibq``, weight of the term that makes each choice sure and all codes equally frequent.
     """
 
@@ -106,6 +115,7 @@ class VQGANConfig(PreTrainedConfig):
     quantizer: str = "vq"
     commitment_weight: float = 0.25
     entropy_weight: float = 0.0
+    spatial_norms: bool = False
 
     def __post_init__(self, **kwargs: object) -> None:
         """Refuse values that are out of range."""
@@ -126,38 +136,51 @@ class VQGANConfig(PreTrainedConfig):
         )  # fmt: skip
 
 
-def _norm(channels: int, groups: int) -> nn.GroupNorm:
-    return nn.GroupNorm(groups, channels, eps=1e-6)
+class SpatialNorm(nn.Module):
+    """A norm whose result is scaled and shifted at every position by the vector of the code that the position lies in."""
+
+    def __init__(self, norm: nn.GroupNorm, code_dim: int):
+        super().__init__()
+        self.norm_layer = norm
+        self.conv_y, self.conv_b = (nn.Conv2d(code_dim, norm.num_channels, 1) for _ in range(2))
+
+    def forward(self, x: Tensor, vectors: Tensor) -> Tensor:
+        """``x (B, C, H, W)``, ``vectors (B, code_dim, h, w)`` of the codes; shape of ``x``."""
+        vectors = F.interpolate(vectors, x.shape[-2:])
+        return self.norm_layer(x) * self.conv_y(vectors) + self.conv_b(vectors)
+
+
+# In the blocks below ``vectors`` are those of the codes, where the norms see them, and nothing elsewhere.
 
 
 class ResidualBlock(nn.Module):
     """Two normalised 3x3 convolutions beside a skip; ``(B, C_in, H, W)`` to ``(B, C_out, H, W)``."""
 
-    def __init__(self, inputs: int, outputs: int, groups: int = _GROUPS):
+    def __init__(self, inputs: int, outputs: int, norm: Callable[[int], nn.Module]):
         super().__init__()
-        self.norm1 = _norm(inputs, groups)
+        self.norm1 = norm(inputs)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
-        self.norm2 = _norm(outputs, groups)
+        self.norm2 = norm(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
         if inputs != outputs:
             self.nin_shortcut = nn.Conv2d(inputs, outputs, 1)
 
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
-        inner = self.conv1(F.silu(self.norm1(x)))
-        inner = self.conv2(F.silu(self.norm2(inner)))
+    def forward(self, x: Tensor, *vectors: Tensor) -> Tensor:  # noqa: D102
+        inner = self.conv1(F.silu(self.norm1(x, *vectors)))
+        inner = self.conv2(F.silu(self.norm2(inner, *vectors)))
         return inner + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
 
 
 class AttentionBlock(nn.Module):
     """Single-head self-attention over all positions beside a skip; shape is kept."""
 
-    def __init__(self, channels: int, groups: int = _GROUPS):
+    def __init__(self, channels: int, norm: Callable[[int], nn.Module]):
         super().__init__()
-        self.norm = _norm(channels, groups)
+        self.norm = norm(channels)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
-        normed = self.norm(x)
+    def forward(self, x: Tensor, *vectors: Tensor) -> Tensor:  # noqa: D102
+        normed = self.norm(x, *vectors)
         q, k, v = (project(normed).flatten(2).transpose(1, 2)[:, None] for project in (self.q, self.k, self.v))
         mixed = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).reshape(x.shape)
         return x + self.proj_out(mixed)
@@ -166,9 +189,9 @@ class AttentionBlock(nn.Module):
 class Mix(nn.Module):
     """A normalised 1x1 convolution beside a skip: what attention over time does to a single frame."""
 
-    def __init__(self, channels: int, groups: int = _GROUPS):
+    def __init__(self, channels: int, norm: Callable[[int], nn.Module]):
         super().__init__()
-        self.norm = _norm(channels, groups)
+        self.norm = norm(channels)
         self.conv = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
@@ -207,7 +230,7 @@ class Level(nn.Module):
         super().__init__()
         outputs, attends = design.widths[level], level in design.attention_levels
         self.res = nn.ModuleList(
-            ResidualBlock(inputs if i == 0 else outputs, outputs, design.groups) for i in range(blocks)
+            ResidualBlock(inputs if i == 0 else outputs, outputs, design.norm) for i in range(blocks)
         )
         self.attn = nn.ModuleList(design.attention(outputs) for _ in range(blocks if attends else 0))
         if down and level in design.halving_levels:
@@ -215,11 +238,11 @@ class Level(nn.Module):
         elif not down and level in design.doubling_levels:
             self.upsample = Upsample(outputs, design.mixed)
 
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, x: Tensor, *vectors: Tensor) -> Tensor:  # noqa: D102
         for index, block in enumerate(self.res):
-            x = block(x)
+            x = block(x, *vectors)
             if self.attn:
-                x = self.attn[index](x)
+                x = self.attn[index](x, *vectors)
         for name in ("downsample", "upsample"):
             if hasattr(self, name):
                 x = getattr(self, name)(x)
@@ -238,7 +261,7 @@ class Encoder(nn.Module):
             for level, before in enumerate([design.channels, *widths[:-1]])
         )
         self.mid = design.middle()
-        self.norm_out = _norm(widths[-1], design.groups)
+        self.norm_out = design.norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], design.latent_channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:  # noqa: D102
@@ -260,14 +283,14 @@ class Decoder(nn.Module):
             Level(design, level, widths[min(level + 1, len(widths) - 1)], design.residual_blocks + 1, down=False)
             for level in reversed(range(len(widths)))
         )
-        self.norm_out = _norm(widths[0], design.groups)
+        self.norm_out = design.norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], design.pixels, 3, padding=1)
 
-    def forward(self, latents: Tensor) -> Tensor:  # noqa: D102
-        x = self.mid(self.conv_in(latents))
-        for level in self.conv_blocks:
-            x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+    def forward(self, latents: Tensor, *vectors: Tensor) -> Tensor:  # noqa: D102
+        x = self.conv_in(latents)
+        for part in (*self.mid, *self.conv_blocks):
+            x = part(x, *vectors)
+        return self.conv_out(F.silu(self.norm_out(x, *vectors)))
 
 
 class Codebook(nn.Module):
@@ -303,7 +326,7 @@ class VQGAN(WholeModel):
         if not 1 <= len(config.multipliers) <= _MOST_LEVELS:
             raise ValueError(f"multipliers: {len(config.multipliers)} levels; give 1 to {_MOST_LEVELS}.")
         self.encoder = Encoder(config.design)
-        self.decoder = Decoder(config.design)
+        self.decoder = Decoder(replace(config.design, code_dim=config.code_dim if config.spatial_norms else None))
         self.quantize = Codebook(config)
         self.quant_conv = nn.Conv2d(config.latent_channels, config.code_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.code_dim, config.latent_channels, 1)
@@ -325,7 +348,7 @@ class VQGAN(WholeModel):
             latents, chosen.detach()
         )
         straight_through = latents + (chosen - latents).detach()
-        return self.decoder(self.post_quant_conv(straight_through)), codes, pull
+        return self._decoded(straight_through), codes, pull
 
     def _through_indices(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         batch, dim, height, width = latents.shape
@@ -333,7 +356,7 @@ class VQGAN(WholeModel):
         quantized, codes, pull = index_backpropagation(rows, self.quantize.vectors, self.config.entropy_weight)
         pull = pull + self.config.commitment_weight * F.mse_loss(self.quantize.vectors[codes], rows.detach())
         grid = quantized.reshape(batch, height, width, dim).permute(0, 3, 1, 2)
-        return self.decoder(self.post_quant_conv(grid)), codes.reshape(batch, height, width), pull
+        return self._decoded(grid), codes.reshape(batch, height, width), pull
 
     def _latents(self, images: Tensor) -> Tensor:
         latents = self.quant_conv(self.encoder(images))
@@ -346,6 +369,10 @@ class VQGAN(WholeModel):
     def _vectors(self, codes: Tensor) -> Tensor:
         return F.embedding(codes, self.quantize.vectors).permute(0, 3, 1, 2)
 
+    def _decoded(self, vectors: Tensor) -> Tensor:
+        seen = (vectors,) if self.config.spatial_norms else ()
+        return self.decoder(self.post_quant_conv(vectors), *seen)
+
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """See :meth:`ImageTokenizer.encode`. Raises ValueError on a wrong shape or a size the stride does not divide."""
@@ -357,7 +384,7 @@ class VQGAN(WholeModel):
     def decode(self, codes: Tensor) -> Tensor:
         """See :meth:`ImageTokenizer.decode`. Raises ValueError on codes outside the codebook."""
         check_codes(codes, self.codebook_size)
-        return self.decoder(self.post_quant_conv(self._vectors(codes.to(self.device)))).clamp(-1, 1)
+        return self._decoded(self._vectors(codes.to(self.device))).clamp(-1, 1)
 
     def codebook_vectors(self) -> Tensor:
         """Vectors ``(K, d)`` of the codes as the decoder gets them."""
@@ -387,4 +414,6 @@ class VQGAN(WholeModel):
         described |= {"normalize_codes": self.config.normalize_codes}
         if self.config.quantizer != "vq":  # fingerprints of earlier files stay what they were
             described["quantizer"] = self.config.quantizer
+        if self.config.spatial_norms:
+            described["spatial_norms"] = True
         return fingerprint_of(self.state_dict(), described)

@@ -14,8 +14,8 @@ BOI, EOI, END_OF_TURN = "<racm3:break>", "<eoss>", "<reserved08706>"
 TEMPLATE = "{prompt}" + END_OF_TURN
 _SAMPLING = {"guidance_scale": 3.0, "temperature": 0.7, "top_k": 0, "top_p": 0.9}
 _PIXELS = 512  # a side
-_LANGUAGE = {f"model.{name}.": f"backbone.model.{name}." for name in ("embed_tokens", "layers", "norm")}
-_FIELDS = (
+LANGUAGE = {f"model.{name}.": f"backbone.model.{name}." for name in ("embed_tokens", "layers", "norm")}
+FIELDS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_parameters", "rope_theta", "rope_scaling", "attention_bias",
     "attention_dropout", "mlp_bias", "initializer_range", "swin_norm", "model_parallel_size",
@@ -47,14 +47,14 @@ def chameleon_pipeline(path: str | Path, image_tokenizer: str | Path) -> Unified
     missing = [name for name in names if name not in ids]
     if missing or END_OF_TURN not in tokenizer.special_tokens:
         raise ValueError(f"checkpoint: the vocabulary of {str(path)!r} lacks {(*missing, END_OF_TURN)[0]!r}.")
-    parts = renamed(state, {**_LANGUAGE, "lm_head.": "backbone.lm_head."})
+    parts = renamed(state, {**LANGUAGE, "lm_head.": "backbone.lm_head."})
     embed, head = "backbone.model.embed_tokens.weight", "backbone.lm_head.weight"
     shape_of(parts, embed, str(path))
     codes = torch.tensor([ids[name] for name in names])
     parts["image_embed.weight"], parts["image_head.weight"] = parts[embed][codes], parts.get(head, parts[embed])[codes]
     side = _PIXELS // images.downsample
     model = build_model(
-        {"model_type": ChameleonTextConfig.model_type, **{name: config[name] for name in _FIELDS if name in config}},
+        {"model_type": ChameleonTextConfig.model_type, **{name: config[name] for name in FIELDS if name in config}},
         tokenizer, parts, str(path),
         codebook_size=len(codes), image_grids=[[side, side]], image_tokenizer_fingerprint=images.fingerprint,
         prompt_template=TEMPLATE,

@@ -45,8 +45,9 @@ def captioned_sequence(
     if captioned:
         segments = [ImageSegment(image, loss=False), TextSegment(text_tokenizer.encode(caption))]
     else:
-        ids = prompts.caption_ids(caption, text_tokenizer)
-        ids = prompts.null_ids(text_tokenizer, len(ids)) if dropped else ids
+        grid = (image.shape[0], image.shape[1])
+        ids = prompts.caption_ids(caption, text_tokenizer, grid)
+        ids = prompts.null_ids(text_tokenizer, grid, len(ids)) if dropped else ids
         segments = [TextSegment(ids, loss=train_on_captions), ImageSegment(image)]
     sequence = build_sequence(segments, vocabulary, end=captioned)
     if code_noise:

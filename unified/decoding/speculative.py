@@ -74,7 +74,8 @@ def speculate_codes(
     groups = None
     if mode == "gsd":
         if group_size not in decoder.groups:
-            decoder.groups[group_size] = _groups(decoder.model.image_embed.weight.detach(), group_size)
+            every_code = torch.arange(decoder.model.config.codebook_size, device=decoder.model.device)
+            decoder.groups[group_size] = _groups(decoder.embed(every_code).detach(), group_size)
         groups = decoder.groups[group_size]
     codes = torch.full((count, steps), -1, dtype=torch.int64, device=decoder.model.device)
     furthest = 0

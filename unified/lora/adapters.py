@@ -128,6 +128,7 @@ def base_description(model: UnifiedForCausalLM) -> dict[str, Any]:
         "positions": config.positions,
         "coarse_positions": config.coarse_positions,
         "prediction": {name: value for name, value in asdict(model.prediction).items() if name != "frame"},
+        **({} if config.image_factors is None else {"image_factors": list(config.image_factors)}),
         **({} if config.image_frame is None else {"image_frame": config.image_frame}),
         **({} if config.classes is None else {"classes": config.classes}),
         **{name: value for name, value in optional.items() if value is not None},

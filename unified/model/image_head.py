@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from unified.model.factored import FactoredHead
 from unified.prediction.npp import patch_cross_entropy
 from unified.sequence import IGNORE
 
@@ -61,7 +62,7 @@ class ImageHead(nn.Linear):
 
 def patch_losses(head: nn.Module, hidden: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
     """Weighted sum of patch losses under any head: an adapter on it, or 8-bit weights, need its scores."""
-    if isinstance(head, ImageHead | ModulesToSaveWrapper):
+    if isinstance(head, ImageHead | FactoredHead | ModulesToSaveWrapper):
         return head(hidden, targets, weights)
     return weighted_sum(patch_cross_entropy(head(hidden), targets), weights)
 
@@ -72,6 +73,9 @@ def code_log_probs(head: nn.Module, hidden: Tensor, codes: Tensor) -> Tensor:
     Differentiable, float32, and 0 where a code is -100. Scores are made for a part of the rows at a time, and in the backward
     pass once more, so that no more than a part of them exists at once.
     """
+
+    if isinstance(head, FactoredHead):
+        return head.log_probs(hidden, codes)
 
     def part(states: Tensor, targets: Tensor) -> Tensor:
         scores = head(states).float()

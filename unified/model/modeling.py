@@ -13,6 +13,7 @@ import unified.model.chameleon  # noqa: F401  # registers a backbone
 from unified.config import UnifiedConfig
 from unified.model.backbone import load_language_model
 from unified.model.dropout import add_dropout
+from unified.model.factored import FactoredEmbedding, FactoredHead, fill_factors
 from unified.model.family import check_family
 from unified.model.image_head import ImageHead, ImageProjection, code_log_probs, patch_losses
 from unified.model.image_modules import SourceJoin, WindowMerge, WindowSplit, initialize_image_module
@@ -84,11 +85,17 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
         side, sources = prediction.merge.side, prediction.way.most_sources
         if prediction.frame is not None:
             prediction.frame.check(config.text_config.vocab_size)
-        self.image_embed = nn.Embedding(config.codebook_size, width)
-        hidden = config.image_projection
+        hidden, factors = config.image_projection, config.image_factors
         self.image_projection = None if hidden is None else ImageProjection(width, hidden)
         self._scored = width if hidden is None else hidden + 1
-        self.image_head = ImageHead(self._scored, config.codebook_size)
+        self.image_embed: Any
+        self.image_head: Any
+        if factors is None:
+            self.image_embed = nn.Embedding(config.codebook_size, width)
+            self.image_head = ImageHead(self._scored, config.codebook_size)
+        else:
+            self.image_embed = FactoredEmbedding((factors[0], factors[1]), width)
+            self.image_head = FactoredHead((factors[0], factors[1]), self._scored)
         self.image_query = nn.Embedding(1, width) if prediction.has_queries else None
         self.image_merge = WindowMerge(width, side) if side > 1 else None
         self.image_split = WindowSplit(width, side) if side > 1 else None
@@ -154,12 +161,23 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
         backbone = load_language_model(pretrained_model_name_or_path, dtype or torch.float32, attn_implementation)
         tables = {"codebook_size": codebook_size, "boi_token_id": boi_token_id, "eoi_token_id": eoi_token_id}
         model = cls.around(backbone, **{"new_image_tables": True, **tables, **config})
-        text = backbone.config
+        text, embed, head = backbone.config, model.image_embed, model.image_head
+        factors = model.config.image_factors
+        if factors is not None and (image_init == "codebook" or head_init == "tied-like"):
+            raise ValueError(
+                f"image_init, head_init: {image_init!r} and {head_init!r} with image_factors, whose tables have no row for a code; "
+                "use text or normal, and normal, text or zero."
+            )
+        if factors is None:
+            rows = (embed.weight, head.weight)
+        else:
+            rows = (torch.empty(sum(factors), text.hidden_size), torch.empty(sum(factors), text.hidden_size))
         initialize_image_tables(
-            model.image_embed.weight, model.image_head.weight,
-            backbone.get_input_embeddings(), backbone.get_output_embeddings().weight,
+            rows[0], rows[1], backbone.get_input_embeddings(), backbone.get_output_embeddings().weight,
             text.vocab_size, getattr(text, "initializer_range", 0.02), image_init, head_init, codebook,
         )  # fmt: skip
+        if factors is not None:
+            fill_factors(embed, head, *rows)
         return model
 
     @classmethod

@@ -3,8 +3,6 @@
 import copy
 from typing import Any
 
-import torch
-
 from unified.model.modeling import UnifiedForCausalLM
 from unified.prediction.plan import Prediction
 
@@ -33,9 +31,8 @@ def change_prediction(model: UnifiedForCausalLM, prediction: dict[str, Any]) -> 
     except Exception:
         decoder.rotary_emb = wrapped  # a change that is refused leaves the model as it was
         raise
-    with torch.no_grad():
-        changed.image_embed.weight.copy_(model.image_embed.weight)
-        changed.image_head.weight.copy_(model.image_head.weight)
+    changed.image_embed.load_state_dict(model.image_embed.state_dict())
+    changed.image_head.load_state_dict(model.image_head.state_dict())
     changed.condition, changed.image_projection = model.condition, model.image_projection
     for part in changed.image_modules().values():
         part.to(device=model.device, dtype=model.dtype)

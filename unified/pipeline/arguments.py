@@ -106,24 +106,28 @@ def check_room(prompts: Sequence[str], tokenizer: TextTokenizer, config: Unified
     """Refuse prompts that leave no room for an image behind them. Raises ValueError, which calls them ``name``."""
     limit = config.text_config.max_position_embeddings - image_length(config, grid) - 2
     for text in prompts:
-        count = len(token_ids(text, tokenizer, config))
+        count = len(token_ids(text, tokenizer, config, grid))
         if count > limit:
             raise ValueError(
                 f"{name}: {count} tokens, the model has room for {limit} beside the image; shorten {short(text)}."
             )
 
 
-def token_ids(text: str, tokenizer: TextTokenizer, config: UnifiedConfig, replaced: int = 0) -> list[int]:
+def token_ids(text: str, tokenizer: TextTokenizer, config: UnifiedConfig, grid: Grid, replaced: int = 0) -> list[int]:
     """Ids of a prompt as in training; those of no caption, in place of ``replaced`` tokens, for an empty one."""
     prompts = PromptFormat.of(config)
-    return prompts.caption_ids(text, tokenizer) if text.strip() else prompts.null_ids(tokenizer, replaced)
+    return prompts.caption_ids(text, tokenizer, grid) if text.strip() else prompts.null_ids(tokenizer, grid, replaced)
 
 
-def image_prompt(text: str, tokenizer: TextTokenizer, config: UnifiedConfig, beside: Prompt | None = None) -> Prompt:
-    """``<bos> text <boi>`` with the text in the model's template; an empty one is the unconditional row ``beside`` another."""
+def image_prompt(
+    text: str, tokenizer: TextTokenizer, config: UnifiedConfig, grid: Grid, beside: Prompt | None = None
+) -> Prompt:
+    """``<bos> text <boi>`` with the text in the model's template for an image of a code grid; an empty text is the
+    unconditional row ``beside`` another.
+    """
     start = [] if config.vocabulary.bos_token_id is None else [config.vocabulary.bos_token_id]
     replaced = 0 if beside is None else len(beside.ids) - len(start) - 1
-    return Prompt((*start, *token_ids(text, tokenizer, config, replaced), config.boi_token_id))
+    return Prompt((*start, *token_ids(text, tokenizer, config, grid, replaced), config.boi_token_id))
 
 
 # Sizes
@@ -307,9 +311,9 @@ class Wanted:
             negatives = as_negatives(self.negative_prompt, len(prompts))
             check_room(prompts, tokenizer, config, grid, "prompt")
             check_room(negatives, tokenizer, config, grid, "negative_prompt")
-            rows = [image_prompt(text, tokenizer, config) for text in prompts]
+            rows = [image_prompt(text, tokenizer, config, grid) for text in prompts]
             opposite = zip(negatives, rows, strict=True)
-            return rows, [image_prompt(text, tokenizer, config, row) for text, row in opposite]
+            return rows, [image_prompt(text, tokenizer, config, grid, row) for text, row in opposite]
         labels, name = as_classes(config, self.class_labels), "negative_class_labels"
         given = (
             [classes] if self.negative_class_labels is None else as_classes(config, self.negative_class_labels, name)

@@ -179,7 +179,7 @@ def _begin(
     check_whole("max_new_tokens", max_new_tokens)
     check_whole("max_images", max_images, least=0)
     config = decoder.model.config
-    negative = image_prompt("", text_tokenizer, config)
+    negative = image_prompt("", text_tokenizer, config, grid)
     requests = []
     for segments, generator in zip(conversations, generators, strict=True):
         sequence = build_sequence(segments, config.vocabulary)

@@ -16,16 +16,18 @@ from unified_tokenizers.fields import is_whole
 
 @dataclass(frozen=True)
 class Frame:
-    """Between ``<boi>`` and ``<eoi>``: ``before row_0 row_end row_1 row_end ... after``.
+    """Between ``<boi>`` and ``<eoi>``: ``before row_0 row_end row_1 row_end ... after``, or the same with ``between_rows``.
 
     Args:
         before: ids in front of the codes, for each code grid; grids that are not named cannot be sampled. Empty for none.
         row_end: id behind every row; None for none.
+        between_rows: id behind every row but the last; None for none.
         after: ids behind the last row.
     """
 
     before: tuple[tuple[Grid, tuple[int, ...]], ...] = ()
     row_end: int | None = None
+    between_rows: int | None = None
     after: tuple[int, ...] = ()
 
     @classmethod
@@ -33,24 +35,28 @@ class Frame:
         """From ``UnifiedConfig.image_frame``, where ``before`` has the ids by names of grids such as ``90x90``.
 
         Raises:
-            ValueError: for unknown keys, or what is no id or no grid.
+            ValueError: for unknown keys, two ids behind rows, or what is no id or no grid.
         """
-        unknown = sorted(map(str, set(given) - {"before", "row_end", "after"}))
+        unknown = sorted(map(str, set(given) - {"before", "row_end", "between_rows", "after"}))
         if unknown:
-            raise ValueError(f"image_frame: {unknown} unknown; use before, row_end and after.")
-        before, row_end, after = given.get("before") or {}, given.get("row_end"), given.get("after") or []
+            raise ValueError(f"image_frame: {unknown} unknown; use before, row_end or between_rows, and after.")
+        before, after = given.get("before") or {}, given.get("after") or []
+        behind = {name: given.get(name) for name in ("row_end", "between_rows")}
         if not isinstance(before, Mapping):
             raise ValueError(
                 f"image_frame.before: {before!r} must be a mapping of grids such as 90x90 to lists of ids."
             )
-        if row_end is not None and not is_whole(row_end, least=0):
-            raise ValueError(f"image_frame.row_end: {row_end!r} is no token id.")
+        for name, token in behind.items():
+            if token is not None and not is_whole(token, least=0):
+                raise ValueError(f"image_frame.{name}: {token!r} is no token id.")
+        if None not in behind.values():
+            raise ValueError(f"image_frame: {behind} stand both behind a row; give one of the two.")
         grids = tuple((_as_grid(name), _as_ids(ids, "before")) for name, ids in before.items())
-        return cls(grids, row_end, _as_ids(after, "after"))
+        return cls(grids, **behind, after=_as_ids(after, "after"))
 
     def check(self, vocab_size: int) -> None:
         """Raises ValueError if a token is not in the text vocabulary."""
-        ends = [] if self.row_end is None else [self.row_end]
+        ends = [token for token in (self.row_end, self.between_rows) if token is not None]
         for token in (*(each for _, ids in self.before for each in ids), *ends, *self.after):
             if token >= vocab_size:
                 raise ValueError(f"image_frame: {token} is outside the backbone's vocabulary of {vocab_size}.")
@@ -63,8 +69,9 @@ class Frame:
             raise ValueError(
                 f"image_frame.before: no tokens for a grid of {grid[0]}x{grid[1]} codes; the model has {known}."
             )
-        row = [-1] * grid[1] + ([] if self.row_end is None else [self.row_end])
-        return np.array([*before.get(grid, ()), *(row * grid[0]), *self.after])
+        row = [-1] * grid[1] + [token for token in (self.row_end, self.between_rows) if token is not None]
+        rows = row * grid[0]
+        return np.array([*before.get(grid, ()), *(rows if self.between_rows is None else rows[:-1]), *self.after])
 
 
 def image_length(config: UnifiedConfig, grid: Grid) -> int:

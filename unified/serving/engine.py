@@ -116,7 +116,8 @@ class Engine:
             pipe.disable_lora()
         model, own = base_of(pipe.model), pipe.sampling.get("negative_prompt")
         if own:  # the pipeline's, which no caller can shorten
-            self.prompt_tokens = max(prompt_tokens, len(token_ids(own, pipe.text_tokenizer, model.config)))
+            grid = trained_grids(model.config)[0]
+            self.prompt_tokens = max(prompt_tokens, len(token_ids(own, pipe.text_tokenizer, model.config, grid)))
         longest = max(image_columns(model, grid) for grid in trained_grids(model.config))
         self._length = self.prompt_tokens + longest + 2  # <bos> prompt <boi> codes <eoi> <eos>
         self._batcher = Batcher(pipe.decoder(), max_rows, self._length)
@@ -170,8 +171,9 @@ class Engine:
 
     def check_length(self, texts: Iterable[str], name: str = "prompt") -> None:
         """Refuse texts with more tokens than are taken here. Raises ValueError, which calls them ``name``."""
+        config = base_of(self.pipe.model).config
         for text in texts:
-            count = len(token_ids(text, self.pipe.text_tokenizer, base_of(self.pipe.model).config))
+            count = len(token_ids(text, self.pipe.text_tokenizer, config, trained_grids(config)[0]))
             if count > self.prompt_tokens:
                 raise ValueError(f"{name}: {count} tokens, at most {self.prompt_tokens} are taken here; shorten it.")
 

@@ -15,6 +15,7 @@ from unified.pipeline.options import GenerationOptions
 from unified.pipeline.pipeline import UnifiedPipeline
 
 EXPORT_FILE = "unified.json"
+PROMPT_FIELDS = ("prompt_template", "null_prompt", "null_prompt_repeats", "code_pixels")
 
 
 def export_pipeline(pipe: UnifiedPipeline, folder: str | Path) -> None:
@@ -54,9 +55,7 @@ def export_pipeline(pipe: UnifiedPipeline, folder: str | Path) -> None:
         "bos_token_id": vocabulary.bos_token_id,
         "boi_token_id": vocabulary.boi_token_id,
         "eoi_token_id": vocabulary.eoi_token_id,
-        "prompt_template": config.prompt_template,
-        "null_prompt": config.null_prompt,
-        "null_prompt_repeats": config.null_prompt_repeats,
+        **{name: getattr(config, name) for name in PROMPT_FIELDS},
         "image_tokenizer_fingerprint": pipe.image_tokenizer.fingerprint,
         "text_tokenizer_fingerprint": pipe.text_tokenizer.fingerprint,
         "guidance_scale": defaults.guidance_scale,
@@ -88,6 +87,10 @@ def check_exportable(model: UnifiedForCausalLM) -> None:
     if model.prediction.frame is not None:
         raise ValueError(
             "export: images have text tokens between their codes, which other engines would sample; use `unified serve`."
+        )
+    if model.config.image_factors is not None:
+        raise ValueError(
+            "export: the image tables have two factors, a joint table has a row for each code; use `unified serve`."
         )
     if model.image_projection is not None:
         raise ValueError(

@@ -19,7 +19,7 @@ from unified.pipeline.editing import unfinished_images
 from unified.pipeline.metadata import describe, model_name
 from unified.pipeline.options import SAMPLING, GenerationOptions, check_defaults, check_whole
 from unified.pipeline.pipeline import UnifiedPipelineOutput
-from unified.serving.export import EXPORT_FILE
+from unified.serving.export import EXPORT_FILE, PROMPT_FIELDS
 from unified_tokenizers import AutoImageTokenizer, load_text_tokenizer
 from unified_tokenizers.fields import is_whole
 from unified_tokenizers.images import to_pil
@@ -96,13 +96,13 @@ class RemotePipeline:
             TimeoutError: if it does not answer in time.
         """
         given = (options or GenerationOptions()).filled(self.sampling)
-        check_remote(given)
+        check_remote(given, self.config)
         prompts = as_prompts(prompt)
         grid = code_grid(self.config, self.image_tokenizer.downsample, given.height, given.width)
         check_room(prompts, self.text_tokenizer, self.config, grid, "prompt")
         name, room = self.served()
         texts = [text for text in prompts for _ in range(given.num_images_per_prompt)]
-        rows = [image_prompt(text, self.text_tokenizer, self.config).ids for text in texts]
+        rows = [image_prompt(text, self.text_tokenizer, self.config, grid).ids for text in texts]
         longest, steps = max(map(len, rows)) + given.sampling.guided, grid[0] * grid[1]
         if room is not None and longest + steps > room:
             raise ValueError(
@@ -195,7 +195,9 @@ def read_export(folder: Path) -> tuple[UnifiedConfig, dict[str, Any]]:
             f"{sizes[0]!r} and codebook_size {sizes[1]!r}; export the pipeline again."
         )
     text = {**text, "vocab_size": sizes[0]}
-    config = UnifiedConfig(text_config=text, positions="1d", **{name: about[name] for name in (*names, *prints)})
+    prompts = [name for name in PROMPT_FIELDS if name in about]  # earlier exports have none
+    fields = {name: about[name] for name in (*names, *prints, *prompts)}
+    config = UnifiedConfig(text_config=text, positions="1d", **fields)
     known = ("guidance_scale", "guidance_schedule", "temperature", "top_k", "top_p")
     return config, check_defaults({name: about[name] for name in known if name in about})
 
@@ -212,8 +214,13 @@ def base_url(url: str) -> str:
     return url.rstrip("/").removesuffix("/v1").rstrip("/")
 
 
-def check_remote(options: GenerationOptions) -> None:
-    """Raises ValueError for options that other engines do not have."""
+def check_remote(options: GenerationOptions, config: UnifiedConfig) -> None:
+    """Raises ValueError for options that other engines do not have, or not for this model."""
+    if options.sampling.guided and config.null_prompt:
+        raise ValueError(
+            f"guidance_scale: a server steers away from an empty prompt, the model from {config.null_prompt!r}; use "
+            "guidance_scale 1, or `unified serve`."
+        )
     if options.guidance_schedule != "constant":
         raise ValueError(f"guidance_schedule: {options.guidance_schedule!r}, a server knows 'constant' alone.")
     if options.decoding != "plain":

@@ -66,10 +66,11 @@ def check_lengths(rows: datasets.Dataset, tokenizer: TextTokenizer | None, confi
     columns = rows.select_columns(["height", "width", "caption"])[:]
     longest, prompts = 0, PromptFormat.of(config)
     for height, width, caption in zip(columns["height"], columns["width"], columns["caption"], strict=True):
-        image = image_length(config, (int(height), int(width))) + 4  # between <bos>, <boi>, <eoi>, <eos>
+        grid = (int(height), int(width))
+        image = image_length(config, grid) + 4  # between <bos>, <boi>, <eoi>, <eos>
         # Shorter ones fit, as every token has at least one byte.
         if image + len(prompts.template.encode()) + len(str(caption).encode()) >= limit:
-            longest = max(longest, image + len(prompts.caption_ids(str(caption), tokenizer)))
+            longest = max(longest, image + len(prompts.caption_ids(str(caption), tokenizer, grid)))
     if longest > limit:
         raise ValueError(
             f"max_position_embeddings: the backbone has {limit} positions, the longest row of the data needs {longest}; raise it "
