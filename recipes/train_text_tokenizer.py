@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--vocab-size", type=int, default=1024, help="upper bound of the vocabulary")
     parser.add_argument(
         "--model-type", choices=MODEL_TYPES, default=MODEL_TYPES[0],
-        help="bpe writes the words of a small vocabulary whole (default: %(default)s)",
+        help="unigram splits the words of a small vocabulary (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--out", required=True, help="folder to write")
     args = parser.parse_args(argv)

@@ -295,5 +295,5 @@ def test_bpe_makes_pieces_of_whole_words(tmp_path):
     texts = ["what color is it", "where is it"]
     pieces = {kind: train_sentencepiece(texts, tmp_path / kind, 320, kind) for kind in ("unigram", "bpe")}
     assert len(pieces["bpe"].encode("what color")) == 2 < len(pieces["unigram"].encode("what color"))
-    with pytest.raises(ValueError, match="model_type: 'words' is unknown; use one of unigram, bpe"):
+    with pytest.raises(ValueError, match="model_type: 'words' is unknown; use one of bpe, unigram"):
         train_sentencepiece(texts, tmp_path / "x", 320, "words")
