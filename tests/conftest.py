@@ -164,7 +164,8 @@ def chi_square_p(samples, probability):
 
 @pytest.fixture(scope="session")
 def text_tokenizer(tmp_path_factory) -> SentencePieceTokenizer:
-    return train_sentencepiece(CAPTIONS, tmp_path_factory.mktemp("text"), vocab_size=320)
+    """Of pieces of words, so that captions have several tokens."""
+    return train_sentencepiece(CAPTIONS, tmp_path_factory.mktemp("text"), vocab_size=320, model_type="unigram")
 
 
 @pytest.fixture(scope="session")

@@ -238,7 +238,10 @@ def test_routes_that_are_not_used_are_off(client):
                  "gradio_api/openapi.json", "monitoring", "monitoring/summary", "docs"):  # fmt: skip
         assert client.http.get(f"/{path}").status_code == 404, path
     ends = client.http.get("/gradio_api/info").json()
-    assert set(ends["named_endpoints"]) == {"/generate", "/edit", "/describe"} and not ends["unnamed_endpoints"]
+    assert (
+        set(ends["named_endpoints"]) == {"/generate", "/edit", "/describe", "/converse"}
+        and not ends["unnamed_endpoints"]
+    )
 
 
 @pytest.mark.process
