@@ -239,6 +239,21 @@ def test_describe_writes_the_caption(page):
     page.tab.locator("#describe-status", has_text="Done: seed 7").wait_for()
 
 
+def test_stop_lets_a_waiting_description_go(page):
+    hold = threading.Event()
+    job = page.engine.alone(lambda: [hold.wait(60)])
+    while page.engine._waiting:
+        time.sleep(0.01)
+    page.tab.locator("#describe").click()
+    page.tab.locator("#describe-status", has_text="Working ...").wait_for()
+    (waiting,) = page.engine._waiting
+    page.tab.locator("#stop-describe").click()
+    page.until(lambda: waiting.cancelled)
+    assert waiting.cancelled
+    hold.set()
+    job.result(60)
+
+
 def test_a_conversation_is_shown(page):
     """The image as the model sees it, the words, and the reply that a call gives."""
     page.open("Chat")
@@ -258,21 +273,6 @@ def test_a_conversation_is_shown(page):
     shown = page.tab.locator("#conversation").inner_text()
     words = "".join(part for part in ["red apple", *reply] if isinstance(part, str))
     assert [*filter(str.isalnum, shown)] == [*filter(str.isalnum, words)] and len(words) > 20
-
-
-def test_stop_lets_a_waiting_description_go(page):
-    hold = threading.Event()
-    job = page.engine.alone(lambda: [hold.wait(60)])
-    while page.engine._waiting:
-        time.sleep(0.01)
-    page.tab.locator("#describe").click()
-    page.tab.locator("#describe-status", has_text="Working ...").wait_for()
-    (waiting,) = page.engine._waiting
-    page.tab.locator("#stop-describe").click()
-    page.until(lambda: waiting.cancelled)
-    assert waiting.cancelled
-    hold.set()
-    job.result(60)
 
 
 def test_mistakes_are_clear_messages(page):
