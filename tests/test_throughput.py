@@ -49,7 +49,8 @@ def test_flops_are_those_that_torch_counts(pack):
 @pytest.mark.parametrize(
     ("name", "peak"),
     [("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 80GB HBM3", 989e12),
-     ("NVIDIA L4", 121e12), ("NVIDIA L40S", 362e12), ("NVIDIA GeForce GTX 1080", None)],
+     ("NVIDIA L4", 121e12), ("NVIDIA L40", 181e12), ("NVIDIA L40S", 362e12), ("NVIDIA H200 NVL", 835e12),
+     ("NVIDIA H200", 989e12), ("NVIDIA GeForce GTX 1080", None)],
 )  # fmt: skip
 def test_a_device_is_known_by_its_name(name, peak):
     assert peak_of(name) == peak
