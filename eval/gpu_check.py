@@ -189,7 +189,7 @@ def page(title: str, rows: Sequence[Row]) -> str:
 
 
 def run(checks: Mapping[str, Callable[[], list[Row]]]) -> list[Row]:
-    """The rows of all checks; one that fails is a row of its own, and the others go on."""
+    """The rows of all checks; one that fails has its own row, and the others go on."""
     rows: list[Row] = []
     for name, check in checks.items():
         try:

@@ -656,21 +656,17 @@ class UnifiedPipeline:
             ValueError: for anything but texts and images, or a conversation that does not fit the model's context.
         """
         # 1. Check inputs
-        check_sampling(text_sampling, "text_sampling")
-        check_sampling(image_sampling, "image_sampling")
-        options = GenerationOptions(height, width)
+        text_sampling, image_sampling = self._reply_sampling(text_sampling, image_sampling, height, width)
         one = (str, Image.Image, Mapping)
         several = isinstance(messages, Sequence) and bool(messages) and not isinstance(messages[0], one)
         config = base_of(self.model).config
         given = [as_conversation(each, config, self.text_tokenizer) for each in (messages if several else [messages])]
-        with_images = max_images != 0 or height is not None or width is not None
-        grid = code_grid(config, self.image_tokenizer.downsample, height, width) if with_images else (1, 1)
+        grid = self._reply_grid(max_images, height, width)
 
         # 2. Reply
         replies = self._replies(
-            given, grid, max_new_tokens, max_images, text_sampling or Sampling(),
-            image_sampling or options.filled(self.sampling).sampling, generator, callback_on_text,
-        )  # fmt: skip
+            given, grid, max_new_tokens, max_images, text_sampling, image_sampling, generator, callback_on_text
+        )
         return replies if several else replies[0]
 
     def stream_chat(
@@ -695,19 +691,32 @@ class UnifiedPipeline:
             ValueError: as :meth:`chat`.
         """
         with self.lock:
-            check_sampling(text_sampling, "text_sampling")
-            check_sampling(image_sampling, "image_sampling")
-            options, config = GenerationOptions(height, width), base_of(self.model).config
+            text_sampling, image_sampling = self._reply_sampling(text_sampling, image_sampling, height, width)
+            config = base_of(self.model).config
             given = as_conversation(messages, config, self.text_tokenizer)
             check_sizes(given.images, config, self.image_tokenizer.downsample)
-            with_images = max_images != 0 or height is not None or width is not None
-            grid = code_grid(config, self.image_tokenizer.downsample, height, width) if with_images else (1, 1)
+            grid = self._reply_grid(max_images, height, width)
             read = as_segments(given, self.image_tokenizer, self.text_tokenizer)
             replies = stream_conversation(
-                self.decoder(), read, grid, self.text_tokenizer, per_image(generator, 1)[0], text_sampling or Sampling(),
-                image_sampling or options.filled(self.sampling).sampling, max_new_tokens, max_images,
+                self.decoder(), read, grid, self.text_tokenizer, per_image(generator, 1)[0], text_sampling,
+                image_sampling, max_new_tokens, max_images,
             )  # fmt: skip
         return self._growing(replies)
+
+    def _reply_sampling(
+        self, text: Sampling | None, image: Sampling | None, height: int | None, width: int | None
+    ) -> tuple[Sampling, Sampling]:
+        """How texts and images of a reply are sampled, with the defaults filled in."""
+        check_sampling(text, "text_sampling")
+        check_sampling(image, "image_sampling")
+        options = GenerationOptions(height, width)
+        return text or Sampling(), image or options.filled(self.sampling).sampling
+
+    def _reply_grid(self, max_images: int, height: int | None, width: int | None) -> tuple[int, int]:
+        """The code grid of the images in a reply; any for a reply without images."""
+        if max_images == 0 and height is None and width is None:
+            return 1, 1
+        return code_grid(base_of(self.model).config, self.image_tokenizer.downsample, height, width)
 
     def _growing(self, replies: Iterator[list[Segment]]) -> Iterator[list[Any]]:
         """Texts and images of a growing reply, each image decoded once; the lock is free in between."""
