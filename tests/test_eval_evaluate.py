@@ -11,6 +11,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from colour_clip import ColourModel, pixels
 from conftest import refused, run_script
 from PIL import Image, ImageFile
 
@@ -36,22 +37,6 @@ ROOT = Path(__file__).resolve().parent.parent
 CAPTIONS = ["black", "dark", "light", "white"]
 
 
-class ColourModel(torch.nn.Module):
-    """A stand-in CLIP: an image's feature is its mean colour, a caption's is looked up."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = torch.nn.Parameter(torch.ones(1))
-        self.visual = torch.nn.Module()
-        self.visual.preprocess_cfg = {"size": 4}  # type: ignore[assignment]
-
-    def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
-        return pixels.mean((2, 3))
-
-    def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
-        return torch.eye(3)[tokens[:, 0] - 1]
-
-
 class ColourTokenizer:
     context_length = 2
     words = ("", "red", "green", "blue")
@@ -63,10 +48,6 @@ class ColourTokenizer:
 
 def flat(colour: tuple[int, int, int]) -> Image.Image:
     return Image.new("RGB", (4, 4), colour)
-
-
-def pixels(image: Image.Image) -> torch.Tensor:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from colour_clip import ColourModel, pixels
 from conftest import refused, run_script
 from PIL import Image
 
@@ -63,22 +64,6 @@ def test_bleu_4_by_hand():
     assert results.metrics["bleu4"] == pytest.approx(100 * math.prod(precisions) ** 0.25)
 
 
-class WordModel(torch.nn.Module):
-    """A stand-in CLIP: an image's feature is its mean color, a text's is looked up by its first word."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = torch.nn.Parameter(torch.ones(1))
-        self.visual = torch.nn.Module()
-        self.visual.preprocess_cfg = {"size": 4}  # type: ignore[assignment]
-
-    def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
-        return pixels.mean((2, 3))
-
-    def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
-        return torch.eye(3)[tokens[:, 0] - 1]
-
-
 class WordTokenizer:
     context_length = 2
     words = ("", "red", "green", "blue")
@@ -91,11 +76,7 @@ class WordTokenizer:
 
 def test_captions_find_their_images():
     """One finds its image, one another's; an empty one and one that is too long find nothing."""
-
-    def pixels(image: Image.Image) -> torch.Tensor:
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-
-    clip = Clip(WordModel(), pixels, WordTokenizer(), "words")
+    clip = Clip(ColourModel(), pixels, WordTokenizer(), "words")
     colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)]
     images = [Image.new("RGB", (4, 4), colour) for colour in colours]
     results = Results([], resamples=0)
