@@ -1,5 +1,6 @@
 """The laws of next-X prediction, for every order and merge."""
 
+import itertools
 from contextlib import contextmanager
 
 import numpy as np
@@ -29,6 +30,8 @@ ASKED = {
 }  # fmt: skip
 WAYS = [{"order": order, **options} for order, options in ASKED.items()]
 WAYS += [{"order": order, **ASKED[order], "merge": "channel"} for order in ("raster", "diagonals", "rows", "random")]
+CHAINED = [{**way, "chained": True} for way in WAYS if "merge" in way]
+WAYS += CHAINED
 every_way = pytest.mark.parametrize("way", WAYS, ids=lambda w: "-".join(map(str, w.values())))
 
 
@@ -122,7 +125,10 @@ def test_one_cell_at_a_time_in_raster_order_is_next_token_prediction(monkeypatch
 @every_way
 @pytest.mark.parametrize("as_sampled", [True, False])
 def test_a_cell_sees_the_groups_before_it_and_nothing_else(way, as_sampled):
-    """Other codes in a group and after it leave what is scored for the group as it was, to the bit; for later ones not."""
+    """Other codes in a group and after it leave what is scored for the group as it was, to the bit; for later ones not.
+
+    Where codes are chained, that is what is scored for the first code of each cell.
+    """
     model = model_of(way)
     codes, plan = image(), plan_of(model, GRID, 3, as_sampled)
     index, states = cell_codes(GRID, model.prediction.merge.side), cell_states(model, codes, as_sampled=as_sampled)
@@ -132,8 +138,47 @@ def test_a_cell_sees_the_groups_before_it_and_nothing_else(way, as_sampled):
     changed[index[later].flatten()] = (changed[index[later].flatten()] + 1) % CODES
     other = cell_states(model, changed.view(GRID), as_sampled=as_sampled)
     before, after = plan.groups <= number, plan.groups > number
-    assert torch.equal(states[before], other[before])
+    assert torch.equal(states[plan.groups < number], other[plan.groups < number])
+    assert torch.equal(states[before, 0], other[before, 0])
+    assert torch.equal(states[before], other[before]) != model.prediction.merge.chained
     assert after.any() and (states[after] != other[after]).flatten(1).any(dim=1).all()
+
+
+@pytest.mark.parametrize("way", CHAINED, ids=lambda w: w["order"])
+def test_a_chained_code_sees_those_before_it_in_its_window_and_no_others_of_its_group(way):
+    model = model_of(way)
+    codes, index = image(), cell_codes(GRID, 2)
+    states = cell_states(model, codes)
+    for place in range(4):
+        changed = codes.flatten().clone()
+        changed[index[5, place]] = (changed[index[5, place]] + 1) % CODES
+        other = cell_states(model, changed.view(GRID))
+        alike = (states == other).flatten(2).all(dim=2)
+        assert alike[5].tolist() == [True] * (place + 1) + [False] * (3 - place)
+        group = plan_of(model, GRID, 3).groups
+        rest = group == group[5]
+        rest[5] = False
+        assert alike[rest].all()
+
+
+@pytest.mark.parametrize("image_projection", [None, 24])
+def test_the_likelihood_of_a_chained_window_adds_to_one_over_all_its_codes(image_projection):
+    """K = 3 codes, one window of 2 x 2: all 81 windows are tried; those of independent codes would have rank one."""
+    model = tiny_model(0, prediction=CHAINED[0], codebook_size=3, image_projection=image_projection)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for module in model.image_modules().values():
+            for weight in module.parameters():
+                weight.normal_(0, 0.5)
+        rows = [
+            sequence_of(model, TextSegment([5]), ImageSegment(torch.tensor(codes).view(2, 2)))
+            for codes in itertools.product(range(3), repeat=4)
+        ]
+        output = model(**make_batch(rows, model.config).inputs, return_log_probs=True)
+    likely = output.log_probs.sum(dim=1).exp()
+    torch.testing.assert_close(likely.sum(), torch.tensor(1.0))
+    joint = likely.view(9, 9)
+    assert not torch.allclose(joint, joint.sum(dim=1, keepdim=True) * joint.sum(dim=0), rtol=0.05)
 
 
 # Law 3
@@ -167,18 +212,17 @@ def naive_image(model, prompt, negative, grid, sampling, generator, seed):
     codes = torch.zeros(grid[0] * grid[1], dtype=torch.long)
     scales = sampling.scales(len(codes))
     for group in range(plan.groups.max() + 1):
-        sides = []
-        for ids in (prompt, negative):
-            sequence = TokenSequence(torch.tensor([*ids, *(codes + TEXT_IDS).tolist(), 4]), None, [grid])
-            sequence.labels = sequence.input_ids.clone()
-            row_states = states_with_plan(model, sequence, plan)
-            sides.append(row_states)
         cells = np.flatnonzero(plan.groups == group)
         cells = cells[plan.ranks[cells].argsort()]
         first = int(plan.ranks[cells[0]]) * side**2
-        states = guide(sides[0], sides[1], scales[first]) if sampling.guided else sides[0]
-        for cell in cells:
-            for inside in range(side**2):
+        for inside in range(side**2):  # where codes are chained, what is scored changes with each
+            sides = []
+            for ids in (prompt, negative):
+                sequence = TokenSequence(torch.tensor([*ids, *(codes + TEXT_IDS).tolist(), 4]), None, [grid])
+                sequence.labels = sequence.input_ids.clone()
+                sides.append(states_with_plan(model, sequence, plan))
+            states = guide(sides[0], sides[1], scales[first]) if sampling.guided else sides[0]
+            for cell in cells:
                 rank = int(plan.ranks[cell]) * side**2 + inside
                 logits = filter_logits(model.image_head(states[cell, inside][None]), sampling)
                 codes[index[cell, inside]] = int((logits + every[rank]).argmax())

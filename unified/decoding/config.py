@@ -108,7 +108,7 @@ def _code_by_code(prediction: "Prediction") -> bool:
 
 
 def _any_order(prediction: "Prediction") -> bool:
-    return prediction.way.any_order
+    return prediction.way.any_order and not prediction.merge.chained
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ DECODING_MODES = {
     "assd": DecodingMode(
         "models of any order: several codes at a time, exact",
         "unified.decoding.any_order_speculation:assd_codes",
-        "the order 'random'",
+        "the order 'random' with codes that are not chained",
         _any_order,
     ),
 }

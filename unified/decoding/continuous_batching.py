@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from unified.decoding.config import Sampling
-from unified.decoding.decode import cell_logits, entering_embeddings, noise_of, query_embeddings, sample_cells
+from unified.decoding.decode import entering_embeddings, noise_of, query_embeddings, sample_cells
 from unified.decoding.decoder import Decoder
 from unified.decoding.kv_cache import KeyValueCache
 from unified.decoding.passes import image_columns, image_passes
@@ -408,8 +408,7 @@ class Batcher:
             groups.append(group)
         scale = torch.tensor(scales, device=noise[0].device)[:, None, None]
         stacked = torch.stack([*states[0], *states[1]])
-        logits = cell_logits(self.decoder, stacked, groups[0].missing, sampling, scale)
-        codes = sample_cells(logits, sampling, torch.stack(noise))
+        codes, _ = sample_cells(self.decoder, stacked, groups[0].missing, sampling, scale, torch.stack(noise))
         for row, group, own in zip(rows, groups, codes, strict=True):
             assert row.image is not None
             row.image.codes[0, group.codes[0]] = own

@@ -228,12 +228,13 @@ def continue_image(
         # 2. Sample the group
         states = hidden[:, group.sources + len(waiting)].unflatten(1, group.shape)
         scale, index = scales[int(group.ranks[0])], group.codes.expand(len(codes), -1)
-        logits = cell_logits(decoder, states, group.missing, sampling, scale)
-        sampled = sample_cells(logits, sampling, noise_of(noise, group.ranks))
+        given = codes.gather(1, index)
+        sampled, logits = sample_cells(
+            decoder, states, group.missing, sampling, scale, noise_of(noise, group.ranks), given
+        )
         if log_probs is not None:
             log_probs.scatter_(1, index, code_log_probs(logits, sampled, sampling))
-        before = codes.gather(1, index)
-        codes.scatter_(1, index, torch.where(before < 0, sampled, before))
+        codes.scatter_(1, index, sampled)
         waiting = waiting[:0]
         yield codes[:, :reach]
 
@@ -309,15 +310,46 @@ def noise_of(noise: PositionNoise, ranks: Tensor) -> Tensor:
     return found if len(ranks) == found.shape[1] else found[:, ranks.to(found.device) - first]
 
 
-def sample_cells(logits: Tensor, sampling: Sampling, noise: Tensor) -> Tensor:
-    """Codes ``(B, n * P)`` of n cells: filter their logits ``(B, n * P, K)``, sample with noise of the same shape."""
-    return sample_codes(logits.flatten(0, 1), sampling, noise.flatten(0, 1)).view(logits.shape[:2])
+def sample_cells(
+    decoder: Decoder,
+    states: Tensor,
+    missing: Tensor | None,
+    sampling: Sampling,
+    scale: float | Tensor,
+    noise: Tensor,
+    given: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Codes ``(B, n * P)`` of n cells, and the guided logits ``(B, n * P, K)`` that they were sampled from.
+
+    Args:
+        decoder: of the model.
+        states, missing, sampling, scale: as for :func:`cell_logits`; filters apply too.
+        noise: ``(B, n * P, K)``.
+        given: ``(B, n * P)`` codes that stay, -1 where one is sampled; None samples all.
+    """
+    if decoder.model.image_chain is None:
+        logits = cell_logits(decoder, states, missing, sampling, scale)
+        codes = sample_codes(logits.flatten(0, 1), sampling, noise.flatten(0, 1)).view(logits.shape[:2])
+        return (codes if given is None else torch.where(given < 0, codes, given)), logits
+    found = _cell_states(decoder, states, missing)  # (R, n, P, D)
+    sides, (cells, places) = 1 + sampling.guided, found.shape[1:3]
+    noise = noise.unflatten(1, (cells, places))
+    codes = (
+        noise.new_full(noise.shape[:3], -1, dtype=torch.long) if given is None else given.unflatten(1, (cells, places))
+    )
+    codes, each = codes.clone(), []
+    for place in range(places):  # each code follows those before it in its cell
+        scored = decoder.model.chained_states(found, codes.repeat(sides, 1, 1), place)
+        each.append(_guided_logits(decoder, scored, sampling, scale))
+        drawn = sample_codes(each[-1].flatten(0, 1), sampling, noise[:, :, place].flatten(0, 1)).view(-1, cells)
+        codes[:, :, place] = torch.where(codes[:, :, place] < 0, drawn, codes[:, :, place])
+    return codes.flatten(1), torch.stack(each, dim=2).flatten(1, 2)
 
 
 def cell_logits(
     decoder: Decoder, states: Tensor, missing: Tensor | None, sampling: Sampling, scale: float | Tensor
 ) -> Tensor:
-    """Image logits ``(B, n * P, K)`` of n cells, guided and not yet filtered.
+    """Image logits ``(B, n * P, K)`` of n cells whose codes are not chained, guided and not yet filtered.
 
     With guidance, ``states`` has the B unconditional rows behind the conditional ones.
 
@@ -328,11 +360,17 @@ def cell_logits(
         sampling: guidance.
         scale: of the guidance; broadcasts to ``(B, n * P, 1)``.
     """
-    rows = len(states)
-    everywhere = None if missing is None else missing.repeat(rows, 1)
+    return _guided_logits(decoder, _cell_states(decoder, states, missing).flatten(1, 2), sampling, scale)
+
+
+def _cell_states(decoder: Decoder, states: Tensor, missing: Tensor | None) -> Tensor:
+    """``(R, n, P, D)`` of n cells, from the final states of their sources."""
+    everywhere = None if missing is None else missing.repeat(len(states), 1)
     merge = "mean" if decoder.model.image_split is None else "channel"
-    scored = decoder.image_states(states.flatten(0, 1), everywhere, merge)
-    scored = scored.reshape(rows, -1, scored.shape[-1])
+    return decoder.image_states(states.flatten(0, 1), everywhere, merge).unflatten(0, states.shape[:2])
+
+
+def _guided_logits(decoder: Decoder, scored: Tensor, sampling: Sampling, scale: float | Tensor) -> Tensor:
     if sampling.guided:
         conditional, unconditional = scored.chunk(2)
         scored = guide(conditional, unconditional, scale)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from unified.decoding.config import Sampling, check_decoding
-from unified.decoding.decode import cell_logits, forced_codes, noise_of, paired_prompts, sample_cells, span_coordinates
+from unified.decoding.decode import forced_codes, noise_of, paired_prompts, sample_cells, span_coordinates
 from unified.decoding.decoder import Decoder
 from unified.decoding.prefill import Prompt, bias_among, prefill
 from unified.decoding.sampling import PositionNoise
@@ -77,9 +77,8 @@ def zipar_codes(
             columns = torch.cat([columns, places[is_known]])
             states = hidden[:, torch.searchsorted(places, cells - 1).to(device)]
         index = cells.to(device)
-        logits = cell_logits(decoder, states[:, :, None], None, sampling, scales[index])
-        sampled = sample_cells(logits, sampling, noise_of(noise, cells))
-        codes[:, index] = torch.where(codes[:, index] < 0, sampled, codes[:, index])
+        noises, given = noise_of(noise, cells), codes[:, index]
+        codes[:, index], _ = sample_cells(decoder, states[:, :, None], None, sampling, scales[index], noises, given)
         yield codes[:, : int(cells[-1]) + 1]
 
 

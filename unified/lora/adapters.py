@@ -29,7 +29,7 @@ from unified_tokenizers.checkpoint import check_names
 
 BASE_FILE = "unified_base.json"
 IMAGE_MODULES = (
-    "image_embed", "image_head", "image_projection", "image_query", "image_merge", "image_split", "image_join",
+    "image_embed", "image_head", "image_projection", "image_query", "image_merge", "image_split", "image_chain", "image_join",
 )  # fmt: skip
 _CONFIG_FILE, _WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _SHAPES = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")

@@ -16,7 +16,7 @@ from unified.model.dropout import add_dropout
 from unified.model.factored import FactoredEmbedding, FactoredHead, fill_factors
 from unified.model.family import check_family
 from unified.model.image_head import ImageHead, ImageProjection, code_log_probs, patch_losses
-from unified.model.image_modules import SourceJoin, WindowMerge, WindowSplit, initialize_image_module
+from unified.model.image_modules import SourceJoin, WindowChain, WindowMerge, WindowSplit, initialize_image_module
 from unified.model.init import initialize_image_tables
 from unified.model.masks import NoCache, masked_arguments
 from unified.model.prefix import build_condition
@@ -99,6 +99,7 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
         self.image_query = nn.Embedding(1, width) if prediction.has_queries else None
         self.image_merge = WindowMerge(width, side) if side > 1 else None
         self.image_split = WindowSplit(width, side) if side > 1 else None
+        self.image_chain = WindowChain(width, side) if prediction.merge.chained else None
         self.image_join = SourceJoin(width, sources) if sources > 1 else None
         self._window = side
         self.condition = None if config.conditioning is None else build_condition(config.conditioning, width)
@@ -222,6 +223,7 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
             "image_query",
             "image_merge",
             "image_split",
+            "image_chain",
             "image_join",
         )
         return {name: module for name in names if (module := getattr(self, name)) is not None}
@@ -273,7 +275,7 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
         D is the width of the hidden layer and one more, for a model with ``image_projection``.
 
         P is 1, or with ``channel`` merges the number of codes of a cell. ``missing (N, m)`` is True for sources that a cell
-        does not have.
+        does not have. Where codes are chained, :meth:`chained_states` makes of these states what the head scores.
         """
         if self.image_join is None:
             states = hidden[:, 0]
@@ -283,8 +285,20 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
         if merge == "channel":
             assert self.image_split is not None
             states = self.image_split(states)
+            if self.image_chain is not None:
+                return states
         else:
             states = states[:, None]
+        return states if self.image_projection is None else self.image_projection(states)
+
+    def chained_states(self, states: Tensor, codes: Tensor, place: int | None = None) -> Tensor:
+        """What the image head scores where the codes of a cell are chained: ``(..., P, D)``, or ``(..., D)`` at one place.
+
+        ``states (..., P, D)`` are those of :meth:`image_states`, ``codes (..., P)`` the cell's; what stands at ``place`` and
+        behind it is not read.
+        """
+        assert self.image_chain is not None
+        states = self.image_chain(states, self.image_embed(codes.clamp_min(0)), place)
         return states if self.image_projection is None else self.image_projection(states)
 
     def text_logits(self, hidden: Tensor) -> Tensor:
@@ -394,7 +408,8 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
             hidden = outputs.last_hidden_state
             if return_image_states:
                 assert image_targets is not None
-                found = self._target_states(hidden, labels.shape[1], image_targets, image_sources, merge)
+                codes = self._target_codes(labels, image_targets)
+                found = self._target_states(hidden, labels.shape[1], image_targets, image_sources, merge, codes)
                 return UnifiedOutput(image_states=found)
             output = self._losses(
                 hidden, labels, text_targets, image_targets, image_sources, query_inputs, merge, num_items_in_batch,
@@ -442,9 +457,8 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
             raise ValueError(
                 "labels: no position of the batch is supervised; label at least one token (-100 means not)."
             )
-        ids = F.pad(ids, (0, 0, 0, 1), value=IGNORE)  # one row more, for the indices that stand for none
-        text_ids, codes = ids[text_targets, 0], ids[image_targets]
-        codes = torch.where(codes == IGNORE, IGNORE, codes - config.text_config.vocab_size)
+        text_ids = F.pad(ids[:, 0], (0, 1), value=IGNORE)[text_targets]  # one more, for the indices that stand for none
+        codes = self._target_codes(labels, image_targets)
         text_states = states[text_targets - 1 - text_targets // length]
         text = text_cross_entropy(self.text_logits, text_states, text_ids, config.text_config.vocab_size)
         image, weights = text.new_zeros(()), (codes != IGNORE).sum(dim=1)
@@ -452,7 +466,7 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
         if config.loss_normalization == "position":
             weights = weights.clamp_max(1)
         if len(image_targets):
-            scored = self._target_states(hidden, length, image_targets, image_sources, merge)
+            scored = self._target_states(hidden, length, image_targets, image_sources, merge, codes)
             if return_log_probs:
                 log_probs = self._log_probs(scored, codes)
                 image = -(log_probs.sum(dim=1) * weights / (codes != IGNORE).sum(dim=1).clamp_min(1)).sum()
@@ -471,17 +485,27 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
             log_probs=log_probs,
         )
 
+    def _target_codes(self, labels: Tensor, targets: Tensor) -> Tensor:
+        """Codes ``(N, P)`` of each target, -100 where there is none, of labels ``(B, S)`` or ``(B, S, P)``."""
+        ids = labels.reshape(labels.shape[0] * labels.shape[1], -1)
+        found = F.pad(ids, (0, 0, 0, 1), value=IGNORE)[targets]  # one row more, for the indices that stand for none
+        return torch.where(found == IGNORE, IGNORE, found - self.config.text_config.vocab_size)
+
     def _target_states(
-        self, hidden: Tensor, length: int, targets: Tensor, sources: Tensor | None, merge: str
+        self, hidden: Tensor, length: int, targets: Tensor, sources: Tensor | None, merge: str, codes: Tensor
     ) -> Tensor:
-        """What the image head scores for each target ``(N, P or 1, D)``, of states ``(B, S - 1, D)`` for S = ``length``."""
+        """What the image head scores for each target ``(N, P or 1, D)``, of states ``(B, S - 1, D)`` for S = ``length``.
+
+        ``codes (N, P)`` are the targets, which see those before them where they are chained.
+        """
         states, missing = hidden.flatten(0, 1), None
         if sources is None:
             sources = (targets - 1)[:, None]
         else:
             missing = sources == len(hidden) * length
         found = states[(sources - sources // length).clamp_max(len(states) - 1)]
-        return self.image_states(found, missing, merge)
+        found = self.image_states(found, missing, merge)
+        return self.chained_states(found, codes) if self.image_chain is not None and merge == "channel" else found
 
     def _image_loss(self, states: Tensor, codes: Tensor, weights: Tensor) -> Tensor:
         """Weighted sum of the losses of N cells: ``states (N, P or 1, D)``, ``codes (N, P)``, ``weights (N,)``."""
@@ -515,6 +539,8 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
         if self.image_merge is not None and self.image_split is not None and not (images and merge == "channel"):
             windows = nothing.new_empty(0, self._window**2, nothing.shape[-1])
             total = total + self.image_merge(windows).sum() + self.image_split(nothing).sum()
+            if self.image_chain is not None:
+                total = total + self.image_chain(windows, windows).sum()
         return total
 
 

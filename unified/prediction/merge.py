@@ -7,7 +7,8 @@
     a window are predicted by one distribution.
 ``channel``
     A learned merge of a window, which has one distribution for each of its codes (Token-Shuffle, arXiv 2504.17789): training
-    and sampling, with s^2 times fewer positions.
+    and sampling, with s^2 times fewer positions. The codes of a window are independent given what came before it, unless they
+    are ``chained``: each is then predicted from those before it in the window too, by a small module behind the backbone.
 """
 
 from dataclasses import dataclass
@@ -22,14 +23,15 @@ MERGES = ("one", "mean", "channel")
 
 @dataclass(frozen=True)
 class Merge:
-    """A way to merge, and the side s of its windows.
+    """A way to merge, the side s of its windows, and whether the codes of a window follow one another.
 
     Raises:
-        ValueError: for an unknown way, or a side that it cannot have.
+        ValueError: for an unknown way, or a side or a chain that it cannot have.
     """
 
     kind: str = "one"
     side: int = 1
+    chained: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in MERGES:
@@ -40,6 +42,10 @@ class Merge:
             or (self.kind == "channel" and self.side < 2)
         ):
             raise ValueError(f"merge: {self.kind!r} cannot have windows of side {self.side!r}.")
+        if not isinstance(self.chained, bool) or (self.chained and self.kind != "channel"):
+            raise ValueError(
+                f"chained: {self.chained!r} with merge {self.kind!r}; it is true or false, and true only with 'channel'."
+            )
 
 
 ONE = Merge()

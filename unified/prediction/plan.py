@@ -86,22 +86,22 @@ class Prediction:
 
     @classmethod
     def from_mapping(cls, given: Mapping[str, Any]) -> "Prediction":
-        """From a mapping with ``order``, ``size``, ``merge`` and ``window``, each with a default.
+        """From a mapping with ``order``, ``size``, ``merge``, ``window`` and ``chained``, each with a default.
 
         Raises:
             ValueError: for unknown keys, and as the class.
         """
         if not isinstance(given, Mapping):
             raise ValueError(
-                f"prediction: {given!r} must be a mapping with order, size, merge and window, each optional."
+                f"prediction: {given!r} must be a mapping with order, size, merge, window and chained, each optional."
             )
-        unknown = sorted(map(str, set(given) - {"order", "size", "merge", "window"}))
+        unknown = sorted(map(str, set(given) - {"order", "size", "merge", "window", "chained"}))
         if unknown:
-            raise ValueError(f"prediction: {unknown} unknown; use order, size, merge and window.")
+            raise ValueError(f"prediction: {unknown} unknown; use order, size, merge, window and chained.")
         kind = given.get("merge", "one")
         window = given.get("window", 2 if kind == "channel" else 1)
         try:
-            merge = Merge(kind, window)
+            merge = Merge(kind, window, given.get("chained", False))
         except ValueError as error:
             raise ValueError(f"prediction.{error}") from error
         return cls(given.get("order", "raster"), given.get("size", 0), merge)

@@ -163,7 +163,7 @@ def training_flops(
 def image_flops(config: UnifiedConfig, grid: Grid, text_positions: float, patch_size: int = 1) -> float:
     """FLOPs of one training step on one image of ``grid`` codes behind a text, in the order and with the merge of a model.
 
-    The modules of a merge, and of a join of sources, are counted too (unified/model/image_modules.py).
+    The modules of a merge, of its chain, and of a join of sources are counted too (unified/model/image_modules.py).
     """
     prediction = Prediction.of(config)
     merge = prediction.merge if patch_size == 1 else patches(patch_size)
@@ -174,6 +174,8 @@ def image_flops(config: UnifiedConfig, grid: Grid, text_positions: float, patch_
     squares = 0  # matrices of width x width that a vector passes
     if learned:
         squares += 4 * int((plan.cells >= 0).sum()) + (3 + codes) * count
+    if learned and merge.chained:
+        squares += (1 + codes + 3 * codes) * count
     if sources > 1:
         squares += (3 + sources) * count
     flops = training_flops(config, text_positions, len(plan.cells), count * codes)

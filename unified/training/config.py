@@ -295,6 +295,7 @@ class PredictionConfig:
     size: int = 0  # cells a side, regions a side or passes, for orders that take a number; 0 for the order's default
     merge: str = "one"  # or channel: windows of codes share a position, also in sampling (Token-Shuffle)
     window: int | None = None  # side of the windows of channel; default 2
+    chained: bool = False  # whether each code of a window is predicted from those before it there too
 
     def build(self) -> dict[str, Any]:
         """The value of ``UnifiedConfig.prediction``. Raises ValueError for a field that is unknown or out of range."""
