@@ -158,13 +158,15 @@ MODES_OF = {
     ("locality", "one"): ["plain"],
     ("random", "one"): ["plain", "assd"],
     ("random", "channel"): ["plain", "assd"],
+    ("random", "channel", "chained"): ["plain"],
 }
 
 
-@pytest.mark.parametrize(("order", "merge"), MODES_OF)
-def test_a_mode_that_does_not_suit_the_order_is_refused(order, merge):
-    model = tiny_model(prediction={"order": order, "merge": merge})
-    suitable = MODES_OF[order, merge]
+@pytest.mark.parametrize("way", MODES_OF, ids=str)
+def test_a_mode_that_does_not_suit_the_order_is_refused(way):
+    order, merge = way[:2]
+    model = tiny_model(prediction={"order": order, "merge": merge, "chained": "chained" in way})
+    suitable = MODES_OF[way]
     assert list(modes_for(model.prediction)) == suitable
     decoder = make_decoder(model)
     for name in DECODING_MODES:

@@ -197,7 +197,7 @@ def test_free_rows_cost_nothing():
 
 ORDERS = [
     {"order": "diagonals"}, {"order": "rows"}, {"order": "spread", "size": 2}, {"order": "random", "size": 5},
-    {"merge": "channel"}, {"order": "diagonals", "merge": "channel"},
+    {"merge": "channel", "chained": True}, {"order": "diagonals", "merge": "channel"},
 ]  # fmt: skip
 
 

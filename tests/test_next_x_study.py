@@ -25,7 +25,7 @@ pytestmark = pytest.mark.process
 
 @pytest.mark.parametrize("prediction", [
     {"order": "diagonals"}, {"order": "spread", "size": 2}, {"merge": "channel"}, {"order": "rows", "merge": "channel"},
-    {"order": "random", "size": 4},
+    {"order": "random", "size": 4}, {"merge": "channel", "chained": True},
 ], ids=str)  # fmt: skip
 def test_formula_of_an_image_agrees_with_counted_matrix_products(prediction):
     torch.manual_seed(0)

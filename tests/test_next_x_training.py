@@ -135,10 +135,13 @@ def test_a_changed_prediction_keeps_backbone_embedding_and_head():
 @pytest.mark.process
 def test_an_adapter_of_all_image_modules(config_file, tmp_path, on_a_backbone):
     """Queries and a learned merge are trained, saved and loaded with the adapter."""
-    options = [*on_a_backbone, *SHORT, *FINE, "lora.rank=4", "prediction.order=spread", "prediction.merge=channel"]
+    way = ["prediction.order=spread", "prediction.merge=channel", "prediction.chained=true"]
+    options = [*on_a_backbone, *SHORT, *FINE, "lora.rank=4", *way]
     folder = run(config_file, tmp_path, *options)
     saved = json.loads((folder / "adapter_config.json").read_text())
-    assert set(saved["modules_to_save"]) == {"image_embed", "image_head", "image_query", "image_merge", "image_split"}
+    assert set(saved["modules_to_save"]) == {
+        f"image_{name}" for name in ("embed", "head", "query", "merge", "split", "chain")
+    }
     pipe = opened(tmp_path / "base")
     before = {name: value.clone() for name, value in base_of(pipe.model).state_dict().items()}
     pipe.load_lora_weights(folder)
@@ -166,7 +169,9 @@ def test_bad_settings_are_named_before_the_first_step(option, message, config_fi
 
 @pytest.mark.process
 @pytest.mark.parametrize(
-    "prediction", [{"order": "diagonals"}, {"order": "random"}, {"order": "rows", "merge": "channel"}], ids=str
+    "prediction",
+    [{"order": "diagonals"}, {"order": "random"}, {"order": "rows", "merge": "channel", "chained": True}],
+    ids=str,
 )
 @pytest.mark.parametrize("pack_length", [None, 100])
 def test_forward_with_loss_depends_on_no_values(prediction, pack_length):
@@ -188,7 +193,9 @@ def test_forward_with_loss_depends_on_no_values(prediction, pack_length):
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("prediction", [{"order": "diagonals"}, {"order": "random", "merge": "channel"}], ids=str)
+@pytest.mark.parametrize(
+    "prediction", [{"order": "diagonals"}, {"order": "random", "merge": "channel", "chained": True}], ids=str
+)
 def test_forward_with_loss_compiles_to_one_graph(prediction):
     torch._dynamo.reset()
     model = tiny_model(prediction=prediction).train()

@@ -31,7 +31,7 @@ def rolled_out(model, sampling, grid=GRID, batch_size=2):
 def test_log_probabilities_of_sampling_are_those_of_training(way, sampling):
     model = model_of(way)
     with torch.no_grad():
-        model.image_head.weight *= 0.06  # logits of a few units, where float32 resolves 1e-6
+        model.image_head.weight *= 0.03 if way.get("chained") else 0.06  # logits of a few units: float32 resolves 1e-6
     rollout = rolled_out(model, sampling)
     trained = Arranged(rollout, model.config, model.device).log_probs(model)
     assert rollout.log_probs.std() > 0.1  # codes differ
@@ -94,7 +94,7 @@ def test_gradients_pass_through_both_sides():
 def test_an_adapter_samples_and_learns_as_it_is_set():
     model = model_of(None)
     with torch.no_grad():
-        model.image_head.weight *= 0.06
+        model.image_head.weight *= 0.03
     policy = attach_lora(model, rank=2)
     reference = rolled_out(policy, Sampling())
     with torch.no_grad():
