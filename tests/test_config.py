@@ -50,7 +50,6 @@ def test_overrides_win(config_file):
         (["model.image_tokenizer=null"], "model.image_tokenizer: missing"),
         (["model.text_tokenizer=null"], "model.text_tokenizer: missing"),
         (["model.boi=<i>", "model.eoi=<i>"], "model.boi, model.eoi: both are '<i>'; use two different tokens"),
-        (["model.head_init=zero"], "model.head_init: 'zero' is for image tables on a model.backbone"),
         (["optimizer.name=sgd"], "optimizer.name: 'sgd' is unknown; use one of adamw, muon"),
         (["mixed_precision=no"], "mixed_precision: 'False' is unknown; use bf16, fp16 or 'no' .in quotes"),
         (["output_dir=' '"], "output_dir: empty"),

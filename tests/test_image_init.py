@@ -129,13 +129,36 @@ def test_a_tokenizer_without_codebook_is_refused(config_file, on_a_backbone, mon
         build_parts(load_config(config_file, ["output_dir=unused", *on_a_backbone, "model.image_init=codebook"]))
 
 
+OF_A_PIPELINE = [f"model.{name}=null" for name in ("architecture", "image_tokenizer", "text_tokenizer")] + [
+    "model.pipeline=some"
+]
+
+
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("overrides", "message"),
     [
-        ("model.head_init=zero", "model.head_init: 'zero' is for image tables on a model.backbone"),
-        ("model.image_init=mean", "model.image_init: 'mean' is unknown"),
+        (["model.image_init=mean"], "model.image_init: 'mean' is unknown"),
+        (["model.head_init=mean"], "model.head_init: 'mean' is unknown"),
+        ([*OF_A_PIPELINE, "model.head_init=zero"], "model.head_init: 'zero', but a pipeline has its image tables"),
+        ([*OF_A_PIPELINE, "model.image_init=text"], "model.image_init: 'text', but a pipeline has its image tables"),
     ],
 )
-def test_settings_without_backbone_are_refused(config_file, override, message):
+def test_starts_that_cannot_be_are_refused(config_file, overrides, message):
     with pytest.raises(ValueError, match=message):
-        load_config(config_file, ["output_dir=out", override])
+        load_config(config_file, ["output_dir=out", *overrides])
+
+
+def test_a_new_model_takes_its_tokenizers_codebook_too(config_file, image_tokenizer):
+    """As transformers starts it without a word about it."""
+    torch.manual_seed(3)
+    options = ["output_dir=unused", "model.image_init=codebook", "model.head_init=tied-like"]
+    model, *_ = build_parts(load_config(config_file, options))
+    distances = torch.pdist(image_tokenizer.quantizer.codebook)
+    for table in (model.image_embed, model.image_head):
+        assert spearmanr(distances, torch.pdist(table.weight.detach())).statistic > 0.9
+    torch.manual_seed(3)
+    plain, *_ = build_parts(load_config(config_file, ["output_dir=unused"]))
+    assert abs(spearmanr(distances, torch.pdist(plain.image_embed.weight.detach())).statistic) < 0.5
+    assert torch.equal(
+        plain.backbone.model.layers[0].mlp.up_proj.weight, model.backbone.model.layers[0].mlp.up_proj.weight
+    )

@@ -162,24 +162,31 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
         backbone = load_language_model(pretrained_model_name_or_path, dtype or torch.float32, attn_implementation)
         tables = {"codebook_size": codebook_size, "boi_token_id": boi_token_id, "eoi_token_id": eoi_token_id}
         model = cls.around(backbone, **{"new_image_tables": True, **tables, **config})
-        text, embed, head = backbone.config, model.image_embed, model.image_head
-        factors = model.config.image_factors
+        model.start_image_tables(image_init, head_init, codebook)
+        return model
+
+    def start_image_tables(self, image_init: str, head_init: str, codebook: Tensor | None = None) -> None:
+        """Write the first weights of the image tables, see :func:`unified.model.init.initialize_image_tables`.
+
+        Raises:
+            ValueError: as that function, or for a kind that needs a row for each code, of a model with ``image_factors``.
+        """
+        text, factors = self.backbone.config, self.config.image_factors
         if factors is not None and (image_init == "codebook" or head_init == "tied-like"):
             raise ValueError(
                 f"image_init, head_init: {image_init!r} and {head_init!r} with image_factors, whose tables have no row for a code; "
                 "use text or normal, and normal, text or zero."
             )
         if factors is None:
-            rows = (embed.weight, head.weight)
+            rows = (self.image_embed.weight, self.image_head.weight)
         else:
             rows = (torch.empty(sum(factors), text.hidden_size), torch.empty(sum(factors), text.hidden_size))
         initialize_image_tables(
-            rows[0], rows[1], backbone.get_input_embeddings(), backbone.get_output_embeddings().weight,
+            rows[0], rows[1], self.get_input_embeddings(), self.get_output_embeddings().weight,
             text.vocab_size, getattr(text, "initializer_range", 0.02), image_init, head_init, codebook,
         )  # fmt: skip
         if factors is not None:
-            fill_factors(embed, head, *rows)
-        return model
+            fill_factors(self.image_embed, self.image_head, *rows)
 
     @classmethod
     def around(cls, backbone: Any, **config: Any) -> "UnifiedForCausalLM":

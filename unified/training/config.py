@@ -148,7 +148,10 @@ class ModelConfig:
     text_tokenizer: str | None = None  # default: that of the backbone or the pipeline
     boi: str | None = None  # token that opens an image, for a pretrained text tokenizer
     eoi: str | None = None  # token that closes an image
-    image_init: str = "text"  # image tables on a backbone: like its text, normal, or codebook (similar codes alike)
+    image_init: str | None = (
+        None  # how the image embedding starts: text (default on a backbone: like its text), normal (default
+    )
+    # of a new model), or codebook (similar codes alike)
     head_init: str = "normal"  # likewise normal, text, zero (a loss of ln K) or tied-like (rows of the image embedding)
     options: dict[str, Any] = field(default_factory=dict)  # fields of UnifiedConfig: positions, loss weights, ...
     gradient_checkpointing: bool = False  # less memory for activations, about a third more time
@@ -181,11 +184,13 @@ class ModelConfig:
             )
         if self.boi is not None and self.boi == self.eoi:
             raise ValueError(f"model.boi, model.eoi: both are {self.boi!r}; use two different tokens.")
-        for name, kinds, default in (("image_init", EMBED_KINDS, "text"), ("head_init", HEAD_KINDS, "normal")):
+        for name, kinds, default in (("image_init", EMBED_KINDS, None), ("head_init", HEAD_KINDS, "normal")):
             kind = getattr(self, name)
+            if kind == default:
+                continue
             check_choice(f"model.{name}", kind, kinds)
-            if kind != default and not self.backbone:
-                raise ValueError(f"model.{name}: {kind!r} is for image tables on a model.backbone; leave it out.")
+            if self.pipeline:
+                raise ValueError(f"model.{name}: {kind!r}, but a pipeline has its image tables; leave it out.")
         if self.attention is not None:
             check_choice("model.attention", self.attention, ATTENTION)
         check_range("model.", self, "[1, inf)", "gradient_checkpointing_layers")

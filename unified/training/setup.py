@@ -319,12 +319,12 @@ def _new_model(
         "prediction": None if config.prediction is None else config.prediction.build(),
         **config.model.options,
     }
+    image_init, head_init = config.model.image_init, config.model.head_init
+    codebook = image_tokenizer.codebook_vectors() if image_init == "codebook" else None
     if config.model.backbone:
-        shared |= {"image_init": config.model.image_init, "head_init": config.model.head_init}
-        shared["dtype"] = getattr(torch, config.model.dtype)
-        if config.model.image_init == "codebook":
-            shared["codebook"] = image_tokenizer.codebook_vectors()
-        return UnifiedForCausalLM.from_backbone(config.model.backbone, **shared)
+        tables = {"image_init": image_init or "text", "head_init": head_init, "codebook": codebook}
+        dtype = getattr(torch, config.model.dtype)
+        return UnifiedForCausalLM.from_backbone(config.model.backbone, dtype=dtype, **tables, **shared)
     text = NO_TEXT
     if text_tokenizer is not None:
         names = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
@@ -332,4 +332,6 @@ def _new_model(
     architecture = {**(config.model.architecture or {}), **text}
     model = UnifiedForCausalLM(UnifiedConfig(text_config=architecture, **shared))
     check_family(model.backbone, model.text_logits, model.config.positions)
+    if image_init is not None or head_init != "normal":
+        model.start_image_tables(image_init or "normal", head_init, codebook)
     return model
