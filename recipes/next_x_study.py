@@ -50,6 +50,7 @@ from unified_tokenizers import AutoImageTokenizer, load_text_tokenizer
 ONES = ["schedule.patch_sizes=[1]", "schedule.shares=[1.0]"]
 HALVES = ["schedule.patch_sizes=[2,1]", "schedule.shares=[0.5,0.5]"]
 CHANNEL = "prediction.merge=channel"
+CHAINED = "prediction.chained=true"
 BASELINE = "next-token"
 
 # Overrides of the config, and None or the variant at whose training FLOPs the training stops.
@@ -66,14 +67,17 @@ VARIANTS: dict[str, tuple[list[str], str | None]] = {
     "random": ([*ONES, "prediction.order=random"], BASELINE),
     # Merges
     "channel": ([*ONES, CHANNEL], BASELINE),
+    "channel chained": ([*ONES, CHANNEL, CHAINED], BASELINE),
     "channel 4": ([*ONES, CHANNEL, "prediction.window=4"], BASELINE),
     "channel, as many images": ([*ONES, CHANNEL], None),
     "channel diagonals": ([*ONES, CHANNEL, "prediction.order=diagonals"], BASELINE),
+    "channel chained diagonals": ([*ONES, CHANNEL, CHAINED, "prediction.order=diagonals"], BASELINE),
     # Next-patch prediction, and before another last stage
     "next-token, cost of (2,1)": (ONES, "(2,1)"),
     "(2,1)": (HALVES, None),
     "(2,1) diagonals": ([*HALVES, "prediction.order=diagonals"], None),
     "(2,1) channel": ([*HALVES, CHANNEL], BASELINE),
+    "(2,1) channel chained": ([*HALVES, CHANNEL, CHAINED], BASELINE),
     "(2,1) unit": ([*HALVES, "model.options.coarse_positions=unit"], None),
     "(2,1) normalized": ([*HALVES, "model.options.coarse_positions=normalized"], None),
     "(2,1) 1d": ([*HALVES, "model.options.positions=1d"], None),
@@ -86,7 +90,19 @@ VARIANTS: dict[str, tuple[list[str], str | None]] = {
     "(4,2,1) halves": (["schedule.levels=3"], None),
 }
 MEASURED_WITH = ("data", "split", "clip", "num_images", "guidance_scale", "temperature")
-MAIN = [BASELINE, "diagonals", "rows", "regions", "spread", "channel", "channel diagonals", "(2,1)", "(2,1) diagonals"]
+MAIN = [
+    BASELINE,
+    "diagonals",
+    "rows",
+    "regions",
+    "spread",
+    "channel",
+    "channel diagonals",
+    "channel chained",
+    "channel chained diagonals",
+    "(2,1)",
+    "(2,1) diagonals",
+]
 
 
 @dataclass(frozen=True)
