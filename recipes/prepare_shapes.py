@@ -137,13 +137,16 @@ def holds(relation: str, first: Thing, second: Thing) -> bool:
 
 
 def sample_scene(
-    rng: random.Random, allowed: Sequence[tuple[str, str]] = COMBINATIONS, places: int | None = None
+    rng: random.Random,
+    allowed: Sequence[tuple[str, str]] = COMBINATIONS,
+    places: int | None = None,
+    tasks: Sequence[str] = tuple(PLANS),
 ) -> Scene:
-    """Sample a scene: a task, then (colour, shape) combinations out of ``allowed``, sizes, background and places.
+    """Sample a scene: one of ``tasks``, then (colour, shape) combinations out of ``allowed``, sizes, background and places.
 
     ``places`` is that of :func:`arrange`.
     """
-    tag = rng.choice(list(PLANS))
+    tag = rng.choice(list(tasks))
     pair, sized, names_colours = (rng.random() < chance for chance in PLANS[tag])
     kinds: list[tuple[str, str]] = []
     for _ in range(1 + pair):
@@ -241,11 +244,18 @@ def held_out_combinations(number: int, seed: int) -> list[tuple[str, str]]:
 
 
 def rows(
-    split: str, count: int, size: int, seed: int, allowed: Sequence[tuple[str, str]], style: str, places: int | None
+    split: str,
+    count: int,
+    size: int,
+    seed: int,
+    allowed: Sequence[tuple[str, str]],
+    style: str,
+    places: int | None,
+    tasks: Sequence[str] = tuple(PLANS),
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows of a split. Row i has its own random stream, made from seed, split and i."""
     for i in tqdm(range(count), desc=f"render {split}"):
-        scene = sample_scene(random.Random(f"{seed}/{split}/{i}"), allowed, places)
+        scene = sample_scene(random.Random(f"{seed}/{split}/{i}"), allowed, places, tasks)
         png = io.BytesIO()
         draw(scene, size, style).save(png, format="PNG")
         yield {
@@ -265,6 +275,7 @@ def build(
     held_out: int = 0,
     style: str = "flat",
     places: int | None = None,
+    tasks: Sequence[str] = tuple(PLANS),
 ) -> datasets.DatasetDict:
     """Make the splits that have rows. Train never shows ``held_out`` of the (colour, shape) combinations."""
     for field, value, low in (("size", size, MIN_SIZE), ("train", train, 0), ("validation", validation, 0)):
@@ -282,7 +293,7 @@ def build(
     splits = datasets.DatasetDict()
     for split, count, allowed in (("train", train, seen), ("validation", validation, COMBINATIONS)):
         if count:  # `datasets` saves an empty split but cannot open it
-            part = list(rows(split, count, size, seed, allowed, style, places))
+            part = list(rows(split, count, size, seed, allowed, style, places, tasks))
             splits[split] = datasets.Dataset.from_list(part, features=features)
     return splits
 
@@ -295,7 +306,7 @@ task_categories: [text-to-image, image-to-text]
 
 Procedural scenes with captions and exact ground truth, {train} for training and {validation} for validation.
 Made with `recipes/prepare_shapes.py --size {size} --train {train} --validation {validation} --seed {seed}
---hold-out-combinations {held_out} --style {style}{on_places}`.
+--hold-out-combinations {held_out} --style {style}{on_places}{with_tasks}`.
 
 - `tag`: {tags}.
 - `include`: what the caption claims, a JSON list of `class`, `count`, `color`, `size`, `position` as in GenEval. Counts
@@ -329,13 +340,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--places", type=int, metavar="N",
         help="centres lie on N x N places and sizes do not vary, which a small model learns sooner; 16 or more (default: anywhere)",
     )  # fmt: skip
+    parser.add_argument(
+        "--tasks", nargs="+", choices=PLANS, default=list(PLANS), metavar="TASK",
+        help=f"kinds of scenes, of {', '.join(PLANS)} (default: all)",
+    )  # fmt: skip
     args = parser.parse_args(argv)
     settings = {k: v for k, v in vars(args).items() if k != "out"}
     splits = build(**settings)
     splits.save_to_disk(args.out)
     card = CARD.format(
         **settings, on_places="" if args.places is None else f" --places {args.places}",
-        tags=", ".join(f"`{tag}`" for tag in PLANS),
+        with_tasks="" if args.tasks == list(PLANS) else f" --tasks {' '.join(args.tasks)}",
+        tags=", ".join(f"`{tag}`" for tag in args.tasks),
         hidden=", ".join(" ".join(kind) for kind in held_out_combinations(args.held_out, args.seed)) or "none",
         radii="; ".join(f"{word} {low} to {high}" for word, (low, high) in RADII.items()),
         palette="; ".join(f"{colour} {rgb}" for colour, rgb in PALETTE.items()),

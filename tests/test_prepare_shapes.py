@@ -277,6 +277,20 @@ def test_places_and_sizes_may_be_few():
                shapes.COMBINATIONS, "flat", None), strict=True))  # fmt: skip
 
 
+def test_scenes_of_some_tasks(tmp_path, monkeypatch):
+    """One task for all scenes; with all tasks named the rows are those of a command that names none."""
+    monkeypatch.setattr(shapes, "tqdm", lambda rows, desc: rows)
+    command = ["--train", "30", "--validation", "0", "--size", "16", "--tasks"]
+    shapes.main(["--out", str(tmp_path / "some"), *command, "color_attr", "background"])
+    assert set(datasets.load_from_disk(tmp_path / "some")["train"]["tag"]) == {"color_attr", "background"}
+    card = (tmp_path / "some" / "README.md").read_text(encoding="utf-8")
+    assert "--style flat --tasks color_attr background`" in card and "`tag`: `color_attr`, `background`." in card
+    shapes.main(["--out", str(tmp_path / "all"), *command, *shapes.PLANS])
+    assert table(datasets.load_from_disk(tmp_path / "all")["train"]) == table(shapes.build(16, 30, 0, 0)["train"])
+    with pytest.raises(SystemExit):
+        shapes.main(["--out", str(tmp_path / "none"), *command, "numbers"])
+
+
 def test_the_command_writes_a_folder_that_datasets_opens(tmp_path, monkeypatch):
     monkeypatch.setattr(
         sys, "argv", ["prepare_shapes.py", "--out", str(tmp_path / "out"), "--train", "12", "--validation", "0"]
