@@ -11,6 +11,7 @@ What a caption leaves unsaid is fixed, except colour: no size word means medium,
 
 import argparse
 import cmath
+import hashlib
 import io
 import json
 import math
@@ -33,7 +34,9 @@ from unified.errors import explain_errors
 PLANS = {
     "single_object": (0, 0, 0), "two_object": (1, 0, 0), "counting": (1 / 2, 1 / 3, 1 / 2), "colors": (0, 0, 1),
     "position": (1, 1 / 3, 1 / 2), "color_attr": (1, 0, 1), "size": (1 / 2, 1, 1 / 2), "background": (1 / 2, 1 / 3, 1),
+    "attributes": (0, 2 / 3, 1),
 }  # fmt: skip
+TASKS = tuple(PLANS)[:8]  # attributes, one thing of which everything is said, has to be asked for
 # GenEval's ten colour words; flat regions of an image have exactly these values.
 PALETTE = {
     "red": (225, 30, 40), "orange": (250, 135, 15), "yellow": (255, 230, 40), "green": (25, 155, 70),
@@ -140,7 +143,7 @@ def sample_scene(
     rng: random.Random,
     allowed: Sequence[tuple[str, str]] = COMBINATIONS,
     places: int | None = None,
-    tasks: Sequence[str] = tuple(PLANS),
+    tasks: Sequence[str] = TASKS,
 ) -> Scene:
     """Sample a scene: one of ``tasks``, then (colour, shape) combinations out of ``allowed``, sizes, background and places.
 
@@ -167,11 +170,12 @@ def sample_scene(
 
     relation = rng.choice(list(RELATIONS)) if tag == "position" else None
     free = [colour for colour in PALETTE if colour not in {colour for colour, _ in kinds}]
-    background = rng.choice(free) if tag == "background" or "white" not in free else "white"
+    says_background = tag in ("background", "attributes")
+    background = rng.choice(free) if says_background or "white" not in free else "white"
 
     wanted = [(size, *kind) for size, kind, count in zip(sizes, kinds, counts, strict=True) for _ in range(count)]
     things = arrange(rng, wanted, relation, places)
-    return Scene(tag, background, things, names_colours, tag == "background" or background != "white", relation)
+    return Scene(tag, background, things, names_colours, says_background or background != "white", relation)
 
 
 def describe(scene: Scene) -> str:
@@ -243,6 +247,11 @@ def held_out_combinations(number: int, seed: int) -> list[tuple[str, str]]:
     return [(colours[k % len(colours)], shapes[k % len(shapes)]) for k in range(number)]
 
 
+def is_held_out(caption: str, share: float) -> bool:
+    """Whether a caption is among a share of all, chosen by its words alone."""
+    return int.from_bytes(hashlib.sha256(caption.encode()).digest()[:8], "big") < share * 2**64
+
+
 def rows(
     split: str,
     count: int,
@@ -251,11 +260,19 @@ def rows(
     allowed: Sequence[tuple[str, str]],
     style: str,
     places: int | None,
-    tasks: Sequence[str] = tuple(PLANS),
+    tasks: Sequence[str] = TASKS,
+    held_out: float = 0.0,
 ) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a split. Row i has its own random stream, made from seed, split and i."""
+    """Yield the rows of a split. Row i has its own random stream, made from seed, split and i.
+
+    Of all captions the share ``held_out`` belongs to validation, which then has no others, and the rest to train.
+    """
     for i in tqdm(range(count), desc=f"render {split}"):
-        scene = sample_scene(random.Random(f"{seed}/{split}/{i}"), allowed, places, tasks)
+        rng = random.Random(f"{seed}/{split}/{i}")
+        while True:
+            scene = sample_scene(rng, allowed, places, tasks)
+            if not held_out or is_held_out(describe(scene), held_out) == (split == "validation"):
+                break
         png = io.BytesIO()
         draw(scene, size, style).save(png, format="PNG")
         yield {
@@ -275,15 +292,21 @@ def build(
     held_out: int = 0,
     style: str = "flat",
     places: int | None = None,
-    tasks: Sequence[str] = tuple(PLANS),
+    tasks: Sequence[str] = TASKS,
+    held_out_captions: float = 0.0,
 ) -> datasets.DatasetDict:
-    """Make the splits that have rows. Train never shows ``held_out`` of the (colour, shape) combinations."""
+    """Make the splits that have rows. Train never shows ``held_out`` of the (colour, shape) combinations.
+
+    With ``held_out_captions`` train has none of that share of all captions, and validation no others.
+    """
     for field, value, low in (("size", size, MIN_SIZE), ("train", train, 0), ("validation", validation, 0)):
         if value < low:
             raise ValueError(f"{field} is {value}, which is too small: use --{field} {low} or more")
     if not 0 <= held_out <= MAX_HELD_OUT:
         fix = f"use --hold-out-combinations 0 to {MAX_HELD_OUT}, half of all {len(COMBINATIONS)}"
         raise ValueError(f"hold-out-combinations is {held_out}, which is out of range: {fix}")
+    if not 0 <= held_out_captions <= 0.5:
+        raise ValueError(f"hold-out-captions is {held_out_captions}, which is out of range: use a share of 0 to 0.5")
     if places is not None and not 16 <= places <= size:
         raise ValueError(f"places is {places}, which is out of range: use --places 16 to the size, {size}")
     hidden = held_out_combinations(held_out, seed)
@@ -293,7 +316,7 @@ def build(
     splits = datasets.DatasetDict()
     for split, count, allowed in (("train", train, seen), ("validation", validation, COMBINATIONS)):
         if count:  # `datasets` saves an empty split but cannot open it
-            part = list(rows(split, count, size, seed, allowed, style, places, tasks))
+            part = list(rows(split, count, size, seed, allowed, style, places, tasks, held_out_captions))
             splits[split] = datasets.Dataset.from_list(part, features=features)
     return splits
 
@@ -306,7 +329,7 @@ task_categories: [text-to-image, image-to-text]
 
 Procedural scenes with captions and exact ground truth, {train} for training and {validation} for validation.
 Made with `recipes/prepare_shapes.py --size {size} --train {train} --validation {validation} --seed {seed}
---hold-out-combinations {held_out} --style {style}{on_places}{with_tasks}`.
+--hold-out-combinations {held_out} --style {style}{on_places}{with_tasks}{without}`.
 
 - `tag`: {tags}.
 - `include`: what the caption claims, a JSON list of `class`, `count`, `color`, `size`, `position` as in GenEval. Counts
@@ -334,6 +357,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="(colour, shape) combinations, e.g. red circles, that train never shows but validation does (default 0)",
     )  # fmt: skip
     parser.add_argument(
+        "--hold-out-captions", type=float, default=0.0, metavar="SHARE", dest="held_out_captions",
+        help="share of all captions, chosen by their words, that train never has; validation then has no others (default 0)",
+    )  # fmt: skip
+    parser.add_argument(
         "--style", choices=STYLES, default=STYLES[0], help="filled shapes, or their outlines (default flat)"
     )
     parser.add_argument(
@@ -341,8 +368,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="centres lie on N x N places and sizes do not vary, which a small model learns sooner; 16 or more (default: anywhere)",
     )  # fmt: skip
     parser.add_argument(
-        "--tasks", nargs="+", choices=PLANS, default=list(PLANS), metavar="TASK",
-        help=f"kinds of scenes, of {', '.join(PLANS)} (default: all)",
+        "--tasks", nargs="+", choices=PLANS, default=list(TASKS), metavar="TASK",
+        help=f"kinds of scenes, of {', '.join(PLANS)} (default: all but the last)",
     )  # fmt: skip
     args = parser.parse_args(argv)
     settings = {k: v for k, v in vars(args).items() if k != "out"}
@@ -350,7 +377,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     splits.save_to_disk(args.out)
     card = CARD.format(
         **settings, on_places="" if args.places is None else f" --places {args.places}",
-        with_tasks="" if args.tasks == list(PLANS) else f" --tasks {' '.join(args.tasks)}",
+        without=f" --hold-out-captions {args.held_out_captions}" if args.held_out_captions else "",
+        with_tasks="" if args.tasks == list(TASKS) else f" --tasks {' '.join(args.tasks)}",
         tags=", ".join(f"`{tag}`" for tag in args.tasks),
         hidden=", ".join(" ".join(kind) for kind in held_out_combinations(args.held_out, args.seed)) or "none",
         radii="; ".join(f"{word} {low} to {high}" for word, (low, high) in RADII.items()),

@@ -224,7 +224,7 @@ def test_grammar(count, names_colours, caption):
 def test_tasks_shapes_and_colours_are_evenly_mixed():
     many = scenes(4000, "even")
     for label, share, seen in (
-        ("tag", 1 / len(shapes.PLANS), Counter(scene.tag for scene in many)),
+        ("tag", 1 / len(shapes.TASKS), Counter(scene.tag for scene in many)),
         ("shape", 1 / len(shapes.SHAPES), Counter(scene.things[0].shape for scene in many)),
         ("colour", 1 / len(shapes.PALETTE), Counter(scene.things[0].colour for scene in many)),
     ):
@@ -271,7 +271,7 @@ def test_places_and_sizes_may_be_few():
             assert thing.radius == sum(shapes.RADII[thing.size]) / 2
         if scene.relation:
             assert shapes.holds(scene.relation, *scene.things)
-    assert {scene.tag for scene in few} == set(shapes.PLANS)
+    assert {scene.tag for scene in few} == set(shapes.TASKS)
     rows = list(shapes.rows("test", 20, SIZE, 0, shapes.COMBINATIONS, "flat", 16))
     assert any(row["objects"] != other["objects"] for row, other in zip(rows, shapes.rows("test", 20, SIZE, 0,
                shapes.COMBINATIONS, "flat", None), strict=True))  # fmt: skip
@@ -285,10 +285,33 @@ def test_scenes_of_some_tasks(tmp_path, monkeypatch):
     assert set(datasets.load_from_disk(tmp_path / "some")["train"]["tag"]) == {"color_attr", "background"}
     card = (tmp_path / "some" / "README.md").read_text(encoding="utf-8")
     assert "--style flat --tasks color_attr background`" in card and "`tag`: `color_attr`, `background`." in card
-    shapes.main(["--out", str(tmp_path / "all"), *command, *shapes.PLANS])
+    shapes.main(["--out", str(tmp_path / "all"), *command, *shapes.TASKS])
     assert table(datasets.load_from_disk(tmp_path / "all")["train"]) == table(shapes.build(16, 30, 0, 0)["train"])
     with pytest.raises(SystemExit):
         shapes.main(["--out", str(tmp_path / "none"), *command, "numbers"])
+
+
+def test_held_out_captions_are_in_validation_alone():
+    """A share of all captions, whatever the seed: rows of other captions are those of a set without."""
+    some = shapes.build(16, 300, 100, 0, tasks=["attributes"], held_out_captions=0.2)
+    plain = shapes.build(16, 300, 0, 0, tasks=["attributes"])
+    trained, tested = set(some["train"]["caption"]), set(some["validation"]["caption"])
+    assert not trained & tested and len(tested) > 50
+    assert all(shapes.is_held_out(caption, 0.2) for caption in tested)
+    free = [i for i, caption in enumerate(plain["train"]["caption"]) if not shapes.is_held_out(caption, 0.2)]
+    assert 210 < len(free) < 270
+    assert table(some["train"].select(free).flatten_indices()) == table(plain["train"].select(free).flatten_indices())
+
+
+def test_one_thing_of_which_everything_is_said():
+    many = [shapes.sample_scene(random.Random(f"one/{i}"), tasks=["attributes"]) for i in range(300)]
+    for scene in many:
+        (thing,) = scene.things
+        size = "" if thing.size == "medium" else f"{thing.size} "
+        said = f"a {size}{thing.colour} {thing.shape} on a {scene.background} background"
+        assert shapes.describe(scene).replace("an ", "a ") == said and thing.colour != scene.background
+        assert len(shapes.claims(scene)) == 2
+    assert {scene.things[0].size for scene in many} == {"small", "medium", "large"}
 
 
 def test_the_command_writes_a_folder_that_datasets_opens(tmp_path, monkeypatch):
@@ -320,6 +343,7 @@ def test_the_command_writes_a_folder_that_datasets_opens(tmp_path, monkeypatch):
         ({"validation": -2}, "validation is -2, which is too small: use --validation 0 or more"),
         ({"held_out": 36}, "hold-out-combinations is 36, which is out of range: use --hold-out-combinations 0 to 35"),
         ({"places": 15}, "places is 15, which is out of range: use --places 16 to the size, 64"),
+        ({"held_out_captions": 0.6}, "hold-out-captions is 0.6, which is out of range: use a share of 0 to 0.5"),
         ({"places": 65}, "places is 65, which is out of range: use --places 16 to the size, 64"),
         ({"held_out": -1}, "hold-out-combinations is -1, which is out of range: use --hold-out-combinations 0 to 35"),
     ],

@@ -182,7 +182,7 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
         else:
             rows = (torch.empty(sum(factors), text.hidden_size), torch.empty(sum(factors), text.hidden_size))
         initialize_image_tables(
-            rows[0], rows[1], self.get_input_embeddings(), self.get_output_embeddings().weight,
+            rows[0], rows[1], self.get_input_embeddings(), self.backbone.get_output_embeddings().weight,
             text.vocab_size, getattr(text, "initializer_range", 0.02), image_init, head_init, codebook,
         )  # fmt: skip
         if factors is not None:

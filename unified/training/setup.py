@@ -322,7 +322,7 @@ def _new_model(
     image_init, head_init = config.model.image_init, config.model.head_init
     codebook = image_tokenizer.codebook_vectors() if image_init == "codebook" else None
     if config.model.backbone:
-        tables = {"image_init": image_init or "text", "head_init": head_init, "codebook": codebook}
+        tables: dict[str, Any] = {"image_init": image_init or "text", "head_init": head_init, "codebook": codebook}
         dtype = getattr(torch, config.model.dtype)
         return UnifiedForCausalLM.from_backbone(config.model.backbone, dtype=dtype, **tables, **shared)
     text = NO_TEXT
