@@ -19,6 +19,7 @@ from unified import PatchSchedule, UnifiedPipeline
 from unified.data import SkipReport, captioned_images, load_source
 from unified.errors import explain_errors
 from unified.files import write_json
+from unified.lora.adapters import base_of
 from unified.pipeline.arguments import seeded
 from unified.settings import load_settings
 from unified.training.config import TrainConfig
@@ -28,29 +29,31 @@ from unified_eval.files import write_image
 from unified_eval.reconstruction import reconstruct
 from unified_eval.report import write_report
 from unified_eval.results import recipe_line
+from unified_eval.shapes import claims_of_caption, shapes_accuracy
 from unified_eval.sheets import captioned_grid, in_rows
 
 STYLE_PROMPTS = [
-    "red apple",
-    "penguin",
-    "sunflower",
-    "hamburger",
-    "oncoming automobile",
-    "butterfly",
-    "strawberry",
-    "sailboat",
+    "a red star on a white background",
+    "a large blue circle on a yellow background",
+    "a green heart on a black background",
+    "a small purple square on a pink background",
+    "an orange triangle on a white background",
+    "a large white cross on a blue background",
+    "a black diamond on an orange background",
+    "a pink star on a green background",
 ]
 EDITS = [  # captions that differ in one word
-    ("red apple", "green apple"),
-    ("oncoming automobile", "oncoming taxi"),
-    ("cloud with rain", "cloud with snow"),
-    ("cat face", "dog face"),
-    ("wine glass", "cocktail glass"),
-    ("deciduous tree", "evergreen tree"),
-    ("delivery truck", "pickup truck"),
-    ("crescent moon", "full moon"),
+    ("a red star on a white background", "a red heart on a white background"),
+    ("a blue circle on a yellow background", "a green circle on a yellow background"),
+    ("a large orange square on a black background", "a small orange square on a black background"),
+    ("a white heart on a red background", "a white heart on a blue background"),
+    ("a purple triangle on a white background", "a purple diamond on a white background"),
+    ("a large pink cross on a green background", "a large black cross on a green background"),
+    ("a green star on a pink background", "a green star on a white background"),
+    ("a small brown diamond on a yellow background", "a large brown diamond on a yellow background"),
 ]
 HEADLINE = ["tokenizer_psnr_db", "fd_efflite0", "clip_score", "r1_generated", "r1_reconstructions", "r1_real"]
+EXACT = ["shapes_correct", "shapes_correct_reconstructions", "shapes_correct_real"]
 
 
 def generate(
@@ -64,17 +67,17 @@ def generate(
 
 def generate_edits(
     pipe: UnifiedPipeline, edits: list[tuple[str, str]], sampling: dict[str, Any], out: Path
-) -> dict[str, float]:
+) -> tuple[dict[str, float], list[Image.Image]]:
     """Generate from captions, then from their edits with the same generators and with others.
 
     Returns:
-        The share of codes that stay in either case.
+        The share of codes that stay in either case, and the images of the edited captions with the same generators.
 
     Raises:
         ValueError: if there is no pair of captions.
     """
     if not edits:
-        raise ValueError("edits: no pair of captions; the training data of the run have none of EDITS.")
+        raise ValueError("edits: no pair of captions; give at least one.")
     captions, edited = (list(texts) for texts in zip(*edits, strict=True))
     before, codes = generate(pipe, captions, sampling)
     same, same_codes = generate(pipe, edited, sampling)
@@ -85,10 +88,11 @@ def generate_edits(
     maps = [cell_map(cells) for cells in changed]
     rows = [before, same, maps, other]
     write_image(out, captioned_grid(rows, [captions, edited, shares, edited], row_titles=titles))
-    return {
+    kept = {
         "edit_codes_kept": float((codes == same_codes).float().mean()),
         "other_seed_codes_kept": float((codes == other_codes).float().mean()),
     }
+    return kept, same
 
 
 def cell_map(cells: torch.Tensor, side: int = 8) -> Image.Image:
@@ -136,24 +140,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     for source, name in ((run / "model" / "pipeline", "pipeline"), (run / "lora_run" / "lora", "lora")):
         shutil.rmtree(run / name, ignore_errors=True)
         shutil.copytree(source, run / name)
-    shutil.copyfile(run / "evaluation" / "samples.png", run / "samples.png")
+    for sheet in ("samples.png", "comparison.png"):
+        shutil.copyfile(run / "evaluation" / sheet, run / sheet)
     pipe = UnifiedPipeline.from_pretrained(run / "pipeline")
-    known = set(load_source(str(run / "codes"))["caption"])
-    prompts = [prompt for prompt in STYLE_PROMPTS if prompt in known]
     evaluation = json.loads((run / "evaluation" / "metrics.json").read_text())
     sampling = {name: evaluation["run"][name] for name in ("guidance_scale", "temperature")}
-    lora = generate_with_and_without(pipe, run / "lora", prompts, sampling, run / "lora.png")
-    one_word = [edit for edit in EDITS if known.issuperset(edit)]
-    edits = generate_edits(pipe, one_word, sampling, run / "edits.png")
+    lora = generate_with_and_without(pipe, run / "lora", STYLE_PROMPTS, sampling, run / "lora.png")
+    edits, edited = generate_edits(pipe, EDITS, sampling, run / "edits.png")
+    claims = [claims_of_caption(after) for _, after in EDITS]
+    edits["edits_correct"] = shapes_accuracy(edited, claims).metrics["shapes_correct"]
 
-    held_out = captioned_images(load_source(str(run / "data" / "openmoji"), "validation"), SkipReport())
+    held_out = captioned_images(load_source(str(run / "data" / "scenes"), "validation"), SkipReport())
     rows = [row for _, row in zip(range(12), held_out, strict=False)]
     rebuilt = reconstruct(pipe.image_tokenizer, [row.image for row in rows])
     pairs = [image for row, again in zip(rows, rebuilt, strict=True) for image in (row.image, again)]
     names = [text for row in rows for text in (row.caption, "through the tokenizer")]
     write_image(run / "reconstructions.png", captioned_grid(in_rows(pairs, 8), in_rows(names, 8)))
     log = read_log(run / "model")
-    plot_loss(log, run / "loss.png", "Next-patch prediction: loss against cost", pipe.image_tokenizer.codebook_size)
+    plot_loss(log, run / "loss.png", "Loss against cost", pipe.image_tokenizer.codebook_size)
 
     steps = json.loads((run / "steps.json").read_text())
     me = psutil.Process()
@@ -163,15 +167,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     memory = [step["peak_memory_gb"] for step in finished.values()] + [me.memory_info().rss / 1e9]
     config = load_settings(TrainConfig, run / "model" / "config.yaml")
     schedule: PatchSchedule = config.patch_schedule()
+    side = base_of(pipe.model).prediction.merge.side  # of the windows of the last stage
+    cost = sum(share / max(size, side) ** 2 for size, share in schedule.size_shares().items())
     measured, recipes = evaluation["metrics"], evaluation["recipes"]
     metrics = {
         "seconds_total": round(sum(seconds.values()), 1),
         "peak_memory_gb": round(max(memory), 2),
-        **{name: measured[name] for name in HEADLINE},
-        **{name: value for name, value in measured.items() if name not in HEADLINE},
+        **measured,
+        # No training row has these captions.
+        **{f"held_out_{name}": measured[name] for name in HEADLINE if name.startswith("r1_")},
+        **{f"held_out_{name}": measured[name] for name in EXACT},
         **lora,
         **edits,
-        "image_cost_relative_to_next_token": schedule.relative_cost(),
+        "image_cost_relative_to_next_token": cost,
         "training_images_seen": config.steps * config.batch_size,
         "final_validation": {
             k: v for k, v in [r for r in log if "validation_loss" in r][-1].items() if k.endswith("loss")
@@ -181,16 +189,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         "run": evaluation["run"],
     }
     write_json(run / "metrics.json", metrics)
-    attribution = (run / "data" / "openmoji" / "README.md").read_text().split("\n\n")[1].strip()
     write_report(
         run / "report.html",
-        "Quickstart: a small language model that samples emoji",
+        "Quickstart: a small language model that draws captions it has never seen",
+        opening=[
+            (run / "comparison.png",
+             "Held-out captions: the real image, the same through the image tokenizer, and what the model drew."),
+        ],
         metrics=[
-            *((recipes[name]["label"], measured[name], recipe_line(recipes[name])) for name in HEADLINE),
+            *((recipes[name]["label"], measured[name], recipe_line(recipes[name])) for name in (*EXACT, *HEADLINE)),
+            ("Edited captions drawn exactly", edits["edits_correct"], f"{len(EDITS)} captions with one word changed"),
             ("Codes that stay when a word of the caption changes", edits["edit_codes_kept"],
-             f"the same generator, {len(one_word)} pairs; with another {edits['other_seed_codes_kept']:.3f}"),
-            ("Image positions processed, relative to next-token training", schedule.relative_cost(),
-             f"patch sizes {list(schedule.patch_sizes)} for {list(schedule.shares)} of the steps"),
+             f"the same generator, {len(EDITS)} pairs; with another {edits['other_seed_codes_kept']:.3f}"),
+            ("Image positions processed, relative to next-token training", cost,
+             f"patch sizes {list(schedule.patch_sizes)} for {list(schedule.shares)} of the steps, windows of side {side}"),
             ("Wall time, seconds", metrics["seconds_total"], "sum of all steps on this machine"),
             ("Peak memory, GB", metrics["peak_memory_gb"], "largest resident memory of any step with its children"),
         ],
@@ -200,17 +212,18 @@ def main(argv: Sequence[str] | None = None) -> None:
             "Time of each step": [{"step": name, "seconds": value} for name, value in seconds.items()],
         },
         images=[
-            (run / "samples.png", "One generated image for each of 64 training captions; none was selected."),
+            (run / "samples.png", "One generated image for each of 64 held-out captions; none was selected."),
             (run / "edits.png",
              "One word of each caption changed, with the same generator and with another; dark: codes that changed."),
             (run / "lora.png", "The same prompts and seeds without and with the LoRA adapter."),
             (run / "reconstructions.png", "Held-out images and their reconstructions by the image tokenizer."),
-            (run / "loss.png", "Loss against cost. Validation is in next-token mode (p = 1) at every point."),
+            (run / "loss.png", "Loss against cost. Validation is that of the last stage (p = 1) at every point."),
         ],
         commands=["make quickstart", *(step["command"] for step in steps.values())],
-        notes=["Everything here was made by one command on this machine, from data to images.", attribution],
+        notes=["Everything here was made by one command on this machine, from data to images. A tenth of all captions, chosen by "
+               "their words, is in no training row: the images below are of these."],
     )  # fmt: skip
-    for name in ["seconds_total", "peak_memory_gb", *HEADLINE]:
+    for name in ["seconds_total", "peak_memory_gb", *EXACT, *HEADLINE]:
         print(f"{name:<22} {metrics[name]:.3f}")
 
 

@@ -11,6 +11,7 @@ from conftest import generators
 import quickstart
 import quickstart_report
 from quickstart_report import EDITS, cell_map, generate_edits
+from unified_eval.shapes import claims_of_caption
 
 
 @pytest.fixture
@@ -106,7 +107,7 @@ def test_edits_count_the_codes_that_stay(pipeline, tmp_path, monkeypatch):
         lambda *given, **named: sheets.append((given, named)) or lay_out(*given, **named),
     )
     pairs, sampling = [("red apple", "blue apple"), ("a cat", "a dog")], {"guidance_scale": 1.0}
-    found = generate_edits(pipeline, pairs, sampling, tmp_path / "edits.png")
+    found, edited = generate_edits(pipeline, pairs, sampling, tmp_path / "edits.png")
     outputs = {
         (text, seed): pipeline(text, generator=generators(seed), **sampling)
         for (before, after), seeds in zip(pairs, [(0, 2), (1, 3)], strict=True)
@@ -116,6 +117,7 @@ def test_edits_count_the_codes_that_stay(pipeline, tmp_path, monkeypatch):
     same = [kept(("red apple", 0), ("blue apple", 0)), kept(("a cat", 1), ("a dog", 1))]
     other = [kept(("red apple", 0), ("blue apple", 2)), kept(("a cat", 1), ("a dog", 3))]
     assert found == pytest.approx({"edit_codes_kept": sum(same) / 2, "other_seed_codes_kept": sum(other) / 2})
+    assert [image.tobytes() for image in edited] == [image.tobytes() for image in sheets[0][0][0][1]]
     assert found["edit_codes_kept"] > found["other_seed_codes_kept"]
     (rows, captions), titles = sheets[0]
     assert (tmp_path / "edits.png").is_file() and len(rows) == len(captions) == len(titles["row_titles"]) == 4
@@ -138,3 +140,4 @@ def test_edits_differ_in_one_word():
     for before, after in EDITS:
         words = list(zip(before.split(), after.split(), strict=True))
         assert sum(a != b for a, b in words) == 1
+        assert claims_of_caption(before) != claims_of_caption(after)

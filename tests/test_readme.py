@@ -13,7 +13,7 @@ def test_snippet_runs(pipeline, tmp_path, monkeypatch):
     pipeline.save_pretrained(tmp_path / "runs/quickstart/pipeline")
     monkeypatch.chdir(tmp_path)
     exec(snippet, {})
-    assert (tmp_path / "apple.png").is_file()
+    assert (tmp_path / "star.png").is_file()
 
 
 def test_commands_and_links_exist():

@@ -20,6 +20,7 @@ def write_report(
     images: Sequence[tuple[Image.Image | Path, str]] = (),
     commands: Sequence[str] = (),
     notes: Sequence[str] = (),
+    opening: Sequence[tuple[Image.Image | Path, str]] = (),
 ) -> Path:
     """Write an HTML page that needs no other file.
 
@@ -32,6 +33,7 @@ def write_report(
         images: ``(image, caption)``, in memory or as PNG, JPEG or SVG files; embedded as base64.
         commands: shell commands that made the results, in order.
         notes: paragraphs below the headline, such as the licence of the images.
+        opening: as ``images``, those that stand in front of everything but the notes.
 
     Returns:
         ``out``.
@@ -63,6 +65,7 @@ def write_report(
         metrics=[(label, format_value(value), recipe) for label, value, recipe in metrics],
         tables=shown_tables,
         images=[(_data_uri(image), caption) for image, caption in images],
+        opening=[(_data_uri(image), caption) for image, caption in opening],
         commands=commands,
     )
     return write_text(out, text)
@@ -134,6 +137,9 @@ pre { background: var(--soft); border: 1px solid var(--line); border-radius: 6px
 <h1>{{ title }}</h1>
 {% for note in notes %}
 <p>{{ note }}</p>
+{% endfor %}
+{% for source, caption in opening %}
+<figure><img src="{{ source }}" alt="{{ caption }}"><figcaption>{{ caption }}</figcaption></figure>
 {% endfor %}
 {% if metrics %}
 <h2>Metrics</h2>
