@@ -11,8 +11,8 @@ BITS: dict[str, dict[str, Any]] = {
 }
 # The image tables stay: they are small, and copies of them are trained. So does the text head, which is often tied.
 _KEPT = (
-    "image_embed", "image_head", "image_projection", "image_query", "image_merge", "image_split", "image_join", "condition",
-    "lm_head",
+    "image_embed", "image_head", "image_projection", "image_query", "image_merge", "image_split", "image_join",
+    "vision_projector", "condition", "lm_head",
 )  # fmt: skip
 
 
