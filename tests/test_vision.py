@@ -28,7 +28,7 @@ from unified.conversation import DEFAULT_TEMPLATE, Turn, conversation_segments
 from unified.data.captioned import captioned_sequence
 from unified.data.chat import chat_sequence, encode_chat
 from unified.data.code_cache import encode_source, load_codes
-from unified.data.crops import Views, fit
+from unified.data.crops import Views
 from unified.data.encoding import FEATURES
 from unified.decoding import Sampling, make_decoder
 from unified.decoding.prefill import Prompt, prefill
@@ -148,6 +148,9 @@ def test_what_is_no_encoder(tower, tmp_path, pipeline):
     content = json.loads((deeper / "config.json").read_text())
     (deeper / "config.json").write_text(json.dumps(content | {"num_hidden_layers": 3}))
     with pytest.raises(ValueError, match=r"vision\.encoder: .* has no .*layers\.2.* of a SiglipVisionModel"):
+        VisionEncoder(deeper)
+    (deeper / "config.json").write_text(json.dumps(content | {"num_hidden_layers": 1_000_000}))
+    with pytest.raises(ValueError, match=r"vision\.encoder: .* num_hidden_layers 1000000 of .* is more than the"):
         VisionEncoder(deeper)
 
 
@@ -481,7 +484,7 @@ def conversations(folder, photo):
     )
     drawing = {"role": "assistant", "content": [{"type": "image"}]}
     rows = [
-        {"images": [photo], "messages": [user(None, "red apple"), assistant_list("yellow sun")]},
+        {"images": [photo, photo.rotate(270)], "messages": [user(None, None, "red apple"), assistant_list("yellow sun")]},
         {"images": [photo.rotate(180), photo.rotate(90)],
          "messages": [user("the small dog"), drawing, user(None, "red apple"), assistant_list("blue car")]},
         {"images": [], "messages": [user("a cat"), assistant_list("a dog")]},
@@ -494,13 +497,13 @@ def test_conversations_have_features_of_what_is_read(encoder, image_tokenizer, t
     source = conversations(tmp_path / "source", photo)
     encode_chat(image_tokenizer, source, tmp_path / "codes", ("train",), (16, 16), batch_size=2, vision=encoder)
     rows = load_codes(tmp_path / "codes", "train", None, "chat", encoder).with_format(None)
-    assert [len(row["features"]) for row in rows] == [4 * 32, 4 * 32, 0]
+    assert [len(row["features"]) for row in rows] == [2 * 4 * 32, 4 * 32, 0]
     vocabulary = text_config(text_tokenizer).vocabulary
     codes = image_tokenizer.encode(to_tensor([photo.rotate(180)]))[0]
-    read = [FeatureSegment(each) for each in encoder(to_tensor([fit(photo, 16), photo.rotate(90)]))]
+    read = [FeatureSegment(each) for each in encoder(to_tensor([photo, photo.rotate(270), photo.rotate(90)]))]
     wanted = [
-        [Turn("user", (read[0], "red apple")), Turn("assistant", ("yellow sun",))],
-        [Turn("user", ("the small dog",)), Turn("assistant", (codes,)), Turn("user", (read[1], "red apple")),
+        [Turn("user", (read[0], read[1], "red apple")), Turn("assistant", ("yellow sun",))],
+        [Turn("user", ("the small dog",)), Turn("assistant", (codes,)), Turn("user", (read[2], "red apple")),
          Turn("assistant", ("blue car",))],
         [Turn("user", ("a cat",)), Turn("assistant", ("a dog",))],
     ]  # fmt: skip
@@ -511,7 +514,7 @@ def test_conversations_have_features_of_what_is_read(encoder, image_tokenizer, t
         for (start, ours), (place, theirs) in zip(made.features, reference.features, strict=True):
             assert start == place
             torch.testing.assert_close(ours.features, theirs.features, rtol=0, atol=4e-3)
-    with pytest.raises(ValueError, match="features: 0 numbers for 1 images of 4 x 32"):
+    with pytest.raises(ValueError, match="features: 0 numbers for 2 images of 4 x 32"):
         chat_sequence(
             dict(rows[0]) | {"features": []},
             None,
@@ -562,7 +565,7 @@ def test_a_run_learns_to_read(config_file, tower, tmp_path, photo):
     assert pipe.vision_encoder.description["fingerprint"] == VisionEncoder(tower).description["fingerprint"]
     assert not any("encoder" in name for name in pipe.model.state_dict())
     likely = Sampling(top_k=1)
-    assert pipe.chat([message("user", photo, "red apple")], 20, 0, likely) == ["yellow sun"]
+    assert pipe.chat([message("user", photo, photo.rotate(270), "red apple")], 20, 0, likely) == ["yellow sun"]
     drawn = pipe.chat([message("user", "the small dog")], 20, 1, likely, likely, generator=0)
     asked = [
         message("user", "the small dog"),

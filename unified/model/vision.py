@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
 from unified_tokenizers.base import fingerprint_of, full_precision
+from unified_tokenizers.checkpoint import check_layers
 from unified_tokenizers.hub import local_path, on_the_hub
 
 
@@ -131,6 +132,7 @@ def load_vision_model(name: str | Path, field: str) -> tuple[Any, Any, tuple[int
     try:
         with on_the_hub(path, field):
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+            check_layers(path)
             model, info = AutoModel.from_pretrained(
                 path, config=getattr(config, "vision_config", config), dtype=torch.float32, use_safetensors=True,
                 trust_remote_code=False, output_loading_info=True,

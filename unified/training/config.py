@@ -155,9 +155,9 @@ class ModelConfig:
     eoi: str | None = None  # token that closes an image
     image_init: str = "text"  # image tables on a backbone: like its text, normal, or codebook (similar codes alike)
     head_init: str = "normal"  # likewise normal, text, zero (a loss of ln K) or tied-like (rows of the image embedding)
-    # fields of UnifiedConfig: positions, loss weights, ...; vision: {encoder: folder or Hub name, layer: -2, pool: 1}, a frozen
-    # vision encoder (SigLIP, CLIP, DINOv2, ...) whose features stand for the images that are read: in captioning and chat rows
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(  # fields of UnifiedConfig: positions, loss weights, ...;
+        default_factory=dict  # vision: {encoder: FOLDER or Hub name, layer: -2, pool: 1} reads images by its features
+    )
     gradient_checkpointing: bool = False  # less memory for activations, about a third more time
     gradient_checkpointing_layers: int = 1  # with it, one layer in so many: more memory and less time again
     attention: str | None = None  # while training: flex_attention, flash_attention_2, eager, ...; default: sdpa
