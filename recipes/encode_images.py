@@ -5,6 +5,7 @@
     python recipes/encode_images.py --image-tokenizer runs/tokenizer --source articles.parquet --segments-column segments \\
         --buckets 64x64 64x96 96x64 --out data/article-codes
     python recipes/encode_images.py --image-tokenizer runs/tokenizer --source chat.parquet --messages-column messages --out codes
+    ... --vision-encoder google/siglip-base-patch16-256 for a model that reads images by the features of a vision encoder
 
 The cache carries the tokenizer's fingerprint: training refuses codes of another tokenizer. It also carries a digest of the
 captions and of the image files' names, sizes and times, by which a run notices that they have changed. Run the same command
@@ -21,6 +22,7 @@ from unified.data.crops import CROPS, Views
 from unified.data.interleaved import encode_interleaved
 from unified.data.labelled import encode_labelled
 from unified.errors import explain_errors
+from unified.model.vision import VisionEncoder
 from unified.registry import add_import_argument, import_extensions
 
 
@@ -66,6 +68,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="column with lists of {role, content}: encode conversations in place of captioned rows",
     )
     parser.add_argument("--images-column", default="images", help="column with the lists of their images")
+    parser.add_argument(
+        "--vision-encoder",
+        help="also keep the features of this vision model, for a model that reads by them (model.options.vision)",
+    )
+    parser.add_argument("--vision-layer", type=int, default=-2, help="its hidden states that are kept")
+    parser.add_argument("--vision-pool", type=int, default=1, help="mean over windows of so many features a side")
     parser.add_argument("--batch-size", type=int, default=64, help="images per encoder call")
     parser.add_argument(
         "--block-rows", type=int, default=1024, help="rows between two writes; a run that is killed loses at most these"
@@ -91,6 +99,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         wrong = [*given, *(["--buckets"] if args.buckets else []), *(["--segments-column"] if args.segments_column else []),
                  *(["--class-column"] if args.class_column else [])]  # fmt: skip
         parser.error(f"{', '.join(wrong)}: not for conversations; leave out --messages-column")
+    if args.vision_encoder and (args.segments_column or args.class_column):
+        parser.error("--vision-encoder: images of interleaved rows and of classes are not read; leave it out")
     if args.class_column and (args.segments_column or args.caption or args.caption_column != "caption"):
         parser.error("--class-column: images have classes, captions or segments; leave the others out")
     return args
@@ -100,6 +110,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, encode, and say what was skipped."""
     args = parse_arguments(argv)
     tokenizer, process = open_tokenizer(args.image_tokenizer)
+    vision = None
+    if args.vision_encoder:
+        vision = VisionEncoder(args.vision_encoder, args.vision_layer, args.vision_pool, "--vision-encoder").to(
+            process.device
+        )
     sizes = tuple(args.buckets or [(args.image_size, args.image_size)])
     start = time.monotonic()
     if args.segments_column:
@@ -112,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         reports = encode_chat(
             tokenizer, args.source, args.out, tuple(args.splits), sizes[0], (args.images_column, args.messages_column),
             args.batch_size, args.streaming, args.block_rows, process, max_rows=args.max_rows,
-            validation=args.validation,
+            validation=args.validation, vision=vision,
         )  # fmt: skip
     elif args.class_column:
         views = Views(sizes, args.crop, args.crops, args.zoom, args.flips, args.seed)
@@ -126,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             tokenizer, args.source, args.out, tuple(args.splits), args.image_size, args.image_column, args.caption_column,
             args.batch_size, args.streaming, Views(sizes, args.crop, args.crops, args.zoom, args.flips, args.seed),
             args.block_rows, process, args.caption, max_rows=args.max_rows,
-            validation=args.validation,
+            validation=args.validation, vision=vision,
         )  # fmt: skip
     if process.is_main_process:
         for split, report in reports.items():

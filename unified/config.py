@@ -45,6 +45,16 @@ _FIELDS: dict[str, Rule] = {
     ),
     "dropout": ("a number in [0, 1)", lambda value: is_finite(value) and 0 <= value < 1),
     "conditioning": ("null or a description with a kind", lambda value: value is None or isinstance(value, dict)),
+    "vision": ("null or a mapping with an encoder", lambda value: value is None or isinstance(value, dict)),
+}
+# Fields of `vision`; `length` and `width` are those of what the encoder makes.
+_VISION: dict[str, Rule] = {
+    "encoder": ("a folder or a name on the Hub", lambda value: isinstance(value, str) and bool(value.strip())),
+    "layer": ("a whole number", lambda value: type(value) is int),
+    "pool": whole(),
+    "fingerprint": _FINGERPRINT,
+    "length": whole(),
+    "width": whole(),
 }
 _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -117,6 +127,8 @@ class UnifiedConfig(PreTrainedConfig):
         prompt_template, null_prompt, null_prompt_repeats, code_pixels: how captions are written in front of an image, and what
             stands for none: ``template``, ``null``, ``null_repeats`` and ``code_pixels`` of
             :class:`unified.prompts.PromptFormat`.
+        vision: the frozen vision encoder whose features stand for images that are read (see :mod:`unified.model.vision`):
+            ``encoder``, ``layer``, ``pool``, and of its own ``fingerprint``, ``length`` and ``width``; None without.
         chat_template: how conversations were written that the model was trained on (see :mod:`unified.conversation`); None
             if it was trained on none.
     """
@@ -151,6 +163,7 @@ class UnifiedConfig(PreTrainedConfig):
     null_prompt_repeats: bool = False
     chat_template: str | None = None
     code_pixels: int = 1
+    vision: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: object) -> None:
         """Build the backbone's config and refuse values that are out of range."""
@@ -170,6 +183,10 @@ class UnifiedConfig(PreTrainedConfig):
             )
         if self.conditioning is not None:
             check_conditioning(self.conditioning)
+        if self.vision is not None:
+            check_vision(self.vision)
+            if self.conditioning is not None:
+                raise ValueError("vision: a model with conditioning reads no images; leave one of them out.")
         _choice("positions", self.positions, ("1d", "2d", "llamagen"))
         _choice("coarse_positions", self.coarse_positions, ("center", "unit", "normalized"))
         _choice("loss_normalization", self.loss_normalization, ("position", "token"))
@@ -270,6 +287,18 @@ def check_conditioning(given: Any) -> None:
         raise ValueError(f"conditioning.names: {reprlib.repr(names)} must be a list of names that are not empty.")
     if len(names) != given["classes"]:
         raise ValueError(f"conditioning.names: {len(names)} names for {given['classes']} classes; give one each.")
+
+
+def check_vision(given: Mapping[str, Any]) -> None:
+    """Raises ValueError if a description of a vision encoder has no name of it, an unknown field, or a value that does not fit."""
+    if "encoder" not in given:
+        raise ValueError("vision.encoder: missing; give the folder or the Hub name of a vision model of transformers.")
+    for name, value in given.items():
+        if name not in _VISION:
+            raise ValueError(f"vision: {name!r} is unknown; use some of {sorted(_VISION)}.")
+        wanted, fits = _VISION[name]
+        if not fits(value):
+            raise ValueError(f"vision.{name}: {value!r} must be {wanted}.")
 
 
 def head_dim(text_config: Any) -> int:

@@ -10,7 +10,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from unified.config import UnifiedConfig
 from unified.prompts import template_ids
-from unified.sequence import ImageSegment, Segment, TextSegment
+from unified.sequence import FeatureSegment, ImageSegment, Segment, TextSegment
 from unified_tokenizers import TextTokenizer
 
 ROLES = ("system", "user", "assistant")
@@ -107,7 +107,7 @@ def conversation_segments(
     """A conversation as segments, of which only what the assistant says is in the loss, the token that ends it included.
 
     Args:
-        turns: with codes ``(h, w)`` for images.
+        turns: with codes ``(h, w)`` for images, or features of those that are read.
         tokenizer: of the model's text.
         template: Jinja, as transformers' tokenizers have it. Texts are encoded apart from it: what they spell is no special
             token.
@@ -146,6 +146,8 @@ def conversation_segments(
                 TextSegment((), loss),
                 ImageSegment(part, loss),
             ]  # <boi> is in the loss with the text before it
+        elif isinstance(part, FeatureSegment):
+            segments.append(part)
         else:
             literal = "".join(character for character, _ in run)
             segments.append(TextSegment(tokenizer.encode(part) if sign else template_ids(literal, tokenizer), loss))

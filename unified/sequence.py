@@ -1,11 +1,12 @@
 """Segments of text and image -> one sequence of ids.
 
-A sequence reads ``<bos> text <boi> codes <eoi> text ...``. ``labels`` copy the ids of supervised tokens and hold -100
+A sequence reads ``<bos> text <boi> codes <eoi> text ...``; of a model with a vision encoder, an image that is only read has
+features in place of codes. ``labels`` copy the ids of supervised tokens and hold -100
 elsewhere; the shift by one position happens inside the model.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from reprlib import repr as short
 
 import numpy as np
@@ -34,7 +35,14 @@ class ImageSegment:
     loss: bool = True
 
 
-Segment = TextSegment | ImageSegment
+@dataclass(frozen=True, eq=False)
+class FeatureSegment:
+    """An image that is read: features ``(P, F)`` of a vision encoder, of which each takes a position; never in the loss."""
+
+    features: Tensor
+
+
+Segment = TextSegment | ImageSegment | FeatureSegment
 
 
 @dataclass
@@ -43,7 +51,8 @@ class TokenSequence:
 
     ``seed`` chooses the permutation of codes, for a model that predicts them in any order: one seed for all images, or a
     list with that of each permutation, as images are sampled; ``condition`` is the class of a class-conditional model, whose
-    embedding takes the place of ``<boi>``; ``rejected`` is the other sequence of a pair of which this one is preferred.
+    embedding takes the place of ``<boi>``; ``rejected`` is the other sequence of a pair of which this one is preferred;
+    ``features`` are the images that are read, each with the index of its first position, whose ids are padding.
     """
 
     input_ids: Tensor
@@ -52,13 +61,14 @@ class TokenSequence:
     seed: int | list[int] = 0
     condition: int | None = None
     rejected: "TokenSequence | None" = None
+    features: list[tuple[int, FeatureSegment]] = field(default_factory=list)
 
 
 def build_sequence(segments: Iterable[Segment], vocabulary: Vocabulary, end: bool = False) -> TokenSequence:
     """Join segments into one sequence that starts with ``<bos>`` (if the backbone has one).
 
     ``<boi>`` is supervised with the text before it, so that interleaved data teach when to open an image; ``<eoi>`` with
-    its image; ``<eos>``, which ``end`` appends, with the last segment.
+    its image; ``<eos>``, which ``end`` appends, with the last segment. Nothing of an image that is read is supervised.
 
     Raises:
         ValueError: if text ids or codes are no integers, leave their ranges or have another shape, or a segment is none.
@@ -67,8 +77,19 @@ def build_sequence(segments: Iterable[Segment], vocabulary: Vocabulary, end: boo
     ids = [np.array(start, dtype=np.int64)]
     in_loss = [np.zeros(len(start), dtype=bool)]
     grids: list[tuple[int, int]] = []
+    features: list[tuple[int, FeatureSegment]] = []
     supervised = text_supervised = False
     for segment in segments:
+        if isinstance(segment, FeatureSegment):
+            if segment.features.ndim != 2 or not segment.features.is_floating_point() or not len(segment.features):
+                kind = f"{segment.features.dtype} {tuple(segment.features.shape)}"
+                raise ValueError(f"features: need floats of shape (P, F), got {kind}.")
+            features.append((sum(map(len, ids)) + 1, segment))
+            padding = [vocabulary.pad_token_id] * len(segment.features)
+            ids.append(np.array([vocabulary.boi_token_id, *padding, vocabulary.eoi_token_id], dtype=np.int64))
+            in_loss.append(np.zeros(len(ids[-1]), dtype=bool))
+            supervised = text_supervised = False
+            continue
         if not isinstance(segment, TextSegment | ImageSegment):
             raise ValueError(f"segments: {short(segment)} is neither a TextSegment nor an ImageSegment.")
         supervised = segment.loss
@@ -101,7 +122,7 @@ def build_sequence(segments: Iterable[Segment], vocabulary: Vocabulary, end: boo
         in_loss.append(np.array([supervised]))
     input_ids = np.concatenate(ids)
     labels = np.where(np.concatenate(in_loss), input_ids, IGNORE)
-    return TokenSequence(torch.from_numpy(input_ids), torch.from_numpy(labels), grids)
+    return TokenSequence(torch.from_numpy(input_ids), torch.from_numpy(labels), grids, features=features)
 
 
 def _check_range(name: str, values: np.ndarray, size: int) -> None:

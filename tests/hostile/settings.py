@@ -143,6 +143,12 @@ CONFIG: dict[str, list[Any]] = {
         *({"kind": "class", "classes": value} for value in (0, -5, "a", NAN)),
         {"kind": "features", "length": 0, "features": 4},
     ],
+    "vision": [
+        *(7, [1], {}, "siglip", {"encoder": "x"}, {"encoder": 7}, {"encoder": "x", "lair": 1}),
+        *({"encoder": "x", "width": 8, "layer": value} for value in (1.5, "a", NAN, None, True)),
+        *({"encoder": "x", "width": 8, "pool": value} for value in (0, -2, 1.5, "a", NAN, None, [1])),
+        *({"encoder": "x", "width": value} for value in (0, -2, 1.5, "a", NAN)),
+    ],
     "prediction": [
         *(
             7,
@@ -359,6 +365,12 @@ CASES: list[Case] = [
         ("an option of a wrong value", training("model.options.positions=3d"), "model.options positions"),
         ("an option of a wrong type", training("model.options.normalized_range=[1]"), "model.options normalized_range"),
         ("a conditioning", training("model.options.conditioning=7"), "model.options conditioning"),
+        (
+            "an encoder without reading",
+            training("model.options.vision={encoder: x}"),
+            "model.options.vision captioning",
+        ),
+        ("no encoder", training("model.options.vision={pool: 2}"), "model.options vision encoder"),
         ("no objective", training("objectives=[]"), "objectives"),
         ("objectives that are no list", training("objectives=7"), "objectives"),
         ("an objective without a name", training("objectives=[{weight: 1}]"), "objectives name"),

@@ -8,7 +8,7 @@ import torch
 
 from unified.config import Vocabulary
 from unified.prompts import PLAIN, PromptFormat
-from unified.sequence import ImageSegment, Segment, TextSegment, TokenSequence, build_sequence
+from unified.sequence import FeatureSegment, ImageSegment, Segment, TextSegment, TokenSequence, build_sequence
 from unified_tokenizers import TextTokenizer
 
 
@@ -22,6 +22,7 @@ def captioned_sequence(
     train_on_captions: bool = False,
     captioning: float = 0.0,
     prompts: PromptFormat = PLAIN,
+    feature_size: tuple[int, int] | None = None,
 ) -> TokenSequence:
     """``<bos> caption <boi> codes <eoi>``, or ``<bos> <boi> codes <eoi> caption <eos>`` with the caption in the loss.
 
@@ -34,6 +35,7 @@ def captioned_sequence(
         train_on_captions: whether captions before an image are in the loss.
         captioning: share of rows with the image first.
         prompts: how the model writes a caption in front of an image, and no caption.
+        feature_size: P and F of the row's ``features``, which stand for the codes where the image comes first.
 
     Raises:
         ValueError: if the caption is no text, or the codes are no whole numbers or not as many as the grid has.
@@ -43,7 +45,10 @@ def captioned_sequence(
     image = grids_of(row["codes"], [row["height"]], [row["width"]])[0]
     segments: list[Segment]
     if captioned:
-        segments = [ImageSegment(image, loss=False), TextSegment(text_tokenizer.encode(caption))]
+        read: Segment = ImageSegment(image, loss=False)
+        if feature_size is not None:
+            (read,) = features_of(row["features"], 1, feature_size)
+        segments = [read, TextSegment(text_tokenizer.encode(caption))]
     else:
         grid = (image.shape[0], image.shape[1])
         ids = prompts.caption_ids(caption, text_tokenizer, grid)
@@ -82,6 +87,20 @@ def grids_of(codes: Any, heights: Sequence[Any], widths: Sequence[Any]) -> list[
         raise ValueError(f"codes: {len(flat)} codes for grids of {sum(sizes)}; encode the images again.")
     parts = torch.tensor(flat.astype(np.int64)).split(sizes)
     return [part.reshape(int(h), int(w)) for part, (h, w) in zip(parts, grids, strict=True)]
+
+
+def features_of(values: Any, images: int, size: tuple[int, int]) -> list[FeatureSegment]:
+    """The flat features of several images, one after the other, each ``(P, F)`` of ``size``, as segments.
+
+    Raises:
+        ValueError: if they are not those of so many images.
+    """
+    flat = np.asarray(values, dtype=np.float16)
+    if flat.size != images * size[0] * size[1]:
+        raise ValueError(
+            f"features: {flat.size} numbers for {images} images of {size[0]} x {size[1]}; encode the images again."
+        )
+    return [FeatureSegment(torch.from_numpy(each)) for each in flat.reshape(images, *size)]
 
 
 def add_code_noise(sequence: TokenSequence, vocabulary: Vocabulary, limit: float, rng: np.random.Generator) -> None:

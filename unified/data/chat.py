@@ -7,13 +7,14 @@ from typing import Any
 import datasets
 import numpy as np
 from accelerate import PartialState
+from torch import Tensor
 
 from unified.config import Vocabulary
 from unified.conversation import Turn, conversation_segments, read_messages
-from unified.data.captioned import grids_of
-from unified.data.code_cache import Prepared, first_rows, source_split, write_cache
+from unified.data.captioned import features_of, grids_of
+from unified.data.code_cache import Prepared, first_rows, source_split, vision_key, write_cache
 from unified.data.crops import Size
-from unified.data.encoding import Numbered
+from unified.data.encoding import Features, Numbered, feature_columns
 from unified.data.interleaved import SEGMENT_COLUMNS, segment_records
 from unified.data.rows import Rows, SkipReport, check_column, column_names, readable
 from unified.data.sources import load_source
@@ -40,6 +41,7 @@ def encode_chat(
     storage_options: dict[str, Any] | None = None,
     max_rows: int | None = None,
     validation: float | None = None,
+    vision: Features | None = None,
 ) -> dict[str, SkipReport]:
     """Encode the images of conversations and write an Arrow data set of texts, roles, codes and grids.
 
@@ -51,6 +53,7 @@ def encode_chat(
             in :func:`unified.data.code_cache.encode_source`; a share is held out by the images, so that none is on both sides.
         size: height and width in pixels that images are fitted to.
         columns: with the lists of images, which conversations of texts alone do not need, and with the messages.
+        vision: also keep the features of a vision encoder, of the images that the assistant does not draw.
 
     Raises:
         ValueError: as :func:`unified.data.code_cache.encode_source`.
@@ -58,7 +61,7 @@ def encode_chat(
     images, messages = columns
     settings = {
         "kind": "chat", "source": source, "sizes": [list(size)], "block_rows": block_rows, "columns": list(columns),
-        "max_rows": max_rows, "validation": validation,
+        "max_rows": max_rows, "validation": validation, "vision": vision_key(vision),
     }  # fmt: skip
 
     def load(split: str) -> Rows:
@@ -72,10 +75,10 @@ def encode_chat(
         def make(numbered: Numbered, report: SkipReport) -> list[dict[str, Any]]:
             roles: dict[int, list[str | None]] = {}
             segments = _segments(numbered, report, columns, roles)
-            records = segment_records(tokenizer, segments, report, [size], "segments", batch_size)
+            records = segment_records(tokenizer, segments, report, [size], "segments", batch_size, vision)
             return [record | {"roles": roles[record["source_row"]]} for record in records]
 
-        return _undecoded(rows, images), make, CHAT_COLUMNS
+        return _undecoded(rows, images), make, datasets.Features({**CHAT_COLUMNS, **feature_columns(vision)})
 
     return write_cache(tokenizer, out, splits, [size], settings, load, prepare, block_rows, batch_size, process)
 
@@ -88,15 +91,19 @@ def chat_sequence(
     template: str,
     max_length: int,
     frame: Frame | None = None,
+    feature_size: tuple[int, int] | None = None,
 ) -> TokenSequence:
     """A row of the cache as one sequence, of which the replies are in the loss; nothing is random.
 
-    Later exchanges are left out where the row is longer than ``max_length`` tokens. ``frame`` is that of the model's images.
+    Later exchanges are left out where the row is longer than ``max_length`` tokens. ``frame`` is that of the model's images;
+    ``feature_size`` is P and F of the row's ``features``, which stand for the images that are read.
 
     Raises:
         ValueError: if not even the first reply fits, or the row is none of :func:`encode_chat`.
     """
     turns = _turns(row)
+    if feature_size is not None:
+        turns = _read_by_features(turns, row["features"], feature_size)
     ends = [number + 1 for number, turn in enumerate(turns) if turn.role == "assistant"]
     for end in reversed(ends):
         segments = conversation_segments(turns[:end], text_tokenizer, template)
@@ -145,6 +152,18 @@ def _turns(row: dict[str, Any]) -> list[Turn]:
     return turns
 
 
+def _read_by_features(turns: list[Turn], values: Any, size: tuple[int, int]) -> list[Turn]:
+    """The same turns with features for the images that the assistant does not draw."""
+    read = [isinstance(part, Tensor) for turn in turns if turn.role != "assistant" for part in turn.parts]
+    features = iter(features_of(values, sum(read), size))
+    return [
+        turn
+        if turn.role == "assistant"
+        else Turn(turn.role, tuple(next(features) if isinstance(part, Tensor) else part for part in turn.parts))
+        for turn in turns
+    ]
+
+
 def _segments(
     rows: Numbered, report: SkipReport, columns: tuple[str, str], roles: dict[int, list[str | None]]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -153,12 +172,15 @@ def _segments(
         turns = _read(row, report, number, columns)
         if turns is None:
             continue
-        parts = [(part, turn.role if place == 0 else None) for turn in turns for place, part in enumerate(turn.parts)]
-        roles[number] = [role for _, role in parts]
-        yield (
-            number,
-            {"segments": [{"text": p, "image": None} if isinstance(p, str) else {"image": p} for p, _ in parts]},
-        )
+        roles[number] = [turn.role if place == 0 else None for turn in turns for place in range(len(turn.parts))]
+        segments = [
+            {"text": part, "image": None}
+            if isinstance(part, str)
+            else {"image": part, "read": turn.role != "assistant"}
+            for turn in turns
+            for part in turn.parts
+        ]
+        yield number, {"segments": segments}
 
 
 def _read(row: dict[str, Any], report: SkipReport, number: int, columns: tuple[str, str]) -> list[Turn] | None:

@@ -18,7 +18,7 @@ from torch import nn
 
 from unified.data.content import content_of, was_streamed
 from unified.data.crops import Size, Views
-from unified.data.encoding import MakeRecords, captioned_records, encode_blocks, read_blocks
+from unified.data.encoding import FEATURES, Features, MakeRecords, captioned_records, encode_blocks, read_blocks
 from unified.data.held_out import part_names
 from unified.data.rows import Rows, SkipReport, undecoded_rows, with_caption
 from unified.data.sources import check_splits, load_source, terms_of
@@ -64,6 +64,7 @@ def encode_source(
     storage_options: dict[str, Any] | None = None,
     max_rows: int | None = None,
     validation: float | None = None,
+    vision: Features | None = None,
 ) -> dict[str, SkipReport]:
     """Encode the images of a source and write an Arrow data set of codes, grids and captions.
 
@@ -88,6 +89,7 @@ def encode_source(
         storage_options: as in :func:`unified.data.sources.load_source`.
         max_rows: read only so many rows of every split; a stream is not read any further.
         validation: hold out this share of the split ``train``, chosen by content, as ``validation``.
+        vision: also keep the features of a vision encoder, for a model that reads images by them.
 
     Returns:
         What was used and skipped, by split.
@@ -108,6 +110,7 @@ def encode_source(
         "caption": caption,
         "max_rows": max_rows,
         "validation": validation,
+        "vision": vision_key(vision),
     }
 
     def load(split: str) -> Rows:
@@ -119,9 +122,14 @@ def encode_source(
         if caption is not None:
             rows = with_caption(rows, caption, caption_column)
         rows = undecoded_rows(rows, image_column, caption_column)
-        return rows, *captioned_records(tokenizer, rows, views, image_column, caption_column, batch_size)
+        return rows, *captioned_records(tokenizer, rows, views, image_column, caption_column, batch_size, vision)
 
     return write_cache(tokenizer, out, splits, views.sizes, settings, load, prepare, block_rows, batch_size, process)
+
+
+def vision_key(vision: Features | None) -> dict[str, Any] | None:
+    """What the features of a cache depend on: the encoder's weights, the layer and the pooling."""
+    return None if vision is None else {name: vision.description[name] for name in ("fingerprint", "layer", "pool")}
 
 
 def source_split(split: str, validation: float | None) -> str:
@@ -298,7 +306,13 @@ def _finish(out: Path, partial: Path, splits: tuple[str, ...], settings: dict[st
     shutil.rmtree(partial)
 
 
-def load_codes(path: str | Path, split: str, fingerprint: str | None, kind: str = "captioned") -> datasets.Dataset:
+def load_codes(
+    path: str | Path,
+    split: str,
+    fingerprint: str | None,
+    kind: str = "captioned",
+    vision: Features | None = None,
+) -> datasets.Dataset:
     """Open one split of a codes cache.
 
     Args:
@@ -306,10 +320,11 @@ def load_codes(path: str | Path, split: str, fingerprint: str | None, kind: str 
         split: split to open.
         fingerprint: fingerprint of the tokenizer in use; None skips the comparison.
         kind: what the rows have to be, ``captioned``, ``interleaved``, ``labelled``, ``pairs`` or ``chat``.
+        vision: the encoder whose features are read beside the codes; without one they are left out.
 
     Raises:
         ValueError: if the folder is no cache of this kind, the split is missing, the codes are of another tokenizer or no
-            whole numbers, a caption is null, or a class null or negative.
+            whole numbers, a caption is null, a class null or negative, or features are missing or of another encoder.
     """
     if not is_codes_cache(path):
         raise ValueError(f"codes: {str(path)!r} has no {CACHE_FILE}; write it with recipes/encode_images.py.")
@@ -324,6 +339,15 @@ def load_codes(path: str | Path, split: str, fingerprint: str | None, kind: str 
     dataset = load_source(str(path), split)
     assert isinstance(dataset, datasets.Dataset)  # a saved data set that is not streamed
     _check_columns(dataset, path, kind)
+    if vision is not None:
+        wanted, there = vision_key(vision), description.get("vision")
+        if there != wanted:
+            raise ValueError(
+                f"codes: {str(path)!r} was made with features of the vision encoder {there}, the one in use is {wanted}; encode "
+                "the images again, see --vision-encoder."
+            )
+    elif set(FEATURES) <= set(dataset.column_names):
+        dataset = dataset.remove_columns(list(FEATURES))
     return dataset.with_format("numpy")
 
 

@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from itertools import chain, count, islice
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import datasets
 import numpy as np
 from datasets.arrow_writer import ArrowWriter
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from unified.data.crops import Views
@@ -34,6 +35,22 @@ VIEW_COLUMNS = {
     "source_row": datasets.Value("int64"),
     "view": datasets.Value("int32"),
 }
+FEATURES = {"features": datasets.List(datasets.Value("float16"))}  # of the images that are read, one after the other
+
+
+class Features(Protocol):
+    """A frozen vision encoder, such as :class:`unified.model.vision.VisionEncoder`.
+
+    Attributes:
+        description: ``UnifiedConfig.vision``.
+    """
+
+    description: dict[str, Any]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """``(B, 3, H, W)`` in [-1, 1] to features ``(B, P, F)`` in float16."""
+
+
 _COLUMNS = {**VIEW_COLUMNS, "caption": datasets.Value("string")}
 
 
@@ -62,7 +79,13 @@ def encode_blocks(
 
 
 def captioned_records(
-    tokenizer: ImageTokenizer, rows: Rows, views: Views, image_column: str, caption_column: str, batch_size: int
+    tokenizer: ImageTokenizer,
+    rows: Rows,
+    views: Views,
+    image_column: str,
+    caption_column: str,
+    batch_size: int,
+    vision: Features | None = None,
 ) -> tuple[MakeRecords, datasets.Features]:
     """How rows of :func:`unified.data.rows.undecoded_rows` become records of views with captions, and their columns."""
     text, names = _text_columns(rows, image_column, caption_column), class_names(rows, caption_column)
@@ -73,9 +96,15 @@ def captioned_records(
             (row.image, row.row, {"caption": row.caption, **{name: row.extra.get(name) for name in text}})
             for row in usable
         )
-        return encode_views(tokenizer, images, views, batch_size)
+        return encode_views(tokenizer, images, views, batch_size, vision)
 
-    return make, datasets.Features(_COLUMNS | {name: datasets.Value("string") for name in text})
+    columns = _COLUMNS | feature_columns(vision) | {name: datasets.Value("string") for name in text}
+    return make, datasets.Features(columns)
+
+
+def feature_columns(vision: Features | None) -> dict[str, Any]:
+    """The column of features, of a cache that has them."""
+    return {} if vision is None else FEATURES
 
 
 def read_blocks(folder: Path) -> tuple[datasets.Dataset, SkipReport]:
@@ -116,7 +145,7 @@ def _blocks(rows: Rows, block_rows: int, process: int, processes: int, folder: P
 
 def _text_columns(rows: Rows, image_column: str, caption_column: str) -> list[str]:
     """Further columns that hold text, such as ids and groups; the cache keeps them."""
-    taken = {*_COLUMNS, image_column, caption_column, UNREADABLE}
+    taken = {*_COLUMNS, *FEATURES, image_column, caption_column, UNREADABLE}
     if rows.features is not None:
         names = [name for name, kind in rows.features.items() if getattr(kind, "dtype", None) == "string"]
     else:
@@ -125,25 +154,32 @@ def _text_columns(rows: Rows, image_column: str, caption_column: str) -> list[st
 
 
 def encode_views(
-    tokenizer: ImageTokenizer, images: Iterable[Viewed], views: Views, batch_size: int
+    tokenizer: ImageTokenizer,
+    images: Iterable[Viewed],
+    views: Views,
+    batch_size: int,
+    vision: Features | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Records of all views of images, batched by size, so not in order."""
+    """Records of all views of images, batched by size, so not in order; with features of each view for ``vision``."""
     waiting: dict[tuple[int, int], list[tuple[Image.Image, dict[str, Any]]]] = defaultdict(list)
     for image, row, shared in images:
         for number, view in enumerate(views(image, row)):
             waiting[view.size].append((view, {**shared, "source_row": row, "view": number}))
             if len(waiting[view.size]) == batch_size:
-                yield from _encode_batch(tokenizer, waiting.pop(view.size))
+                yield from _encode_batch(tokenizer, waiting.pop(view.size), vision)
     for batch in waiting.values():
-        yield from _encode_batch(tokenizer, batch)
+        yield from _encode_batch(tokenizer, batch, vision)
 
 
 def _encode_batch(
-    tokenizer: ImageTokenizer, batch: list[tuple[Image.Image, dict[str, Any]]]
+    tokenizer: ImageTokenizer, batch: list[tuple[Image.Image, dict[str, Any]]], vision: Features | None
 ) -> Iterator[dict[str, Any]]:
-    codes = tokenizer.encode(to_tensor([view for view, _ in batch])).cpu().numpy().astype(np.int32)
-    for grid, (_, record) in zip(codes, batch, strict=True):
-        yield {"codes": grid.flatten(), "height": grid.shape[0], "width": grid.shape[1], **record}
+    pixels = to_tensor([view for view, _ in batch])
+    codes = tokenizer.encode(pixels).cpu().numpy().astype(np.int32)
+    features = [None] * len(batch) if vision is None else vision(pixels).cpu().numpy()
+    for grid, seen, (_, record) in zip(codes, features, batch, strict=True):
+        more = {} if seen is None else {"features": seen.flatten()}
+        yield {"codes": grid.flatten(), "height": grid.shape[0], "width": grid.shape[1], **more, **record}
 
 
 def _write(file: Path, records: list[dict[str, Any]], features: datasets.Features, report: SkipReport) -> None:

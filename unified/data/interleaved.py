@@ -15,7 +15,7 @@ from unified.config import Vocabulary
 from unified.data.captioned import grids_of
 from unified.data.code_cache import Prepared, first_rows, source_split, write_cache
 from unified.data.crops import Size, fit, nearest_aspect
-from unified.data.encoding import Numbered
+from unified.data.encoding import Features, Numbered
 from unified.data.rows import Rows, SkipReport, check_column, open_rgb, readable
 from unified.data.sources import load_source
 from unified.prediction.frame import Frame
@@ -151,16 +151,26 @@ def segment_records(
     sizes: Sequence[Size],
     column: str,
     batch_size: int,
+    vision: Features | None = None,
 ) -> list[dict[str, Any]]:
-    """Records of a block; images of one size are encoded together, whatever row they are from."""
-    records: list[tuple[int, list[str | None], list[np.ndarray]]] = []
-    waiting: dict[Size, list[tuple[Image.Image, list[np.ndarray], int]]] = defaultdict(list)
+    """Records of a block; images of one size are encoded together, whatever row they are from.
+
+    With ``vision`` also features, of the images whose segments say ``read``.
+    """
+    records: list[tuple[int, list[str | None], list[np.ndarray], dict[int, np.ndarray]]] = []
+    waiting: dict[Size, list[tuple[Image.Image, list[np.ndarray], int, dict[int, np.ndarray]]]] = defaultdict(list)
 
     def encode(size: Size) -> None:
         batch = waiting.pop(size)
-        codes = tokenizer.encode(to_tensor([view for view, _, _ in batch])).cpu().numpy().astype(np.int32)
-        for grid, (_, places, place) in zip(codes, batch, strict=True):
+        pixels = to_tensor([view for view, *_ in batch])
+        codes = tokenizer.encode(pixels).cpu().numpy().astype(np.int32)
+        for grid, (_, places, place, _) in zip(codes, batch, strict=True):
             places[place] = grid
+        wanted = [number for number, (*_, place, seen) in enumerate(batch) if place in seen]
+        if vision is not None and wanted:
+            for number, features in zip(wanted, vision(pixels[wanted]).cpu().numpy(), strict=True):
+                *_, place, seen = batch[number]
+                seen[place] = features.flatten()
 
     for number, row in rows:
         if not readable(row, report, number):
@@ -183,9 +193,11 @@ def segment_records(
             continue
         report.used += 1
         grids = [np.empty((0, 0), np.int32) for _ in views]
-        records.append((number, texts, grids))
+        images = [segment for segment in segments if segment.get("image") is not None]
+        seen = {place: np.empty(0, np.float16) for place, each in enumerate(images) if each.get("read")}
+        records.append((number, texts, grids, seen))
         for place, (size, view) in enumerate(views):
-            waiting[size].append((view, grids, place))
+            waiting[size].append((view, grids, place, seen))
             if len(waiting[size]) == batch_size:
                 encode(size)
     for size in list(waiting):
@@ -198,8 +210,9 @@ def segment_records(
             "widths": [grid.shape[1] for grid in grids],
             "source_row": number,
             "view": 0,
+            **({} if vision is None else {"features": np.concatenate([np.empty(0, np.float16), *seen.values()])}),
         }
-        for number, texts, grids in records
+        for number, texts, grids, seen in records
     ]
 
 

@@ -11,21 +11,24 @@ from unified.decoding.kv_cache import KeyValueCache
 from unified.decoding.passes import image_columns
 from unified.model.masks import step_mask
 from unified.model.modeling import UnifiedForCausalLM
-from unified.prediction.arrange import Row, arrange
+from unified.model.vision import enter_features
+from unified.prediction.arrange import Row, arrange, read_positions
 from unified.prediction.merge import Grid
-from unified.sequence import IGNORE, TokenSequence
+from unified.sequence import IGNORE, FeatureSegment, TokenSequence
 
 
 @dataclass(frozen=True)
 class Prompt:
     """Ids of a row, image codes as ``V_text + c``, and the grids of its images in order.
 
-    For a class-conditional model the row is ``<boi>`` alone, and ``condition`` the class that takes its place.
+    For a class-conditional model the row is ``<boi>`` alone, and ``condition`` the class that takes its place. ``features`` are
+    those of :class:`unified.sequence.TokenSequence`.
     """
 
     ids: tuple[int, ...]
     grids: tuple[Grid, ...] = ()
     condition: int | None = None
+    features: tuple[tuple[int, FeatureSegment], ...] = ()
 
 
 @dataclass
@@ -87,12 +90,13 @@ def prefill(decoder: Decoder, prompts: Sequence[Prompt], room: int) -> Prefilled
     ids = torch.full((len(rows), length, columns), IGNORE)
     ids[..., 0] = config.vocabulary.pad_token_id
     coordinates, is_image = torch.zeros(len(rows), length, 2), torch.zeros(len(rows), length, dtype=torch.bool)
-    visible = torch.zeros(len(rows), length, length, dtype=torch.bool)
+    visible, is_read = torch.zeros(len(rows), length, length, dtype=torch.bool), torch.zeros_like(is_image)
     for number, row in enumerate(rows):  # padding stands on the left
         start = length - len(row)
         ids[number, start:, : row.input_ids.shape[1]] = row.input_ids
         coordinates[number, start:], is_image[number, start:] = row.positions, row.is_image
         visible[number, start:, start:] = _visible(row)
+        is_read[number, start:] = read_positions(row)
     real = torch.arange(length) >= length - torch.tensor([len(row) for row in rows])[:, None]
     image_inputs = is_image.flatten().nonzero().flatten()
     place = {prompt: i for i, prompt in enumerate(distinct)}
@@ -101,6 +105,10 @@ def prefill(decoder: Decoder, prompts: Sequence[Prompt], room: int) -> Prefilled
         each.to(device) for each in (ids, image_inputs, coordinates, visible, real, is_image, owners)
     )
     embeds = model.embed(ids if columns > 1 else ids[..., 0], image_inputs, merge=prediction.merge.kind)
+    features = [row.features.to(device) for row in rows if row.features is not None]
+    if features:
+        read_at = is_read.flatten().nonzero().flatten().to(device)
+        embeds = enter_features(model.vision_projector, embeds, torch.cat(features), read_at)
     if model.condition is not None:
         labels = torch.tensor([prompt.condition for prompt in distinct], device=device)
         embeds = model.condition(labels).to(embeds.dtype)
@@ -109,7 +117,7 @@ def prefill(decoder: Decoder, prompts: Sequence[Prompt], room: int) -> Prefilled
 
 def _sequence(prompt: Prompt) -> TokenSequence:
     ids = torch.tensor(prompt.ids)
-    return TokenSequence(ids, ids, list(prompt.grids))
+    return TokenSequence(ids, ids, list(prompt.grids), features=list(prompt.features))
 
 
 def _without_queries(row: Row) -> Row:
@@ -126,6 +134,7 @@ def _without_queries(row: Row) -> Row:
         is_image=row.is_image[kept],
         sources=None,
         steps=row.steps[kept],
+        is_read=read_positions(row)[kept],
     )
 
 

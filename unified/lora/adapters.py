@@ -30,6 +30,7 @@ from unified_tokenizers.checkpoint import check_names
 BASE_FILE = "unified_base.json"
 IMAGE_MODULES = (
     "image_embed", "image_head", "image_projection", "image_query", "image_merge", "image_split", "image_chain", "image_join",
+    "vision_projector",
 )  # fmt: skip
 _CONFIG_FILE, _WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _SHAPES = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
@@ -131,6 +132,7 @@ def base_description(model: UnifiedForCausalLM) -> dict[str, Any]:
         **({} if config.image_factors is None else {"image_factors": list(config.image_factors)}),
         **({} if config.image_frame is None else {"image_frame": config.image_frame}),
         **({} if config.classes is None else {"classes": config.classes}),
+        **({} if config.vision is None else {"vision_fingerprint": config.vision.get("fingerprint")}),
         **{name: value for name, value in optional.items() if value is not None},
     }
 

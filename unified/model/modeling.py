@@ -22,6 +22,7 @@ from unified.model.masks import NoCache, masked_arguments
 from unified.model.prefix import build_condition
 from unified.model.rotary import GridRotary
 from unified.model.text_loss import text_cross_entropy
+from unified.model.vision import VisionProjector, enter_features
 from unified.prediction.npp import mean_embedding
 from unified.prediction.plan import Prediction
 from unified.sequence import IGNORE
@@ -103,6 +104,7 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
         self.image_join = SourceJoin(width, sources) if sources > 1 else None
         self._window = side
         self.condition = None if config.conditioning is None else build_condition(config.conditioning, width)
+        self.vision_projector = None if config.vision is None else _vision_projector(config.vision, width)
         self.modality_gate: Any = None  # of unified.lora, while an adapter is loaded that acts on one modality only
         self._wrap_rotary()
         if config.dropout:
@@ -232,6 +234,7 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
             "image_split",
             "image_chain",
             "image_join",
+            "vision_projector",
         )
         return {name: module for name in names if (module := getattr(self, name)) is not None}
 
@@ -353,6 +356,8 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         condition: Tensor | None = None,
+        features: Tensor | None = None,
+        feature_inputs: Tensor | None = None,
         num_items_in_batch: float | Tensor | None = None,
         return_image_states: bool = False,
         return_log_probs: bool = False,
@@ -377,6 +382,8 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
             position_ids, cache, use_cache, logits_to_keep: as in transformers, for text generation.
             condition: ``(B,)`` classes or ``(B, P, F)`` features, for models with ``conditioning``; its embeddings take the
                 place of the first positions (see :mod:`unified.model.prefix`).
+            features, feature_inputs: ``(n, F)`` of images that are read, and the flat indices ``(n,)`` of the positions that they
+                enter, for models with ``vision``.
             num_items_in_batch: what the summed loss is divided by; default: the weight of the batch's own targets.
             return_image_states: with labels, in place of losses what the image head scores for each of ``image_targets``.
             return_log_probs: also the log-probability of every supervised code, of which the image loss is made then.
@@ -392,6 +399,8 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
         embeds = self.embed(input_ids, image_inputs, query_inputs, merge)
         if self.condition is not None:
             embeds = torch.cat([self.condition(condition).to(embeds.dtype), embeds[:, self.condition.length :]], dim=1)
+        if features is not None and feature_inputs is not None:
+            embeds = enter_features(self.vision_projector, embeds, features, feature_inputs)
         if self.config.dropout:
             embeds = F.dropout(embeds, self.config.dropout, self.training)
         image_positions = None
@@ -481,6 +490,8 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
                 image = self._image_loss(scored, codes, weights)
         if self.training:
             unused = self._unused(states[:0], len(image_targets) > 0, query_inputs is not None, merge)
+            if self.vision_projector is not None and config.vision is not None:
+                unused = unused + self.vision_projector(states.new_empty(0, config.vision["width"])).sum()
             image, log_probs = image + unused, None if log_probs is None else log_probs + unused
         texts, images = (text_ids != IGNORE).sum(), weights.sum()
         if num_items is None:
@@ -549,6 +560,13 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
             if self.image_chain is not None:
                 total = total + self.image_chain(windows, windows).sum()
         return total
+
+
+def _vision_projector(vision: dict[str, Any], width: int) -> VisionProjector:
+    """The projector for an encoder of ``UnifiedConfig.vision``. Raises ValueError if it does not say what that makes."""
+    if "width" not in vision:
+        raise ValueError("vision: has no width; give VisionEncoder(...).description of unified.model.vision.")
+    return VisionProjector(vision["width"], width)
 
 
 def _check_no_window(config: Any) -> None:

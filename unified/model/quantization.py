@@ -12,7 +12,7 @@ BITS: dict[str, dict[str, Any]] = {
 # The image tables stay: they are small, and copies of them are trained. So does the text head, which is often tied.
 _KEPT = (
     "image_embed", "image_head", "image_projection", "image_query", "image_merge", "image_split", "image_chain", "image_join",
-    "condition", "lm_head",
+    "vision_projector", "condition", "lm_head",
 )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from unified.config import UnifiedConfig
 from unified.decoding import DECODING_MODES, Prompt, Sampling
 from unified.decoding.config import check_decoding
 from unified.decoding.decoder import Decoder
+from unified.model.vision import VisionEncoder
 from unified.pipeline.classes import as_classes, class_count, class_prompt
 from unified.pipeline.options import GenerationOptions
 from unified.prediction.frame import image_length
@@ -59,6 +60,22 @@ def check_parts(config: UnifiedConfig, image_tokenizer: ImageTokenizer, text_tok
             f"text_tokenizer: fingerprint {actual} is not the one that the model was trained with ({expected}); its ids "
             "would mean other words."
         )
+
+
+def check_vision_encoder(config: UnifiedConfig, vision: VisionEncoder | None) -> None:
+    """Raises ValueError if a model reads images by another vision encoder than is given, by none, or by one that is missing."""
+    if (config.vision is None) != (vision is None):
+        wrong = "missing; the model reads images by one" if vision is None else "given, but the model reads codes"
+        raise ValueError(f"vision_encoder: {wrong}.")
+    if config.vision is None or vision is None:
+        return
+    for name in ("fingerprint", "layer", "pool"):
+        expected, actual = config.vision.get(name), vision.description[name]
+        if expected != actual:
+            raise ValueError(
+                f"vision_encoder: {name} {actual} is not that of the one that the model was trained with ({expected}); its "
+                "features would mean something else."
+            )
 
 
 # Prompts

@@ -15,11 +15,12 @@ from unified.decoding.continuous_batching import Batcher, Request
 from unified.decoding.decoder import Decoder
 from unified.decoding.passes import image_columns
 from unified.decoding.prefill import prompt_columns
+from unified.model.vision import VisionEncoder
 from unified.pipeline.arguments import check_unicode, image_prompt, trained_grids
 from unified.pipeline.options import check_whole
 from unified.prediction.frame import image_length
 from unified.prediction.merge import Grid
-from unified.sequence import ImageSegment, Segment, TextSegment, build_sequence
+from unified.sequence import FeatureSegment, ImageSegment, Segment, TextSegment, build_sequence
 from unified_tokenizers import ImageTokenizer, TextTokenizer
 from unified_tokenizers.images import load_pixels, to_pil, to_tensor
 
@@ -75,29 +76,36 @@ def as_conversation(messages: Any, config: UnifiedConfig, text_tokenizer: TextTo
 
 
 def as_segments(
-    conversation: Conversation, image_tokenizer: ImageTokenizer, text_tokenizer: TextTokenizer
+    conversation: Conversation,
+    image_tokenizer: ImageTokenizer,
+    text_tokenizer: TextTokenizer,
+    vision: VisionEncoder | None = None,
 ) -> list[Segment]:
-    """A conversation as segments up to where the model replies, its images encoded."""
-    coded = [
-        Turn(
-            turn.role,
-            tuple(part.strip() if isinstance(part, str) else _codes(part, image_tokenizer) for part in turn.parts),
-        )
-        for turn in conversation.turns
-    ]
+    """A conversation as segments up to where the model replies, its images encoded.
+
+    They are read by their features where the model has a vision encoder, but for those of the assistant.
+    """
+
+    def coded_part(part: Any, role: str) -> Any:
+        if isinstance(part, str):
+            return part.strip()
+        pixels = to_tensor([part])
+        if vision is not None and role != "assistant":
+            return FeatureSegment(vision(pixels)[0].cpu())
+        return image_tokenizer.encode(pixels)[0].cpu()
+
+    coded = [Turn(turn.role, tuple(coded_part(part, turn.role) for part in turn.parts)) for turn in conversation.turns]
     if conversation.template is not None:
         return conversation_segments(coded, text_tokenizer, conversation.template, reply=True)
     return [
         TextSegment(text_tokenizer.encode(part), loss=False)
         if isinstance(part, str)
+        else part
+        if isinstance(part, FeatureSegment)
         else ImageSegment(part, loss=False)
         for turn in coded
         for part in turn.parts
     ]
-
-
-def _codes(image: Image.Image, image_tokenizer: ImageTokenizer) -> torch.Tensor:
-    return image_tokenizer.encode(to_tensor([image]))[0].cpu()
 
 
 def continue_conversations(
@@ -183,7 +191,9 @@ def _begin(
     requests = []
     for segments, generator in zip(conversations, generators, strict=True):
         sequence = build_sequence(segments, config.vocabulary)
-        prompt = Prompt(tuple(sequence.input_ids.tolist()), tuple(sequence.image_grids))
+        prompt = Prompt(
+            tuple(sequence.input_ids.tolist()), tuple(sequence.image_grids), features=tuple(sequence.features)
+        )
         requests.append(Request(prompt, grid, generator, image_sampling, text_sampling, negative, max_new_tokens,
                                 max_images, text_tokenizer.vocab_size))  # fmt: skip
     new = max_new_tokens + (max_images and max_images * (image_length(config, grid) + 2))
@@ -214,7 +224,7 @@ def as_messages(
     for segment in segments:
         if isinstance(segment, ImageSegment):
             messages += to_pil(image_tokenizer.decode(segment.codes[None]))
-        elif text := text_tokenizer.decode(segment.ids).strip():
+        elif isinstance(segment, TextSegment) and (text := text_tokenizer.decode(segment.ids).strip()):
             messages.append(text)
     return messages
 

@@ -7,13 +7,16 @@ from typing import Any
 import torch
 from httpx2 import HTTPError
 
+from unified.config import UnifiedConfig
 from unified.files import read_json, write_json
 from unified.lora.adapters import BASE_FILE
+from unified.model.vision import VisionEncoder
 from unified.pipeline.options import check_defaults
 from unified_tokenizers import ImageTokenizer
 
 PIPELINE_FILE = "pipeline.json"
-PARTS = ("model", "image_tokenizer", "text_tokenizer")
+VISION_FOLDER = "vision_encoder"
+PARTS = ("model", "image_tokenizer", "text_tokenizer", VISION_FOLDER)
 
 
 def read_description(folder: Path) -> dict[str, Any]:
@@ -77,6 +80,17 @@ def check_fingerprint(folder: Path, description: Mapping[str, Any], image_tokeni
             f"pipeline: {PIPELINE_FILE} of {str(folder)!r} has the image_tokenizer_fingerprint {made_with!r}, its image "
             f"tokenizer {image_tokenizer.fingerprint!r}; get the folder again."
         )
+
+
+def load_vision(folder: Path, config: UnifiedConfig) -> VisionEncoder | None:
+    """The vision encoder in a pipeline's folder; None for a model that has none. Raises ValueError if it is missing or damaged."""
+    if config.vision is None:
+        return None
+    if not (folder / VISION_FOLDER).is_dir():
+        raise ValueError(
+            f"pipeline: {str(folder)!r} has no {VISION_FOLDER}/, by which its model reads; get the folder again."
+        )
+    return VisionEncoder(folder / VISION_FOLDER, config.vision.get("layer", -2), config.vision.get("pool", 1))
 
 
 def check_one_device(model: Any) -> None:

@@ -34,6 +34,7 @@ from unified.lora.switching import (
     unfuse_lora,
 )
 from unified.model.modeling import UnifiedForCausalLM
+from unified.model.vision import VisionEncoder
 from unified.model_card import combined_card, read_card
 from unified.pipeline.arguments import (
     ImageBatch,
@@ -43,6 +44,7 @@ from unified.pipeline.arguments import (
     check_parts,
     check_prompt,
     check_sampling,
+    check_vision_encoder,
     code_grid,
     one_per_image,
     per_image,
@@ -59,10 +61,12 @@ from unified.pipeline.chat import (
 from unified.pipeline.classes import as_classes, class_count, labels_of
 from unified.pipeline.editing import as_images, codes_to_keep, share_to_keep, unfinished_images
 from unified.pipeline.folder import (
+    VISION_FOLDER,
     adapter_sampling,
     as_dtype,
     check_fingerprint,
     check_one_device,
+    load_vision,
     push_folder,
     read_description,
     write_description,
@@ -115,6 +119,7 @@ class UnifiedPipeline:
         model: the language model.
         image_tokenizer: the tokenizer whose codes the model was trained on.
         text_tokenizer: the tokenizer of its text ids; None for a class-conditional model, which reads no text.
+        vision_encoder: that by which the model reads images, where it was trained with one (``UnifiedConfig.vision``).
         sampling: defaults of the options in :data:`unified.pipeline.options.SAMPLING`, saved with the pipeline: what None
             means in a call, in the engine, on the page and on the command line.
 
@@ -131,14 +136,17 @@ class UnifiedPipeline:
         image_tokenizer: ImageTokenizer,
         text_tokenizer: TextTokenizer | None = None,
         sampling: Mapping[str, Any] | None = None,
+        vision_encoder: VisionEncoder | None = None,
     ):
         config = base_of(model).config
         check_parts(config, image_tokenizer, text_tokenizer)
+        check_vision_encoder(config, vision_encoder)
         self._sampling, self._adapter_sampling = check_defaults(sampling), dict[str, dict[str, Any]]()
         if text_tokenizer is not None:
             config.text_tokenizer_fingerprint = text_tokenizer.fingerprint
         self.model: UnifiedForCausalLM | PeftModel = model.eval()
         self.image_tokenizer = image_tokenizer
+        self.vision_encoder = vision_encoder
         self._text_tokenizer = text_tokenizer
         self.lock = RLock()
         self._calls: list[ImageBatch] = []  # in progress; the one that sampled last is at the end
@@ -161,8 +169,8 @@ class UnifiedPipeline:
         quantization_config: Any = None,
         **hub: Any,
     ) -> "UnifiedPipeline":
-        """Load a pipeline folder: ``pipeline.json``, ``model/``, ``image_tokenizer/`` and, unless the model is
-        class-conditional, ``text_tokenizer/``.
+        """Load a pipeline folder: ``pipeline.json``, ``model/``, ``image_tokenizer/``, unless the model is
+        class-conditional, ``text_tokenizer/``, and ``vision_encoder/`` where it reads images by one.
 
         Args:
             pretrained_model_name_or_path: a local folder, or a repository on the Hub.
@@ -186,11 +194,13 @@ class UnifiedPipeline:
         model.name_or_path = str(pretrained_model_name_or_path)  # what an adapter names as its base
         image_tokenizer = AutoImageTokenizer.from_pretrained(folder / "image_tokenizer")
         check_fingerprint(folder, description, image_tokenizer)
-        if device_map is not None and isinstance(image_tokenizer, torch.nn.Module):
-            image_tokenizer.to(model.device)
+        vision_encoder = load_vision(folder, model.config)
+        for part in (image_tokenizer, vision_encoder):
+            if device_map is not None and isinstance(part, torch.nn.Module):
+                part.to(model.device)
         reads_text = model.config.conditioning is None
         text_tokenizer = load_text_tokenizer(folder / "text_tokenizer") if reads_text else None
-        pipe = cls(model, image_tokenizer, text_tokenizer, description["sampling"])
+        pipe = cls(model, image_tokenizer, text_tokenizer, description["sampling"], vision_encoder)
         pipe._card = read_card(folder)
         return pipe
 
@@ -241,6 +251,8 @@ class UnifiedPipeline:
         self.image_tokenizer.save_pretrained(folder / "image_tokenizer")
         if self._text_tokenizer is not None:
             self._text_tokenizer.save_pretrained(folder / "text_tokenizer")
+        if self.vision_encoder is not None:
+            self.vision_encoder.save_pretrained(folder / VISION_FOLDER)
         write_description(folder, type(self).__name__, self.image_tokenizer.fingerprint, self.sampling)
         if card is None:
             card = combined_card(
@@ -259,7 +271,7 @@ class UnifiedPipeline:
         """
         return {
             "model": self.model, "image_tokenizer": self.image_tokenizer, "text_tokenizer": self.text_tokenizer,
-            "sampling": dict(self.sampling),
+            "sampling": dict(self.sampling), "vision_encoder": self.vision_encoder,
         }  # fmt: skip
 
     @property
@@ -280,11 +292,12 @@ class UnifiedPipeline:
 
     @one_at_a_time
     def to(self, *args: Any, **kwargs: Any) -> "UnifiedPipeline":
-        """Move the model and the image tokenizer to a device; a dtype goes to the model only."""
+        """Move the model, the image tokenizer and the vision encoder to a device; a dtype goes to the model only."""
         self._decoders.free()  # the old device shall have its memory back now
         self.model.to(*args, **kwargs)
-        if isinstance(self.image_tokenizer, torch.nn.Module):
-            self.image_tokenizer.to(self.model.device)
+        for part in (self.image_tokenizer, self.vision_encoder):
+            if isinstance(part, torch.nn.Module):
+                part.to(self.model.device)
         return self
 
     @property
@@ -605,6 +618,8 @@ class UnifiedPipeline:
     ) -> list[str]:
         """Texts for images: ``<bos> <boi> codes <eoi> prompt`` and what the model writes until ``<eos>``.
 
+        A model with a vision encoder reads features in place of codes.
+
         Args:
             images: one image or several, of sizes that the model was trained on.
             prompt: how the text begins; it is not part of the result.
@@ -696,7 +711,7 @@ class UnifiedPipeline:
             given = as_conversation(messages, config, self.text_tokenizer)
             check_sizes(given.images, config, self.image_tokenizer.downsample)
             grid = self._reply_grid(max_images, height, width)
-            read = as_segments(given, self.image_tokenizer, self.text_tokenizer)
+            read = as_segments(given, self.image_tokenizer, self.text_tokenizer, self.vision_encoder)
             replies = stream_conversation(
                 self.decoder(), read, grid, self.text_tokenizer, per_image(generator, 1)[0], text_sampling,
                 image_sampling, max_new_tokens, max_images,
@@ -752,7 +767,9 @@ class UnifiedPipeline:
         """Texts and images of the reply in each conversation; needs the lock."""
         for each in conversations:  # before any image is encoded
             check_sizes(each.images, base_of(self.model).config, self.image_tokenizer.downsample)
-        read = [as_segments(each, self.image_tokenizer, self.text_tokenizer) for each in conversations]
+        read = [
+            as_segments(each, self.image_tokenizer, self.text_tokenizer, self.vision_encoder) for each in conversations
+        ]
         replies = continue_conversations(
             self.decoder(), read, grid, self.text_tokenizer, per_image(generator, len(read)), text_sampling,
             image_sampling, max_new_tokens, max_images, on_text=on_text,

@@ -41,6 +41,9 @@ class Row:
         condition: class of a class-conditional model.
         owners: the sequence that each image is of, by its number among those of the batch.
         grids: of each image, in codes.
+        is_read: ``(S,)``, True where features of images that are read enter; they count up as text does, because their
+            encoder knows where they are. None without any.
+        features: ``(n, F)``, what enters there.
     """
 
     input_ids: Tensor
@@ -55,6 +58,8 @@ class Row:
     condition: int | None = None
     owners: list[int] = field(default_factory=list)
     grids: list[Grid] = field(default_factory=list)
+    is_read: Tensor | None = None
+    features: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -134,18 +139,23 @@ def arrange(
             )
     ids, labels = sequence.input_ids.numpy(), sequence.labels.numpy()
     spans = image_spans(ids, sequence.image_grids, vocabulary)
+    read = np.zeros(len(ids), dtype=bool)
+    for start, segment in sequence.features:
+        read[start : start + len(segment.features)] = True
     seed = None if not prediction.way.any_order else sequence.seed
     images = _images([grid for _, grid in spans], prediction, merge, coordinates, seed, as_sampled)
     length = len(ids) + sum(len(image.entered) - image.codes for image in images)
     shape = (length, merge.side**2 if spans else 1)
     row_ids, row_labels = np.full(shape, IGNORE), np.full(shape, IGNORE)
     positions, is_image = np.full((length, 2), -1.0, dtype=np.float32), np.zeros(length, dtype=bool)
+    is_read = np.zeros(length, dtype=bool)
     sources, steps = np.full((length, prediction.way.most_sources), -1), np.empty((length, 2), dtype=np.int64)
     cursor, end, step, base = 0, 0, 0, 0.0  # in the sequence, in the row, the next step, and the index of the text
     for number in range(len(spans) + 1):
         stop = spans[number][0] if number < len(spans) else len(ids)
         text = slice(end, end + stop - cursor)
         row_ids[text, 0], row_labels[text, 0] = ids[cursor:stop], labels[cursor:stop]
+        is_read[text] = read[cursor:stop]
         sources[text, 0], steps[text] = np.arange(text.start, text.stop) - 1, step + np.arange(stop - cursor)[:, None]
         if coordinates.positions != "llamagen":
             positions[text] = base + np.arange(stop - cursor)[:, None]
@@ -174,6 +184,8 @@ def arrange(
     tensor = torch.from_numpy
     row = Row(tensor(row_ids), tensor(row_labels), tensor(positions), tensor(is_image), len(spans), merge.kind)
     row.condition, row.grids = sequence.condition, [grid for _, grid in spans]
+    if sequence.features:
+        row.is_read, row.features = tensor(is_read), torch.cat([segment.features for _, segment in sequence.features])
     if not prediction.is_raster:
         row.sources, row.steps = tensor(sources), tensor(steps)
     return row
@@ -287,7 +299,14 @@ def _concatenate(documents: list[Row]) -> Row:
         torch.cat([torch.full((len(document),), number) for number, document in enumerate(documents)]),
         owners=[owner for document in documents for owner in document.owners],
         grids=[grid for document in documents for grid in document.grids],
+        is_read=torch.cat([read_positions(document) for document in documents]),
+        features=_joined([document.features for document in documents]),
     )
+
+
+def read_positions(row: Row) -> Tensor:
+    """``(S,)``, True where features enter a row."""
+    return torch.zeros(len(row), dtype=torch.bool) if row.is_read is None else row.is_read
 
 
 def _joined(parts: list[Tensor | None]) -> Tensor | None:
@@ -325,6 +344,7 @@ def collate(rows: Sequence[Row], config: UnifiedConfig, multiple: int = 1) -> Ba
         supervised ones (B * S stands for none). Unless codes come in raster order: ``image_sources (N, m)``, what predicts
         each of ``image_targets``; ``query_inputs``, flat indices of queries; ``steps (B, S, 2)``. ``document_ids (B, S)`` (-1
         on padding) if the rows are packed. ``merge`` if it is a learned one. ``condition (B,)`` of a class-conditional model.
+        ``features (n, F)`` of the images that are read, if there are any, and ``feature_inputs``, where they enter.
 
     Raises:
         ValueError: if some rows are packed, or have a condition, and others not, or a learned merge stands beside another one.
@@ -360,6 +380,12 @@ def collate(rows: Sequence[Row], config: UnifiedConfig, multiple: int = 1) -> Ba
         inputs["merge"] = "channel"
     if any(row.steps is not None for row in rows):
         inputs |= _order_inputs(rows, length, found["image_targets"], queries, multiple)
+    features = _joined([row.features for row in rows])
+    if features is not None:
+        read = torch.stack([F.pad(read_positions(row), (0, length - len(row))) for row in rows])
+        places, missing = read.flatten().nonzero().flatten(), -len(features) % multiple
+        inputs["feature_inputs"] = F.pad(places, (0, missing), value=is_image.numel())
+        inputs["features"] = F.pad(features, (0, 0, 0, missing))
     conditions = [row.condition for row in rows if row.condition is not None]
     if conditions:
         if len(conditions) != len(rows):

@@ -26,6 +26,9 @@ def run_card(
     base = config.model.pipeline or str(output / "base")
     origin = config.model.pipeline or config.model.backbone
     origins: list[Origin] = [(f"Weights: `{origin}`", terms_of(origin))] if origin else []
+    vision = None if model_config is None else model_config.vision
+    if vision is not None and part != "lora":  # its weights are part of the folder
+        origins.append((f"Vision encoder: `{vision['encoder']}`", terms_of(vision["encoder"])))
     log = []
     if part != "base":
         origins += _data(config)

@@ -136,6 +136,11 @@ class DataConfig:
         if self.sources and (self.validation or self.max_samples is not None or self.caption):
             raise ValueError("data: validation, max_samples and caption are for train; sources have their own keys.")
 
+    def reads(self, source: SourceConfig) -> bool:
+        """Whether rows of a source have images that are read and not in the loss."""
+        captioning = self.captioning if source.captioning is None else source.captioning
+        return source.kind == "chat" or (source.kind == "image" and captioning > 0)
+
 
 @dataclass
 class ModelConfig:
@@ -153,7 +158,9 @@ class ModelConfig:
     )
     # of a new model), or codebook (similar codes alike)
     head_init: str = "normal"  # likewise normal, text, zero (a loss of ln K) or tied-like (rows of the image embedding)
-    options: dict[str, Any] = field(default_factory=dict)  # fields of UnifiedConfig: positions, loss weights, ...
+    options: dict[str, Any] = field(  # fields of UnifiedConfig: positions, loss weights, ...;
+        default_factory=dict  # vision: {encoder: FOLDER or Hub name, layer: -2, pool: 1} reads images by its features
+    )
     gradient_checkpointing: bool = False  # less memory for activations, about a third more time
     gradient_checkpointing_layers: int = 1  # with it, one layer in so many: more memory and less time again
     attention: str | None = None  # while training: flex_attention, flash_attention_2, eager, ...; default: sdpa
@@ -455,6 +462,11 @@ class TrainConfig:
         if self.sampling.given() and self.lora is not None and self.model.pipeline:
             raise ValueError(
                 "sampling: an adapter is sampled as its pipeline is; leave it out, or set pipe.sampling there."
+            )
+        if self.model.options.get("vision") and not any(self.data.reads(source) for source in self.all_sources()):
+            raise ValueError(
+                "model.options.vision: no row of the data has an image that is read; set data.captioning, or name a source of kind "
+                "chat, or leave it out."
             )
         for name in ("dtype", "quantization"):
             if getattr(self.model, name) not in (None, "float32") and self.lora is None:

@@ -18,14 +18,23 @@ from unified.data import SkipReport, load_source
 from unified.data.batches import Batches, Source, first_views, in_order
 from unified.data.captioned import captioned_sequence, text_sequence
 from unified.data.chat import chat_sequence, encode_chat
-from unified.data.code_cache import description_of, encode_source, is_codes_cache, load_codes, source_changed
+from unified.data.code_cache import (
+    description_of,
+    encode_source,
+    is_codes_cache,
+    load_codes,
+    source_changed,
+    vision_key,
+)
 from unified.data.crops import Views
+from unified.data.encoding import FEATURES
 from unified.data.held_out import base_split, part_of
 from unified.data.interleaved import encode_interleaved, interleaved_sequence
 from unified.data.labelled import encode_labelled, labelled_sequence, with_classes
 from unified.data.pairs import encode_pairs, pair_sequence
 from unified.data.rows import UNREADABLE, class_names, readable
 from unified.data.sources import check_splits
+from unified.model.vision import VisionEncoder
 from unified.prediction.merge import Grid, Merge, patches
 from unified.prediction.plan import Prediction
 from unified.prediction.schedule import PatchSchedule
@@ -67,6 +76,11 @@ class Context(NamedTuple):
     image_tokenizer: ImageTokenizer
     text_tokenizer: TextTokenizer | None
     model_config: UnifiedConfig
+    vision: VisionEncoder | None = None
+
+    def vision_of(self, source: SourceConfig) -> VisionEncoder | None:
+        """The vision encoder for a source with images that are read, None for any other."""
+        return self.vision if self.config.data.reads(source) else None
 
 
 def open_data(context: Context) -> TrainingData:
@@ -161,6 +175,9 @@ def open_source(context: Context, source: SourceConfig, split: str, folder: Path
     check_no_classes(source)
     assert text_tokenizer is not None
     shared: dict[str, Any] = {"text_tokenizer": text_tokenizer, "vocabulary": vocabulary}
+    vision = context.vision_of(source)
+    if vision is not None:
+        shared["feature_size"] = (vision.description["length"], vision.description["width"])
     if source.kind == "pairs":
         rows = _pair_rows(context, source, split, folder)
         first = {"height": [h[0] for h in rows["heights"]], "width": [w[0] for w in rows["widths"]]}
@@ -199,7 +216,7 @@ def open_source(context: Context, source: SourceConfig, split: str, folder: Path
             "train_on_captions": data.train_on_captions,
         }
     shared["prompts"] = PromptFormat.of(config)
-    check_lengths(rows, text_tokenizer, config)
+    check_lengths(rows, text_tokenizer, config, 0 if vision is None else vision.description["length"])
     images = first_views(rows) if data.one_view and not clean else None
     return Source(name, rows, partial(captioned_sequence, **shared), source.weight, images)
 
@@ -300,24 +317,24 @@ def _labelled_rows(context: Context, source: SourceConfig, split: str, folder: P
 def _captioned_rows(context: Context, source: SourceConfig, split: str, folder: Path, clean: bool) -> datasets.Dataset:
     """A split of captioned images as codes; images are encoded once by all processes."""
     data, tokenizer, path = context.config.data, context.image_tokenizer, source.path
-    views = _views(context, source, clean)
+    views, vision = _views(context, source, clean), context.vision_of(source)
     if is_codes_cache(path):
-        return load_codes(path, split, tokenizer.fingerprint)
+        return load_codes(path, split, tokenizer.fingerprint, vision=vision)
     max_rows = None if clean else data.max_samples
 
     def encode() -> dict[str, SkipReport]:
         return encode_source(
             tokenizer, path, folder, (split,), data.image_size, source.image_column, source.caption_column,
             streaming=data.streaming, views=views, process=PartialState(), caption=source.caption,
-            storage_options=data.storage_options or None, max_rows=max_rows,
+            storage_options=data.storage_options or None, max_rows=max_rows, vision=vision,
         )  # fmt: skip
 
     wanted = {
         "source": path, "image_size": data.image_size, "columns": [source.image_column, source.caption_column],
         "views": views.described(), "caption": source.caption,
-        "max_rows": max_rows,
+        "max_rows": max_rows, "vision": vision_key(vision),
     }  # fmt: skip
-    return load_codes(encode_once(context, folder, split, wanted, encode), split, tokenizer.fingerprint)
+    return load_codes(encode_once(context, folder, split, wanted, encode), split, tokenizer.fingerprint, vision=vision)
 
 
 def _interleaved_rows(context: Context, source: SourceConfig, split: str, folder: Path) -> datasets.Dataset:
@@ -338,19 +355,22 @@ def _interleaved_rows(context: Context, source: SourceConfig, split: str, folder
 
 def _chat_rows(context: Context, source: SourceConfig, split: str, folder: Path) -> datasets.Dataset:
     data, tokenizer, path = context.config.data, context.image_tokenizer, Path(source.path)
-    columns = (source.images_column, source.messages_column)
+    columns, vision = (source.images_column, source.messages_column), context.vision_of(source)
     if not is_codes_cache(path):
         size = (data.image_size, data.image_size)
 
         def encode() -> dict[str, SkipReport]:
             return encode_chat(
                 tokenizer, source.path, folder, (split,), size, columns, streaming=data.streaming,
-                process=PartialState(), storage_options=data.storage_options or None,
+                process=PartialState(), storage_options=data.storage_options or None, vision=vision,
             )  # fmt: skip
 
-        wanted = {"kind": "chat", "source": source.path, "sizes": [list(size)], "columns": list(columns)}
+        wanted = {
+            "kind": "chat", "source": source.path, "sizes": [list(size)], "columns": list(columns), "vision": vision_key(vision),
+        }  # fmt: skip
         path = encode_once(context, folder, split, wanted, encode)
-    return load_codes(path, split, tokenizer.fingerprint, "chat").with_format(None)
+    rows = load_codes(path, split, tokenizer.fingerprint, "chat", vision).with_format(None)
+    return rows if vision is None else rows.with_format("numpy", columns=list(FEATURES), output_all_columns=True)
 
 
 def _chat_template(context: Context) -> str:

@@ -50,8 +50,13 @@ def check_grids(grids: Iterable[Grid], patch_sizes: Iterable[int], prediction: P
                 )
 
 
-def check_lengths(rows: datasets.Dataset, tokenizer: TextTokenizer | None, config: UnifiedConfig) -> None:
-    """Raises ValueError if a caption, or a class without a tokenizer, and its image need more positions than there are."""
+def check_lengths(
+    rows: datasets.Dataset, tokenizer: TextTokenizer | None, config: UnifiedConfig, features: int = 0
+) -> None:
+    """Raises ValueError if a caption, or a class without a tokenizer, and its image need more positions than there are.
+
+    ``features`` are those of an image that is read by them.
+    """
     limit = getattr(config.text_config, "max_position_embeddings", None)
     if limit is None:
         return
@@ -67,7 +72,7 @@ def check_lengths(rows: datasets.Dataset, tokenizer: TextTokenizer | None, confi
     longest, prompts = 0, PromptFormat.of(config)
     for height, width, caption in zip(columns["height"], columns["width"], columns["caption"], strict=True):
         grid = (int(height), int(width))
-        image = image_length(config, grid) + 4  # between <bos>, <boi>, <eoi>, <eos>
+        image = max(image_length(config, grid), features) + 4  # between <bos>, <boi>, <eoi>, <eos>
         # Shorter ones fit, as every token has at least one byte.
         if image + len(prompts.template.encode()) + len(str(caption).encode()) >= limit:
             longest = max(longest, image + len(prompts.caption_ids(str(caption), tokenizer, grid)))

@@ -21,10 +21,11 @@ from unified.model.family import check_family, check_packing
 from unified.model.modeling import UnifiedForCausalLM
 from unified.model.prefix import BOI, EOI, NO_TEXT
 from unified.model.quantization import quantization
-from unified.model.retrofit import change_prediction
-from unified.pipeline.arguments import as_prompts, check_room
+from unified.model.retrofit import add_vision, change_prediction
+from unified.model.vision import VisionEncoder
+from unified.pipeline.arguments import as_prompts, check_room, check_vision_encoder
 from unified.pipeline.classes import as_classes
-from unified.pipeline.folder import PIPELINE_FILE, read_description
+from unified.pipeline.folder import PIPELINE_FILE, load_vision, read_description
 from unified.pipeline.pipeline import UnifiedPipeline
 from unified.prediction.plan import Prediction
 from unified.prediction.schedule import PatchSchedule
@@ -48,7 +49,8 @@ from unified.training.tracking import RunLog, start_trackers
 from unified_tokenizers import AutoImageTokenizer, ImageTokenizer, TextTokenizer, load_text_tokenizer
 
 BASE_FILE = "made_from.json"
-Parts = tuple[UnifiedForCausalLM, ImageTokenizer, TextTokenizer | None]  # class-conditional models read no text
+# Class-conditional models read no text, and few models read images by a vision encoder.
+Parts = tuple[UnifiedForCausalLM, ImageTokenizer, TextTokenizer | None, VisionEncoder | None]
 
 
 @dataclass
@@ -70,6 +72,7 @@ class Run:
     positions: int
     sampling: dict[str, Any]
     objectives: list[Objective]
+    vision_encoder: VisionEncoder | None = None
 
     @property
     def output(self) -> Path:
@@ -86,7 +89,9 @@ class Run:
 
     def pipeline(self) -> UnifiedPipeline:
         """The current model as a pipeline, in evaluation mode."""
-        pipeline = UnifiedPipeline(base_of(self.current()), self.image_tokenizer, self.text_tokenizer, self.sampling)
+        pipeline = UnifiedPipeline(
+            base_of(self.current()), self.image_tokenizer, self.text_tokenizer, self.sampling, self.vision_encoder
+        )
         pipeline.model.eval()
         return pipeline
 
@@ -116,16 +121,17 @@ def set_up(config: TrainConfig, accelerator: Accelerator) -> Run:
     output.mkdir(parents=True, exist_ok=True)
 
     # 2. Model, tokenizers and data
-    base, image_tokenizer, text_tokenizer = build_parts(config)
-    if isinstance(image_tokenizer, nn.Module):
-        image_tokenizer.to(accelerator.device)
-    data = open_data(Context(accelerator, config, image_tokenizer, text_tokenizer, base.config))
+    base, image_tokenizer, text_tokenizer, vision = build_parts(config)
+    for part in (image_tokenizer, vision):
+        if isinstance(part, nn.Module):
+            part.to(accelerator.device)
+    data = open_data(Context(accelerator, config, image_tokenizer, text_tokenizer, base.config, vision))
     run_card(config, "pipeline", image_tokenizer.fingerprint, base.config)  # fails here rather than after the training
     schedule = config.patch_schedule()
     check_grids(data.grids, schedule.patch_sizes, Prediction.of(base.config))
     add_grids(base.config, data.grids, fixed=config.lora is not None and config.model.pipeline is not None)
     check_samples(config, base.config, text_tokenizer)
-    model: nn.Module = adapt(config, base, image_tokenizer, text_tokenizer)
+    model: nn.Module = adapt(config, base, image_tokenizer, text_tokenizer, vision)
     inputs = describe_inputs(data.rows, model, accelerator, text_tokenizer)
     if checkpoint:
         check_inputs(checkpoint, inputs, config.allow_changes)
@@ -163,7 +169,8 @@ def set_up(config: TrainConfig, accelerator: Accelerator) -> Run:
     for stage in schedule.stages(config.steps):
         accelerator.print(f"  p = {stage.patch_size}: steps {stage.start} to {stage.end}")
     return Run(config, accelerator, model, optimizers, average, image_tokenizer, text_tokenizer, data, schedule, inputs,
-               log, step, positions, {**sampling_of(config), **adapter_sampling_of(objectives)}, objectives)  # fmt: skip
+               log, step, positions, {**sampling_of(config), **adapter_sampling_of(objectives)}, objectives,
+               vision)  # fmt: skip
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -216,8 +223,9 @@ def adapter_sampling_of(objectives: Iterable[Objective]) -> dict[str, Any]:
 
 
 def build_parts(config: TrainConfig) -> Parts:
-    """Model, image tokenizer and text tokenizer."""
+    """Model, image tokenizer, text tokenizer and vision encoder."""
     source, dtype = config.model, getattr(torch, config.model.dtype)
+    vision = open_vision(source.options["vision"]) if source.options.get("vision") else None
     if source.pipeline:
         folder = Path(source.pipeline)
         if not (folder / "model").is_dir():
@@ -226,7 +234,15 @@ def build_parts(config: TrainConfig) -> Parts:
         packed = (
             {} if source.quantization is None else {"quantization_config": quantization(source.quantization, dtype)}
         )
-        model = UnifiedForCausalLM.from_pretrained(folder / "model", dtype=dtype, **packed, **source.options)
+        options = {name: value for name, value in source.options.items() if name != "vision"}
+        model = UnifiedForCausalLM.from_pretrained(folder / "model", dtype=dtype, **packed, **options)
+        if model.config.vision is not None and "vision" in source.options:
+            raise ValueError("model.options.vision: a pipeline has its own; leave it out.")
+        if model.config.vision is not None:
+            vision = load_vision(folder, model.config)
+            check_vision_encoder(model.config, vision)
+        elif vision is not None:
+            add_vision(model, vision.description)
         text_tokenizer = None if model.config.classes else load_text_tokenizer(folder / "text_tokenizer")
         current = replace(Prediction.of(model.config), frame=None)
         if config.prediction is not None and current != Prediction.from_mapping(config.prediction.build()):
@@ -240,7 +256,7 @@ def build_parts(config: TrainConfig) -> Parts:
             text_tokenizer = None
         else:
             text_tokenizer = load_text_tokenizer(str(source.text_tokenizer or source.backbone), source.boi, source.eoi)
-        model = _new_model(config, image_tokenizer, text_tokenizer)
+        model = _new_model(config, image_tokenizer, text_tokenizer, vision)
     if config.data.pack is not None and model.condition is None:
         check_packing(model.backbone)
     if source.attention is not None:
@@ -250,7 +266,19 @@ def build_parts(config: TrainConfig) -> Parts:
             raise ValueError(f"model.attention: {source.attention} cannot be used ({error}); use sdpa.") from error
     if source.gradient_checkpointing:
         model.activation_checkpointing_enable(every_n_layers=source.gradient_checkpointing_layers)
-    return model, image_tokenizer, text_tokenizer
+    return model, image_tokenizer, text_tokenizer, vision
+
+
+def open_vision(settings: dict[str, Any]) -> VisionEncoder:
+    """The vision encoder of ``model.options.vision``. Raises ValueError if it is missing, or another one than described."""
+    field = "model.options.vision"
+    layer, pool = (settings.get(name, default) for name, default in (("layer", -2), ("pool", 1)))
+    vision = VisionEncoder(settings["encoder"], layer, pool, f"{field}.encoder")
+    for name, expected in settings.items():
+        actual = vision.description[name]
+        if actual != expected:
+            raise ValueError(f"{field}.{name}: {expected!r}, but {settings['encoder']!r} has {actual!r}; leave it out.")
+    return vision
 
 
 def adapt(
@@ -258,6 +286,7 @@ def adapt(
     model: UnifiedForCausalLM,
     image_tokenizer: ImageTokenizer,
     text_tokenizer: TextTokenizer | None,
+    vision: VisionEncoder | None = None,
 ) -> UnifiedForCausalLM | PeftModel:
     """The model with a fresh adapter if the run trains one.
 
@@ -269,10 +298,11 @@ def adapt(
     if config.lora is None:
         model.config.new_image_tables = False  # they are about to be trained
         return model
-    if not config.model.pipeline or (config.prediction is not None and model.config.new_image_tables):
+    changed = config.prediction is not None or bool(config.model.options.get("vision"))
+    if not config.model.pipeline or (changed and model.config.new_image_tables):
         model.name_or_path = str(Path(config.output_dir) / "base")
         if PartialState().is_main_process:
-            _keep_base(config, UnifiedPipeline(model, image_tokenizer, text_tokenizer, sampling_of(config)))
+            _keep_base(config, UnifiedPipeline(model, image_tokenizer, text_tokenizer, sampling_of(config), vision))
     s = config.lora
     return attach_lora(
         model,
@@ -308,7 +338,10 @@ def _keep_base(config: TrainConfig, pipeline: UnifiedPipeline) -> None:
 
 
 def _new_model(
-    config: TrainConfig, image_tokenizer: ImageTokenizer, text_tokenizer: TextTokenizer | None
+    config: TrainConfig,
+    image_tokenizer: ImageTokenizer,
+    text_tokenizer: TextTokenizer | None,
+    vision: VisionEncoder | None,
 ) -> UnifiedForCausalLM:
     shared: dict[str, Any] = {
         "codebook_size": image_tokenizer.codebook_size,
@@ -318,6 +351,7 @@ def _new_model(
         "text_tokenizer_fingerprint": None if text_tokenizer is None else text_tokenizer.fingerprint,
         "prediction": None if config.prediction is None else config.prediction.build(),
         **config.model.options,
+        **({} if vision is None else {"vision": vision.description}),
     }
     image_init, head_init = config.model.image_init, config.model.head_init
     codebook = image_tokenizer.codebook_vectors() if image_init == "codebook" else None

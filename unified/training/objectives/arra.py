@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from omegaconf import MISSING
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, AutoModel
 
 from unified.lora.adapters import base_of
 from unified.model.modeling import UnifiedForCausalLM
+from unified.model.vision import feature_map, load_vision_model
 from unified.prediction.arrange import Batch
 from unified.prediction.merge import windows
 from unified.sequence import IGNORE
@@ -117,24 +117,11 @@ class Eye:
     """What a frozen vision encoder sees in the images of a tokenizer; no parameters of the run."""
 
     def __init__(self, folder: str, image_tokenizer: Any):
-        try:
-            model = AutoModel.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, trust_remote_code=False
-            )
-            processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"objectives.arra.encoder: {folder!r} cannot be loaded ({' '.join(str(error).split())})."
-            ) from error
-        self.model = (
-            getattr(model, "vision_model", model).eval().requires_grad_(False)
-        )  # CLIP and SigLIP hold a text model too
+        self.model, processor, self.size = load_vision_model(folder, "objectives.arra.encoder")
         self.tokenizer = image_tokenizer
         self.mean, self.std = (
             torch.tensor(value).view(3, 1, 1) for value in (processor.image_mean, processor.image_std)
         )
-        size = getattr(self.model.config, "image_size", None) or processor.size.get("height", 224)
-        self.size = (size, size) if isinstance(size, int) else tuple(size)
         self.features = self._map(torch.zeros(1, 3, *self.size)).shape[1]
 
     def __call__(self, codes: Tensor) -> Tensor:
@@ -145,10 +132,6 @@ class Eye:
         return F.interpolate(seen, list(codes.shape[1:]), mode="bilinear", antialias=True, align_corners=False)
 
     def _map(self, pixels: Tensor) -> Tensor:
-        """The last feature map ``(n, F, g, g)``; tokens in front of the patches are left out."""
+        """The last feature map ``(n, F, g, g)``."""
         self.model.to(pixels.device)
-        states = self.model(pixel_values=pixels).last_hidden_state
-        if states.ndim == 4:
-            return states
-        side = int(states.shape[1] ** 0.5)
-        return states[:, states.shape[1] - side**2 :].transpose(1, 2).unflatten(2, (side, side))
+        return feature_map(self.model(pixel_values=pixels).last_hidden_state)

@@ -72,9 +72,9 @@ class CCA(Objective):
 def condition_of(sequence: TokenSequence, config: UnifiedConfig) -> Hashable | None:
     """What the only image of a sequence is conditioned on: the ids before its ``<boi>``, or its class.
 
-    None without a condition, without an image in the loss, and for several images.
+    None without a condition, without an image in the loss, and for several images or one that is read.
     """
-    if len(sequence.image_grids) != 1:
+    if len(sequence.image_grids) != 1 or sequence.features:
         return None
     ids, start = sequence.input_ids.numpy(), _start(sequence, config)
     height, width = sequence.image_grids[0]
