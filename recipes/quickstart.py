@@ -36,7 +36,7 @@ STEPS: dict[str, list[str]] = {
     "scenes": [*SCENES, f"{OUT}/data/scenes", "--train", "32000", "--validation", "512"],
     "outlines": [*SCENES, f"{OUT}/data/outlines", "--train", "2000", "--validation", "64", "--style", "outline"],
     "image_tokenizer": [*LAUNCH, "recipes/train_tokenizer.py", "--config", "recipes/configs/quickstart_tokenizer.yaml"],
-    "text_tokenizer": [*PYTHON, "recipes/train_text_tokenizer.py", "--source", f"{OUT}/data/scenes", "--vocab-size", "256",
+    "text_tokenizer": [*PYTHON, "recipes/train_text_tokenizer.py", "--source", f"{OUT}/data/scenes", "--vocab-size", "512",
                        "--out", f"{OUT}/text_tokenizer"],
     "codes": [*PYTHON, "recipes/encode_images.py", "--image-tokenizer", f"{OUT}/image_tokenizer",
               "--source", f"{OUT}/data/scenes", "--out", f"{OUT}/codes"],
