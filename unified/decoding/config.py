@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -97,6 +97,16 @@ def _check_finite(name: str, value: object) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not abs(value) <= sys.float_info.max:  # type: ignore[arg-type, operator]  # a whole number may be larger
         raise ValueError(f"{name}: {value!r} is not a finite number.")
+
+
+def check_steer(steer: object) -> None:
+    """Refuse anything but adapters' names with finite weights, or None. Raises ValueError."""
+    if steer is None:
+        return
+    if not isinstance(steer, Mapping) or not all(isinstance(name, str) for name in steer):
+        raise ValueError(f"steer: {steer!r} is no mapping of adapters' names to weights, such as {{'colours': 0.5}}.")
+    for name, weight in steer.items():
+        _check_finite(f"steer.{name}", weight)
 
 
 def _any(prediction: "Prediction") -> bool:

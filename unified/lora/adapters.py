@@ -190,6 +190,8 @@ def _describe(model: PeftModel, name: str, folder: Path, sampling: Mapping[str, 
     kinds = {} if base.modality_gate is None else base.modality_gate.kinds
     description = {**base_description(base), "modality": kinds.get(name, "all")}
     description |= {"sampling": dict(sampling)} if sampling else {}
+    objectives = adapter_state(model).objectives.get(name)
+    description |= {} if objectives is None else {"objectives": objectives}
     (folder / BASE_FILE).write_text(json.dumps(description, indent=2))
 
 
@@ -248,7 +250,12 @@ def load_lora(
     check_base(model, folder, weight_name)
     _check_name(model, adapter_name)
     described = (folder / BASE_FILE).is_file()
-    modality = read_json(folder / BASE_FILE, "lora").get("modality", "all") if described else "all"
+    description = read_json(folder / BASE_FILE, "lora") if described else {}
+    modality, objectives = description.get("modality", "all"), description.get("objectives")
+    if objectives is not None and not _is_names(objectives):
+        raise ValueError(
+            f"lora: objectives {reprlib.repr(objectives)} in {BASE_FILE} of {str(path)!r} are no list of names."
+        )
     fields = read_json(folder / _CONFIG_FILE, "lora")
     config = _lora_config(fields, base_of(model))
     config.inference_mode = not trainable
@@ -277,6 +284,9 @@ def load_lora(
     adapted = _add(model, config, adapter_name, modality)  # the first change, and nothing is left to go wrong
     set_peft_model_state_dict(adapted, state, adapter_name)
     apply_weights(adapted, {adapter_name: 1.0}, trainable)
+    adapter_state(adapted).objectives.pop(adapter_name, None)
+    if objectives is not None:
+        adapter_state(adapted).objectives[adapter_name] = list(objectives)
     return adapted if trainable else adapted.eval()
 
 

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,10 +27,12 @@ class AdapterState:
     Attributes:
         weights: the active adapters with their weights; 1 is as trained.
         unfused: while fused, the model's weights and the adapters' weights from before.
+        objectives: names of what each adapter was trained for, as far as it is known.
     """
 
     weights: dict[str, float]
     unfused: tuple[list[tuple[nn.Parameter, Tensor]], dict[str, float]] | None = None
+    objectives: dict[str, list[str]] = field(default_factory=dict)
 
 
 def adapter_state(model: PeftModel) -> AdapterState:
@@ -149,6 +151,19 @@ def switch(model: PeftModel, enabled: bool) -> None:
         apply_weights(model, adapter_state(model).weights)  # peft makes what it enables trainable
     else:
         tuner.disable_adapter_layers()
+
+
+@contextmanager
+def adapters_kept(model: PeftModel) -> Iterator[None]:
+    """The same adapters are active afterwards as before, whatever is set in between, for inference."""
+    disabled, active = is_disabled(model), dict(adapter_state(model).weights)
+    try:
+        yield
+    finally:
+        switch(model, True)
+        apply_weights(model, active)
+        if disabled:
+            switch(model, False)
 
 
 @contextmanager

@@ -251,6 +251,7 @@ class ImageBatch:
         generators: one per image.
         known: ``(N, h, w)`` codes that are forced, -1 where the model samples; None for no such codes.
         decoding: name of the decoding mode.
+        steer: weights of the adapters that steer; None for none.
         interrupted: whether sampling shall stop, or has stopped, before its end.
         thread: the thread that samples.
     """
@@ -262,6 +263,7 @@ class ImageBatch:
     generators: list[torch.Generator]
     known: Tensor | None
     decoding: str
+    steer: Mapping[str, float] | None = None
     interrupted: bool = False
     thread: int = 0
 
@@ -364,4 +366,4 @@ def arrange_batch(
         known = one_per_image(known, "known", count, each).long()
     rows, negatives = ([row for row in side for _ in range(each)] for side in (rows, negatives))
     generators = per_image(generator, count, each)
-    return ImageBatch(rows, negatives, grid, options.sampling, generators, known, options.decoding)
+    return ImageBatch(rows, negatives, grid, options.sampling, generators, known, options.decoding, options.steer)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from unified.decoding.config import DECODING_MODES, SCHEDULES, Sampling
+from unified.decoding.config import DECODING_MODES, SCHEDULES, Sampling, check_steer
 
 # How images are sampled where neither the call nor the pipeline says so; a pipeline may be saved with others.
 SAMPLING: dict[str, Any] = {
@@ -26,6 +26,8 @@ class GenerationOptions:
             same distribution), often faster for few images; ``gsd``, faster and not exact; ``zipar``, several rows at
             a time, not exact, the better the more images. Those are for raster order; ``assd`` is for any order: codes from the
             joint distribution, which plain decoding in groups only comes near to.
+        steer: weights of loaded reward adapters by their names: their log-probabilities are added to the logits (GenARM, see
+            :mod:`unified.decoding.steering`); below 0 steers away. Not among the defaults of a pipeline.
 
     Attributes:
         sampling: the options that concern a single code, None being the value in :data:`SAMPLING`.
@@ -43,6 +45,7 @@ class GenerationOptions:
     top_p: float | None = None
     guidance_schedule: str | Callable[[float], float] | None = None
     decoding: str | None = None
+    steer: Mapping[str, float] | None = None
     sampling: Sampling = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -54,6 +57,7 @@ class GenerationOptions:
         decoding = {**SAMPLING, **given}["decoding"]
         if decoding not in tuple(DECODING_MODES):  # of a tuple, because it may not be hashable
             raise ValueError(f"decoding: {decoding!r} is unknown; use one of {tuple(DECODING_MODES)}.")
+        check_steer(self.steer)
         of_a_code = {name: value for name, value in {**SAMPLING, **given}.items() if name != "decoding"}
         object.__setattr__(self, "sampling", Sampling(**of_a_code))
 

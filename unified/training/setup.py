@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from unified.config import UnifiedConfig
 from unified.lora.adapters import attach_lora, base_of
+from unified.lora.switching import adapter_state
 from unified.model.family import check_family, check_packing
 from unified.model.modeling import UnifiedForCausalLM
 from unified.model.prefix import BOI, EOI, NO_TEXT
@@ -274,7 +275,7 @@ def adapt(
         if PartialState().is_main_process:
             _keep_base(config, UnifiedPipeline(model, image_tokenizer, text_tokenizer, sampling_of(config)))
     s = config.lora
-    return attach_lora(
+    adapted = attach_lora(
         model,
         s.rank,
         s.alpha,
@@ -285,6 +286,8 @@ def adapt(
         use_rslora=s.use_rslora,
         use_dora=s.use_dora,
     )
+    adapter_state(adapted).objectives["default"] = [objective.name for objective in config.build_objectives()]
+    return adapted
 
 
 def _keep_base(config: TrainConfig, pipeline: UnifiedPipeline) -> None:
