@@ -200,8 +200,10 @@ def test_states_that_cannot_be_steered_are_refused(pipeline, folders):
 def test_an_adapter_says_what_it_was_trained_for(pipeline, folders, config_file, tmp_path):
     """From the settings of a run to its folder, through a pipeline and back."""
     assert GenARM.name == REWARDS
-    config = load_config(config_file, [f"output_dir={tmp_path}", "objectives=[{name: genarm, weight: 2.0}]", "lora.rank=4",
-                                       "data.train=null", "data.sources=[{path: x, kind: pairs}]", "validate_every=null"])  # fmt: skip
+    config = load_config(config_file, [
+        f"output_dir={tmp_path}", "objectives=[{name: genarm, weight: 2.0}]", "lora.rank=4", "data.train=null",
+        "data.sources=[{path: x, kind: pairs}]", "validate_every=null",
+    ])  # fmt: skip
     adapted = adapt(config, pipeline.model, pipeline.image_tokenizer, pipeline.text_tokenizer)
     save_lora(adapted, tmp_path / "saved")
     assert json.loads((tmp_path / "saved" / "unified_base.json").read_text())["objectives"] == [REWARDS]
