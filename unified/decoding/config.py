@@ -117,6 +117,10 @@ def _code_by_code(prediction: "Prediction") -> bool:
     return prediction.is_raster and prediction.merge.side == 1 and prediction.frame is None
 
 
+def _windows_of_codes(prediction: "Prediction") -> bool:
+    return prediction.merge.side == 1 and prediction.frame is None and not prediction.way.any_order
+
+
 def _any_order(prediction: "Prediction") -> bool:
     return prediction.way.any_order
 
@@ -131,12 +135,14 @@ class DecodingMode:
             :func:`unified.decoding.decode.iterate_codes` and yields the codes so far ``(B, n)``.
         needs: what a model has to be like, in words.
         suits: whether a model's way of prediction is like that.
+        negatives: whether it reads negative prompts.
     """
 
     about: str
     path: str
     needs: str = "any order"
     suits: Callable[["Prediction"], bool] = _any
+    negatives: bool = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
         """Iterate over the codes of a batch, -1 where an image has none yet."""
@@ -144,6 +150,7 @@ class DecodingMode:
         return getattr(import_module(module), function)(*args, **kwargs)
 
 
+_WINDOWS = ("a fixed order with merge 'one', without tokens between codes", _windows_of_codes)
 _RASTER = ("the order 'raster' with merge 'one', without tokens between codes", _code_by_code)
 
 DECODING_MODES = {
@@ -163,6 +170,17 @@ DECODING_MODES = {
         "unified.decoding.any_order_speculation:assd_codes",
         "the order 'random'",
         _any_order,
+    ),
+    "autoguided": DecodingMode(
+        "models trained with 2 x 2 patches, too: guided away from their own coarse predictions",
+        "unified.decoding.coarse_guidance:autoguided_codes",
+        *_WINDOWS,
+        negatives=False,
+    ),
+    "coarse_cfg": DecodingMode(
+        "models trained with 2 x 2 patches, too: guidance with a coarse unconditional side",
+        "unified.decoding.coarse_guidance:coarse_cfg_codes",
+        *_WINDOWS,
     ),
 }
 

@@ -292,6 +292,12 @@ class Wanted:
             return self
         return replace(self, negative_prompt=defaults.get("negative_prompt"))
 
+    def check_negatives(self, decoding: str) -> None:
+        """Raises ValueError for negative prompts or classes that a decoding mode does not read."""
+        for name in ("negative_prompt", "negative_class_labels"):
+            if getattr(self, name) not in (None, "") and not DECODING_MODES[decoding].negatives:
+                raise ValueError(f'{name}: decoding {decoding!r} does not read it; leave it out, or give "".')
+
     def count(self, config: UnifiedConfig) -> int:
         """Number of prompts or classes. Raises ValueError as :meth:`rows`."""
         if self._classes(config) is None:
@@ -355,6 +361,7 @@ def arrange_batch(
     options = options.filled({})
     assert options.decoding is not None
     check_decoding(options.decoding, Prediction.of(config))
+    wanted.check_negatives(options.decoding)
     grid, each = code_grid(config, stride, options.height, options.width), options.num_images_per_prompt
     options.sampling.check_schedule(grid[0] * grid[1])
     rows, negatives = wanted.rows(config, tokenizer, grid)
