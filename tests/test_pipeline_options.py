@@ -18,7 +18,7 @@ from unified.serving.engine import Engine
 from unified.serving.web import build_demo
 
 GIVEN = {"height": 16, "width": 16, "guidance_scale": 2.5, "num_images_per_prompt": 2, "temperature": 0.7, "top_k": 9,
-         "top_p": 0.9, "guidance_schedule": "cosine", "decoding": "jacobi"}  # fmt: skip
+         "top_p": 0.9, "guidance_schedule": "cosine", "decoding": "jacobi", "group_temperature": 0.8}  # fmt: skip
 
 
 def test_options_are_arguments_of_a_call_with_the_same_defaults():
@@ -33,7 +33,10 @@ def test_options_are_arguments_of_a_call_with_the_same_defaults():
 
 def test_options_hold_the_sampling_of_a_code_and_stay():
     options = GenerationOptions(**GIVEN)
-    assert options.sampling == Sampling(2.5, 0.7, 9, 0.9, "cosine") and options.to_mapping() == {**GIVEN, "steer": None}
+    assert options.sampling == Sampling(2.5, 0.7, 9, 0.9, "cosine", 0.8) and options.to_mapping() == {
+        **GIVEN,
+        "steer": None,
+    }
     assert GenerationOptions.from_mapping(GIVEN) == options != GenerationOptions()
     with pytest.raises(FrozenInstanceError):
         options.top_k = 3

@@ -206,6 +206,11 @@ def _image_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--guidance-scale", type=float, help="1 switches guidance off (default: the pipeline's)")
     parser.add_argument("--guidance-schedule", choices=SCHEDULES, help="default: the pipeline's")
+    parser.add_argument(
+        "--group-temperature", type=float,
+        help="multiplies the temperature where a pass samples several cells, which agree more often below 1 (default: the "
+        "pipeline's)",
+    )  # fmt: skip
     modes = "; ".join(f"{name}: {mode.about}" for name, mode in DECODING_MODES.items())
     parser.add_argument("--decoding", choices=DECODING_MODES, help=f"{modes} (default: the pipeline's)")
     parser.add_argument(

@@ -409,7 +409,7 @@ class Batcher:
         scale = torch.tensor(scales, device=noise[0].device)[:, None, None]
         stacked = torch.stack([*states[0], *states[1]])
         logits = cell_logits(self.decoder, stacked, groups[0].missing, sampling, scale)
-        codes = sample_cells(logits, sampling, torch.stack(noise))
+        codes = sample_cells(logits, sampling.among(groups[0].shape[0]), torch.stack(noise))
         for row, group, own in zip(rows, groups, codes, strict=True):
             assert row.image is not None
             row.image.codes[0, group.codes[0]] = own

@@ -233,9 +233,10 @@ def continue_image(
         logits = cell_logits(decoder, states, group.missing, sampling, scale)
         for guided in guides:
             logits = guided(number, group, codes, logits)
-        sampled = sample_cells(logits, sampling, noise_of(noise, group.ranks))
+        inside = sampling.among(group.shape[0])
+        sampled = sample_cells(logits, inside, noise_of(noise, group.ranks))
         if log_probs is not None:
-            log_probs.scatter_(1, index, code_log_probs(logits, sampled, sampling))
+            log_probs.scatter_(1, index, code_log_probs(logits, sampled, inside))
         before = codes.gather(1, index)
         codes.scatter_(1, index, torch.where(before < 0, sampled, before))
         waiting = waiting[:0]

@@ -78,7 +78,7 @@ def zipar_codes(
             states = hidden[:, torch.searchsorted(places, cells - 1).to(device)]
         index = cells.to(device)
         logits = cell_logits(decoder, states[:, :, None], None, sampling, scales[index])
-        sampled = sample_cells(logits, sampling, noise_of(noise, cells))
+        sampled = sample_cells(logits, sampling.among(len(cells)), noise_of(noise, cells))
         codes[:, index] = torch.where(codes[:, index] < 0, sampled, codes[:, index])
         yield codes[:, : int(cells[-1]) + 1]
 

@@ -102,6 +102,9 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
         self.image_join = SourceJoin(width, sources) if sources > 1 else None
         self._window = side
         self.condition = None if config.conditioning is None else build_condition(config.conditioning, width)
+        self.retrofitted_from: dict[str, Any] | None = (
+            None  # of unified.model.retrofit: how the model predicted images before
+        )
         self.modality_gate: Any = None  # of unified.lora, while an adapter is loaded that acts on one modality only
         self._wrap_rotary()
         if config.dropout:

@@ -8,7 +8,8 @@ from unified.decoding.config import DECODING_MODES, SCHEDULES, Sampling, check_s
 
 # How images are sampled where neither the call nor the pipeline says so; a pipeline may be saved with others.
 SAMPLING: dict[str, Any] = {
-    "guidance_scale": 3.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "guidance_schedule": "constant", "decoding": "plain"
+    "guidance_scale": 3.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "guidance_schedule": "constant", "decoding": "plain",
+    "group_temperature": 1.0,
 }  # fmt: skip
 
 
@@ -21,7 +22,7 @@ class GenerationOptions:
         guidance_scale: classifier-free guidance; 1 switches it off. For this and the options of :data:`SAMPLING`, None is
             the pipeline's default, see :meth:`filled`.
         num_images_per_prompt: images per caption; those of one caption are adjacent in the output.
-        temperature, top_k, top_p, guidance_schedule: see :class:`unified.decoding.Sampling`.
+        temperature, top_k, top_p, guidance_schedule, group_temperature: see :class:`unified.decoding.Sampling`.
         decoding: a name in :data:`unified.decoding.DECODING_MODES`: ``plain``; ``jacobi`` (the same images) or ``sjd`` (the
             same distribution), often faster for few images; ``gsd``, faster and not exact; ``zipar``, several rows at
             a time, not exact, the better the more images. Those are for raster order; ``assd`` is for any order: codes from the
@@ -46,6 +47,7 @@ class GenerationOptions:
     top_p: float | None = None
     guidance_schedule: str | Callable[[float], float] | None = None
     decoding: str | None = None
+    group_temperature: float | None = None
     steer: Mapping[str, float] | None = None
     sampling: Sampling = field(init=False, repr=False)
 

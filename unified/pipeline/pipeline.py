@@ -357,14 +357,16 @@ class UnifiedPipeline:
         known: Tensor | None = None,
         class_labels: Classes = None,
         negative_class_labels: Classes = None,
+        group_temperature: float | None = None,
         steer: Mapping[str, float] | None = None,
     ) -> UnifiedPipelineOutput:
         """Generate images for prompts, or for the classes of a class-conditional model.
 
         Args:
             prompt: one caption or several.
-            height, width, guidance_scale, num_images_per_prompt, temperature, top_k, top_p, guidance_schedule, decoding: see
-                :class:`unified.pipeline.options.GenerationOptions`; None is the pipeline's default, see :attr:`sampling`.
+            height, width, guidance_scale, num_images_per_prompt, temperature, top_k, top_p, guidance_schedule, decoding,
+                group_temperature: see :class:`unified.pipeline.options.GenerationOptions`; None is the pipeline's default, see
+                :attr:`sampling`.
             negative_prompt: what to steer away from; one for all, or one per prompt. Default: that in :attr:`sampling`, else
                 no caption, which "" stands for, too.
             generator: one ``torch.Generator`` per image, or one that generates the first and seeds the others; fixes the
@@ -390,7 +392,7 @@ class UnifiedPipeline:
         # 1. Check inputs
         options = GenerationOptions(
             height, width, guidance_scale, num_images_per_prompt, temperature, top_k, top_p, guidance_schedule, decoding,
-            steer,
+            group_temperature, steer,
         )  # fmt: skip
         check_output_type(output_type)
         check_callback(callback_on_step_end)

@@ -262,7 +262,8 @@ def adapt(
 ) -> UnifiedForCausalLM | PeftModel:
     """The model with a fresh adapter if the run trains one.
 
-    An adapter is loaded into its base: where that is no pipeline yet, ``<output_dir>/base`` keeps it as one.
+    An adapter is loaded into its base: where that is no pipeline yet, ``<output_dir>/base`` keeps it as one. One that learns
+    another order is loaded into ``model.pipeline``, too.
 
     Raises:
         ValueError: if the base that is kept already was made from something else.
@@ -270,7 +271,7 @@ def adapt(
     if config.lora is None:
         model.config.new_image_tables = False  # they are about to be trained
         return model
-    if not config.model.pipeline or (config.prediction is not None and model.config.new_image_tables):
+    if not config.model.pipeline:
         model.name_or_path = str(Path(config.output_dir) / "base")
         if PartialState().is_main_process:
             _keep_base(config, UnifiedPipeline(model, image_tokenizer, text_tokenizer, sampling_of(config)))
