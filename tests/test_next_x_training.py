@@ -6,13 +6,14 @@ import shutil
 
 import pytest
 import torch
-from conftest import bits, generators, noisy_adapter, tiny_model
+from conftest import bits, generators, noisy_adapter, tiny_model, tiny_pipeline
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from unified import UnifiedPipeline
 from unified.data.batches import make_batch
 from unified.decoding import Sampling, generate_codes
 from unified.lora.adapters import base_of, load_lora
+from unified.lora.switching import active_table
 from unified.model.retrofit import change_prediction
 from unified.sequence import ImageSegment, TextSegment, build_sequence
 from unified.training.config import load_config
@@ -101,42 +102,71 @@ def codes_of(pipe, **options):
     return pipe("red apple", generator=generators(3), output_type="codes", **options).codes
 
 
-@pytest.mark.process
-@pytest.mark.parametrize("order", ["diagonals", "rows", "spread"])
-def test_an_adapter_that_learns_another_order(order, finished, config_file, tmp_path):
-    """It learns, changes the order of the raster model that it is loaded into, and gives that back bit for bit."""
-    raster = finished / "pipeline"
-    options = [f"model.pipeline={raster}", "model.architecture=null", f"prediction.order={order}", *FINE, *SHORT]
-    folder = run(
-        config_file,
-        tmp_path / "lora",
-        *options,
-        "steps=12",
-        "validate_every=12",
-        "lora.rank=4",
-        "data.caption_dropout=0",
-    )
-    log = read_log(tmp_path / "lora")
-    assert log[11]["image_loss"] < log[0]["image_loss"]
-    new = {"diagonals": ["image_join"], "rows": None, "spread": ["image_query"]}[order]
-    assert json.loads((folder / "adapter_config.json").read_text())["modules_to_save"] == new
-    assert not (tmp_path / "lora" / "base").exists()
+@pytest.fixture(scope="module")
+def raster(text_tokenizer, image_tokenizer, tmp_path_factory):
+    """A pipeline of raster order."""
+    folder = tmp_path_factory.mktemp("raster") / "pipeline"
+    tiny_pipeline(text_tokenizer, image_tokenizer).save_pretrained(folder)
+    return folder
 
+
+@pytest.fixture
+def brought(raster, tmp_path):
+    """Makes an adapter of another order with random weights, in a folder."""
+
+    def make(order):
+        changed = change_prediction(opened(raster).model, {"order": order})
+        noisy_adapter(changed, tmp_path / order, 1)
+        return tmp_path / order
+
+    return make
+
+
+@pytest.mark.process
+def test_a_run_trains_an_adapter_of_another_order(raster, config_file, tmp_path):
+    """The loss falls, the join is trained and saved beside the LoRA, and the raster pipeline itself loads it."""
+    options = [
+        f"model.pipeline={raster}",
+        "model.architecture=null",
+        "prediction.order=diagonals",
+        "optimizer.ema_decay=null",
+    ]
+    kept = ["lora.rank=4", "data.caption_dropout=0", "checkpoint_every=null", "validate_every=null", *FINE]
+    folder = run(config_file, tmp_path, *options, *kept, "steps=16")
+    losses = [entry["image_loss"] for entry in read_log(tmp_path)]
+    assert sum(losses[-4:]) < sum(losses[:4])
+    assert json.loads((folder / "adapter_config.json").read_text())["modules_to_save"] == ["image_join"]
+    assert not (tmp_path / "base").exists()
+    pipe = opened(raster)
+    pipe.load_lora_weights(folder)
+    model = pipe.model.get_base_model()
+    assert model.prediction.order == "diagonals" and codes_of(pipe).min() >= 0
+    with torch.no_grad():  # what was trained is what was loaded, the join included
+        made = change_prediction(opened(raster).model, {"order": "diagonals"}).image_join
+        assert not torch.equal(active_table(model.image_join).narrow.weight, made.narrow.weight)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("order", "new", "passes"),
+    [("diagonals", ["image_join"], 7), ("rows", None, 7), ("rows_at_once", ["image_query"], 4)],
+)
+def test_an_adapter_brings_its_order_and_takes_it_along(order, new, passes, raster, brought, tmp_path):
+    folder = brought(order)
+    assert json.loads((folder / "adapter_config.json").read_text())["modules_to_save"] == new
     pipe = opened(raster)
     before, weights = codes_of(pipe), bits(pipe.model)
     pipe.load_lora_weights(folder)
     assert pipe.model.get_base_model().prediction.order == order
     steps = []
     after = codes_of(pipe, callback_on_step_end=lambda pipe, step, timestep, state: steps.append(step))
-    assert len(steps) == {"diagonals": 7, "rows": 7, "spread": 16}[order]
+    assert len(steps) == passes
     pipe.save_lora_weights(tmp_path / "again")
-    again = opened(raster)
-    again.load_lora_weights(tmp_path / "again")
-    assert torch.equal(codes_of(again), after)
-
     pipe.fuse_lora()
     pipe.save_pretrained(tmp_path / "fused")
-    fused = opened(tmp_path / "fused")
+    fused, again = opened(tmp_path / "fused"), opened(raster)
+    again.load_lora_weights(tmp_path / "again")
+    assert torch.equal(codes_of(again), after)
     assert torch.equal(codes_of(fused), after) and fused.model.prediction.order == order
     pipe.unload_lora_weights()
     assert pipe.model.prediction.is_raster and torch.equal(codes_of(pipe), before)
@@ -147,11 +177,9 @@ def test_an_adapter_that_learns_another_order(order, finished, config_file, tmp_
 
 
 @pytest.mark.process
-def test_an_adapter_of_another_order_is_whole_alone(finished, config_file, tmp_path):
-    raster, other = finished / "pipeline", ["model.architecture=null", *FINE, *SHORT, "lora.rank=4"]
-    folder = run(config_file, tmp_path / "lora", f"model.pipeline={raster}", *other, "prediction.order=diagonals")
-    pipe = opened(raster)
-    noisy_adapter(pipe.model, tmp_path / "raster", 0)
+def test_an_adapter_of_another_order_is_whole_alone(raster, brought, tmp_path):
+    folder, pipe = brought("diagonals"), opened(raster)
+    noisy_adapter(opened(raster).model, tmp_path / "raster", 0)
     pipe.load_lora_weights(folder, "diagonal")
     after = codes_of(pipe)
     for refused, message in (
@@ -175,13 +203,11 @@ def test_an_adapter_of_another_order_is_whole_alone(finished, config_file, tmp_p
         pipe.load_lora_weights(folder)
     with pytest.raises(ValueError, match="to 'diagonals', not for a run that trains it further"):
         load_lora(opened(raster).model, folder, "a", trainable=True)
-    rows = UnifiedPipeline(
-        change_prediction(opened(raster).model, {"order": "rows"}), pipe.image_tokenizer, pipe.text_tokenizer
-    )
+    rows = change_prediction(opened(raster).model, {"order": "rows"})
     with pytest.raises(ValueError, match=r"made for another model .*prediction"):
-        rows.load_lora_weights(folder)
+        load_lora(rows, folder, "a")
     file = folder / "unified_base.json"
-    file.write_text(file.read_text().replace('"kind"', '"kin"'))
+    file.write_text(file.read_text().replace('"kind"', '"kin"', 1))
     with pytest.raises(ValueError, match=r"unified_base\.json.*needs order, size and a merge with kind and side"):
         opened(raster).load_lora_weights(folder)
 
