@@ -18,6 +18,7 @@ from unified.model.retrofit import change_prediction
 from unified.sequence import ImageSegment, TextSegment, build_sequence
 from unified.training.config import load_config
 from unified.training.loop import train
+from unified.training.setup import adapt
 from unified.training.tracking import read_log
 from unified_tokenizers.images import to_tensor
 
@@ -141,6 +142,9 @@ def test_a_run_trains_an_adapter_of_another_order(raster, config_file, tmp_path)
     pipe.load_lora_weights(folder)
     model = pipe.model.get_base_model()
     assert model.prediction.order == "diagonals" and codes_of(pipe).min() >= 0
+    config = load_config(config_file, [*options, *kept, f"output_dir={tmp_path}", "objectives=[{name: cca}]"])
+    with pytest.raises(ValueError, match=r"objectives: cca compares .* has not learned the order 'diagonals'"):
+        adapt(config, change_prediction(opened(raster).model, {"order": "diagonals"}), pipe.image_tokenizer, None)
     with torch.no_grad():  # what was trained is what was loaded, the join included
         made = change_prediction(opened(raster).model, {"order": "diagonals"}).image_join
         assert not torch.equal(active_table(model.image_join).narrow.weight, made.narrow.weight)

@@ -266,7 +266,8 @@ def adapt(
     another order is loaded into ``model.pipeline``, too.
 
     Raises:
-        ValueError: if the base that is kept already was made from something else.
+        ValueError: if the base that is kept already was made from something else, or an objective compares a model of another
+            order with itself without the adapter.
     """
     if config.lora is None:
         model.config.new_image_tables = False  # they are about to be trained
@@ -275,6 +276,12 @@ def adapt(
         model.name_or_path = str(Path(config.output_dir) / "base")
         if PartialState().is_main_process:
             _keep_base(config, UnifiedPipeline(model, image_tokenizer, text_tokenizer, sampling_of(config)))
+    for objective in config.build_objectives():
+        if objective.needs_adapter and model.retrofitted_from is not None:
+            raise ValueError(
+                f"objectives: {objective.name} compares the model with itself without its adapter, which has not learned the order "
+                f"{model.prediction.order!r}; train that first, in full or by likelihood, and fuse it."
+            )
     s = config.lora
     adapted = attach_lora(
         model,
