@@ -144,6 +144,7 @@ def test_given_codes_stay_and_are_read():
     assert torch.equal(*whole)
 
 
+@pytest.mark.process
 def test_what_it_does_not_read_is_refused(pipeline):
     """And in a pipeline the mode is one of many: with a batch, a schedule, a stream."""
     given = {"decoding": "autoguided", "guidance_scale": 2.0, "guidance_schedule": "linear"}

@@ -86,6 +86,7 @@ def test_a_call_samples_what_the_paper_says(steered):
     assert torch.equal(codes, expected)
 
 
+@pytest.mark.process
 def test_a_weight_of_zero_is_no_steering(pipeline, folders):
     """Bit for bit, images and all; and adapters that are loaded to steer change nothing by being there."""
     plain = pipeline("red apple", generator=1)
@@ -100,6 +101,7 @@ def test_a_weight_of_zero_is_no_steering(pipeline, folders):
     assert torch.equal(pipeline("red apple", generator=1).codes, plain.codes)
 
 
+@pytest.mark.process
 def test_an_image_depends_on_its_seed_and_prompt_alone(steered):
     prompts, negatives = ["red apple", "blue car", "a green tree"], ["the small dog", "", "yellow sun"]
     batch = steered(prompts, negative_prompt=negatives, generator=[3, 4, 5], steer=STEER).codes
@@ -137,6 +139,7 @@ def test_an_adapter_that_changes_nothing_halves_the_temperature(pipeline, folder
     assert torch.equal(pipeline(["red apple", "blue car"], steer={"nothing": 1.0}, **given).codes, expected)
 
 
+@pytest.mark.process
 def test_adapters_act_or_steer(pipeline, folders):
     """One that acts stays active beside those that steer; one that is active and steers does not act in that call."""
     pipeline.load_lora_weights(folders / "unknown", "unknown")
