@@ -32,7 +32,7 @@ from unified.decoding import Sampling
 from unified.errors import explain_errors
 from unified.locks import locked
 from unified.lora.adapters import attach_lora, base_of, load_lora, save_lora
-from unified.lora.switching import adapters_off
+from unified.lora.switching import adapter_state, adapters_off
 from unified.model_card import model_card
 from unified.pipeline.arguments import Wanted, trained_grids
 from unified.settings import check_range, dump_settings, load_settings, parse_command_line
@@ -190,6 +190,7 @@ def build_policy(settings: GrpoSettings, accelerator: Accelerator) -> Policy:
             base, s.rank, s.alpha, 0.0, s.target_modules, s.train_image_tables, s.modality, use_rslora=s.use_rslora,
             use_dora=s.use_dora,
         )  # fmt: skip
+    adapter_state(adapted).objectives["default"] = ["grpo"]
     check_policy(adapted)
     adapted.eval()  # dropout would make the policy that learns another one than that which sampled
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]

@@ -202,7 +202,9 @@ ORDERS = [
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("sampling", [Sampling(top_k=8), Sampling(guidance_scale=2.0, guidance_schedule="cosine")])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(top_k=8), Sampling(guidance_scale=2.0, guidance_schedule="cosine", group_temperature=0.5)]
+)
 @pytest.mark.parametrize("prediction", ORDERS, ids=str)
 def test_images_of_every_order_are_those_of_the_plain_loop_whenever_they_arrive(prediction, sampling, monkeypatch):
     """Rows at different places of their order share passes of several positions; the columns are put together in between."""

@@ -194,7 +194,7 @@ def test_every_option_reaches_the_pipeline(pipeline, folder, tmp_path, capsys, m
     sampling = ["--temperature", "0.7", "--top-k", "3", "--top-p", "0.9", "--seed", "5"]
     images = ["--prompt", "red apple", "blue car", "--out", str(tmp_path / "out"), "--num-images-per-prompt", "2",
             "--negative-prompt", "dog", "--guidance-scale", "2.5", "--guidance-schedule", "cosine",
-            "--decoding", "sjd"]  # fmt: skip
+            "--decoding", "sjd", "--group-temperature", "0.8", "--steer", f"{tmp_path}/lora=0.5"]  # fmt: skip
     files = ["--image", str(tmp_path / "image.png"), "--mask", str(tmp_path / "mask.png")]
     assert main(["generate", *start, *images, *sampling, "--height", "16", "--width", "32", "--int8"]) == 0
     assert main(["inpaint", *start, *images, *sampling, *files, "--compile"]) == 0
@@ -202,7 +202,8 @@ def test_every_option_reaches_the_pipeline(pipeline, folder, tmp_path, capsys, m
     assert main(["caption", *start, *sampling, *caption]) == 0
     generate, inpaint, words = calls
     asked = {"prompt": ["red apple", "blue car"], "negative_prompt": "dog", "num_images_per_prompt": 2, "guidance_scale": 2.5,
-             "guidance_schedule": "cosine", "decoding": "sjd"}  # fmt: skip
+             "guidance_schedule": "cosine", "decoding": "sjd", "group_temperature": 0.8,
+             "steer": {f"{tmp_path.name}_lora": 0.5}}  # fmt: skip
     shared = {"adapters": ["default"], "temperature": 0.7, "top_k": 3, "top_p": 0.9}
     for call, seeds in ((generate, 4), (inpaint, 4), (words, 1)):
         assert [g.initial_seed() for g in call.pop("generator")] == [5, 6, 7, 8][:seeds]

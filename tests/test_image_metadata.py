@@ -16,7 +16,7 @@ from unified_eval.generation import generate_images
 from unified_tokenizers.images import to_tensor
 
 SETTINGS = {"height": 16, "width": 16, "guidance_scale": 2.0, "temperature": 1.0, "top_k": 5, "top_p": 1.0,
-            "guidance_schedule": "constant", "decoding": "plain"}  # fmt: skip
+            "guidance_schedule": "constant", "decoding": "plain", "group_temperature": 1.0}  # fmt: skip
 
 
 @pytest.mark.process

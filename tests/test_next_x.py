@@ -215,6 +215,8 @@ def naive_image(model, prompt, negative, grid, sampling, generator, seed):
     for group in range(plan.groups.max() + 1):
         cells = np.flatnonzero(plan.groups == group)
         cells = cells[plan.ranks[cells].argsort()]
+        among = sampling.group_temperature if len(cells) > 1 else 1.0
+        filters = Sampling(temperature=sampling.temperature * among, top_k=sampling.top_k, top_p=sampling.top_p)
         first = int(plan.ranks[cells[0]]) * side**2
         for inside in range(side**2):  # where codes are chained, what is scored changes with each
             sides = []
@@ -225,7 +227,7 @@ def naive_image(model, prompt, negative, grid, sampling, generator, seed):
             states = guide(sides[0], sides[1], scales[first]) if sampling.guided else sides[0]
             for cell in cells:
                 rank = int(plan.ranks[cell]) * side**2 + inside
-                logits = filter_logits(model.image_head(states[cell, inside][None]), sampling)
+                logits = filter_logits(model.image_head(states[cell, inside][None]), filters)
                 codes[index[cell, inside]] = int((logits + every[rank]).argmax())
     return codes.view(grid)
 
@@ -259,7 +261,7 @@ PROMPTS, NEGATIVES = [[1, 5, 6, 3], [1, 7, 3], [1, 8, 9, 10, 3]], [[1, 3]] * 3
 @pytest.mark.parametrize("kind", [LeanDecoder, BackboneDecoder])
 def test_sampling_with_a_cache_is_the_naive_loop_in_any_batch(way, kind):
     """Code for code with guidance and top-k, for prompts of different lengths together, and one alone."""
-    model, sampling = model_of(way), Sampling(guidance_scale=2.0, top_k=7, temperature=0.9)
+    model, sampling = model_of(way), Sampling(2.0, 0.9, top_k=7, group_temperature=0.6)
     decoder = make_decoder(model) if kind is LeanDecoder else BackboneDecoder(model)
     assert isinstance(decoder, kind)
     seeded = lambda: [torch.Generator().manual_seed(10 + i) for i in range(3)]  # noqa: E731

@@ -6,17 +6,19 @@ import shutil
 
 import pytest
 import torch
-from conftest import generators, tiny_model
+from conftest import bits, generators, noisy_adapter, tiny_model, tiny_pipeline
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from unified import UnifiedPipeline
 from unified.data.batches import make_batch
 from unified.decoding import Sampling, generate_codes
-from unified.lora.adapters import base_of
+from unified.lora.adapters import base_of, load_lora
+from unified.lora.switching import active_table
 from unified.model.retrofit import change_prediction
 from unified.sequence import ImageSegment, TextSegment, build_sequence
 from unified.training.config import load_config
 from unified.training.loop import train
+from unified.training.setup import adapt
 from unified.training.tracking import read_log
 from unified_tokenizers.images import to_tensor
 
@@ -90,36 +92,128 @@ def test_accumulation_and_batch_see_the_same_permutations(config_file, tmp_path)
 
 
 def test_another_order_for_a_trained_model(finished, config_file, tmp_path):
-    """In full, and as an adapter on the base that the run keeps; both learn."""
     base = [f"model.pipeline={finished}/pipeline", "model.architecture=null", "prediction.order=diagonals", *FINE]
     full = opened(run(config_file, tmp_path / "full", *base, *SHORT, "steps=12", "validate_every=12"))
     assert full.model.prediction.order == "diagonals" and not full.model.config.new_image_tables
     log = read_log(tmp_path / "full")
     assert log[11]["image_loss"] < log[0]["image_loss"]
-    folder = run(config_file, tmp_path / "lora", *base, *SHORT, "lora.rank=4")
-    saved = json.loads((folder / "adapter_config.json").read_text())
-    assert set(saved["modules_to_save"]) == {"image_embed", "image_head", "image_join"}
-    pipe = opened(tmp_path / "lora" / "base")
-    before = pipe("red apple", generator=generators(3), output_type="codes").codes
+
+
+def codes_of(pipe, **options):
+    return pipe("red apple", generator=generators(3), output_type="codes", **options).codes
+
+
+@pytest.fixture(scope="module")
+def raster(text_tokenizer, image_tokenizer, tmp_path_factory):
+    """A pipeline of raster order."""
+    folder = tmp_path_factory.mktemp("raster") / "pipeline"
+    tiny_pipeline(text_tokenizer, image_tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def brought(raster, tmp_path):
+    """Makes an adapter of another order with random weights, in a folder."""
+
+    def make(order):
+        changed = change_prediction(opened(raster).model, {"order": order})
+        noisy_adapter(changed, tmp_path / order, 1)
+        return tmp_path / order
+
+    return make
+
+
+@pytest.mark.process
+def test_a_run_trains_an_adapter_of_another_order(raster, config_file, tmp_path):
+    """The loss falls, the join is trained and saved beside the LoRA, and the raster pipeline itself loads it."""
+    options = [
+        f"model.pipeline={raster}",
+        "model.architecture=null",
+        "prediction.order=diagonals",
+        "optimizer.ema_decay=null",
+    ]
+    kept = ["lora.rank=4", "data.caption_dropout=0", "checkpoint_every=null", "validate_every=null", *FINE]
+    folder = run(config_file, tmp_path, *options, *kept, "steps=16")
+    losses = [entry["image_loss"] for entry in read_log(tmp_path)]
+    assert sum(losses[-4:]) < sum(losses[:4])
+    assert json.loads((folder / "adapter_config.json").read_text())["modules_to_save"] == ["image_join"]
+    assert not (tmp_path / "base").exists()
+    pipe = opened(raster)
     pipe.load_lora_weights(folder)
-    assert not torch.equal(pipe("red apple", generator=generators(3), output_type="codes").codes, before)
+    model = pipe.model.get_base_model()
+    assert model.prediction.order == "diagonals" and codes_of(pipe).min() >= 0
+    config = load_config(config_file, [*options, *kept, f"output_dir={tmp_path}", "objectives=[{name: cca}]"])
+    with pytest.raises(ValueError, match=r"objectives: cca compares .* has not learned the order 'diagonals'"):
+        adapt(config, change_prediction(opened(raster).model, {"order": "diagonals"}), pipe.image_tokenizer, None)
+    with torch.no_grad():  # what was trained is what was loaded, the join included
+        made = change_prediction(opened(raster).model, {"order": "diagonals"}).image_join
+        assert not torch.equal(active_table(model.image_join).narrow.weight, made.narrow.weight)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("order", "new", "passes"),
+    [("diagonals", ["image_join"], 7), ("rows", None, 7), ("rows_at_once", ["image_query"], 4)],
+)
+def test_an_adapter_brings_its_order_and_takes_it_along(order, new, passes, raster, brought, tmp_path):
+    folder = brought(order)
+    assert json.loads((folder / "adapter_config.json").read_text())["modules_to_save"] == new
+    pipe = opened(raster)
+    before, weights = codes_of(pipe), bits(pipe.model)
+    pipe.load_lora_weights(folder)
+    assert pipe.model.get_base_model().prediction.order == order
+    steps = []
+    after = codes_of(pipe, callback_on_step_end=lambda pipe, step, timestep, state: steps.append(step))
+    assert len(steps) == passes
+    pipe.save_lora_weights(tmp_path / "again")
     pipe.fuse_lora()
     pipe.save_pretrained(tmp_path / "fused")
-    fused = opened(tmp_path / "fused")
-    assert torch.equal(
-        fused("red apple", generator=generators(3), output_type="codes").codes,
-        pipe("red apple", generator=generators(3), output_type="codes").codes,
-    )
+    fused, again = opened(tmp_path / "fused"), opened(raster)
+    again.load_lora_weights(tmp_path / "again")
+    assert torch.equal(codes_of(again), after)
+    assert torch.equal(codes_of(fused), after) and fused.model.prediction.order == order
     pipe.unload_lora_weights()
-    assert torch.equal(pipe("red apple", generator=generators(3), output_type="codes").codes, before)
+    assert pipe.model.prediction.is_raster and torch.equal(codes_of(pipe), before)
+    found = pipe.model.state_dict()
+    assert found.keys() == weights.keys() and all(torch.equal(found[name], weights[name]) for name in weights)
+    pipe.load_lora_weights(folder)
+    assert torch.equal(codes_of(pipe), after)
 
 
-def test_an_adapter_of_another_order_is_refused(finished, config_file, tmp_path):
-    base = [f"model.pipeline={finished}/pipeline", "model.architecture=null", "prediction.order=diagonals", *FINE]
-    folder = run(config_file, tmp_path, *base, *SHORT, "lora.rank=4")
-    pipe = opened(finished / "pipeline")
-    with pytest.raises(ValueError, match="prediction"):
+@pytest.mark.process
+def test_an_adapter_of_another_order_is_whole_alone(raster, brought, tmp_path):
+    folder, pipe = brought("diagonals"), opened(raster)
+    noisy_adapter(opened(raster).model, tmp_path / "raster", 0)
+    pipe.load_lora_weights(folder, "diagonal")
+    after = codes_of(pipe)
+    for refused, message in (
+        (lambda: pipe.load_lora_weights(folder, "b"), r"lora: \['diagonal'\] has changed the order of the model"),
+        (
+            lambda: pipe.set_adapters("diagonal", 0.5),
+            "set_adapters: the adapter has changed the order of the model to 'diagonals'",
+        ),
+        (lambda: pipe.disable_lora(), "disable_lora: the adapter has changed the order"),
+        (lambda: pipe.fuse_lora(lora_scale=0.5), "lora_scale: the adapter has changed the order"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            refused()
+    pipe.set_adapters("diagonal")
+    assert torch.equal(codes_of(pipe), after)
+    pipe.unload_lora_weights()
+    pipe.load_lora_weights(tmp_path / "raster", "raster")
+    with pytest.raises(
+        ValueError, match=r"changes the order of the model to 'diagonals', not for the adapters \['raster'\]"
+    ):
         pipe.load_lora_weights(folder)
+    with pytest.raises(ValueError, match="to 'diagonals', not for a run that trains it further"):
+        load_lora(opened(raster).model, folder, "a", trainable=True)
+    rows = change_prediction(opened(raster).model, {"order": "rows"})
+    with pytest.raises(ValueError, match=r"made for another model .*prediction"):
+        load_lora(rows, folder, "a")
+    file = folder / "unified_base.json"
+    file.write_text(file.read_text().replace('"kind"', '"kin"', 1))
+    with pytest.raises(ValueError, match=r"unified_base\.json.*needs order, size and a merge with kind and side"):
+        opened(raster).load_lora_weights(folder)
 
 
 def test_a_changed_prediction_keeps_backbone_embedding_and_head():

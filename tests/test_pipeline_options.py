@@ -18,7 +18,7 @@ from unified.serving.engine import Engine
 from unified.serving.web import build_demo
 
 GIVEN = {"height": 16, "width": 16, "guidance_scale": 2.5, "num_images_per_prompt": 2, "temperature": 0.7, "top_k": 9,
-         "top_p": 0.9, "guidance_schedule": "cosine", "decoding": "jacobi"}  # fmt: skip
+         "top_p": 0.9, "guidance_schedule": "cosine", "decoding": "jacobi", "group_temperature": 0.8}  # fmt: skip
 
 
 def test_options_are_arguments_of_a_call_with_the_same_defaults():
@@ -33,7 +33,10 @@ def test_options_are_arguments_of_a_call_with_the_same_defaults():
 
 def test_options_hold_the_sampling_of_a_code_and_stay():
     options = GenerationOptions(**GIVEN)
-    assert options.sampling == Sampling(2.5, 0.7, 9, 0.9, "cosine") and options.to_mapping() == GIVEN
+    assert options.sampling == Sampling(2.5, 0.7, 9, 0.9, "cosine", 0.8) and options.to_mapping() == {
+        **GIVEN,
+        "steer": None,
+    }
     assert GenerationOptions.from_mapping(GIVEN) == options != GenerationOptions()
     with pytest.raises(FrozenInstanceError):
         options.top_k = 3
@@ -73,11 +76,11 @@ def test_unknown_options_are_named(pipeline, photo):
 @pytest.mark.parametrize("decoding", modes_for(RASTER))
 def test_the_engine_takes_all_options(pipeline, decoding):
     """In the batch or alone, it generates what a call generates."""
-    given = {**GIVEN, "decoding": decoding}
-    expected = pipeline("red apple", negative_prompt="dog", generator=generators(1, 2), **given)
+    given, negative = {**GIVEN, "decoding": decoding}, "dog" if DECODING_MODES[decoding].negatives else None
+    expected = pipeline("red apple", negative_prompt=negative, generator=generators(1, 2), **given)
     with closing(Engine(pipeline)) as engine:
         options = GenerationOptions(**given)
-        job = engine.submit("red apple", options, negative_prompt="dog", generator=generators(1, 2))
+        job = engine.submit("red apple", options, negative_prompt=negative, generator=generators(1, 2))
         result = job.result(30)
     assert torch.equal(result.codes, expected.codes)
     assert [image.tobytes() for image in result.images] == [image.tobytes() for image in expected.images]

@@ -18,7 +18,7 @@ SAMPLINGS = {
     "plain": Sampling(),
     "tempered": Sampling(temperature=0.7),
     "guided": Sampling(guidance_scale=2.5, temperature=1.3),
-    "rising": Sampling(guidance_scale=3.0, guidance_schedule="linear"),
+    "rising": Sampling(guidance_scale=3.0, guidance_schedule="linear", temperature=1.6, group_temperature=0.7),
 }
 
 

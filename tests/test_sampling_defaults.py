@@ -65,7 +65,7 @@ def test_a_folder_without_defaults_is_as_it_was(pipeline, tmp_path):
     loaded.set_progress_bar_config(disable=True)
     assert loaded.sampling == {}
     usual = {"guidance_scale": 3.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "guidance_schedule": "constant",
-             "decoding": "plain"}  # fmt: skip
+             "decoding": "plain", "group_temperature": 1.0}  # fmt: skip
     assert GenerationOptions().filled({}) == GenerationOptions(**usual)
     assert torch.equal(loaded("red apple", generator=1).codes, pipeline("red apple", generator=1, **usual).codes)
 

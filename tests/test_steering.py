@@ -115,8 +115,8 @@ def test_adapters_are_set_as_before_afterwards(folders):
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ({}, "weights"),
-        ({"one": float("nan")}, "weights"),
+        ({}, "steer: no adapter is named"),
+        ({"one": float("nan")}, "steer.one: nan is not a finite number"),
         ({"three": 1.0}, "'three'"),
         ({"tables": 1.0}, "'tables' has its own embedding"),
     ],

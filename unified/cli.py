@@ -166,6 +166,15 @@ def _seed(text: str) -> int:
     return int(text)
 
 
+def _weighted(text: str) -> tuple[str, float]:
+    """A name and its weight; argparse reports the error."""
+    name, _, weight = text.rpartition("=")
+    try:
+        return name, float(weight) if name else float("")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=WEIGHT, such as runs/colours/lora=0.5") from error
+
+
 def _class_label(text: str) -> int | str:
     """A number in digits, else a name."""
     return int(text) if re.fullmatch(r"-?\d+", text) else text
@@ -197,8 +206,18 @@ def _image_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--guidance-scale", type=float, help="1 switches guidance off (default: the pipeline's)")
     parser.add_argument("--guidance-schedule", choices=SCHEDULES, help="default: the pipeline's")
+    parser.add_argument(
+        "--group-temperature", type=float,
+        help="multiplies the temperature where a pass samples several cells, which agree more often below 1 (default: the "
+        "pipeline's)",
+    )  # fmt: skip
     modes = "; ".join(f"{name}: {mode.about}" for name, mode in DECODING_MODES.items())
     parser.add_argument("--decoding", choices=DECODING_MODES, help=f"{modes} (default: the pipeline's)")
+    parser.add_argument(
+        "--steer", type=_weighted, action="append", metavar="NAME=WEIGHT",
+        help="folder or Hub name of a reward adapter (objective genarm) and how much it steers; below 0 steers away; may be "
+        "repeated",
+    )  # fmt: skip
     fast = parser.add_mutually_exclusive_group()
     fast.add_argument("--int8", action="store_true", help="8-bit weights: faster on a CPU, not exact")
     fast.add_argument("--compile", action="store_true", help="torch.compile; on an x86 CPU no faster than without")
@@ -217,6 +236,8 @@ def _load(args: argparse.Namespace) -> "UnifiedPipeline":
         decoding = GenerationOptions(decoding=args.decoding).filled(pipe.sampling).decoding
         check_decoding(str(decoding), pipe.model.prediction)
     pipe.to(args.device or "cpu")
+    for name, folder in getattr(args, "rewards", {}).items():
+        pipe.load_lora_weights(folder, name)
     if args.lora:
         pipe.load_lora_weights(args.lora)
     if getattr(args, "int8", False) or getattr(args, "compile", False):
@@ -232,6 +253,10 @@ def _check_threads(args: argparse.Namespace) -> None:
 def _image_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of a pipeline's method, checked before the model is loaded, and the folder for its images."""
     _check_threads(args)
+    args.rewards = {re.sub(r"[^\w-]+", "_", "_".join(Path(name).parts[-2:])): name for name, _ in args.steer or ()}
+    if len(args.rewards) < len(args.steer or ()):
+        raise ValueError(f"steer: {[name for name, _ in args.steer]} are called alike; give each adapter once.")
+    args.steer = {name: dict(args.steer)[folder] for name, folder in args.rewards.items()} or None
     given = {each.name: getattr(args, each.name) for each in fields(GenerationOptions) if hasattr(args, each.name)}
     options = GenerationOptions.from_mapping(given)
     from unified.pipeline.arguments import as_prompts, check_unicode, seeded

@@ -2,8 +2,8 @@
 
 import math
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,8 @@ class Sampling:
         top_p: keep the smallest set of codes with at least this probability; 1 keeps all.
         guidance_schedule: the scale over an image: ``constant``; ``linear`` or ``cosine``, rising from 1 at the first code
             to ``guidance_scale`` at the last; or a function of the share of the codes sampled, in [0, 1], to a scale.
+        group_temperature: multiplies the temperature where a pass samples more than one cell, which do not see one another: below 1
+            they agree more often. No effect in raster order.
 
     Raises:
         ValueError: naming the setting that is out of its range.
@@ -34,9 +36,10 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     guidance_schedule: str | Callable[[float], float] = "constant"
+    group_temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("guidance_scale", "temperature", "top_k", "top_p"):
+        for name in ("guidance_scale", "temperature", "top_k", "top_p", "group_temperature"):
             _check_finite(name, getattr(self, name))
         if self.guidance_scale < 1:
             raise ValueError(f"guidance_scale: {self.guidance_scale} must be at least 1; 1 switches guidance off.")
@@ -45,6 +48,11 @@ class Sampling:
         if self.temperature < 1 / _MOST:  # logits have to stay finite
             least = "above 0" if self.temperature <= 0 else f"at least {1 / _MOST:g}"
             raise ValueError(f"temperature: {self.temperature} must be {least}; use top_k=1 for the most likely code.")
+        if self.group_temperature <= 0 or self.temperature * self.group_temperature < 1 / _MOST:
+            raise ValueError(
+                f"group_temperature: {self.group_temperature} times the temperature of {self.temperature} must be at least "
+                f"{1 / _MOST:g}; use top_k=1 for the most likely codes."
+            )
         if self.top_k < 0 or int(self.top_k) != self.top_k:
             raise ValueError(f"top_k: {self.top_k} must be a whole number, 0 to keep all codes.")
         object.__setattr__(self, "top_k", int(self.top_k))
@@ -59,6 +67,12 @@ class Sampling:
     def guided(self) -> bool:
         """Whether an unconditional row is needed."""
         return self.guidance_scale > 1 or callable(self.guidance_schedule)
+
+    def among(self, cells: int) -> "Sampling":
+        """How each of so many cells is sampled that one pass samples."""
+        if cells == 1 or self.group_temperature == 1:
+            return self
+        return replace(self, temperature=self.temperature * self.group_temperature, group_temperature=1.0)
 
     def scales(self, steps: int) -> list[float]:
         """Guidance scale of each of ``steps`` codes. Raises ValueError as :meth:`check_schedule`."""
@@ -99,12 +113,26 @@ def _check_finite(name: str, value: object) -> None:
         raise ValueError(f"{name}: {value!r} is not a finite number.")
 
 
+def check_steer(steer: object) -> None:
+    """Refuse anything but adapters' names with finite weights, or None. Raises ValueError."""
+    if steer is None:
+        return
+    if not isinstance(steer, Mapping) or not all(isinstance(name, str) for name in steer):
+        raise ValueError(f"steer: {steer!r} is no mapping of adapters' names to weights, such as {{'colours': 0.5}}.")
+    for name, weight in steer.items():
+        _check_finite(f"steer.{name}", weight)
+
+
 def _any(prediction: "Prediction") -> bool:
     return True
 
 
 def _code_by_code(prediction: "Prediction") -> bool:
     return prediction.is_raster and prediction.merge.side == 1 and prediction.frame is None
+
+
+def _windows_of_codes(prediction: "Prediction") -> bool:
+    return prediction.merge.side == 1 and prediction.frame is None and not prediction.way.any_order
 
 
 def _any_order(prediction: "Prediction") -> bool:
@@ -121,12 +149,14 @@ class DecodingMode:
             :func:`unified.decoding.decode.iterate_codes` and yields the codes so far ``(B, n)``.
         needs: what a model has to be like, in words.
         suits: whether a model's way of prediction is like that.
+        negatives: whether it reads negative prompts.
     """
 
     about: str
     path: str
     needs: str = "any order"
     suits: Callable[["Prediction"], bool] = _any
+    negatives: bool = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
         """Iterate over the codes of a batch, -1 where an image has none yet."""
@@ -134,6 +164,7 @@ class DecodingMode:
         return getattr(import_module(module), function)(*args, **kwargs)
 
 
+_WINDOWS = ("a fixed order with merge 'one', without tokens between codes", _windows_of_codes)
 _RASTER = ("the order 'raster' with merge 'one', without tokens between codes", _code_by_code)
 
 DECODING_MODES = {
@@ -153,6 +184,17 @@ DECODING_MODES = {
         "unified.decoding.any_order_speculation:assd_codes",
         "the order 'random' with codes that are not chained",
         _any_order,
+    ),
+    "autoguided": DecodingMode(
+        "models trained with 2 x 2 patches, too: guided away from their own coarse predictions",
+        "unified.decoding.coarse_guidance:autoguided_codes",
+        *_WINDOWS,
+        negatives=False,
+    ),
+    "coarse_cfg": DecodingMode(
+        "models trained with 2 x 2 patches, too: guidance with a coarse unconditional side",
+        "unified.decoding.coarse_guidance:coarse_cfg_codes",
+        *_WINDOWS,
     ),
 }
 

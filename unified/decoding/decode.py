@@ -1,6 +1,7 @@
 """Decoding images with a key-value cache, group by group in the order of the model."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -8,7 +9,7 @@ from torch import Tensor
 from unified.decoding.config import Sampling
 from unified.decoding.decoder import Decoder
 from unified.decoding.fused_llama import make_decoder
-from unified.decoding.passes import Passes, image_passes
+from unified.decoding.passes import Group, Passes, image_passes
 from unified.decoding.prefill import Prefilled, Prompt, bias_among, check_conditions, prefill, read
 from unified.decoding.sampling import PositionNoise, code_log_probs, guide, sample_codes
 from unified.model.modeling import UnifiedForCausalLM
@@ -201,11 +202,13 @@ def continue_image(
     generators: Sequence[torch.Generator],
     known: Tensor,
     log_probs: Tensor | None = None,
+    guides: Sequence[Callable[[int, Group, Tensor, Tensor], Tensor]] = (),
 ) -> Iterator[Tensor]:
     """The loop itself: an image after what ``state`` has read, ``known (B, h*w)`` codes forced; see :func:`iterate_codes`.
 
     ``coordinates (R, L, 2)`` are those of the positions of ``passes``, for all rows. The positions of a group that is known
     in every row run together with those of the next one. ``log_probs (B, h*w)`` is filled with those of the sampled codes.
+    ``guides`` change the logits of each group: see :class:`unified.decoding.coarse_guidance.CoarseGuide`.
     """
     scales, codes, device = sampling.scales(known.shape[1]), known.clone(), known.device
     positions = decoder.positions(coordinates)
@@ -214,7 +217,7 @@ def continue_image(
     if not passes.groups:
         yield codes  # all given
         return
-    for group, skipped in zip(passes.groups, _fixed(passes, known), strict=True):
+    for number, (group, skipped) in enumerate(zip(passes.groups, _fixed(passes, known), strict=True)):
         reach = max(reach, group.reach)
         entering = torch.cat([waiting, torch.arange(*group.entering, device=device)])
         if skipped:
@@ -228,12 +231,11 @@ def continue_image(
         # 2. Sample the group
         states = hidden[:, group.sources + len(waiting)].unflatten(1, group.shape)
         scale, index = scales[int(group.ranks[0])], group.codes.expand(len(codes), -1)
-        given = codes.gather(1, index)
-        sampled, logits = sample_cells(
-            decoder, states, group.missing, sampling, scale, noise_of(noise, group.ranks), given
-        )
+        given, own = codes.gather(1, index), noise_of(noise, group.ranks)
+        guides_now = [partial(guided, number, group, codes) for guided in guides]
+        sampled, logits = sample_cells(decoder, states, group.missing, sampling, scale, own, given, guides_now)
         if log_probs is not None:
-            log_probs.scatter_(1, index, code_log_probs(logits, sampled, sampling))
+            log_probs.scatter_(1, index, code_log_probs(logits, sampled, sampling.among(group.shape[0])))
         codes.scatter_(1, index, sampled)
         waiting = waiting[:0]
         yield codes[:, :reach]
@@ -289,7 +291,7 @@ def entering_embeddings(decoder: Decoder, codes: Tensor, passes: Passes, enterin
     found, merge = codes.gather(1, index.flatten(1)).view(index.shape), decoder.model.image_merge
     if passes.tokens is None:
         embeds = decoder.embed(found)
-        return embeds[:, :, 0] if merge is None else merge(embeds)
+        return embeds.mean(dim=2) if merge is None else merge(embeds)
     tokens = passes.tokens[entering]
     text = decoder.model.get_input_embeddings()(tokens.clamp_min(0))
     embeds = decoder.embed(found.clamp_min(0))[:, :, 0]  # a token stands for no code, which may not be sampled yet
@@ -318,6 +320,7 @@ def sample_cells(
     scale: float | Tensor,
     noise: Tensor,
     given: Tensor | None = None,
+    guides: Sequence[Callable[[Tensor], Tensor]] = (),
 ) -> tuple[Tensor, Tensor]:
     """Codes ``(B, n * P)`` of n cells, and the guided logits ``(B, n * P, K)`` that they were sampled from.
 
@@ -326,9 +329,13 @@ def sample_cells(
         states, missing, sampling, scale: as for :func:`cell_logits`; filters apply too.
         noise: ``(B, n * P, K)``.
         given: ``(B, n * P)`` codes that stay, -1 where one is sampled; None samples all.
+        guides: each changes the logits; only where codes are not chained.
     """
+    sampling = sampling.among(states.shape[1])
     if decoder.model.image_chain is None:
         logits = cell_logits(decoder, states, missing, sampling, scale)
+        for guided in guides:
+            logits = guided(logits)
         codes = sample_codes(logits.flatten(0, 1), sampling, noise.flatten(0, 1)).view(logits.shape[:2])
         return (codes if given is None else torch.where(given < 0, codes, given)), logits
     found = _cell_states(decoder, states, missing)  # (R, n, P, D)

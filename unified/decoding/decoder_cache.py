@@ -1,8 +1,9 @@
 """The decoder that is kept between calls, made again when the model has changed since."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -10,6 +11,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from unified.decoding.decoder import Decoder
 from unified.decoding.fused_llama import make_decoder
+from unified.decoding.steering import SteeredDecoder, steer
+from unified.lora.adapters import base_of
 from unified.model.modeling import UnifiedForCausalLM
 
 
@@ -24,17 +27,27 @@ class DecoderCache:
         self._decoder: Decoder | None = None
         self._state: Hashable = None
 
-    def get(self, model: UnifiedForCausalLM) -> Decoder:
-        """The decoder of a model as it is now."""
-        state = weights_state(model)
-        if self._decoder is None or self._decoder.model is not model or self._state != state:
+    def get(self, model: UnifiedForCausalLM | PeftModel, weights: Mapping[str, float] | None = None) -> Decoder:
+        """The decoder of a model as it is now, steered by adapters with ``weights``; other weights alone cost nothing.
+
+        Raises:
+            ValueError: as :func:`unified.decoding.steering.steer`.
+        """
+        base = base_of(model)
+        state = (weights_state(base), tuple(weights or ()))
+        if self._decoder is None or self._decoder.model is not base or self._state != state:
             self._decoder = None  # its memory first
-            self._decoder, self._state = make_decoder(model, **self._options), state
-        return self._decoder
+            if weights and isinstance(model, PeftModel):
+                self._decoder = steer(model, weights, **self._options)
+            else:
+                self._decoder = make_decoder(base, **self._options)
+            self._state = state
+        decoder = self._decoder
+        return decoder.weighted(weights) if weights and isinstance(decoder, SteeredDecoder) else decoder
 
     def configure(self, model: UnifiedForCausalLM, **options: bool) -> None:
         """Make the decoder now and from now on with these options of :func:`make_decoder`; an error changes nothing."""
-        state = weights_state(model)
+        state = (weights_state(model), ())
         self._decoder, self._state, self._options = make_decoder(model, **options), state, options
 
     def free(self) -> None:

@@ -107,7 +107,33 @@ def image_passes(
         return _alike(prediction, grid, coordinates, str(model.device))
     cells = merged_grid(grid, prediction.merge.side)
     seeds = [order_seed(generator) for generator in generators] if prediction.way.any_order else [None]
-    return _passes([prediction.plan(cells, seed, given) for seed in seeds], prediction, grid, coordinates, model.device)
+    plans = [prediction.plan(cells, seed, given) for seed in seeds]
+    return _passes(plans, prediction.merge.side, grid, coordinates, model.device)
+
+
+def coarse_passes(model: UnifiedForCausalLM, grid: Grid, side: int, shift: int = 0) -> Passes:
+    """The passes of the windows of side x side codes of a grid, in the order of the model, as in training on patches.
+
+    ``shift`` is the number of rows of codes above the first window; rows below the last whole window are left out, too.
+
+    Raises:
+        ValueError: if the windows do not divide the grid, or the order does not fit them.
+    """
+    height, width = grid
+    merged_grid(grid, side)
+    part, coordinates = ((height - shift) // side * side, width), model.config.coordinates
+    plan = model.prediction.plan(merged_grid(part, side))
+    passes = _passes([plan], side, part, coordinates, model.device)
+    if not shift:
+        return passes
+    before = shift * width
+    groups = [replace(group, codes=group.codes + before, reach=group.reach + before) for group in passes.groups]
+    offsets = passes.offsets.clone()
+    if coordinates.coarse_positions == "center":  # the others count windows
+        offsets += torch.tensor(
+            [before, before] if coordinates.positions == "1d" else [shift, 0], device=offsets.device
+        )
+    return replace(passes, groups=groups, entered=passes.entered + before, offsets=offsets)
 
 
 def image_columns(model: UnifiedForCausalLM, grid: Grid) -> int:
@@ -128,13 +154,11 @@ def order_seed(generator: torch.Generator) -> int:
 @lru_cache(maxsize=64)
 def _alike(prediction: Prediction, grid: Grid, coordinates: Coordinates, device: str) -> Passes:
     plan = prediction.plan(merged_grid(grid, prediction.merge.side))
-    return _passes([plan], prediction, grid, coordinates, torch.device(device))
+    return _passes([plan], prediction.merge.side, grid, coordinates, torch.device(device))
 
 
-def _passes(
-    plans: list[Plan], prediction: Prediction, grid: Grid, coordinates: Coordinates, device: torch.device
-) -> Passes:
-    first, side = plans[0], prediction.merge.side
+def _passes(plans: list[Plan], side: int, grid: Grid, coordinates: Coordinates, device: torch.device) -> Passes:
+    first = plans[0]
     placed = [plan_offsets(plan, grid, side, coordinates) for plan in plans]
     index, per_cell = cell_codes(grid, side), side**2
     is_query = first.seen >= NEVER

@@ -14,12 +14,14 @@ from peft import PeftModel
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor
 
+from unified.decoding.config import check_steer
 from unified.decoding.decoder import Decoder
 from unified.decoding.fused_llama import LeanDecoder, make_decoder
 from unified.decoding.kv_cache import KeyValueCache
 from unified.lora.adapters import base_of
-from unified.lora.switching import adapter_state, apply_weights, is_disabled, set_adapters, switch
-from unified_tokenizers.fields import is_finite
+from unified.lora.switching import adapter_state, adapters_kept, apply_weights, check_not_fused, set_adapters
+
+REWARDS = "genarm"  # the objective that trains adapters to steer
 
 
 class SteeredDecoder(Decoder):
@@ -33,7 +35,14 @@ class SteeredDecoder(Decoder):
         self.model, self.groups = decoder.model, {}
         self._decoders = [decoder, *(guide for guide, _ in guides.values())]
         self._weights = [1.0, *(weight for _, weight in guides.values())]
-        self._layers = len(self.model.backbone.base_model.layers)
+        self._names, self._layers = list(guides), len(self.model.backbone.base_model.layers)
+
+    def weighted(self, weights: Mapping[str, float]) -> "SteeredDecoder":
+        """The same with other weights of the same adapters."""
+        decoder, *guides = self._decoders
+        return SteeredDecoder(
+            decoder, {name: (guide, weights[name]) for name, guide in zip(self._names, guides, strict=True)}
+        )
 
     def positions(self, coordinates: Tensor) -> Tensor:
         """See :class:`Decoder`."""
@@ -82,17 +91,48 @@ class _Layers(KeyValueCache):
         return self._whole.update(key_states, value_states, self._first + layer_idx)
 
 
-def steer(model: PeftModel, weights: Mapping[str, float]) -> SteeredDecoder:
-    """A decoder of a model as its adapters are set now, steered by other ones of its adapters.
+def check_steering(model: Any, steer: Mapping[str, float]) -> None:
+    """Refuse to steer by adapters that are not there, or that give no rewards.
+
+    Args:
+        model: with the adapters loaded, or without any.
+        steer: weights by the names of adapters.
+
+    Raises:
+        ValueError: for an unknown adapter, a weight that is not finite, or an adapter that is known to have been trained for
+            something else.
+    """
+    check_steer(steer)
+    loaded = list(model.peft_config) if isinstance(model, PeftModel) else []
+    for name in steer:
+        if name not in loaded:
+            raise ValueError(f"steer: adapter {name!r} is not loaded; loaded are {loaded}, load_lora_weights loads it.")
+        objectives = adapter_state(model).objectives.get(name, [REWARDS])
+        if REWARDS not in objectives:
+            raise ValueError(
+                f"steer: adapter {name!r} was trained for {', '.join(objectives)} and gives no rewards; name one trained with "
+                f"objectives: [{{name: {REWARDS}}}], or use set_adapters."
+            )
+
+
+def gives_rewards(model: PeftModel, name: str) -> bool:
+    """Whether an adapter is known to have been trained to steer others, and not to act itself."""
+    return REWARDS in adapter_state(model).objectives.get(name, [])
+
+
+def steer(model: PeftModel, weights: Mapping[str, float], **options: bool) -> SteeredDecoder:
+    """A decoder of a model as its adapters are set now, without those that steer it.
 
     Args:
         model: with the adapters loaded; which are active is as before afterwards.
         weights: alpha by the name of the adapter. With weights that add up to A, a temperature of 1 / (1 + A) or less is as sharp
             as the model alone; GenARM divides by 1 + A.
+        options: ``int8`` of :func:`unified.decoding.make_decoder`.
 
     Raises:
-        ValueError: for an unknown adapter, a weight that is not finite, an adapter with its own embedding of codes, a
-            merge of codes, adapters that train a join of sources, or a backbone whose decoder keeps no copy of the weights.
+        ValueError: as :func:`check_steering`; for no weight at all, an adapter with its own embedding of codes, fused adapters,
+            a merge of codes, adapters that train a join of sources, ``compile``, or a backbone whose decoder keeps no copy of
+            the weights.
     """
     base, state = base_of(model), adapter_state(model)
     for name in ("image_join", "image_projection"):
@@ -100,32 +140,31 @@ def steer(model: PeftModel, weights: Mapping[str, float]) -> SteeredDecoder:
             raise ValueError(
                 f"steer: an adapter trains {name}, which all share here; train it with train_image_tables=False."
             )
-    if not weights or not all(map(is_finite, weights.values())):
-        raise ValueError(f"weights: {dict(weights)} must name adapters, each with a finite number.")
+    if not weights:
+        raise ValueError("steer: no adapter is named; give one or more with their weights.")
+    check_steering(model, weights)
+    check_not_fused(model, "steer")
+    if options.get("compile"):
+        raise ValueError("steer: not with a compiled decoder; call disable_fast_decoding first.")
     if base.prediction.merge.side > 1:
         raise ValueError(
             f"steer: not for the merge {base.prediction.merge.kind!r}; only for codes that enter one by one."
         )
-    disabled, active = is_disabled(model), dict(state.weights)
-    decoder, guides = make_decoder(base), dict[str, tuple[Decoder, float]]()
-    if not isinstance(decoder, LeanDecoder):
-        kind = type(base.backbone.base_model).__name__
-        raise ValueError(
-            f"steer: {kind} has no decoder with a copy of its weights, which an adapter beside the model needs."
-        )
-    codes = torch.arange(base.config.codebook_size, device=base.device)
-    try:
+    guides, codes = dict[str, tuple[Decoder, float]](), torch.arange(base.config.codebook_size, device=base.device)
+    with adapters_kept(model):
+        apply_weights(model, {name: weight for name, weight in state.weights.items() if name not in weights})
+        decoder = make_decoder(base, **options)
+        if not isinstance(decoder, LeanDecoder):
+            kind = type(base.backbone.base_model).__name__
+            raise ValueError(
+                f"steer: {kind} has no decoder with a copy of its weights, which an adapter beside the model needs."
+            )
         for name, weight in weights.items():
             set_adapters(model, [name], [1.0])
-            guide = make_decoder(base)
+            guide = make_decoder(base, **options)
             if not torch.equal(guide.embed(codes), decoder.embed(codes)):
                 raise ValueError(
                     f"steer: adapter {name!r} has its own embedding of codes; train it with train_image_tables=False."
                 )
             guides[name] = (guide, weight)
-    finally:
-        switch(model, True)
-        apply_weights(model, active)
-        if disabled:
-            switch(model, False)
     return SteeredDecoder(decoder, guides)

@@ -8,7 +8,6 @@ import reprlib
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,6 +23,7 @@ from unified.lora.modality_gate import check_modality, forget_gates, gate_adapte
 from unified.lora.switching import adapter_state, apply_weights, check_not_fused, switch, unfuse_lora, wrapped_tables
 from unified.model.backbone import decoder_layers
 from unified.model.modeling import UnifiedForCausalLM
+from unified.model.retrofit import as_setting, change_prediction, describe_prediction, new_modules
 from unified_tokenizers import read_weights
 from unified_tokenizers.checkpoint import check_names
 
@@ -57,7 +57,8 @@ def attach_lora(
         target_modules: names of the linear layers that get an update; None: those of attention and MLP, see
             :func:`linear_layers`.
         train_image_tables: train and save full copies of both image tables with the adapter; None: exactly if they are
-            new, as after ``from_backbone``, because an adapter alone cannot teach a model codes that it has never seen.
+            new, as after ``from_backbone``, because an adapter alone cannot teach a model codes that it has never seen. Modules
+            that :func:`unified.model.retrofit.change_prediction` has added are trained and saved in any case.
         modality: ``text`` or ``image`` lets the update act on positions of that modality only (Partial LoRA, arXiv 2401.16420):
             an ``image`` adapter leaves rows of text as they are, bit for bit.
         options: further fields of ``peft.LoraConfig``: ``use_rslora``, ``use_dora``, ``init_lora_weights``, ``exclude_modules``,
@@ -82,7 +83,7 @@ def attach_lora(
         "lora_alpha": rank if alpha is None else alpha,
         "lora_dropout": dropout,
         "target_modules": linear_layers(model) if target_modules is None else target_modules,
-        "modules_to_save": list(model.image_modules()) if train_image_tables else None,
+        "modules_to_save": (list(model.image_modules()) if train_image_tables else new_modules(model)) or None,
         **options,
     }
     config = _lora_config(fields, model)
@@ -128,7 +129,8 @@ def base_description(model: UnifiedForCausalLM) -> dict[str, Any]:
         "eoi_token_id": config.eoi_token_id,
         "positions": config.positions,
         "coarse_positions": config.coarse_positions,
-        "prediction": {name: value for name, value in asdict(model.prediction).items() if name != "frame"},
+        "prediction": describe_prediction(model.prediction),
+        **({} if model.retrofitted_from is None else {"retrofitted_from": model.retrofitted_from}),
         **({} if config.image_factors is None else {"image_factors": list(config.image_factors)}),
         **({} if config.image_frame is None else {"image_frame": config.image_frame}),
         **({} if config.classes is None else {"classes": config.classes}),
@@ -192,6 +194,8 @@ def _describe(model: PeftModel, name: str, folder: Path, sampling: Mapping[str, 
     kinds = {} if base.modality_gate is None else base.modality_gate.kinds
     description = {**base_description(base), "modality": kinds.get(name, "all")}
     description |= {"sampling": dict(sampling)} if sampling else {}
+    objectives = adapter_state(model).objectives.get(name)
+    description |= {} if objectives is None else {"objectives": objectives}
     (folder / BASE_FILE).write_text(json.dumps(description, indent=2))
 
 
@@ -231,6 +235,9 @@ def load_lora(
 ) -> PeftModel:
     """Add an adapter from a folder under a name and make it the active one; disabled adapters are enabled.
 
+    An adapter that was trained after a change of the order (``prediction`` beside ``lora`` in the settings of a run) changes the
+    order of the model that it is loaded into, until it is unloaded: it is whole alone, with a weight of 1.
+
     A plain folder of peft, without a ``unified_base.json``, is taken if its tensors are exactly those that its config
     describes in this model, by name and shape; a warning says that nothing else is known of its base. So is an adapter that
     was trained on the bare backbone, whose names lack the part of a unified model's that leads to it.
@@ -246,11 +253,18 @@ def load_lora(
         ValueError: if the adapter belongs to another model, is not whole, asks for what is not supported, the name is not
             possible or taken, or adapters are fused. The model and its adapters are as before then.
     """
-    folder = Path(path)
+    folder, original = Path(path), None
+    if (prediction := _other_prediction(model, folder, trainable)) is not None:
+        original, model = base_of(model), change_prediction(base_of(model), prediction)
     check_base(model, folder, weight_name)
     _check_name(model, adapter_name)
     described = (folder / BASE_FILE).is_file()
-    modality = read_json(folder / BASE_FILE, "lora").get("modality", "all") if described else "all"
+    description = read_json(folder / BASE_FILE, "lora") if described else {}
+    modality, objectives = description.get("modality", "all"), description.get("objectives")
+    if objectives is not None and not _is_names(objectives):
+        raise ValueError(
+            f"lora: objectives {reprlib.repr(objectives)} in {BASE_FILE} of {str(path)!r} are no list of names."
+        )
     fields = read_json(folder / _CONFIG_FILE, "lora")
     config = _lora_config(fields, base_of(model))
     config.inference_mode = not trainable
@@ -279,21 +293,57 @@ def load_lora(
     adapted = _add(model, config, adapter_name, modality)  # the first change, and nothing is left to go wrong
     set_peft_model_state_dict(adapted, state, adapter_name)
     apply_weights(adapted, {adapter_name: 1.0}, trainable)
+    adapter_state(adapted).original = original
+    adapter_state(adapted).objectives.pop(adapter_name, None)
+    if objectives is not None:
+        adapter_state(adapted).objectives[adapter_name] = list(objectives)
     return adapted if trainable else adapted.eval()
 
 
+def _other_prediction(model: UnifiedForCausalLM | PeftModel, folder: Path, trainable: bool) -> dict[str, Any] | None:
+    """What the order of a model has to change to for an adapter of a folder; None if it stays.
+
+    Raises:
+        ValueError: if it cannot change now, because other adapters are loaded or it is to be trained further.
+    """
+    if isinstance(model, PeftModel) and adapter_state(model).original is not None:
+        raise ValueError(f"lora: {list(model.peft_config)} has changed the order of the model; unload it first.")
+    if not (folder / BASE_FILE).is_file():
+        return None
+    description, own = read_json(folder / BASE_FILE, "lora"), describe_prediction(base_of(model).prediction)
+    wanted = description.get("prediction")
+    if wanted == own or description.get("retrofitted_from") != own or not isinstance(wanted, Mapping):
+        return None
+    if isinstance(model, PeftModel) or trainable:
+        others = (
+            "a run that trains it further"
+            if trainable
+            else f"the adapters {list(model.peft_config)}, unload them first"
+        )
+        raise ValueError(
+            f"lora: {str(folder)!r} changes the order of the model to {wanted.get('order')!r}, not for {others}."
+        )
+    try:
+        return as_setting(wanted)
+    except ValueError as error:
+        raise ValueError(f"lora: {str(folder / BASE_FILE)!r}: {error}") from error
+
+
 def unload_lora(model: PeftModel) -> UnifiedForCausalLM:
-    """Remove all adapters; every weight of the returned base model is what it was before the first one."""
+    """Remove all adapters; every weight of the returned base model is what it was before the first one, and so is its order."""
     if adapter_state(model).unfused is not None:
         unfuse_lora(model)
-    base = base_of(model)
+    base, original = base_of(model), adapter_state(model).original
     forget_gates(base, list(model.peft_config))
     # peft leaves the active adapter's copies of the image tables in place of the originals.
     originals = {name: wrapper.original_module for name, wrapper in wrapped_tables(base).items()}
     unloaded = cast(UnifiedForCausalLM, model.unload())
     for name, module in originals.items():
         unloaded.set_submodule(name, module)
-    return unloaded
+    if original is None:
+        return unloaded
+    nn.Module.to(original, unloaded.device)  # what the two do not share
+    return original
 
 
 def _add(model: UnifiedForCausalLM | PeftModel, config: LoraConfig, name: str, modality: str) -> PeftModel:

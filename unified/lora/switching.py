@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,10 +27,14 @@ class AdapterState:
     Attributes:
         weights: the active adapters with their weights; 1 is as trained.
         unfused: while fused, the model's weights and the adapters' weights from before.
+        original: the model as it was, if the adapter has changed its order; such an adapter is whole alone.
+        objectives: names of what each adapter was trained for, as far as it is known.
     """
 
     weights: dict[str, float]
     unfused: tuple[list[tuple[nn.Parameter, Tensor]], dict[str, float]] | None = None
+    original: UnifiedForCausalLM | None = None
+    objectives: dict[str, list[str]] = field(default_factory=dict)
 
 
 def adapter_state(model: PeftModel) -> AdapterState:
@@ -110,6 +114,8 @@ def set_adapters(model: PeftModel, names: Sequence[str], weights: Sequence[float
         raise ValueError(f"weights: {len(weights)} weights for {len(names)} adapters; give one weight per adapter.")
     if not all(map(is_finite, weights)):
         raise ValueError(f"weights: {list(weights)} must be finite numbers.")
+    if list(weights) != [1]:
+        check_order_kept(model, "set_adapters")
     switch(model, True)
     apply_weights(model, dict(zip(names, weights, strict=True)))
 
@@ -140,15 +146,30 @@ def switch(model: PeftModel, enabled: bool) -> None:
     """Run with the active adapters, for inference, or with the base model alone.
 
     Raises:
-        ValueError: if adapters are fused.
+        ValueError: if adapters are fused, or one is disabled that changed the order of the model.
     """
     check_not_fused(model, "enable_lora" if enabled else "disable_lora")
+    if not enabled:
+        check_order_kept(model, "disable_lora")
     tuner = cast(LoraModel, model.base_model)
     if enabled:
         tuner.enable_adapter_layers()
         apply_weights(model, adapter_state(model).weights)  # peft makes what it enables trainable
     else:
         tuner.disable_adapter_layers()
+
+
+@contextmanager
+def adapters_kept(model: PeftModel) -> Iterator[None]:
+    """The same adapters are active afterwards as before, whatever is set in between, for inference."""
+    disabled, active = is_disabled(model), dict(adapter_state(model).weights)
+    try:
+        yield
+    finally:
+        switch(model, True)
+        apply_weights(model, active)
+        if disabled:
+            switch(model, False)
 
 
 @contextmanager
@@ -187,6 +208,16 @@ def check_not_fused(model: PeftModel, what: str) -> None:
         raise ValueError(f"{what}: adapters are fused; call unfuse_lora first.")
 
 
+def check_order_kept(model: PeftModel, what: str) -> None:
+    """Raises ValueError if the adapter changed the order of the model, without which ``what`` makes no sense."""
+    if adapter_state(model).original is not None:
+        order = cast(UnifiedForCausalLM, model.get_base_model()).prediction.order
+        raise ValueError(
+            f"{what}: the adapter has changed the order of the model to {order!r} and is needed as it is; unload_lora_weights "
+            "gives the model back, fuse_lora and save_pretrained make a pipeline of both."
+        )
+
+
 def fuse_lora(model: PeftModel, lora_scale: float = 1.0) -> None:
     """Add the active adapters, their weights times ``lora_scale``, to the base weights, until :func:`unfuse_lora`.
 
@@ -212,6 +243,8 @@ def fuse_lora(model: PeftModel, lora_scale: float = 1.0) -> None:
         raise ValueError("fuse_lora: adapters are disabled; call enable_lora first.")
     if not is_finite(lora_scale):
         raise ValueError(f"lora_scale: {lora_scale!r} must be a finite number.")
+    if lora_scale != 1:
+        check_order_kept(model, "lora_scale")
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     kept = [(weight, weight.data) for layer in layers for weight in layer.get_base_layer().parameters()]
     state = adapter_state(model)

@@ -105,6 +105,8 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
         self._window = side
         self.condition = None if config.conditioning is None else build_condition(config.conditioning, width)
         self.vision_projector = None if config.vision is None else _vision_projector(config.vision, width)
+        # Of unified.model.retrofit: how the model predicted images before.
+        self.retrofitted_from: dict[str, Any] | None = None
         self.modality_gate: Any = None  # of unified.lora, while an adapter is loaded that acts on one modality only
         self._wrap_rotary()
         if config.dropout:

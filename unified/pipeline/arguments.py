@@ -268,6 +268,7 @@ class ImageBatch:
         generators: one per image.
         known: ``(N, h, w)`` codes that are forced, -1 where the model samples; None for no such codes.
         decoding: name of the decoding mode.
+        steer: weights of the adapters that steer; None for none.
         interrupted: whether sampling shall stop, or has stopped, before its end.
         thread: the thread that samples.
     """
@@ -279,6 +280,7 @@ class ImageBatch:
     generators: list[torch.Generator]
     known: Tensor | None
     decoding: str
+    steer: Mapping[str, float] | None = None
     interrupted: bool = False
     thread: int = 0
 
@@ -306,6 +308,12 @@ class Wanted:
         if self.prompt is None or self.negative_prompt is not None:
             return self
         return replace(self, negative_prompt=defaults.get("negative_prompt"))
+
+    def check_negatives(self, decoding: str) -> None:
+        """Raises ValueError for negative prompts or classes that a decoding mode does not read."""
+        for name in ("negative_prompt", "negative_class_labels"):
+            if getattr(self, name) not in (None, "") and not DECODING_MODES[decoding].negatives:
+                raise ValueError(f'{name}: decoding {decoding!r} does not read it; leave it out, or give "".')
 
     def count(self, config: UnifiedConfig) -> int:
         """Number of prompts or classes. Raises ValueError as :meth:`rows`."""
@@ -370,6 +378,7 @@ def arrange_batch(
     options = options.filled({})
     assert options.decoding is not None
     check_decoding(options.decoding, Prediction.of(config))
+    wanted.check_negatives(options.decoding)
     grid, each = code_grid(config, stride, options.height, options.width), options.num_images_per_prompt
     options.sampling.check_schedule(grid[0] * grid[1])
     rows, negatives = wanted.rows(config, tokenizer, grid)
@@ -381,4 +390,4 @@ def arrange_batch(
         known = one_per_image(known, "known", count, each).long()
     rows, negatives = ([row for row in side for _ in range(each)] for side in (rows, negatives))
     generators = per_image(generator, count, each)
-    return ImageBatch(rows, negatives, grid, options.sampling, generators, known, options.decoding)
+    return ImageBatch(rows, negatives, grid, options.sampling, generators, known, options.decoding, options.steer)

@@ -42,6 +42,7 @@ def describe_images(
     """
     filled = GenerationOptions.from_mapping(options).filled(pipe.sampling)
     settings = {name: getattr(filled, name) for name in SAMPLING}
+    settings |= {"steer": dict(filled.steer)} if filled.steer else {}
     if negative_prompt is None:
         negative_prompt = pipe.sampling.get("negative_prompt")
     if adapters is None:

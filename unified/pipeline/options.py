@@ -4,11 +4,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from unified.decoding.config import DECODING_MODES, SCHEDULES, Sampling
+from unified.decoding.config import DECODING_MODES, SCHEDULES, Sampling, check_steer
 
 # How images are sampled where neither the call nor the pipeline says so; a pipeline may be saved with others.
 SAMPLING: dict[str, Any] = {
-    "guidance_scale": 3.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "guidance_schedule": "constant", "decoding": "plain"
+    "guidance_scale": 3.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "guidance_schedule": "constant", "decoding": "plain",
+    "group_temperature": 1.0,
 }  # fmt: skip
 
 
@@ -21,11 +22,14 @@ class GenerationOptions:
         guidance_scale: classifier-free guidance; 1 switches it off. For this and the options of :data:`SAMPLING`, None is
             the pipeline's default, see :meth:`filled`.
         num_images_per_prompt: images per caption; those of one caption are adjacent in the output.
-        temperature, top_k, top_p, guidance_schedule: see :class:`unified.decoding.Sampling`.
+        temperature, top_k, top_p, guidance_schedule, group_temperature: see :class:`unified.decoding.Sampling`.
         decoding: a name in :data:`unified.decoding.DECODING_MODES`: ``plain``; ``jacobi`` (the same images) or ``sjd`` (the
             same distribution), often faster for few images; ``gsd``, faster and not exact; ``zipar``, several rows at
             a time, not exact, the better the more images. Those are for raster order; ``assd`` is for any order: codes from the
-            joint distribution, which plain decoding in groups only comes near to.
+            joint distribution, which plain decoding in groups only comes near to; ``autoguided`` and ``coarse_cfg``: guidance by
+            coarse predictions, of models trained with 2 x 2 patches, too.
+        steer: weights of loaded reward adapters by their names: their log-probabilities are added to the logits (GenARM, see
+            :mod:`unified.decoding.steering`); below 0 steers away. Not among the defaults of a pipeline.
 
     Attributes:
         sampling: the options that concern a single code, None being the value in :data:`SAMPLING`.
@@ -43,6 +47,8 @@ class GenerationOptions:
     top_p: float | None = None
     guidance_schedule: str | Callable[[float], float] | None = None
     decoding: str | None = None
+    group_temperature: float | None = None
+    steer: Mapping[str, float] | None = None
     sampling: Sampling = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -54,6 +60,7 @@ class GenerationOptions:
         decoding = {**SAMPLING, **given}["decoding"]
         if decoding not in tuple(DECODING_MODES):  # of a tuple, because it may not be hashable
             raise ValueError(f"decoding: {decoding!r} is unknown; use one of {tuple(DECODING_MODES)}.")
+        check_steer(self.steer)
         of_a_code = {name: value for name, value in {**SAMPLING, **given}.items() if name != "decoding"}
         object.__setattr__(self, "sampling", Sampling(**of_a_code))
 

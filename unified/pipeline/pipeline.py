@@ -21,10 +21,12 @@ from unified.decoding import Sampling
 from unified.decoding.config import check_decoding
 from unified.decoding.decoder import Decoder
 from unified.decoding.decoder_cache import DecoderCache
+from unified.decoding.steering import check_steering, gives_rewards
 from unified.hub import local_folder
 from unified.lora.adapters import base_of, load_lora, save_adapter, unload_lora
 from unified.lora.switching import (
     adapter_state,
+    apply_weights,
     delete_adapters,
     fuse_lora,
     is_disabled,
@@ -368,13 +370,16 @@ class UnifiedPipeline:
         known: Tensor | None = None,
         class_labels: Classes = None,
         negative_class_labels: Classes = None,
+        group_temperature: float | None = None,
+        steer: Mapping[str, float] | None = None,
     ) -> UnifiedPipelineOutput:
         """Generate images for prompts, or for the classes of a class-conditional model.
 
         Args:
             prompt: one caption or several.
-            height, width, guidance_scale, num_images_per_prompt, temperature, top_k, top_p, guidance_schedule, decoding: see
-                :class:`unified.pipeline.options.GenerationOptions`; None is the pipeline's default, see :attr:`sampling`.
+            height, width, guidance_scale, num_images_per_prompt, temperature, top_k, top_p, guidance_schedule, decoding,
+                group_temperature: see :class:`unified.pipeline.options.GenerationOptions`; None is the pipeline's default, see
+                :attr:`sampling`.
             negative_prompt: what to steer away from; one for all, or one per prompt. Default: that in :attr:`sampling`, else
                 no caption, which "" stands for, too.
             generator: one ``torch.Generator`` per image, or one that generates the first and seeds the others; fixes the
@@ -388,6 +393,9 @@ class UnifiedPipeline:
             known: ``(N, h, w)`` codes that are forced, -1 where the model samples; one for all, per prompt or per image.
             class_labels: in place of prompts, one class or several by number or name (see :attr:`labels`).
             negative_class_labels: classes to steer away from; one for all, or one per class. Default: the unconditional one.
+            steer: weights of loaded reward adapters, ``{"colours": 0.5, "clutter": -0.3}``. What else is active stays so, but for
+                these: an adapter steers or acts, not both. Each costs a forward pass more. See
+                :class:`unified.pipeline.options.GenerationOptions`.
 
         Raises:
             ValueError: for an empty or too long prompt, an unknown class, prompts beside classes, a size the model does not
@@ -396,8 +404,9 @@ class UnifiedPipeline:
         """
         # 1. Check inputs
         options = GenerationOptions(
-            height, width, guidance_scale, num_images_per_prompt, temperature, top_k, top_p, guidance_schedule, decoding
-        )
+            height, width, guidance_scale, num_images_per_prompt, temperature, top_k, top_p, guidance_schedule, decoding,
+            group_temperature, steer,
+        )  # fmt: skip
         check_output_type(output_type)
         check_callback(callback_on_step_end)
 
@@ -530,6 +539,7 @@ class UnifiedPipeline:
     def _arrange(self, wanted: Wanted, options: GenerationOptions, generator: Any, known: Any) -> ImageBatch:
         config, stride = base_of(self.model).config, self.image_tokenizer.downsample
         options, wanted = options.filled(self.sampling), wanted.filled(self.sampling)
+        check_steering(self.model, options.steer or {})
         return arrange_batch(config, self._text_tokenizer, stride, wanted, options, generator, known)
 
     @one_at_a_time
@@ -559,7 +569,7 @@ class UnifiedPipeline:
         steps = batch.grid[0] * batch.grid[1]
         try:
             with tqdm(total=len(batch.rows) * steps, unit="code", **self._progress_bar) as bar:
-                for codes in batch.iterate_codes(self.decoder()):
+                for codes in batch.iterate_codes(self.decoder(batch.steer)):
                     batch.thread = get_ident()
                     self._calls = [*(call for call in self._calls if call is not batch), batch]
                     bar.update(int((codes >= 0).sum()) - bar.n)
@@ -790,6 +800,8 @@ class UnifiedPipeline:
         """Add a LoRA adapter and make it the active one; plain folders of peft are taken, see
         :func:`unified.lora.adapters.load_lora`. While it is active, its defaults of sampling come before the pipeline's.
 
+        One that was trained to steer (``objectives: [{name: genarm}]``) is loaded only, for ``steer`` of a call.
+
         Args:
             pretrained_model_name_or_path: a local folder, or a repository on the Hub.
             adapter_name: its name; without one ``default``, then ``default_1`` and so on.
@@ -804,7 +816,13 @@ class UnifiedPipeline:
         name = next(free for free in numbered if free not in taken) if adapter_name is None else adapter_name
         folder = local_folder(pretrained_model_name_or_path, "lora", **hub)
         sampling = adapter_sampling(folder)
+        disabled = isinstance(self.model, PeftModel) and is_disabled(self.model)
+        active = dict(adapter_state(self.model).weights) if isinstance(self.model, PeftModel) else {}
         self.model = load_lora(self.model, folder, name, weight_name=weight_name).eval()
+        if gives_rewards(self.model, name):
+            apply_weights(self.model, active)
+            if disabled:
+                switch(self.model, False)
         self._adapter_cards[name], self._adapter_sampling[name] = read_card(folder), sampling
 
     @one_at_a_time
@@ -912,9 +930,9 @@ class UnifiedPipeline:
         self._decoders = DecoderCache()
 
     @one_at_a_time
-    def decoder(self) -> Decoder:
-        """The decoder of the model and its adapters as they are now."""
-        return self._decoders.get(base_of(self.model))
+    def decoder(self, steer: Mapping[str, float] | None = None) -> Decoder:
+        """The decoder of the model and its adapters as they are now, steered as in :meth:`__call__`."""
+        return self._decoders.get(self.model, steer)
 
 
 def check_output_type(output_type: Any) -> None:

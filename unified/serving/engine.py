@@ -19,6 +19,7 @@ from torch import Tensor
 
 from unified.decoding.continuous_batching import Batcher, Request
 from unified.decoding.passes import image_columns
+from unified.decoding.steering import check_steering
 from unified.lora.adapters import base_of
 from unified.pipeline.arguments import Wanted, arrange_batch, as_negatives, as_prompts, token_ids, trained_grids
 from unified.pipeline.editing import unfinished_images
@@ -140,7 +141,7 @@ class Engine:
     ) -> Job:
         """Generate images; the job shows a :class:`UnifiedPipelineOutput` for every row of the grid.
 
-        With plain decoding they join the batch; the other modes run alone.
+        With plain decoding they join the batch; the other modes and images that adapters steer run alone.
 
         Args:
             prompt, negative_prompt, generator, class_labels, negative_class_labels: as for :class:`UnifiedPipeline`.
@@ -159,7 +160,8 @@ class Engine:
             self.check_length(as_negatives(wanted.negative_prompt, count), "negative_prompt")
         tokenizer = pipe.text_tokenizer if config.classes is None else None
         batch = arrange_batch(config, tokenizer, pipe.image_tokenizer.downsample, wanted, options, generator)
-        if options.decoding != "plain":
+        check_steering(pipe.model, options.steer or {})
+        if options.decoding != "plain" or options.steer:
             given = {**vars(wanted), "generator": batch.generators, **options.to_mapping()}
             return self.alone(lambda: pipe.stream(**given), adapter)
         job = Job(adapter, self._images)

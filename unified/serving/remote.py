@@ -221,6 +221,8 @@ def check_remote(options: GenerationOptions, config: UnifiedConfig) -> None:
             f"guidance_scale: a server steers away from an empty prompt, the model from {config.null_prompt!r}; use "
             "guidance_scale 1, or `unified serve`."
         )
+    if options.steer:
+        raise ValueError("steer: a server has no adapters that steer; leave it out, or leave out the server.")
     if options.guidance_schedule != "constant":
         raise ValueError(f"guidance_schedule: {options.guidance_schedule!r}, a server knows 'constant' alone.")
     if options.decoding != "plain":

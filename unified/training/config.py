@@ -326,6 +326,7 @@ class SamplingConfig:
     top_p: float | None = None  # keep the most likely codes up to this probability
     guidance_schedule: str | None = None  # constant, linear or cosine
     decoding: str | None = None  # plain, jacobi, sjd, gsd
+    group_temperature: float | None = None  # below 1 where a pass samples several cells
 
     def given(self) -> dict[str, Any]:
         """Those that are set. Raises ValueError for one that is out of its range."""

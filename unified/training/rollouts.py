@@ -136,9 +136,11 @@ class Arranged:
         ]
         inputs = make_batch(sequences, config, as_sampled=True).inputs
         self.inputs: dict[str, Any] = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in inputs.items()}
-        numbers, scales = zip(*[_targets(prediction, grid, seed, self.sampling) for seed in orders], strict=True)
+        targets = [_targets(prediction, grid, seed, self.sampling) for seed in orders]
+        numbers, scales, temperatures = zip(*targets, strict=True)
         self._numbers = torch.stack(numbers).to(device)  # (B, n, P)
         self._scales = torch.stack(scales).to(device)  # (B, n)
+        self._temperatures = torch.stack(temperatures).to(device)  # (B, n)
         self._codes = rollout.codes.flatten(1).to(device)
 
     def log_probs(self, policy: nn.Module) -> Tensor:
@@ -148,7 +150,7 @@ class Arranged:
             conditional, unconditional = states.chunk(2)
             states = guide(conditional, unconditional, self._scales.flatten()[:, None, None])
         # The head is linear and has no bias: states divided by the temperature give logits divided by it.
-        states, index = states / self.sampling.temperature, self._numbers.flatten(1)
+        states, index = states / self._temperatures.flatten()[:, None, None], self._numbers.flatten(1)
         codes = self._codes.gather(1, index)
         head = base_of(policy).image_head  # type: ignore[arg-type]
         found = code_log_probs(head, states.flatten(0, 1), codes.reshape(-1, 1)).view_as(codes)
@@ -164,8 +166,8 @@ def _sequence(row: Prompt, codes: Tensor, order: int, config: UnifiedConfig) -> 
     return made
 
 
-def _targets(prediction: Prediction, grid: Grid, order: int, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Of one image, in the order of its targets: the codes ``(n, P)`` of each cell, and the guidance scale ``(n,)``."""
+def _targets(prediction: Prediction, grid: Grid, order: int, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor]:
+    """Of one image, in the order of its targets: the codes ``(n, P)`` of each cell, its guidance scale and temperature ``(n,)``."""
     side = prediction.merge.side
     plan = prediction.plan(merged_grid(grid, side), order if prediction.way.any_order else None)
     index, scales = cell_codes(grid, side), sampling.scales(grid[0] * grid[1])
@@ -173,4 +175,10 @@ def _targets(prediction: Prediction, grid: Grid, order: int, sampling: Sampling)
     _, first = np.unique(plan.cells[entering], return_index=True)  # where each cell enters first
     cells = plan.cells[entering[np.sort(first)]]
     begins = np.array([plan.ranks[plan.groups == group].min() for group in range(plan.groups.max() + 1)]) * side**2
-    return torch.from_numpy(index[cells]), torch.tensor([scales[begins[plan.groups[cell]]] for cell in cells])
+    groups = plan.groups[cells]
+    temperatures = [sampling.among(int((plan.groups == group).sum())).temperature for group in groups]
+    return (
+        torch.from_numpy(index[cells]),
+        torch.tensor([scales[begins[group]] for group in groups]),
+        torch.tensor(temperatures),
+    )

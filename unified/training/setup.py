@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from unified.config import UnifiedConfig
 from unified.lora.adapters import attach_lora, base_of
+from unified.lora.switching import adapter_state
 from unified.model.family import check_family, check_packing
 from unified.model.modeling import UnifiedForCausalLM
 from unified.model.prefix import BOI, EOI, NO_TEXT
@@ -290,21 +291,33 @@ def adapt(
 ) -> UnifiedForCausalLM | PeftModel:
     """The model with a fresh adapter if the run trains one.
 
-    An adapter is loaded into its base: where that is no pipeline yet, ``<output_dir>/base`` keeps it as one.
+    An adapter is loaded into its base: where that is no pipeline yet, ``<output_dir>/base`` keeps it as one. One that learns
+    another order is loaded into ``model.pipeline``, too.
 
     Raises:
-        ValueError: if the base that is kept already was made from something else.
+        ValueError: if the base that is kept already was made from something else, or an objective compares a model of another
+            order with itself without the adapter.
     """
     if config.lora is None:
         model.config.new_image_tables = False  # they are about to be trained
         return model
-    changed = config.prediction is not None or bool(config.model.options.get("vision"))
-    if not config.model.pipeline or (changed and model.config.new_image_tables):
+    reads = bool(config.model.options.get("vision"))
+    if reads and model.retrofitted_from is not None:
+        raise ValueError(
+            "model.options.vision, prediction: an adapter cannot bring both along; train one of them first, in full, or fuse it."
+        )
+    if not config.model.pipeline or (reads and model.config.new_image_tables):
         model.name_or_path = str(Path(config.output_dir) / "base")
         if PartialState().is_main_process:
             _keep_base(config, UnifiedPipeline(model, image_tokenizer, text_tokenizer, sampling_of(config), vision))
+    for objective in config.build_objectives():
+        if objective.needs_adapter and model.retrofitted_from is not None:
+            raise ValueError(
+                f"objectives: {objective.name} compares the model with itself without its adapter, which has not learned the order "
+                f"{model.prediction.order!r}; train that first, in full or by likelihood, and fuse it."
+            )
     s = config.lora
-    return attach_lora(
+    adapted = attach_lora(
         model,
         s.rank,
         s.alpha,
@@ -315,6 +328,8 @@ def adapt(
         use_rslora=s.use_rslora,
         use_dora=s.use_dora,
     )
+    adapter_state(adapted).objectives["default"] = [objective.name for objective in config.build_objectives()]
+    return adapted
 
 
 def _keep_base(config: TrainConfig, pipeline: UnifiedPipeline) -> None:
