@@ -212,7 +212,9 @@ def test_an_adapter_of_another_order_is_whole_alone(raster, brought, tmp_path):
         load_lora(rows, folder, "a")
     file = folder / "unified_base.json"
     file.write_text(file.read_text().replace('"kind"', '"kin"', 1))
-    with pytest.raises(ValueError, match=r"unified_base\.json.*needs order, size and a merge with kind and side"):
+    with pytest.raises(
+        ValueError, match=r"unified_base\.json.*needs order, size and a merge with kind, side and chained"
+    ):
         opened(raster).load_lora_weights(folder)
 
 
