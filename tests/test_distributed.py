@@ -197,12 +197,18 @@ def test_fully_sharded_training_equals_whole(config_file, tmp_path):
 
 def test_fully_sharded_adapter_equals_whole(config_file, on_a_backbone, tmp_path):
     """LoRA on a language model, its frozen weights cut over two processes as well, by Muon and with an average; it resumes
-    bit for bit.
+    bit for bit from a checkpoint that was written beside the training.
     """
     script = tmp_path / "sharded.py"
     script.write_text(SHARDED)
     options = [*on_a_backbone, "lora.rank=4", "lora.train_image_tables=true", "optimizer.name=muon", AVERAGE]
-    sharded = [*options, f"output_dir={tmp_path}/two", "batch_size=2", "checkpoint_every=3"]
+    sharded = [
+        *options,
+        f"output_dir={tmp_path}/two",
+        "batch_size=2",
+        "checkpoint_every=3",
+        "asynchronous_checkpoints=true",
+    ]
     done = torchrun(2, config_file, *sharded, script=script, **FSDP)
     assert done.returncode == 0, done.stderr
     shutil.copytree(tmp_path / "two" / "lora", tmp_path / "whole")

@@ -14,6 +14,7 @@ from unified.locks import locked
 from unified.lora.adapters import base_of, save_lora
 from unified.pipeline.pipeline import UnifiedPipeline
 from unified.prediction.arrange import Batch
+from unified.training.background import Background
 from unified.training.card import run_card
 from unified.training.checkpoint import save_checkpoint
 from unified.training.config import TrainConfig
@@ -38,19 +39,30 @@ def train(config: TrainConfig, measure: Measure | None = None) -> Path:
     Raises:
         ValueError: naming the setting that is wrong, before the first step.
         FloatingPointError: if a loss or a gradient is not finite; the batches are kept.
+        OSError: if a checkpoint cannot be written; the next step, or the end, of a run that writes them beside the training.
         SystemExit: after a signal.
     """
     check_trackers(config.track_with)
     accelerator = make_accelerator(config)
     with locked(config.output_dir) if accelerator.is_main_process else nullcontext():
         run = set_up(config, accelerator)
-        with catch_signals(accelerator) as stopped:
-            train_steps(run, measure, stopped)
+        beside = Background(accelerator) if config.asynchronous_checkpoints else nullcontext()
+        with catch_signals(accelerator) as stopped, beside as background:
+            train_steps(run, measure, stopped, background)
         return save(run)
 
 
-def train_steps(run: Run, measure: Measure | None, stopped: Callable[[], bool]) -> None:
-    """Go on to the last step, or until ``stopped``: then a checkpoint is saved, and the program ends."""
+def train_steps(
+    run: Run, measure: Measure | None, stopped: Callable[[], bool], background: Background | None = None
+) -> None:
+    """Go on to the last step, or until ``stopped``: then a checkpoint is saved, and the program ends.
+
+    Args:
+        run: from :func:`unified.training.setup.set_up`.
+        measure: as for :func:`train`.
+        stopped: asked after every step.
+        background: writes checkpoints; None writes each before the next step.
+    """
     config, accelerator, accumulation, skipped = run.config, run.accelerator, run.config.gradient_accumulation_steps, 0
     meter, losses = Meter(run), dict[str, float]()
     on_gpu, workers = accelerator.device.type == "cuda", config.data.num_workers
@@ -93,10 +105,14 @@ def train_steps(run: Run, measure: Measure | None, stopped: Callable[[], bool]) 
             with run.averaged():
                 run.log.write(run.step, **measure(run.pipeline()))
             run.model.train()
+        if background is not None:
+            background.check()
         interrupted = stopped() and run.step < config.steps
         if interrupted or _due(run, config.checkpoint_every):
             folder, keep = run.output / "checkpoints", config.keep_checkpoints
-            save_checkpoint(accelerator, folder, run.step, run.positions, keep, config, run.inputs)
+            save_checkpoint(accelerator, folder, run.step, run.positions, keep, config, run.inputs, background)
+        if interrupted and background is not None:
+            background.wait()
         if interrupted:
             accelerator.print(f"stopped after step {run.step} with a checkpoint; resume=latest goes on from there")
             raise SystemExit(130)

@@ -18,8 +18,8 @@ def configure_deepspeed(accelerator: Accelerator, config: TrainConfig) -> None:
 
 
 def check_sharding(accelerator: Accelerator, config: TrainConfig) -> None:
-    """Refuse options that need whole weights where they are cut over processes (DeepSpeed hides its pieces, also from Muon and
-    averages), two optimizers under one loss scale, and FSDP1, whose flat parameters the checkpoints do not hold.
+    """Refuse options that need whole weights where they are cut over processes (DeepSpeed hides its pieces, also from Muon,
+    averages and copies), two optimizers under one loss scale, and FSDP1, whose flat parameters the checkpoints do not hold.
 
     Raises:
         ValueError: naming the option.
@@ -38,6 +38,7 @@ def check_sharding(accelerator: Accelerator, config: TrainConfig) -> None:
             used |= {
                 "optimizer.ema_decay": config.optimizer.ema_decay,
                 "optimizer.name=muon": config.optimizer.name == "muon",
+                "asynchronous_checkpoints": config.asynchronous_checkpoints,
             }
         for name in (name for name, value in used.items() if value):
             raise ValueError(f"{name}: not available with {kind.value}; leave it out or train with DDP.")
