@@ -103,6 +103,16 @@ def test_other_models_are_refused_by_name(tmp_path):
         read_state(other.accelerator, tmp_path, numbers)
 
 
+def test_an_optimizer_of_other_groups_is_refused(tmp_path):
+    """Its state goes by number: with other groups, that of another tensor of the same shape would be taken."""
+    numbers, run = save(Run(), tmp_path), Run()
+    run.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(4, 4))]})
+    with pytest.raises(
+        ValueError, match=r"resume: .* has 1 groups of tensors in an optimizer, this run 2; tensor parallel"
+    ):
+        read_state(run.accelerator, tmp_path, numbers)
+
+
 def test_missing_random_streams(tmp_path):
     """An error for a process that wrote one; a process that is new says that it starts its own."""
     numbers, run = save(Run(), tmp_path), Run()

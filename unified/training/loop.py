@@ -21,6 +21,7 @@ from unified.training.config import TrainConfig
 from unified.training.interrupt import catch_signals
 from unified.training.setup import Run, adapter_sampling_of, make_accelerator, set_up
 from unified.training.step import check_skipped, kept_on_failure, train_step
+from unified.training.tensor_parallel import data_rank, whole
 from unified.training.throughput import batch_flops, peak_flops
 from unified.training.tracking import LossMeter, check_trackers
 
@@ -132,6 +133,7 @@ class Meter:
 
     def __init__(self, run: Run):
         self.run, self.losses, self.since = run, LossMeter(run.accelerator), time.monotonic()
+        self.processes = data_rank(run.accelerator)[1]
         self.images, self.flops, self.positions = 0, 0.0, run.positions
         self.peak = peak_flops(run.accelerator, run.config.peak_flops)
         if self.peak is None:
@@ -142,11 +144,12 @@ class Meter:
 
     def count(self, batches: Sequence[Batch], patch_size: int, learning_rate: float) -> None:
         """A step is done, with these batches on this process."""
-        self.images += sum(batch.counts.images for batch in batches) * self.run.accelerator.num_processes
+        self.images += sum(batch.counts.images for batch in batches) * self.processes
         model = self.run.current()
         for batch in batches if self.peak is not None else ():
             for each in (batch, *batch.further.values()):
-                self.flops += batch_flops(base_of(model).config, each, frozen=isinstance(model, PeftModel))
+                flops = batch_flops(base_of(model).config, each, frozen=isinstance(model, PeftModel))
+                self.flops += flops * self.processes / self.run.accelerator.num_processes
         self.now = {"patch_size": patch_size, "lr": learning_rate}
         self.bar.update()
 
@@ -177,7 +180,7 @@ def save(run: Run) -> Path:
     with run.averaged():
         # Gathers what is cut over processes, so all of them take part. The compiler adds to the names.
         gathered = accelerator.get_state_dict(run.model)
-        state = {name.replace("_orig_mod.", ""): tensor for name, tensor in gathered.items()}
+        state = {name.replace("_orig_mod.", ""): whole(tensor) for name, tensor in gathered.items()}
         if accelerator.is_main_process:
             card = run_card(run.config, part, fingerprint, base_of(model).config)
             if isinstance(model, PeftModel):

@@ -92,9 +92,14 @@ def read_state(accelerator: Accelerator, folder: Path, numbers: Numbers) -> None
                 f"{len(accelerator._optimizers)}."
             )
         for i, (optimizer, kept) in enumerate(zip(accelerator._optimizers, numbers["optimizers"], strict=True)):
+            groups = optimizer.state_dict()["param_groups"]
+            if len(groups) != len(kept["groups"]):
+                raise ValueError(
+                    f"resume: {str(folder)!r} has {len(kept['groups'])} groups of tensors in an optimizer, this run {len(groups)}; "
+                    "tensor parallel runs go on with tensor parallel ones."
+                )
             state = _empty_state(optimizer, kept["state"])
             _read(folder / _numbered("optimizer", i), state)
-            groups = optimizer.state_dict()["param_groups"]
             if _schedulers(accelerator):
                 groups = [group | _like(group, saved) for group, saved in zip(groups, kept["groups"], strict=True)]
             optimizer.load_state_dict({"state": _nested(state), "param_groups": groups})
