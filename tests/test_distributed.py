@@ -285,7 +285,11 @@ def test_launch_configurations_reach_the_processes():
         ({"tp_size": 2}, ["lora.rank=4"], "lora: not available with tensor parallelism"),
         ({"tp_size": 2}, ["optimizer.ema_decay=0.9"], "optimizer.ema_decay: not available with tensor parallelism"),
         ({"tp_size": 2}, ["optimizer.name=muon"], "optimizer.name=muon: not available with tensor parallelism"),
-        ({"tp_size": 2}, ["sample.every=2"], "sample.every: not available with tensor parallelism"),
+        (
+            {"tp_size": 2},
+            ["sample.every=2", "sample.prompts=[red]"],
+            "sample.every: not available with tensor parallelism",
+        ),
     ],
     ids=str,
 )
