@@ -389,8 +389,12 @@ def _serve(args: argparse.Namespace) -> None:
     check_installed()
     if args.server is not None:
         _check_server(args, "lora", "loras", "device")
+        import torch
+
         from unified.serving.remote import RemotePipeline
 
+        if args.threads is not None:  # images are decoded here
+            torch.set_num_threads(args.threads)
         key = os.environ.get(API_KEY)
         with RemotePipeline(args.pipeline, args.server, concurrency=args.max_rows, api_key=key) as remote:
             serve_remote(
