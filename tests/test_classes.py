@@ -247,10 +247,10 @@ class TestPage:
 
     def test_classes_without_names_have_numbers(self, image_tokenizer):
         pipe = UnifiedPipeline(class_model(), image_tokenizer)
-        assert class_choices(pipe) == [(f"class {number}", number) for number in range(5)]
+        assert class_choices(pipe.model.config) == [(f"class {number}", number) for number in range(5)]
 
     def test_a_model_of_text_has_none(self, pipeline):
-        assert class_choices(pipeline) is None
+        assert class_choices(pipeline.model.config) is None
 
 
 @pytest.mark.parametrize("positions", ["2d", "1d", "llamagen"])

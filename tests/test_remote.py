@@ -83,6 +83,8 @@ class Server:
     def answer(self, path, body):
         if path == "/v1/models":
             return 200, self.listed
+        if ("vllm_xargs" in body) != (self.sample is guided):
+            return 400, {"error": {"message": "guidance"}}
         with self.lock:
             self.bodies.append(body)
             self.running += 1

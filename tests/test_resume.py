@@ -8,7 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent import futures
 from types import SimpleNamespace
 
 import pytest
@@ -24,6 +26,7 @@ from unified.data.code_cache import encode_source
 from unified.data.crops import Views
 from unified.sequence import ImageSegment, TextSegment, build_sequence
 from unified.training import checkpoint, loop
+from unified.training.background import Background
 from unified.training.checkpoint import list_checkpoints, save_checkpoint, start_checkpoint
 from unified.training.config import load_config
 from unified.training.loop import train
@@ -118,18 +121,17 @@ from unified.training import checkpoint
 from unified.training.config import load_config
 from unified.training.loop import train
 
-point, config, output = sys.argv[1:]
+point, config, output, *options = sys.argv[1:]
 write_state, rmtree, rename = checkpoint.write_state, shutil.rmtree, Path.rename
 
 def killed():
     os.kill(os.getpid(), signal.SIGKILL)
 
-def saved_half(accelerator, folder):
-    numbers = write_state(accelerator, folder)
+def saved_half(accelerator, folder, *rest):
+    write_state(accelerator, folder, *rest)
     if "step-00000010" in folder.name:
         os.unlink(folder / "model.safetensors")
         killed()
-    return numbers
 
 def not_renamed(path, target):
     if target.name == "step-00000010":
@@ -148,15 +150,25 @@ elif point == "rename":
     Path.rename = not_renamed
 else:
     shutil.rmtree = removed_half
-train(load_config(config, [f"output_dir={output}"]))
+train(load_config(config, [f"output_dir={output}", *options]))
 """
+BESIDE = "asynchronous_checkpoints=true"
 
 
 @pytest.mark.process
-@pytest.mark.parametrize(("point", "kept"), [("save", [5]), ("rename", [5]), ("remove", [10, 12])])
-def test_kill_while_checkpoints_are_written(finished, config_file, tmp_path, point, kept):
+@pytest.mark.parametrize(
+    ("point", "kept", "options"),
+    [
+        ("save", [5], []),
+        ("rename", [5], []),
+        ("remove", [10, 12], []),
+        ("save", [5], [BESIDE]),
+        ("rename", [5], [BESIDE]),
+    ],
+)
+def test_kill_while_checkpoints_are_written(finished, config_file, tmp_path, point, kept, options):
     """kill -9 with files half written, not renamed or half removed: every checkpoint is whole; the rest is removed."""
-    command = [sys.executable, "-c", KILLED_AFTER, point, str(config_file), str(tmp_path)]
+    command = [sys.executable, "-c", KILLED_AFTER, point, str(config_file), str(tmp_path), *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True)
     assert done.returncode == -signal.SIGKILL
     folder = tmp_path / "checkpoints"
@@ -262,6 +274,69 @@ def test_going_back_discards_what_came_later(finished, config_file, tmp_path):
     assert_same_run(tmp_path, finished)
 
 
+def test_checkpoints_beside_the_training_hold_the_step_they_name(finished, config_file, tmp_path, monkeypatch):
+    """The file of step 5 is written after two more steps, and is that of a run that waits."""
+    train(load_config(config_file, [f"output_dir={tmp_path}/at_once", "keep_checkpoints=9"]))
+    steps, held = [], threading.Event()
+    training_step = loop.train_step
+
+    def step(*given):
+        steps.append(len(steps))
+        if len(steps) == 8:
+            held.set()
+        return training_step(*given)
+
+    def late(*given):
+        assert held.wait(60)
+        written.append(len(steps))
+        write_state(*given)
+
+    written = []
+    monkeypatch.setattr(loop, "train_step", step)
+    monkeypatch.setattr(checkpoint, "write_state", late)
+    train(load_config(config_file, [f"output_dir={tmp_path}/beside", "keep_checkpoints=9", BESIDE]))
+    assert written[0] == 8 and len(written) == 3
+    for folder in list_checkpoints(tmp_path / "at_once" / "checkpoints"):
+        files = sorted(file.name for file in folder.iterdir())
+        other = tmp_path / "beside" / "checkpoints" / folder.name
+        assert files == sorted(file.name for file in other.iterdir())
+        for name in files:
+            if name.endswith(".safetensors"):
+                a, b = load_file(folder / name), load_file(other / name)
+                assert a.keys() == b.keys() and all(torch.equal(a[each], b[each]) for each in a)
+    shutil.rmtree(tmp_path / "beside" / "checkpoints" / "step-00000012")
+    train(load_config(config_file, [f"output_dir={tmp_path}/beside", "resume=latest"]))  # the setting is free to change
+    assert_same_run(tmp_path / "beside", finished)
+
+
+@pytest.mark.parametrize("step", [5, 12])
+def test_a_failing_write_beside_the_training_is_reported(config_file, tmp_path, monkeypatch, step):
+    """At a step after it, and at the end; the checkpoints before stay."""
+    failed = threading.Event()
+    check = Background.check
+
+    def full(accelerator, folder, *rest):
+        if folder.name.endswith(f"step-{step:08d}"):
+            failed.set()
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_state(accelerator, folder, *rest)
+
+    def checked(background):
+        if failed.is_set():
+            futures.wait([background._running])
+        check(background)
+
+    monkeypatch.setattr(checkpoint, "write_state", full)
+    monkeypatch.setattr(Background, "check", checked)
+    with pytest.raises(OSError, match="No space left"):
+        train(load_config(config_file, [f"output_dir={tmp_path}", BESIDE]))
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == (
+        [] if step == 5 else ["step-00000005", "step-00000010"]
+    )
+    assert read_log(tmp_path)[-1]["step"] < 10 or step == 12
+    assert not (tmp_path / "pipeline").exists()
+
+
 def test_torn_log_line_is_dropped(finished, config_file, tmp_path):
     train(load_config(config_file, [f"output_dir={tmp_path}"]))
     shutil.rmtree(tmp_path / "checkpoints" / "step-00000012")
@@ -272,11 +347,11 @@ def test_torn_log_line_is_dropped(finished, config_file, tmp_path):
 
 
 def test_full_disk_leaves_the_last_checkpoint(finished, config_file, tmp_path, monkeypatch):
-    def full(accelerator, folder):
+    def full(accelerator, folder, *rest):
         if "step-00000010" in folder.name:
             (folder / "model.safetensors").write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
-        return write_state(accelerator, folder)
+        write_state(accelerator, folder, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "write_state", full)

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from unified.training.state import read_state, write_state
+from unified.training.state import read_state, take_state, write_state
 
 
 class Run:
@@ -59,7 +59,9 @@ def assert_same(ours, theirs):
 
 def save(run, folder):
     folder.mkdir(exist_ok=True)
-    return json.loads(json.dumps(write_state(run.accelerator, folder)))
+    state = take_state(run.accelerator)
+    write_state(run.accelerator, folder, state)
+    return json.loads(json.dumps(state.numbers))
 
 
 def test_a_run_goes_on_bit_for_bit(tmp_path):
@@ -99,6 +101,16 @@ def test_other_models_are_refused_by_name(tmp_path):
     other.model[0].bias = nn.Parameter(torch.zeros(1))  # would be filled by broadcasting the other way round
     with pytest.raises(ValueError, match=r"'0.bias' is \(4,\) in .* and \(1,\) in this run"):
         read_state(other.accelerator, tmp_path, numbers)
+
+
+def test_an_optimizer_of_other_groups_is_refused(tmp_path):
+    """Its state goes by number: with other groups, that of another tensor of the same shape would be taken."""
+    numbers, run = save(Run(), tmp_path), Run()
+    run.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(4, 4))]})
+    with pytest.raises(
+        ValueError, match=r"resume: .* has 1 groups of tensors in an optimizer, this run 2; tensor parallel"
+    ):
+        read_state(run.accelerator, tmp_path, numbers)
 
 
 def test_missing_random_streams(tmp_path):

@@ -6,17 +6,19 @@ import subprocess
 import time
 import urllib.request
 import warnings
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import CAPTIONS, ROOT, one_dimensional
 
+from unified.pipeline.arguments import seeded
 from unified.pipeline.options import GenerationOptions
 from unified.serving.address import free_port
 from unified.serving.export import export_pipeline
 from unified.serving.remote import RemotePipeline
+from unified.serving.remote_engine import RemoteEngine
 from unified_vllm.__main__ import command
 from unified_vllm.export import guided_overrides
 from unified_vllm.streams import two_streams
@@ -121,6 +123,11 @@ def test_a_guided_server_answers_the_client(python, pipeline, tmp_path):
         assert torch.equal(sampled[0], sampled[1]) and not torch.equal(sampled[0], sampled[2])
         with pytest.raises(ValueError, match=r"guidance_scale: None in vllm_xargs must be a number"):
             there("red apple", GenerationOptions(guidance_scale=1.0))
+        with closing(RemoteEngine(there)) as engine:  # the page's, which finds out what the server takes
+            assert engine.guided
+            found = engine.submit("red apple", GenerationOptions(top_k=1, guidance_scale=1.0), generator=seeded(0, 1))
+            wanted = pipe("red apple", top_k=1, guidance_scale=1.0, output_type="codes")
+            assert torch.equal(found.result(600).codes, wanted.codes)
 
 
 @pytest.mark.process
@@ -138,6 +145,8 @@ def test_a_plain_server_answers_the_client_and_refuses_guidance(python, pipeline
     with serving(started) as url, RemotePipeline(folder, url) as there:
         found = there(PROMPTS, GenerationOptions(top_k=1, guidance_scale=1.0))
         assert torch.equal(found.codes, pipe(PROMPTS, top_k=1, guidance_scale=1.0, output_type="codes").codes)
+        with closing(RemoteEngine(there)) as engine:
+            assert not engine.guided
         with pytest.raises(ValueError, match=r"refuses /v1/completions \(400\).*started by `python -m unified_vllm`"):
             there("red apple", GenerationOptions(guidance_scale=3.0))
 

@@ -140,8 +140,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--max-rows",
         type=int,
         default=8,
-        help="rows generated together; a guided image takes two (default: %(default)s)",
+        help="rows generated together; a guided image takes two; with --server images that it is asked for at once "
+        "(default: %(default)s)",
     )
+    serve.add_argument("--server", metavar="URL", help="as for `unified generate`: the page's engine is that server's")
     for name in SCRIPTS:  # for the list of commands; they parse their own options
         commands.add_parser(name, help=about(name), add_help=False)
     return parser
@@ -316,14 +318,19 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _from_server(args: argparse.Namespace, arguments: dict[str, Any]) -> Any:
-    for name in ("lora", "device", "int8", "compile", "negative_prompt", "class_labels", "negative_class_labels"):
-        if getattr(args, name):
-            raise ValueError(f"{name}: it cannot be chosen for a server; leave it out, or leave out --server.")
+    _check_server(args, "lora", "device", "int8", "compile", "negative_prompt", "class_labels", "negative_class_labels")
     from unified.serving.remote import RemotePipeline
 
     options = {each.name: arguments[each.name] for each in fields(GenerationOptions) if each.name in arguments}
     with RemotePipeline(args.pipeline, args.server, api_key=os.environ.get(API_KEY)) as remote:
         return remote(args.prompt, GenerationOptions.from_mapping(options), args.seed).images
+
+
+def _check_server(args: argparse.Namespace, *names: str) -> None:
+    """Raises ValueError for options that another engine's server does not have."""
+    for name in names:
+        if getattr(args, name):
+            raise ValueError(f"{name}: it cannot be chosen for a server; leave it out, or leave out --server.")
 
 
 def _inpaint(args: argparse.Namespace) -> None:
@@ -402,9 +409,24 @@ def _serve(args: argparse.Namespace) -> None:
 
     answered_hosts(args.host, args.allow_host)
     port = free_port(args.host, args.port)
-    from unified.serving.web import check_installed, serve
+    from unified.serving.web import check_installed, serve, serve_remote
 
     check_installed()
+    if args.server is not None:
+        _check_server(args, "lora", "loras", "device")
+        import torch
+
+        from unified.serving.remote import RemotePipeline
+
+        if args.threads is not None:  # images are decoded here
+            torch.set_num_threads(args.threads)
+        key = os.environ.get(API_KEY)
+        with RemotePipeline(args.pipeline, args.server, concurrency=args.max_rows, api_key=key) as remote:
+            serve_remote(
+                remote, args.queue, args.per_client, host=args.host, server_port=port, allow_hosts=args.allow_host,
+                password=args.password,
+            )  # fmt: skip
+        return
     chosen, args.lora = args.lora, None  # loaded by name, with the others
     serve(
         _load(args), args.loras, chosen, args.max_rows, args.queue, args.per_client,

@@ -146,6 +146,8 @@ UNIFIED = [
     (f"{SERVE} --password <empty>", "password"),
     (f"{SERVE} --threads 0", "threads 0"),
     (f"{SERVE} --loras <nothing>", "lora nothing"),
+    (f"{SERVE} --port 0 --server localhost", "pipeline unified.json"),
+    (f"{SERVE} --port 0 --server http://127.0.0.1:9 --loras <out>", "loras server"),
     (f"{SERVE} --host no␣host --port 0", "host"),
     (f"{GENERATE} --seed {2**63 - 1}", VALID),
 ]

@@ -10,6 +10,7 @@ from hostile.world import World
 
 from unified.pipeline.options import GenerationOptions
 from unified.serving.remote import RemotePipeline
+from unified.serving.remote_engine import RemoteEngine
 
 NOWHERE = "http://127.0.0.1:9"
 
@@ -30,6 +31,10 @@ def made(**options: Any) -> Callable[[World], object]:
 
 def asked(prompt: Any = "red apple", **options: Any) -> Callable[[World], object]:
     return lambda w: RemotePipeline(w.exported, NOWHERE, retries=0)(prompt, GenerationOptions(**options))
+
+
+def engine(**options: Any) -> Callable[[World], object]:
+    return lambda w: RemoteEngine(RemotePipeline(w.exported, NOWHERE, retries=0), **options)
 
 
 CASES = [
@@ -87,5 +92,11 @@ CASES = [
         ("another size", asked(height=64), "height 64"),
         ("a schedule", asked(guidance_schedule="linear"), "guidance_schedule linear"),
         ("another decoding", asked(decoding="jacobi"), "decoding jacobi"),
+    ),
+    *cases(
+        "remote: engine",
+        ("nobody there", engine(), "server 127.0.0.1:9"),
+        ("no place to wait", engine(waiting=0), "waiting 0"),
+        ("half a place", engine(waiting=0.5), "waiting 0.5"),
     ),
 ]

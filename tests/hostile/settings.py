@@ -34,6 +34,7 @@ RUN = {
     "validate_every": COUNT,
     "checkpoint_every": COUNT,
     "keep_checkpoints": COUNT,
+    "asynchronous_checkpoints": "perhaps",
     "mixed_precision": "fp8 no 16 [1]",
     "output_dir": "'' null [1]",
     "track_with": "nothing {a:1}",

@@ -34,10 +34,11 @@ class Job:
 
     Attributes:
         ahead: jobs that were waiting before it when it came.
+        note: what holds it up, if anything does, in words.
     """
 
     def __init__(self, adapter: str | None, show: Callable[[Any], Any]):
-        self.adapter, self.ahead, self.cancelled = adapter, 0, False
+        self.adapter, self.ahead, self.note, self.cancelled = adapter, 0, "", False
         self.work: Callable[[], Iterable[Any]] | None = None  # runs alone; or
         self.requests: list[Request] = []  # images for the batch
         self.codes = torch.empty(0, 0, 0, dtype=torch.int64)  # (N, h, w), -1 in images that are not complete

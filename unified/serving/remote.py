@@ -2,15 +2,17 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from reprlib import repr as short
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx2
 import torch
+from PIL import Image
+from torch import Tensor
 
 from unified.config import UnifiedConfig
 from unified.files import read_json
@@ -27,6 +29,21 @@ from unified_tokenizers.images import to_pil
 BATCH = 16  # images that are decoded at once
 AGAIN = (429, 502, 503, 504)  # answers of a server that is busy or being started
 WAIT = 0.5  # seconds before the first further try; twice as long before each one after it
+
+
+class Served(NamedTuple):
+    """What a server says of itself: the model's name, and how many tokens it takes if it says so."""
+
+    name: str
+    room: int | None
+
+
+class Images(NamedTuple):
+    """Images to be: the caption of each, the ids before its codes, and the code grid of all."""
+
+    texts: list[str]
+    rows: list[tuple[int, ...]]
+    grid: tuple[int, int]
 
 
 class RemotePipeline:
@@ -78,7 +95,6 @@ class RemotePipeline:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._http.close()
 
-    @torch.no_grad()
     def __call__(
         self, prompt: str | Sequence[str], options: GenerationOptions | None = None, seed: int = 0
     ) -> UnifiedPipelineOutput:
@@ -96,38 +112,28 @@ class RemotePipeline:
             TimeoutError: if it does not answer in time.
         """
         given = (options or GenerationOptions()).filled(self.sampling)
-        check_remote(given, self.config)
-        prompts = as_prompts(prompt)
-        grid = code_grid(self.config, self.image_tokenizer.downsample, given.height, given.width)
-        check_room(prompts, self.text_tokenizer, self.config, grid, "prompt")
-        name, room = self.served()
-        texts = [text for text in prompts for _ in range(given.num_images_per_prompt)]
-        rows = [image_prompt(text, self.text_tokenizer, self.config, grid).ids for text in texts]
-        longest, steps = max(map(len, rows)) + given.sampling.guided, grid[0] * grid[1]
-        if room is not None and longest + steps > room:
-            raise ValueError(
-                f"server: {self.url} takes {room} tokens, {longest + steps} are needed; start it with a larger maximum length."
-            )
+        images = self.arrange(prompt, given)
+        bodies = self.requests(images, given, seed, self.served())
         with ThreadPoolExecutor(self.concurrency) as pool:
-            waiting = [
-                pool.submit(self._codes, name, row, steps, given, seed + number) for number, row in enumerate(rows)
-            ]
+            waiting = [pool.submit(self.codes, body) for body in bodies]
             try:
-                codes = torch.tensor([each.result() for each in waiting]).reshape(-1, *grid)
+                codes = torch.tensor([each.result() for each in waiting]).reshape(-1, *images.grid)
             finally:
                 for each in waiting:
                     each.cancel()
-        images = [
-            image for part in codes.split(BATCH) for image in to_pil(unfinished_images(self.image_tokenizer, part))
-        ]
-        settings = {each: getattr(given, each) for each in SAMPLING}
-        for image, text in zip(images, texts, strict=True):
-            size = {"height": image.height, "width": image.width}
-            describe(image, prompt=text, settings=size | settings, model=model_name(str(self.folder)))
-        return UnifiedPipelineOutput(images, codes)
+        decoded = self.decode(codes)
+        self.describe(decoded, images.texts, given)
+        return UnifiedPipelineOutput(decoded, codes)
 
-    def served(self) -> tuple[str, int | None]:
-        """Name of the model that is served, and how many tokens it takes if the server says so.
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """Height and width in pixels of the first grid that the model was trained on."""
+        stride = self.image_tokenizer.downsample
+        height, width = code_grid(self.config, stride, None, None)
+        return height * stride, width * stride
+
+    def served(self) -> Served:
+        """The first model that the server lists.
 
         Raises:
             ValueError, ConnectionError, TimeoutError: as :meth:`__call__`.
@@ -137,15 +143,80 @@ class RemotePipeline:
         if not isinstance(first, dict) or not isinstance(first.get("id"), str):
             raise ValueError(f"server: {self.url} lists no models; give the address of an OpenAI-compatible server.")
         room = first.get("max_model_len")
-        return first["id"], room if isinstance(room, int) else None
+        return Served(first["id"], room if isinstance(room, int) else None)
 
-    def _codes(self, name: str, row: Sequence[int], steps: int, options: GenerationOptions, seed: int) -> list[int]:
-        body = {"model": name, **request_of(self.config, row, steps, options, seed)}
-        return codes_of(self._answer("POST", "/v1/completions", body), body, self.config, self.url)
+    def arrange(self, prompt: str | Sequence[str], options: GenerationOptions) -> Images:
+        """The images for prompts and filled options. Raises ValueError for those that a pipeline or any server refuses."""
+        check_remote(options, self.config)
+        prompts = as_prompts(prompt)
+        grid = code_grid(self.config, self.image_tokenizer.downsample, options.height, options.width)
+        check_room(prompts, self.text_tokenizer, self.config, grid, "prompt")
+        texts = [text for text in prompts for _ in range(options.num_images_per_prompt)]
+        rows = [image_prompt(text, self.text_tokenizer, self.config, grid).ids for text in texts]
+        return Images(texts, rows, grid)
 
-    def _answer(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    def requests(
+        self, images: Images, options: GenerationOptions, seed: int, served: Served, guided: bool | None = None
+    ) -> list[dict[str, Any]]:
+        """The body of a request for each image; image i has the seed ``seed + i``.
+
+        Args:
+            images: from :meth:`arrange`.
+            options: filled.
+            seed: of the first image.
+            served: what is asked.
+            guided: whether the server has guidance; None leaves it to the scale.
+
+        Raises:
+            ValueError: if the server has no room for them.
+        """
+        guided = options.sampling.guided if guided is None else guided
+        longest, steps = max(map(len, images.rows)) + guided, images.grid[0] * images.grid[1]
+        if served.room is not None and longest + steps > served.room:
+            raise ValueError(
+                f"server: {self.url} takes {served.room} tokens, {longest + steps} are needed; start it with a larger maximum "
+                "length."
+            )
+        return [
+            {"model": served.name, **request_of(self.config, row, steps, options, seed + number, guided)}
+            for number, row in enumerate(images.rows)
+        ]
+
+    def codes(self, body: dict[str, Any], note: Callable[[str], None] = lambda text: None) -> list[int]:
+        """The codes that a request gets.
+
+        Args:
+            body: from :meth:`requests`.
+            note: called with what is wrong before a further try, in words without the server's address.
+
+        Raises:
+            ValueError, ConnectionError, TimeoutError: as :meth:`__call__`.
+        """
+        return codes_of(self._answer("POST", "/v1/completions", body, note), body, self.config, self.url)
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> list[Image.Image]:
+        """Images of codes ``(N, h, w)``, -1 where there is none yet."""
+        return [image for part in codes.split(BATCH) for image in to_pil(unfinished_images(self.image_tokenizer, part))]
+
+    def describe(self, images: Sequence[Image.Image], texts: Sequence[str], options: GenerationOptions) -> None:
+        """Attach captions, filled options and the model's name to images."""
+        settings = {each: getattr(options, each) for each in SAMPLING}
+        for image, text in zip(images, texts, strict=True):
+            size = {"height": image.height, "width": image.width}
+            describe(image, prompt=text, settings=size | settings, model=model_name(str(self.folder)))
+
+    def _answer(
+        self,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None = None,
+        note: Callable[[str], None] = lambda text: None,
+    ) -> dict[str, Any]:
+        trouble = ""
         for attempt in range(self.retries + 1):
             if attempt:
+                note(f"{trouble}; asked again ({attempt} of {self.retries}).")
                 time.sleep(WAIT * 2 ** (attempt - 1))
             last = attempt == self.retries
             try:
@@ -159,9 +230,11 @@ class RemotePipeline:
                     raise ConnectionError(
                         f"server: {self.url} cannot be reached ({error}); start it, or correct the address."
                     ) from error
+                trouble = "The engine cannot be reached"
                 continue
             if answer.status_code not in AGAIN or last:
                 break
+            trouble = f"The engine is busy ({answer.status_code})"
         if answer.status_code != 200:
             raise ValueError(
                 f"server: {self.url} refuses {path} ({answer.status_code}): {reason_of(answer)}{hint_of(body)}"
@@ -230,12 +303,12 @@ def check_remote(options: GenerationOptions, config: UnifiedConfig) -> None:
 
 
 def request_of(
-    config: UnifiedConfig, row: Sequence[int], steps: int, options: GenerationOptions, seed: int
+    config: UnifiedConfig, row: Sequence[int], steps: int, options: GenerationOptions, seed: int, guided: bool
 ) -> dict[str, Any]:
     """The body of a request for ``steps`` codes after a row of ids, without the model's name.
 
-    With guidance a null token stands before ``<boi>``, the first id behind the codes: a server without guidance refuses it. Such a
-    server samples codes alone; for any other one the ids are named.
+    To a guided server a null token stands before ``<boi>``, the first id behind the codes: a server without guidance refuses
+    it. Such a server samples codes alone; for any other one the ids are named.
     """
     sampling, first = options.sampling, config.vocabulary.text_vocab_size
     behind = first + config.codebook_size
@@ -243,7 +316,7 @@ def request_of(
         "max_tokens": steps, "ignore_eos": True, "seed": seed, "return_token_ids": True, "top_p": sampling.top_p,
         "top_k": sampling.top_k, "temperature": 0.0 if sampling.top_k == 1 else sampling.temperature,
     }  # fmt: skip
-    if sampling.guided:
+    if guided:
         scale = {"guidance_scale": float(sampling.guidance_scale)}
         return {**body, "prompt": [*row[:-1], behind, row[-1]], "vllm_xargs": scale}
     return {**body, "prompt": list(row), "allowed_token_ids": list(range(first, behind))}

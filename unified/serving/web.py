@@ -17,6 +17,7 @@ from uuid import uuid4
 import torch
 from PIL import Image
 
+from unified.config import UnifiedConfig
 from unified.decoding.config import Sampling, modes_for
 from unified.lora.adapters import base_of, check_base
 from unified.pipeline.arguments import seeded
@@ -26,6 +27,8 @@ from unified.pipeline.options import GenerationOptions
 from unified.pipeline.pipeline import UnifiedPipeline, UnifiedPipelineOutput
 from unified.serving.address import answered_hosts, bracketed, is_everywhere
 from unified.serving.engine import Engine, Job
+from unified.serving.remote import RemotePipeline
+from unified.serving.remote_engine import RemoteEngine
 from unified.serving.uploads import check_files, checked_inputs, files_of_canvas, fit_upload, image_and_mask, opened
 
 PROMPT_LIMIT = 300  # characters
@@ -47,10 +50,11 @@ CSS = """
 """
 
 
-def build_demo(engine: Engine, chosen: str = NO_ADAPTER, per_client: int = CLIENT_LIMIT) -> Any:
+def build_demo(engine: Engine | RemoteEngine, chosen: str = NO_ADAPTER, per_client: int = CLIENT_LIMIT) -> Any:
     """The page as a ``gradio.Blocks`` over a running engine.
 
-    Images of plain decoding share the engine's batch; everything else runs in it alone.
+    Images of plain decoding share the engine's batch; everything else runs in it alone. Before a server there is nothing else:
+    the page shows no more than it can do.
 
     Args:
         engine: what answers; the page offers its adapters.
@@ -65,9 +69,13 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER, per_client: int = CLIEN
 
     from unified.serving.guard import Visitors
 
-    pipe, visitors, classes = engine.pipe, Visitors(per_client), class_choices(engine.pipe)
-    talks = base_of(pipe.model).config.chat_template is not None
-    pipe.set_progress_bar_config(disable=True)
+    pipe: Any = engine.pipe
+    remote, visitors = isinstance(engine, RemoteEngine), Visitors(per_client)
+    config = pipe.config if remote else base_of(pipe.model).config
+    classes, talks = class_choices(config), config.chat_template is not None and not remote
+    guidable = not isinstance(engine, RemoteEngine) or (engine.guided and not config.null_prompt)
+    if not remote:
+        pipe.set_progress_bar_config(disable=True)
     height, width = pipe.default_size
     usual = {"guidance_scale": 1.5, "temperature": 0.85, "decoding": "plain", **pipe.sampling}
 
@@ -77,7 +85,7 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER, per_client: int = CLIEN
         try:
             yield *same, f"Waiting: {job.ahead} before you." if job.ahead else "Working ..."
             for output in job.previews(PATIENCE):
-                yield (*same, gradio.skip()) if output is None else show(output)
+                yield (*same, job.note or gradio.skip()) if output is None else show(output)
         except CancelledError:
             yield *same, "Stopped."
         finally:
@@ -135,10 +143,11 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER, per_client: int = CLIEN
 
             def show(output: UnifiedPipelineOutput) -> tuple[list[tuple[str, str]], str]:
                 seeds = [int(seed) + i for i in range(int(count))]
-                describe_images(
-                    pipe, output.images, [in_words(subject)] * len(seeds), seeds, given, images.get("negative_prompt"),
-                    adapters=weights_of(lora),
-                )  # fmt: skip
+                if not remote:  # whose images say of themselves what they can
+                    describe_images(
+                        pipe, output.images, [in_words(subject)] * len(seeds), seeds, given, images.get("negative_prompt"),
+                        adapters=weights_of(lora),
+                    )  # fmt: skip
                 paths = [stored(image, gallery.GRADIO_CACHE) for image in output.images]
                 return list(zip(paths, captions, strict=True)), progress_text(output.codes, about)
 
@@ -237,9 +246,10 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER, per_client: int = CLIEN
             if classes is None
             else "of classes and changes parts of them"
         )
+        here = "runs in another engine" if remote else f"has {parameters(pipe)}"
         gradio.Markdown(
-            f"# unified\nOne language model that generates images {able}. "
-            f"This one has {parameters(pipe)} and generates {width} × {height} pixels."
+            f"# unified\nOne language model that generates images {'from text' if remote else able}. "
+            f"This one {here} and generates {width} × {height} pixels."
         )
         with gradio.Row():
             with gradio.Column(scale=2, min_width=280):
@@ -251,11 +261,12 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER, per_client: int = CLIEN
                 guidance = gradio.Slider(
                     1,
                     max(10, usual["guidance_scale"]),
-                    usual["guidance_scale"],
+                    usual["guidance_scale"] if guidable else 1,
                     step=0.1,
                     label="Guidance",
                     info="How closely to follow the prompt; 1 is off.",
                     elem_id="guidance",
+                    visible=guidable,
                 )
                 temperature = gradio.Slider(
                     min(0.1, usual["temperature"]),
@@ -284,7 +295,9 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER, per_client: int = CLIEN
                     with gradio.Accordion("More options", open=False):
                         about = "What to steer away from."
                         if classes is None:
-                            negative: Any = gradio.Textbox(label="Negative prompt", info=about, elem_id="negative")
+                            negative: Any = gradio.Textbox(
+                                label="Negative prompt", info=about, elem_id="negative", visible=not remote
+                            )
                         else:
                             choices: list[Any] = [("none", NO_CLASS), *classes]
                             negative = gradio.Dropdown(
@@ -299,10 +312,12 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER, per_client: int = CLIEN
                             info="Each has the next seed.",
                             elem_id="count",
                         )
-                        suitable = modes_for(base_of(pipe.model).prediction)
-                        modes = [(mode.about, name) for name, mode in suitable.items()]
-                        decoding = gradio.Dropdown(modes, value=usual["decoding"], label="Decoding", elem_id="decoding")
-                with gradio.Tab("Edit"):
+                        suitable = {} if remote else modes_for(base_of(pipe.model).prediction)
+                        modes = [(mode.about, name) for name, mode in suitable.items()] or [("plain", "plain")]
+                        decoding = gradio.Dropdown(
+                            modes, value=usual["decoding"], label="Decoding", elem_id="decoding", visible=not remote
+                        )
+                with gradio.Tab("Edit", visible=not remote):
                     gradio.Markdown(
                         "Upload an image, paint over the part that shall change, and say what the whole image shows."
                     )
@@ -320,7 +335,7 @@ def build_demo(engine: Engine, chosen: str = NO_ADAPTER, per_client: int = CLIEN
                             buttons=["download", "fullscreen"],
                         )  # fmt: skip
                     edit_status = gradio.Markdown(elem_id="edit-status")
-                with gradio.Tab("Describe", visible=classes is None):
+                with gradio.Tab("Describe", visible=classes is None and not remote):
                     gradio.Markdown(
                         "For models trained on images followed by their captions (`data.captioning`); others write nonsense."
                     )
@@ -421,12 +436,11 @@ def check_installed() -> None:
         raise ValueError("serve: gradio is not installed; pip install 'unified-npp[demo]'.")
 
 
-def class_choices(pipe: UnifiedPipeline) -> list[tuple[str, int]] | None:
+def class_choices(config: UnifiedConfig) -> list[tuple[str, int]] | None:
     """Names and numbers of the classes of a class-conditional model, by number; None of any other model.
 
     A name that several classes share, and none, is told apart by the number.
     """
-    config = base_of(pipe.model).config
     if config.classes is None:
         return None
     names = config.class_names or ["class"] * config.classes
@@ -531,3 +545,10 @@ def serve(
     with closing(Engine(pipe, max_rows, waiting)) as engine:
         page = build_demo(engine, NO_ADAPTER if chosen is None else names[0], per_client)
         launch(page, threads=40 + max_rows + waiting, **address)
+
+
+def serve_remote(pipe: RemotePipeline, waiting: int, per_client: int, **address: Any) -> None:
+    """Run the page over a server's engine until interrupted; arguments as for :func:`serve`, the first of them what asks it."""
+    with closing(RemoteEngine(pipe, waiting)) as engine:
+        page = build_demo(engine, per_client=per_client)
+        launch(page, threads=40 + pipe.concurrency + waiting, **address)

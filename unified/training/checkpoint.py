@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any
@@ -11,15 +12,16 @@ from accelerate import Accelerator
 
 from unified.files import sync
 from unified.settings import differences, dump_settings, flat
-from unified.training.state import read_state, write_state
+from unified.training.background import Background
+from unified.training.state import read_state, take_state, write_state
 from unified_tokenizers.fields import is_whole
 
 _STATE_FILE = "trainer_state.json"
 _SETTINGS_FILE = "settings.yaml"
 # Settings that do not change what is trained.
 _FREE = (
-    "output_dir", "resume", "allow_changes", "keep_checkpoints", "checkpoint_every", "track_with", "project", "processes",
-    "sample", "sampling", "peak_flops",
+    "output_dir", "resume", "allow_changes", "keep_checkpoints", "checkpoint_every", "asynchronous_checkpoints", "track_with",
+    "project", "processes", "sample", "sampling", "peak_flops",
 )  # fmt: skip
 
 
@@ -31,6 +33,7 @@ def save_checkpoint(
     keep: int,
     settings: object,
     inputs: dict[str, Any],
+    background: Background | None = None,
 ) -> None:
     """Write model, optimizer, EMA and random state after ``step`` steps; keep the last ``keep`` checkpoints.
 
@@ -46,31 +49,45 @@ def save_checkpoint(
         keep: how many checkpoints to keep.
         settings: the run's dataclass of settings, saved for comparison when a run resumes.
         inputs: what else a resumed run has to share, for JSON (see :func:`unified.training.inputs.describe_inputs`).
+        background: writes a copy in CPU memory while the caller goes on, after the checkpoint before. None writes at once.
 
     Raises:
-        OSError: if the disk is full; earlier checkpoints stay as they are.
+        OSError: if the disk is full; earlier checkpoints stay as they are. Of ``background``, the error of the checkpoint before.
     """
+    if background is not None:
+        background.wait()
     final, partial = folder / f"step-{step:08d}", folder / f".partial-step-{step:08d}"
     if final.is_dir():
         return
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    numbers = write_state(accelerator, partial)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        (partial / _SETTINGS_FILE).write_text(dump_settings(settings))
-        sizes = {str(file.relative_to(partial)): file.stat().st_size for file in _files(partial)}
-        state = {"step": step, "positions": positions, "inputs": inputs, "numbers": numbers, "files": sizes}
-        (partial / _STATE_FILE).write_text(json.dumps(state))
-        for path in [*partial.rglob("*"), partial]:
-            sync(path)
-        partial.rename(final)
-        sync(folder)
-        for old in list_checkpoints(folder)[:-keep]:
-            _discard(old)
-    accelerator.wait_for_everyone()
+    run = take_state(accelerator)
+    if background is not None:
+        run = replace(run, tensors=background.copy(run.tensors))
+    wait = accelerator.wait_for_everyone if background is None else background.barrier
+
+    def write() -> None:
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        wait()
+        write_state(accelerator, partial, run, None if background is None else background.group)
+        wait()
+        if accelerator.is_main_process:
+            (partial / _SETTINGS_FILE).write_text(dump_settings(settings))
+            sizes = {str(file.relative_to(partial)): file.stat().st_size for file in _files(partial)}
+            state = {"step": step, "positions": positions, "inputs": inputs, "numbers": run.numbers, "files": sizes}
+            (partial / _STATE_FILE).write_text(json.dumps(state))
+            for path in [*partial.rglob("*"), partial]:
+                sync(path)
+            partial.rename(final)
+            sync(folder)
+            for old in list_checkpoints(folder)[:-keep]:
+                _discard(old)
+        wait()
+
+    if background is None:
+        write()
+    else:
+        background.start(write)
 
 
 def start_checkpoint(resume: str | None, folder: Path) -> Path | None:

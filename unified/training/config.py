@@ -416,6 +416,7 @@ class TrainConfig:
     validate_every: int | None = None  # steps between two measurements of the validation losses
     checkpoint_every: int | None = None  # steps between two checkpoints; a multiple of log_every
     keep_checkpoints: int = 2  # older ones are removed
+    asynchronous_checkpoints: bool = False  # written beside the training, from a copy in CPU memory
     resume: str | None = None  # a checkpoint folder, or `latest`
     allow_changes: bool = False  # resume although the settings are not those of the checkpoint
     track_with: list[str] = field(

@@ -42,6 +42,7 @@ from unified.prompts import PromptFormat
 from unified.settings import refuse_other
 from unified.training.config import DataConfig, SourceConfig, TrainConfig
 from unified.training.inputs import check_lengths, code_grids
+from unified.training.tensor_parallel import data_rank
 from unified.training.validation import mean_loss
 from unified_tokenizers import ImageTokenizer, TextTokenizer
 
@@ -119,7 +120,7 @@ def open_data(context: Context) -> TrainingData:
             checks |= _further_checks(context, sources[0], held_out)
     batches = Batches(
         sources, context.model_config, config.batch_size, config.steps * config.gradient_accumulation_steps, config.seed,
-        context.accelerator.process_index, context.accelerator.num_processes, data.pack, data.bucket,
+        *data_rank(context.accelerator), data.pack, data.bucket,
         partial(merge_of_batch, config, config.patch_schedule()),
         {o.name: partial(o.further, config=context.model_config) for o in config.build_objectives()},
     )  # fmt: skip

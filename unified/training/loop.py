@@ -14,12 +14,14 @@ from unified.locks import locked
 from unified.lora.adapters import base_of, save_lora
 from unified.pipeline.pipeline import UnifiedPipeline
 from unified.prediction.arrange import Batch
+from unified.training.background import Background
 from unified.training.card import run_card
 from unified.training.checkpoint import save_checkpoint
 from unified.training.config import TrainConfig
 from unified.training.interrupt import catch_signals
 from unified.training.setup import Run, adapter_sampling_of, make_accelerator, set_up
 from unified.training.step import check_skipped, kept_on_failure, train_step
+from unified.training.tensor_parallel import data_rank, whole
 from unified.training.throughput import batch_flops, peak_flops
 from unified.training.tracking import LossMeter, check_trackers
 
@@ -38,19 +40,30 @@ def train(config: TrainConfig, measure: Measure | None = None) -> Path:
     Raises:
         ValueError: naming the setting that is wrong, before the first step.
         FloatingPointError: if a loss or a gradient is not finite; the batches are kept.
+        OSError: if a checkpoint cannot be written; the next step, or the end, of a run that writes them beside the training.
         SystemExit: after a signal.
     """
     check_trackers(config.track_with)
     accelerator = make_accelerator(config)
     with locked(config.output_dir) if accelerator.is_main_process else nullcontext():
         run = set_up(config, accelerator)
-        with catch_signals(accelerator) as stopped:
-            train_steps(run, measure, stopped)
+        beside = Background(accelerator) if config.asynchronous_checkpoints else nullcontext()
+        with catch_signals(accelerator) as stopped, beside as background:
+            train_steps(run, measure, stopped, background)
         return save(run)
 
 
-def train_steps(run: Run, measure: Measure | None, stopped: Callable[[], bool]) -> None:
-    """Go on to the last step, or until ``stopped``: then a checkpoint is saved, and the program ends."""
+def train_steps(
+    run: Run, measure: Measure | None, stopped: Callable[[], bool], background: Background | None = None
+) -> None:
+    """Go on to the last step, or until ``stopped``: then a checkpoint is saved, and the program ends.
+
+    Args:
+        run: from :func:`unified.training.setup.set_up`.
+        measure: as for :func:`train`.
+        stopped: asked after every step.
+        background: writes checkpoints; None writes each before the next step.
+    """
     config, accelerator, accumulation, skipped = run.config, run.accelerator, run.config.gradient_accumulation_steps, 0
     meter, losses = Meter(run), dict[str, float]()
     on_gpu, workers = accelerator.device.type == "cuda", config.data.num_workers
@@ -93,10 +106,14 @@ def train_steps(run: Run, measure: Measure | None, stopped: Callable[[], bool]) 
             with run.averaged():
                 run.log.write(run.step, **measure(run.pipeline()))
             run.model.train()
+        if background is not None:
+            background.check()
         interrupted = stopped() and run.step < config.steps
         if interrupted or _due(run, config.checkpoint_every):
             folder, keep = run.output / "checkpoints", config.keep_checkpoints
-            save_checkpoint(accelerator, folder, run.step, run.positions, keep, config, run.inputs)
+            save_checkpoint(accelerator, folder, run.step, run.positions, keep, config, run.inputs, background)
+        if interrupted and background is not None:
+            background.wait()
         if interrupted:
             accelerator.print(f"stopped after step {run.step} with a checkpoint; resume=latest goes on from there")
             raise SystemExit(130)
@@ -116,6 +133,7 @@ class Meter:
 
     def __init__(self, run: Run):
         self.run, self.losses, self.since = run, LossMeter(run.accelerator), time.monotonic()
+        self.processes = data_rank(run.accelerator)[1]
         self.images, self.flops, self.positions = 0, 0.0, run.positions
         self.peak = peak_flops(run.accelerator, run.config.peak_flops)
         if self.peak is None:
@@ -126,11 +144,12 @@ class Meter:
 
     def count(self, batches: Sequence[Batch], patch_size: int, learning_rate: float) -> None:
         """A step is done, with these batches on this process."""
-        self.images += sum(batch.counts.images for batch in batches) * self.run.accelerator.num_processes
+        self.images += sum(batch.counts.images for batch in batches) * self.processes
         model = self.run.current()
         for batch in batches if self.peak is not None else ():
             for each in (batch, *batch.further.values()):
-                self.flops += batch_flops(base_of(model).config, each, frozen=isinstance(model, PeftModel))
+                flops = batch_flops(base_of(model).config, each, frozen=isinstance(model, PeftModel))
+                self.flops += flops * self.processes / self.run.accelerator.num_processes
         self.now = {"patch_size": patch_size, "lr": learning_rate}
         self.bar.update()
 
@@ -161,7 +180,7 @@ def save(run: Run) -> Path:
     with run.averaged():
         # Gathers what is cut over processes, so all of them take part. The compiler adds to the names.
         gathered = accelerator.get_state_dict(run.model)
-        state = {name.replace("_orig_mod.", ""): tensor for name, tensor in gathered.items()}
+        state = {name.replace("_orig_mod.", ""): whole(tensor) for name, tensor in gathered.items()}
         if accelerator.is_main_process:
             card = run_card(run.config, part, fingerprint, base_of(model).config)
             if isinstance(model, PeftModel):

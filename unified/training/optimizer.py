@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
 
 from unified.training.config import OptimizerConfig
+from unified.training.tensor_parallel import pieces_apart
 
 
 class Muon(torch.optim.Muon):
@@ -81,10 +82,8 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig, *modules: nn.Mod
     hidden = [p for name, p in named if use_muon and p.ndim == 2 and ".layers." in name]
     taken = {id(p) for p in hidden}
     rest = [p for _, p in named if id(p) not in taken] + [p for module in modules for p in module.parameters()]
-    groups = [
-        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    decayed = (([p for p in rest if p.ndim >= 2], config.weight_decay), ([p for p in rest if p.ndim < 2], 0.0))
+    groups = [{"params": part, "weight_decay": decay} for group, decay in decayed for part in pieces_apart(group)]
     betas = (config.betas[0], config.betas[1])
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)

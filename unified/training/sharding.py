@@ -6,6 +6,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from unified.training.config import TrainConfig
+from unified.training.tensor_parallel import is_tensor_parallel
 
 
 def configure_deepspeed(accelerator: Accelerator, config: TrainConfig) -> None:
@@ -18,18 +19,29 @@ def configure_deepspeed(accelerator: Accelerator, config: TrainConfig) -> None:
 
 
 def check_sharding(accelerator: Accelerator, config: TrainConfig) -> None:
-    """Refuse options that need whole weights where they are cut over processes (DeepSpeed hides its pieces, also from Muon and
-    averages), two optimizers under one loss scale, and FSDP1, whose flat parameters the checkpoints do not hold.
+    """Refuse options that need whole weights where they are cut over processes (DeepSpeed hides its pieces, also from Muon,
+    averages and copies), two optimizers under one loss scale, and FSDP1, whose flat parameters the checkpoints do not hold.
 
     Raises:
         ValueError: naming the option.
     """
     kind, parallel = accelerator.distributed_type, accelerator.parallelism_config
     if parallel is not None and parallel.non_data_parallel_size > 1:
-        raise ValueError(
-            "parallelism_config: tensor, context and sequence parallel processes would share a batch, and each process here "
-            "has its own; set tp_size, cp_size and sp_size to 1 (dp_replicate_size and dp_shard_size are fine)."
-        )
+        if parallel.tp_size != parallel.total_size:
+            raise ValueError(
+                "parallelism_config: context and sequence parallel processes would share a batch, and each process here has its "
+                "own; set cp_size and sp_size to 1, and tp_size to 1 or to the number of processes (dp_replicate_size and "
+                "dp_shard_size are fine without it)."
+            )
+        _check_unused(
+            "tensor parallelism",
+            {
+                "sample.every": config.sample.every, "evaluation": config.evaluation, "lora": config.lora,
+                "optimizer.ema_decay": config.optimizer.ema_decay,
+                "optimizer.name=muon": config.optimizer.name == "muon",
+                "mixed_precision=fp16": accelerator.mixed_precision == "fp16",
+            },
+        )  # fmt: skip
     if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise ValueError("fsdp_version: 1 is not supported; set it to 2, as in recipes/accelerate/fsdp2.yaml.")
     if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
@@ -38,9 +50,9 @@ def check_sharding(accelerator: Accelerator, config: TrainConfig) -> None:
             used |= {
                 "optimizer.ema_decay": config.optimizer.ema_decay,
                 "optimizer.name=muon": config.optimizer.name == "muon",
+                "asynchronous_checkpoints": config.asynchronous_checkpoints,
             }
-        for name in (name for name, value in used.items() if value):
-            raise ValueError(f"{name}: not available with {kind.value}; leave it out or train with DDP.")
+        _check_unused(kind.value, used)
     if config.optimizer.name == "muon" and accelerator.mixed_precision == "fp16":
         # Accelerate updates the loss scale after the first optimizer, so the second one's gradients would be divided by another.
         raise ValueError("optimizer.name=muon: not available with fp16, which handles one optimizer; use bf16.")
@@ -49,7 +61,13 @@ def check_sharding(accelerator: Accelerator, config: TrainConfig) -> None:
 def check_modules(accelerator: Accelerator, names: Iterable[str]) -> None:
     """Raises ValueError for objectives with parameters of their own where weights are cut over processes."""
     kind = accelerator.distributed_type
-    for name in names if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED) else ():
-        raise ValueError(
-            f"objectives: {name} has parameters beside the model, not available with {kind.value}; use DDP."
-        )
+    cut = "tensor parallelism" if is_tensor_parallel(accelerator) else kind.value
+    for name in (
+        names if is_tensor_parallel(accelerator) or kind in (DistributedType.FSDP, DistributedType.DEEPSPEED) else ()
+    ):
+        raise ValueError(f"objectives: {name} has parameters beside the model, not available with {cut}; use DDP.")
+
+
+def _check_unused(kind: str, used: dict[str, object]) -> None:
+    for name in (name for name, value in used.items() if value):
+        raise ValueError(f"{name}: not available with {kind}; leave it out or train with DDP.")

@@ -6,16 +6,19 @@ processes can read too. DeepSpeed alone writes and reads its own files, which ar
 checkpoints that you trust.
 """
 
+import copy
 import json
 import random
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
@@ -28,24 +31,45 @@ from torch.distributed.tensor import DTensor
 Numbers = dict[str, Any]
 
 
-def write_state(accelerator: Accelerator, folder: Path) -> Numbers:
-    """Write tensors and random streams into ``folder``, on all processes. Returns the numbers to keep beside them."""
+@dataclass
+class State:
+    """What a run has to remember after a step.
+
+    Attributes:
+        tensors: by the name of their file and their own; the run's, until they are copied. None are there for DeepSpeed.
+        random: streams of this process, and what stands in their file's header.
+        numbers: what JSON holds.
+    """
+
+    tensors: dict[str, dict[str, Tensor]]
+    random: tuple[dict[str, Tensor], dict[str, str]]
+    numbers: Numbers
+
+
+def take_state(accelerator: Accelerator) -> State:
+    """What there is to write now."""
     numbers: Numbers = {"num_processes": accelerator.num_processes, "device": accelerator.device.type, "optimizers": []}
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        for i, engine in enumerate(accelerator._models):
-            engine.save_checkpoint(str(folder), _numbered("deepspeed", i))
-    else:
-        for name, module in _modules(accelerator).items():
-            _write(accelerator, folder / name, _tensors(module))
+    tensors: dict[str, dict[str, Tensor]] = {}
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        tensors = {name: _tensors(module) for name, module in _modules(accelerator).items()}
         for i, optimizer in enumerate(accelerator._optimizers):
-            state = _flat_state(optimizer.state_dict()["state"])
-            _write(accelerator, folder / _numbered("optimizer", i), state)
+            state = tensors[_numbered("optimizer", i)] = _flat_state(optimizer.state_dict()["state"])
             shapes = {name: [str(t.dtype).removeprefix("torch."), *t.shape] for name, t in state.items()}
             numbers["optimizers"].append({"state": shapes, "groups": _groups(optimizer)})
     numbers["schedulers"] = [scheduler.state_dict() for scheduler in _schedulers(accelerator)]
     numbers["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-    _write_random(folder / f"random-{accelerator.process_index}.safetensors", accelerator.device)
-    return numbers
+    return State(tensors, _random_streams(accelerator.device), copy.deepcopy(numbers))
+
+
+def write_state(accelerator: Accelerator, folder: Path, state: State, group: dist.ProcessGroup | None = None) -> None:
+    """Write tensors and random streams into ``folder``, on all processes, which speak in ``group``; numbers are the caller's."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        for i, engine in enumerate(accelerator._models):
+            engine.save_checkpoint(str(folder), _numbered("deepspeed", i))
+    for name, tensors in state.tensors.items():
+        _write(accelerator, folder / name, tensors, group)
+    streams, header = state.random
+    save_file(streams, folder / f"random-{accelerator.process_index}.safetensors", header)
 
 
 def read_state(accelerator: Accelerator, folder: Path, numbers: Numbers) -> None:
@@ -68,9 +92,14 @@ def read_state(accelerator: Accelerator, folder: Path, numbers: Numbers) -> None
                 f"{len(accelerator._optimizers)}."
             )
         for i, (optimizer, kept) in enumerate(zip(accelerator._optimizers, numbers["optimizers"], strict=True)):
+            groups = optimizer.state_dict()["param_groups"]
+            if len(groups) != len(kept["groups"]):
+                raise ValueError(
+                    f"resume: {str(folder)!r} has {len(kept['groups'])} groups of tensors in an optimizer, this run {len(groups)}; "
+                    "tensor parallel runs go on with tensor parallel ones."
+                )
             state = _empty_state(optimizer, kept["state"])
             _read(folder / _numbered("optimizer", i), state)
-            groups = optimizer.state_dict()["param_groups"]
             if _schedulers(accelerator):
                 groups = [group | _like(group, saved) for group, saved in zip(groups, kept["groups"], strict=True)]
             optimizer.load_state_dict({"state": _nested(state), "param_groups": groups})
@@ -158,9 +187,10 @@ def _like(group: Numbers, saved: Numbers) -> Numbers:
     return {k: tuple(v) if isinstance(group.get(k), tuple) else v for k, v in saved.items()}
 
 
-def _write(accelerator: Accelerator, path: Path, tensors: dict[str, Tensor]) -> None:
+def _write(accelerator: Accelerator, path: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None) -> None:
     if _are_cut(tensors):
-        dcp.save(dict(tensors), storage_writer=dcp.HuggingFaceStorageWriter(str(path), save_distributed=True))
+        writer = dcp.HuggingFaceStorageWriter(str(path), save_distributed=True)
+        dcp.save(dict(tensors), storage_writer=writer, process_group=group)
     elif accelerator.is_main_process:
         save_file({name: t.contiguous() for name, t in tensors.items()}, _file(path))
 
@@ -207,7 +237,7 @@ def _file(path: Path) -> Path:
     return path.with_name(f"{path.name}.safetensors")
 
 
-def _write_random(path: Path, device: torch.device) -> None:
+def _random_streams(device: torch.device) -> tuple[dict[str, Tensor], dict[str, str]]:
     version, words, gauss = random.getstate()
     kind, keys, *rest = np.random.get_state()
     tensors = {
@@ -217,7 +247,7 @@ def _write_random(path: Path, device: torch.device) -> None:
     }
     if device.type != "cpu":
         tensors[device.type] = torch.get_device_module(device).get_rng_state()
-    save_file(tensors, path, {"python": json.dumps([version, gauss]), "numpy": json.dumps([kind, *rest])})
+    return tensors, {"python": json.dumps([version, gauss]), "numpy": json.dumps([kind, *rest])}
 
 
 def _read_random(path: Path, device: torch.device, same_device: bool) -> None:

@@ -16,6 +16,7 @@ from unified.prediction.arrange import Batch
 from unified.training.config import TrainConfig
 from unified.training.objectives.base import MicroBatch, Objective, Term
 from unified.training.objectives.likelihood import Likelihood
+from unified.training.tensor_parallel import data_rank
 from unified.training.tracking import LossMeter, sum_over_processes
 
 MAX_SKIPPED = 20
@@ -89,7 +90,7 @@ def train_step(
                 continue  # logged by its parts
             sums = {"loss": term.loss * count, **term.metrics}
             meter.add(**{f"{objective.name}_{name}": (value / max(own, 1e-9), own) for name, value in sums.items()})
-    return int(all_positions)
+    return int(all_positions) * data_rank(accelerator)[1] // accelerator.num_processes
 
 
 def likelihood_items(objectives: Sequence[Objective], items: Sequence[float]) -> float:
