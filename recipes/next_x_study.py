@@ -4,9 +4,10 @@
         --clip runs/npp_study/shapes_clip --out runs/next_x/shapes --variants next-token diagonals channel
 
 Trains every variant with every seed, generates images for the same captions and measures them: quality, held-out nats a code
-in the variant's own factorisation, passes and CPU seconds an image. A finished run is not run again. Writes `study.json`
-(every run), `table.md` (mean and spread) and `study.png` (quality against cost and against passes). The top of each config
-lists the commands to run before: tokenizers, codes, a small CLIP. `--help` lists all variants.
+in the variant's own factorisation, passes and CPU seconds an image. A class-conditional config is studied with classes in place
+of captions, with guidance and without it. A finished run is not run again. Writes `study.json` (every run), `table.md` (mean and
+spread) and `study.png` (quality against cost and against passes). The top of each config lists the commands to run before:
+tokenizers, codes, a small CLIP. `--help` lists all variants.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from unified.data.crops import fit
 from unified.data.sources import load_source
 from unified.errors import explain_errors
 from unified.lora.adapters import base_of
+from unified.model.prefix import BOI, EOI, NO_TEXT
 from unified.prediction.merge import merged_grid
 from unified.prediction.schedule import schedule_flops
 from unified.settings import dump_settings, refuse_other
@@ -41,7 +43,7 @@ from unified.training.validation import image_loss
 from unified_eval.clip import clip_features, load_clip, retrieval_at_1
 from unified_eval.features import load_extractor
 from unified_eval.frechet import frechet_distance
-from unified_eval.generation import stream_images
+from unified_eval.generation import call_pipeline, stream_images
 from unified_eval.selection import choose_evenly, first_usable_rows, unique_captions
 from unified_eval.shapes import find_shapes, shapes_accuracy
 from unified_eval.sheets import captioned_grid, in_rows
@@ -74,6 +76,7 @@ VARIANTS: dict[str, tuple[list[str], str | None]] = {
     "channel chained diagonals": ([*ONES, CHANNEL, CHAINED, "prediction.order=diagonals"], BASELINE),
     # Next-patch prediction, and before another last stage
     "next-token, cost of (2,1)": (ONES, "(2,1)"),
+    "next-token, cost of (4,2,1)": (ONES, "(4,2,1)"),
     "(2,1)": (HALVES, None),
     "(2,1) diagonals": ([*HALVES, "prediction.order=diagonals"], None),
     "(2,1) channel": ([*HALVES, CHANNEL], BASELINE),
@@ -115,7 +118,7 @@ class Run:
     overrides: tuple[str, ...]
     like: tuple[str, ...] | None  # overrides of the variant at whose FLOPs the training stops
     data: str
-    clip: str
+    clip: str | None  # None for classes
     split: str
     num_images: int
     guidance_scale: float
@@ -160,7 +163,7 @@ def train_and_measure(run: Run) -> dict[str, Any]:
         "passes": passes(pipeline),
         **losses(config, pipeline),
         **sampling_seconds(run, pipeline),
-        **(image_quality(run, pipeline) if run.num_images else {}),
+        **(image_quality(run, config, pipeline) if run.num_images else {}),
     }
     result_file.write_text(json.dumps(result, indent=2))
     return result
@@ -168,21 +171,32 @@ def train_and_measure(run: Run) -> dict[str, Any]:
 
 def flops_per_image(config: TrainConfig) -> float:
     """Mean training FLOPs an image by the formula of ``unified.prediction.schedule``, with the captions' mean length."""
-    rows = load_codes(str(config.data.train), config.data.train_split, None)
-    tokenizer = load_text_tokenizer(str(config.model.text_tokenizer))
-    lengths = [len(tokenizer.encode(caption)) for caption in rows["caption"]]
+    classes = conditioning_of(config)
+    rows = load_codes(str(config.data.train), config.data.train_split, None, "labelled" if classes else "captioned")
     grids = {(int(h), int(w)) for h, w in zip(rows["height"], rows["width"], strict=True)}
     if len(grids) > 1:
         raise ValueError(f"data.train: images of several grids {sorted(grids)}; a study needs one.")
+    if classes:
+        text, boi, eoi, text_positions = NO_TEXT, BOI, EOI, 0.0  # the class runs in place of the last code
+    else:
+        tokenizer = load_text_tokenizer(str(config.model.text_tokenizer))
+        lengths = [len(tokenizer.encode(caption)) for caption in rows["caption"]]
+        text, boi, eoi = {"vocab_size": tokenizer.vocab_size}, tokenizer.boi_token_id, tokenizer.eoi_token_id
+        text_positions = sum(lengths) / len(lengths) + 2  # <bos>, <boi>
     model_config = UnifiedConfig(
-        text_config={**(config.model.architecture or {}), "vocab_size": tokenizer.vocab_size},
+        text_config={**(config.model.architecture or {}), **text},
         codebook_size=AutoImageTokenizer.from_pretrained(str(config.model.image_tokenizer)).codebook_size,
-        boi_token_id=tokenizer.boi_token_id,
-        eoi_token_id=tokenizer.eoi_token_id,
+        boi_token_id=boi,
+        eoi_token_id=eoi,
         prediction=None if config.prediction is None else config.prediction.build(),
+        conditioning=classes,
     )
-    text_positions = sum(lengths) / len(lengths) + 2  # <bos>, <boi>
     return schedule_flops(config.patch_schedule(), model_config, grids.pop(), text_positions)
+
+
+def conditioning_of(config: TrainConfig) -> dict[str, Any] | None:
+    """The classes of a class-conditional model; None for one that reads captions."""
+    return config.model.options.get("conditioning")
 
 
 def passes(pipeline: UnifiedPipeline) -> int:
@@ -196,13 +210,14 @@ def passes(pipeline: UnifiedPipeline) -> int:
 def sampling_seconds(run: Run, pipeline: UnifiedPipeline) -> dict[str, float]:
     """CPU seconds an image on one thread, one at a time and 16 together: the least of three."""
     pipeline.set_progress_bar_config(disable=True)
+    prompt: list[Any] = [0] if base_of(pipeline.model).config.classes else ["a red circle"]
     seconds = {}
     for count in (1, 16):
         taken = []
         for _ in range(4):  # the first one prepares the decoder
             started = time.process_time()
-            pipeline(
-                "a red circle", num_images_per_prompt=count, guidance_scale=run.guidance_scale, output_type="codes"
+            call_pipeline(
+                pipeline, prompt, num_images_per_prompt=count, guidance_scale=run.guidance_scale, output_type="codes"
             )
             taken.append((time.process_time() - started) / count)
         seconds[f"seconds_of_{count}"] = min(taken[1:])
@@ -211,38 +226,48 @@ def sampling_seconds(run: Run, pipeline: UnifiedPipeline) -> dict[str, float]:
 
 def losses(config: TrainConfig, pipeline: UnifiedPipeline) -> dict[str, float]:
     """Losses in nats a code in the model's own factorisation, on held-out rows and on as many training rows."""
-    held_out = load_codes(str(config.data.validation or config.data.train), config.data.validation_split, None)
-    seen = load_codes(str(config.data.train), config.data.train_split, None)
+    classes = conditioning_of(config)
+    kind = "labelled" if classes else "captioned"
+    held_out = load_codes(str(config.data.validation or config.data.train), config.data.validation_split, None, kind)
+    seen = load_codes(str(config.data.train), config.data.train_split, None, kind)
     seen = seen.select(range(min(len(seen), len(held_out))))
-    model, text_tokenizer = base_of(pipeline.model), pipeline.text_tokenizer
+    model, text_tokenizer = base_of(pipeline.model), None if classes else pipeline.text_tokenizer
     return {
         name: image_loss(model, rows, text_tokenizer, model.config, config.batch_size, torch.device("cpu"))
         for name, rows in (("validation_loss", held_out), ("training_loss", seen))
     }
 
 
-def image_quality(run: Run, pipeline: UnifiedPipeline) -> dict[str, float]:
-    """Generate an image for each chosen caption: FD-EffLite0 to the real ones, R@1 among 64 captions, agreement on shapes."""
-    rows, _ = first_usable_rows(run.data, run.split, None)
-    chosen = choose_evenly(unique_captions(rows), run.num_images, 0)
-    captions = [row.caption for row in chosen]
-    size, _ = pipeline.default_size
-    stream = stream_images(
-        pipeline, captions, range(len(captions)), guidance_scale=run.guidance_scale, temperature=run.temperature
-    )
-    images = list(stream)
-    captioned_grid(in_rows(images[:32], 8), in_rows(captions[:32], 8)).save(Path(run.out) / "samples.png")
+def image_quality(run: Run, config: TrainConfig, pipeline: UnifiedPipeline) -> dict[str, float]:
+    """Generate an image for each chosen caption, or for the classes of as many images, and compare them with the real ones.
 
+    Returns:
+        FD-EffLite0, and with captions R@1 among 64 and agreement on shapes, with classes FD-EffLite0 without guidance.
+    """
+    classes = conditioning_of(config)
+    column = config.data.class_column if classes else config.data.caption_column
+    rows, _ = first_usable_rows(run.data, run.split, None, caption_column=column)
+    chosen = choose_evenly(rows if classes else unique_captions(rows), run.num_images, 0)
+    captions = [row.caption for row in chosen]
+    prompts: list[Any] = pipeline.get_label_ids(captions) if classes else captions
+    size, _ = pipeline.default_size
+
+    def generate(guidance_scale: float) -> list[Image.Image]:
+        options: dict[str, Any] = {"guidance_scale": guidance_scale, "temperature": run.temperature}
+        return list(stream_images(pipeline, prompts, range(len(prompts)), **options))
+
+    images = generate(run.guidance_scale)
+    captioned_grid(in_rows(images[:32], 8), in_rows(captions[:32], 8)).save(Path(run.out) / "samples.png")
     extractor = load_extractor("efficientnet-lite0")
-    real = [fit(row.image, size) for row in chosen]
-    clip = load_clip(run.clip)
+    real = extractor([fit(row.image, size) for row in chosen])
+    quality = {extractor.key: frechet_distance(extractor(images), real)}
+    if classes:
+        plain = extractor(images if run.guidance_scale == 1 else generate(1.0))
+        return quality | {f"{extractor.key}_unguided": frechet_distance(plain, real)}
+    clip = load_clip(str(run.clip))
     blocks = [slice(start, start + 64) for start in range(0, len(captions), 64)]
     hits = [retrieval_at_1(*clip_features(clip, images[b], captions[b]), captions[b]) for b in blocks]
-    quality = {
-        extractor.key: frechet_distance(extractor(images), extractor(real)),
-        "r1": sum(hits) / len(hits),
-    }
-    return quality | agreement(run, [row.row for row in chosen], images)
+    return quality | {"r1": sum(hits) / len(hits)} | agreement(run, [row.row for row in chosen], images)
 
 
 def agreement(run: Run, rows: Sequence[int], images: Sequence[Image.Image]) -> dict[str, float]:
@@ -265,6 +290,11 @@ def agreement(run: Run, rows: Sequence[int], images: Sequence[Image.Image]) -> d
 
 def plan(args: argparse.Namespace) -> list[Run]:
     """All runs of the chosen variants and seeds, seed by seed."""
+    classes = conditioning_of(load_config(args.config, [*args.overrides, "output_dir=unused"]))
+    if classes and args.clip:
+        raise ValueError("clip: a class-conditional model has no captions to find its images by; leave it out.")
+    if not classes and not args.clip and args.num_images:
+        raise ValueError("clip: missing, and images are found by their captions; give a folder of eval/train_clip.py.")
     runs = []
     for seed in args.seeds:
         for variant in args.variants:
@@ -287,11 +317,15 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="config of recipes/train.py that all runs share")
-    parser.add_argument("--data", required=True, help="images and captions that generated images are compared with")
     parser.add_argument(
-        "--split", default="train", help="split of --data whose captions are generated (default: %(default)s)"
+        "--data", required=True, help="images with captions or classes that generated ones are compared with"
     )
-    parser.add_argument("--clip", required=True, help="CLIP folder for R@1, as written by eval/train_clip.py")
+    parser.add_argument(
+        "--split",
+        default="train",
+        help="split of --data whose captions or classes are generated (default: %(default)s)",
+    )
+    parser.add_argument("--clip", help="CLIP folder for R@1 of captions, as written by eval/train_clip.py")
     parser.add_argument(
         "--num-images",
         type=int,

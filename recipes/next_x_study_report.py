@@ -16,6 +16,7 @@ METRICS = {
     "training_loss": ("training loss", 3, False),
     "validation_loss": ("held-out loss", 3, False),
     "fd_efflite0": ("FD-EffLite0", 1, False),
+    "fd_efflite0_unguided": ("FD-EffLite0, no guidance", 1, False),
     "r1": ("R@1 of 64", 3, True),
     "colours": ("colours", 3, True),
     "agreement": ("agreement", 3, True),

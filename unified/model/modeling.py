@@ -403,8 +403,6 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
             embeds = torch.cat([self.condition(condition).to(embeds.dtype), embeds[:, self.condition.length :]], dim=1)
         if features is not None and feature_inputs is not None:
             embeds = enter_features(self.vision_projector, embeds, features, feature_inputs)
-        if self.config.dropout:
-            embeds = F.dropout(embeds, self.config.dropout, self.training)
         image_positions = None
         if self.modality_gate is not None:
             image_positions = self._image_positions(embeds, image_inputs, query_inputs)
@@ -414,6 +412,8 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
                 None if each is None else each[:, :-1]
                 for each in (positions, image_positions, steps, document_ids, attention_mask, position_ids)
             )
+        if self.config.dropout:
+            embeds = F.dropout(embeds, self.config.dropout, self.training)
         arguments: dict[str, Any] = {"attention_mask": attention_mask, "position_ids": position_ids, "cache": cache}
         config = self.backbone.base_model.config
         if document_ids is not None or steps is not None:
