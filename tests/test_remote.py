@@ -152,6 +152,20 @@ def test_codes_and_images_are_the_pipelines(exported, sample, scale):
     assert {(body["model"], body["temperature"], body["ignore_eos"]) for body in server.bodies} == {("mine", 0.0, True)}
 
 
+def test_a_server_that_checks_no_ids_is_not_asked_for_guidance(exported):
+    """vLLM without a tokenizer takes any id: the null token of a guided prompt would be one more token."""
+    server = Server(exported[1])
+    with (
+        running(server) as url,
+        RemotePipeline(exported[1], url) as there,
+        pytest.raises(
+            ValueError, match=r"guidance_scale: http://.* samples without guidance\. Guidance needs a server"
+        ),
+    ):
+        there("red apple", GenerationOptions(top_k=1, guidance_scale=3.0))
+    assert [body["max_tokens"] for body in server.bodies] == [1]
+
+
 def test_guidance_changes_the_codes(exported):
     """The test above would pass with any scale otherwise."""
     pipe, _ = exported

@@ -28,6 +28,7 @@ from unified_tokenizers.images import to_pil
 
 BATCH = 16  # images that are decoded at once
 AGAIN = (429, 502, 503, 504)  # answers of a server that is busy or being started
+GUIDANCE_HINT = " Guidance needs a server started by `python -m unified_vllm`; guidance_scale=1 does without."
 WAIT = 0.5  # seconds before the first further try; twice as long before each one after it
 
 
@@ -113,7 +114,10 @@ class RemotePipeline:
         """
         given = (options or GenerationOptions()).filled(self.sampling)
         images = self.arrange(prompt, given)
-        bodies = self.requests(images, given, seed, self.served())
+        served = self.served()
+        bodies = self.requests(images, given, seed, served)
+        if given.sampling.guided:
+            self._check_guides(served)
         with ThreadPoolExecutor(self.concurrency) as pool:
             waiting = [pool.submit(self.codes, body) for body in bodies]
             try:
@@ -193,6 +197,24 @@ class RemotePipeline:
             ValueError, ConnectionError, TimeoutError: as :meth:`__call__`.
         """
         return codes_of(self._answer("POST", "/v1/completions", body, note), body, self.config, self.url)
+
+    def probe(self, served: Served, guided: bool) -> None:
+        """Ask for one code, as a server with guidance or one without is asked.
+
+        Raises:
+            ValueError, ConnectionError, TimeoutError: as :meth:`__call__`; ValueError if the server is of the other kind.
+        """
+        plain = GenerationOptions(guidance_scale=1.0, guidance_schedule="constant").filled(self.sampling)
+        (body,) = self.requests(self.arrange("a", plain), plain, 0, served, guided)
+        self.codes({**body, "max_tokens": 1})
+
+    def _check_guides(self, served: Served) -> None:
+        """Raises ValueError if a server answers without guidance: it may check no ids, and sample after any prompt."""
+        try:
+            self.probe(served, guided=False)
+        except ValueError:
+            return
+        raise ValueError(f"guidance_scale: {self.url} samples without guidance.{GUIDANCE_HINT}")
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> list[Image.Image]:
@@ -362,5 +384,5 @@ def hint_of(body: dict[str, Any] | None) -> str:
     if body is None:
         return ""
     if "vllm_xargs" in body:
-        return " Guidance needs a server started by `python -m unified_vllm`; guidance_scale=1 does without."
+        return GUIDANCE_HINT
     return " A server with guidance wants a guidance_scale; another model has other ids."
