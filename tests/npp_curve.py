@@ -134,7 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--npp", required=True, help="checkout of the official repository")
     parser.add_argument(
-        "--epochs", type=int, default=15, help=f"of {EPOCH} steps, in each stage (default: %(default)s)"
+        "--epochs", type=int, default=25, help=f"of {EPOCH} steps, in each stage (default: %(default)s)"
     )
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="default: %(default)s")
     parser.add_argument(
