@@ -49,6 +49,7 @@ STEPS: dict[str, list[str]] = {
              "--out", f"{OUT}/clip", "--name", "shapes-nano"],
     "evaluate": [*PYTHON, "eval/evaluate.py", "--pipeline", f"{OUT}/model/pipeline", "--data", f"{OUT}/data/scenes",
                  "--split", "validation", "--clip", f"{OUT}/clip", "--num-images", "64",
+                 "--guidance-scale", "1.5", "--temperature", "0.9",
                  "--metrics", "fd", "kd", "clip", "shapes", "--out", f"{OUT}/evaluation"],
     "report": [*PYTHON, "recipes/quickstart_report.py", "--run", str(OUT)],
 }  # fmt: skip

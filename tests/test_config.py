@@ -201,7 +201,15 @@ SHIPPED = [
 def test_shipped_configs_load(path):
     """A study gives every run its own folder; the other configs name theirs."""
     config = load_config(path, ["output_dir=out"] if "study" in path.name else [])
-    fine = ("llamagen", "retrofit", "shapes", "dpo", "vqa", "caption")  # single codes alone
+    fine = (
+        "llamagen",
+        "retrofit",
+        "shapes",
+        "dpo",
+        "vqa",
+        "caption",
+        "quickstart",
+    )  # single codes alone, or most of the time
     assert (config.patch_schedule().relative_cost() < 0.64) != path.name.startswith(fine)
 
 

@@ -124,7 +124,7 @@ def test_components_make_another_pipeline(pipeline, tmp_path):
     pipeline.model = noisy_adapter(pipeline.model, tmp_path, 1)
     pipeline.load_lora_weights(tmp_path, "style")
     other = UnifiedPipeline(**pipeline.components)
-    assert list(pipeline.components) == ["model", "image_tokenizer", "text_tokenizer", "sampling"]
+    assert list(pipeline.components) == ["model", "image_tokenizer", "text_tokenizer", "sampling", "vision_encoder"]
     assert other.model is pipeline.model and other.get_active_adapters() == ["style"]
     assert torch.equal(sample(other), sample(pipeline))
     other.sampling = {"top_k": 2}

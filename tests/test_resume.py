@@ -455,7 +455,7 @@ class DeepSpeedLike:
     """An accelerator that steps inside of backward, as DeepSpeed does."""
 
     distributed_type, num_processes, process_index, mixed_precision = DistributedType.DEEPSPEED, 1, 0, "no"
-    sync_gradients, device = True, torch.device("cpu")
+    sync_gradients, device, parallelism_config = True, torch.device("cpu"), None
 
     def __init__(self, optimizer):
         self.optimizer, self.rates = optimizer, []

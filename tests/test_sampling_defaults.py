@@ -120,7 +120,7 @@ def test_the_command_line_and_the_page_begin_with_them(pipeline, saved, tmp_path
     ]
     assert main(command) == 0 and main([*command, "--top-k", "3"]) == 0
     settings = [read_image_metadata(file)["settings"] for file in sorted((tmp_path / "out").iterdir())]
-    usual = {"height": 16, "width": 16, "top_p": 1.0, **DEFAULTS}
+    usual = {"height": 16, "width": 16, "top_p": 1.0, "group_temperature": 1.0, **DEFAULTS}
     assert settings == [usual, {**usual, "top_k": 3}]
     need_gradio()
     with closing(Engine(UnifiedPipeline.from_pretrained(saved))) as engine:
