@@ -88,7 +88,7 @@ def _one_image(
     cells, ranks = (torch.cat([getattr(group, name).view(1, -1) for group in groups]) for name in ("codes", "ranks"))
     queries = torch.tensor([group.asking[0] for group in groups], device=device)
     inputs = torch.tensor([group.entering[0] for group in groups[1:]], device=device)  # a cell enters in the next group
-    positions = decoder.positions(state.position[:, None, None] + passes.offsets_of(len(state.position)))
+    positions = decoder.positions(passes.coordinates_after(state.position))
     scales = torch.tensor(sampling.scales(len(known)), device=device)[ranks[:, :1].expand_as(ranks)]
     noise, verdicts = PositionNoise([generator], size, device), verdict_stream(generator)
     entering, done = torch.arange(*groups[0].entering, device=device), 0

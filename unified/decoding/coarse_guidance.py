@@ -23,9 +23,16 @@ import torch
 from torch import Tensor
 
 from unified.decoding.config import Sampling, check_decoding
-from unified.decoding.decode import cell_logits, continue_image, forced_codes, paired_prompts, run_positions
+from unified.decoding.decode import (
+    begin_image,
+    cell_logits,
+    continue_image,
+    forced_codes,
+    paired_prompts,
+    run_positions,
+)
 from unified.decoding.decoder import Decoder
-from unified.decoding.passes import Group, Passes, coarse_passes, image_passes
+from unified.decoding.passes import Group, Passes, coarse_passes
 from unified.decoding.prefill import Prompt, prefill
 from unified.decoding.sampling import guide
 from unified.prediction.merge import Grid
@@ -60,14 +67,12 @@ def coarsely_guided_codes(
     check_decoding(mode, decoder.model.prediction)
     rows = paired_prompts(decoder.model, prompts, negative_prompts, sampling, generators)
     forced = forced_codes(known, len(prompts), grid, decoder.model)
-    passes = image_passes(decoder.model, grid, generators, forced)
-    state = prefill(decoder, rows[: len(prompts)], passes.room)
+    state, passes, coordinates = begin_image(decoder, rows[: len(prompts)], grid, generators, forced)
     guides = []
     if sampling.guided:
         others = rows[len(prompts) :] if mode == "coarse_cfg" else rows[: len(prompts)]
         shifts = range(min(side, grid[0] - side + 1)) if decoder.model.prediction.is_raster else range(1)
         guides = [CoarseGuide(decoder, others, grid, passes, sampling, side, shift) for shift in shifts]
-    coordinates = state.position[:, None, None] + passes.offsets_of(len(state.position))
     plain = replace(sampling, guidance_scale=1.0, guidance_schedule="constant")
     yield from continue_image(decoder, state, passes, coordinates, plain, generators, forced, guides=guides)
 
@@ -95,8 +100,7 @@ class CoarseGuide:
     ):  # fmt: skip
         self.decoder, self.passes = decoder, coarse_passes(decoder.model, grid, side, shift)
         self.state = prefill(decoder, prompts, self.passes.room)
-        coordinates = self.state.position[:, None, None] + self.passes.offsets_of(len(self.state.position))
-        self.positions = decoder.positions(coordinates)
+        self.positions = decoder.positions(self.passes.coordinates_after(self.state.position))
         self.hidden, self.scales = self.state.hidden[:, None], sampling.scales(grid[0] * grid[1])
         count = grid[0] * grid[1]
         when, self.group, self.place = (torch.full((count,), -1) for _ in range(3))  # of each code

@@ -81,7 +81,7 @@ def iterate_codes(
     for part in parts:
         own = [generators[row] for row in part]
         sides = [rows[start + row] for start in range(0, len(rows), len(forced)) for row in part]
-        state, passes, coordinates = _begin(decoder, sides, grid, own, forced[part])
+        state, passes, coordinates = begin_image(decoder, sides, grid, own, forced[part])
         for codes in continue_image(decoder, state, passes, coordinates, sampling, own, forced[part]):
             if len(parts) == 1:
                 yield codes
@@ -112,19 +112,19 @@ def generate_scored(
     decoder = make_decoder(model) if isinstance(model, UnifiedForCausalLM) else model
     rows = paired_prompts(decoder.model, prompts, negative_prompts, sampling, generators)
     forced = forced_codes(None, len(prompts), grid, decoder.model)
-    state, passes, coordinates = _begin(decoder, rows, grid, generators, forced)
+    state, passes, coordinates = begin_image(decoder, rows, grid, generators, forced)
     log_probs = torch.zeros(forced.shape, device=forced.device)
     *_, codes = continue_image(decoder, state, passes, coordinates, sampling, generators, forced, log_probs)
     return codes.reshape(-1, *grid), log_probs.reshape(-1, *grid)
 
 
-def _begin(
+def begin_image(
     decoder: Decoder, rows: Sequence[Prompt], grid: Grid, generators: Sequence[torch.Generator], forced: Tensor
 ) -> tuple[Prefilled, Passes, Tensor]:
     """Read the prompts of an image; what has been read, the passes of the image, and coordinates of its positions."""
     passes = image_passes(decoder.model, grid, generators, forced)
     state = prefill(decoder, rows, passes.room)
-    return state, passes, state.position[:, None, None] + passes.offsets_of(len(state.position))
+    return state, passes, passes.coordinates_after(state.position)
 
 
 def _alike(prediction: Prediction, known: Tensor) -> list[list[int]]:

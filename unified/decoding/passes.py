@@ -69,6 +69,10 @@ class Passes:
         """``(rows, L, 2)`` for the rows of a batch, whose unconditional sides follow the conditional ones."""
         return self.offsets.repeat(rows // len(self.offsets), 1, 1)
 
+    def coordinates_after(self, position: Tensor) -> Tensor:
+        """``(R, L, 2)`` of all positions, for rows whose text ends at ``position (R,)``."""
+        return position[:, None, None] + self.offsets_of(len(position))
+
     def is_image(self, positions: Tensor) -> Tensor:
         """``(1, T)`` or ``(1, 1)`` for all alike, which of the positions are the image's own and not text of its frame."""
         if self.tokens is None:
