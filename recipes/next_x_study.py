@@ -94,18 +94,9 @@ VARIANTS: dict[str, tuple[list[str], str | None]] = {
 }
 MEASURED_WITH = ("data", "split", "clip", "num_images", "guidance_scale", "temperature")
 MAIN = [
-    BASELINE,
-    "diagonals",
-    "rows",
-    "regions",
-    "spread",
-    "channel",
-    "channel diagonals",
-    "channel chained",
-    "channel chained diagonals",
-    "(2,1)",
-    "(2,1) diagonals",
-]
+    BASELINE, "diagonals", "rows", "regions", "spread", "channel", "channel diagonals", "channel chained",
+    "channel chained diagonals", "(2,1)", "(2,1) diagonals",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,8 @@ PLANS = {
     "position": (1, 1 / 3, 1 / 2), "color_attr": (1, 0, 1), "size": (1 / 2, 1, 1 / 2), "background": (1 / 2, 1 / 3, 1),
     "attributes": (0, 2 / 3, 1),
 }  # fmt: skip
-TASKS = tuple(PLANS)[:8]  # attributes, one thing of which everything is said, has to be asked for
+# One thing of which everything is said has to be asked for.
+TASKS = tuple(task for task in PLANS if task != "attributes")
 # GenEval's ten colour words; flat regions of an image have exactly these values.
 PALETTE = {
     "red": (225, 30, 40), "orange": (250, 135, 15), "yellow": (255, 230, 40), "green": (25, 155, 70),

@@ -174,8 +174,8 @@ def image_flops(config: UnifiedConfig, grid: Grid, text_positions: float, patch_
     squares = 0  # matrices of width x width that a vector passes
     if learned:
         squares += 4 * int((plan.cells >= 0).sum()) + (3 + codes) * count
-    if learned and merge.chained:
-        squares += (1 + codes + 3 * codes) * count
+        if merge.chained:
+            squares += (1 + 4 * codes) * count
     if sources > 1:
         squares += (3 + sources) * count
     flops = training_flops(config, text_positions, len(plan.cells), count * codes)

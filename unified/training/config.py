@@ -154,9 +154,8 @@ class ModelConfig:
     boi: str | None = None  # token that opens an image, for a pretrained text tokenizer
     eoi: str | None = None  # token that closes an image
     image_init: str | None = (
-        None  # how the image embedding starts: text (default on a backbone: like its text), normal (default
+        None  # text (on a backbone by default), normal (else), or codebook (similar codes start alike)
     )
-    # of a new model), or codebook (similar codes alike)
     head_init: str = "normal"  # likewise normal, text, zero (a loss of ln K) or tied-like (rows of the image embedding)
     options: dict[str, Any] = field(  # fields of UnifiedConfig: positions, loss weights, ...;
         default_factory=dict  # vision: {encoder: FOLDER or Hub name, layer: -2, pool: 1} reads images by its features
