@@ -1,4 +1,5 @@
 # make quickstart [FRESH=1]  data, tokenizers, model, LoRA, images, report in runs/quickstart/
+# make speedrun              how long two cores train to a fixed held-out quality: a row of the table in recipes/README.md
 # make check                 lint, types and fast tests: under two minutes on two cores
 # make test                  lint, types and all tests
 # make gpu-check             what no CPU can prove, on one CUDA device: writes runs/gpu_check.md
@@ -19,10 +20,13 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfil
 LOCK := $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --quiet \
 	--custom-compile-command "make lock" $(if $(UPGRADE),--upgrade)
 
-.PHONY: quickstart check test lint docs lock audit clean gpu-check
+.PHONY: quickstart speedrun check test lint docs lock audit clean gpu-check
 
 quickstart: .venv/quickstart.installed
 	$(BIN)/python recipes/quickstart.py $(if $(FRESH),--fresh)
+
+speedrun: .venv/quickstart.installed
+	$(BIN)/python recipes/speedrun.py
 
 check: lint
 	$(PYTEST) -m "not process"

@@ -1,9 +1,9 @@
 """The whole product on two CPU cores: data, tokenizers, model, LoRA, images, metrics, report.
 
-    python recipes/quickstart.py [--fresh]
+    python recipes/quickstart.py [--fresh] [--until STEP]
 
 Every step is a command that you can run by yourself. A finished step is not run again, so an interrupted quickstart
-continues; ``--fresh`` starts again.
+continues; ``--fresh`` starts again, and ``--until`` ends it after a step.
 """
 
 import argparse
@@ -98,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run what is not done yet, in order; a changed step makes all later ones run again."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fresh", action="store_true", help=f"remove {OUT} first")
+    parser.add_argument("--until", choices=STEPS, help="the last step (default: all of them)")
     args = parser.parse_args(argv)
     out = ROOT / OUT
     if args.fresh:
@@ -113,6 +114,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if same and record["seconds"] is not None:
             print(f"{name}: done")
             records[name] = record
+            if name == args.until:
+                return
             continue
         stale = True  # later steps have older inputs
         checkpoints = out / "model" / "checkpoints"
@@ -126,6 +129,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         seconds, memory = run([*command, "resume=latest"] if interrupted else command)
         records[name] |= {"seconds": seconds, "peak_memory_gb": memory}
         record_file.write_text(json.dumps(records, indent=2))
+        if name == args.until:
+            return
     print(f"\nDone. Open {OUT}/report.html; the images are beside it.")
 
 

@@ -50,6 +50,12 @@ def test_fresh_starts_again(steps):
     assert steps("--fresh") == "abc"
 
 
+def test_it_ends_after_the_step_that_is_named(steps, tmp_path):
+    assert steps("--until", "b") == "ab"
+    assert steps("--until", "b") == ""
+    assert steps() == "c"
+
+
 def test_changed_command_runs_again_with_what_follows(steps, monkeypatch):
     steps()
     monkeypatch.setitem(quickstart.STEPS, "b", steps.command("B"))

@@ -1,8 +1,6 @@
 """Rewards by import path: weights, and what is wrong with one is said with the prompt."""
 
-import json
 import math
-import random
 import sys
 import types
 
@@ -96,21 +94,6 @@ def test_lists_of_rewards_that_are_refused(module):
         Rewards([RewardSettings("own_rewards:length"), RewardSettings("own_rewards:length", 2.0)])
     with pytest.raises(ValueError, match="weight: nan"):
         Rewards([RewardSettings("own_rewards:length", math.nan)])
-
-
-def test_claims_of_a_caption_are_those_of_its_scene():
-    for number in range(400):
-        scene = recipe.sample_scene(random.Random(f"rewards/{number}"))
-        caption = recipe.describe(scene)
-        assert of_eval.caption_claims(caption) == json.loads(json.dumps(recipe.claims(scene))), caption
-
-
-@pytest.mark.parametrize(
-    "caption", ["a photo of a cat", "a red circle and", "five red circles", "a red circle on a mat", ""]
-)
-def test_other_captions_are_refused(caption):
-    with pytest.raises(ValueError, match="prompts"):
-        of_eval.caption_claims(caption)
 
 
 def test_agreement_of_shapes_is_the_share_of_claims_that_hold():

@@ -1,21 +1,24 @@
-"""Pairs of images for one caption, of which one is preferred: encoded once, and as sequences."""
+"""Pairs of images for one caption, of which one is preferred: encoded once or kept as they were drawn, and as sequences."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 from accelerate import PartialState
 
 from unified.config import Vocabulary
 from unified.data.captioned import grids_of
-from unified.data.code_cache import Prepared, first_rows, write_cache
+from unified.data.code_cache import CACHE_FILE, Prepared, first_rows, write_cache
 from unified.data.crops import Size
 from unified.data.encoding import Numbered
 from unified.data.interleaved import SEGMENT_COLUMNS, segment_records
 from unified.data.rows import Rows, SkipReport, class_names, readable, undecoded_rows, usable_caption
 from unified.data.sources import load_source
 from unified.data.tables import images_beside
+from unified.files import write_json
 from unified.sequence import ImageSegment, TextSegment, TokenSequence, build_sequence
 from unified_tokenizers import TextTokenizer
 from unified_tokenizers.base import ImageTokenizer
@@ -71,6 +74,49 @@ def encode_pairs(
         return rows, make, SEGMENT_COLUMNS
 
     return write_cache(tokenizer, out, splits, [size], settings, load, prepare, block_rows, batch_size, process)
+
+
+def save_pairs(
+    tokenizer: ImageTokenizer, out: str | Path, pairs: Sequence[tuple[str, np.ndarray, np.ndarray]], source: str
+) -> None:
+    """Write pairs of drawn images as a codes cache with the split ``train``.
+
+    The codes are kept as the model drew them: an image that is decoded and encoded again gets other codes, of which the model
+    thinks as of somebody else's image.
+
+    Args:
+        tokenizer: the image tokenizer whose codes these are.
+        out: folder to write; it must not exist.
+        pairs: caption, codes ``(h, w)`` of the preferred image, and those of the other one.
+        source: folder or Hub name of the pipeline that drew them, for the model card.
+
+    Raises:
+        ValueError: if there is no pair.
+        FileExistsError: if the folder exists.
+    """
+    if not pairs:
+        raise ValueError("pairs: the list is empty.")
+    records = [
+        {
+            "texts": [caption, None, None],
+            "codes": np.concatenate([chosen.ravel(), rejected.ravel()]).astype(np.int32),
+            "heights": [chosen.shape[0], rejected.shape[0]],
+            "widths": [chosen.shape[1], rejected.shape[1]],
+            "source_row": number,
+            "view": 0,
+        }
+        for number, (caption, chosen, rejected) in enumerate(pairs)
+    ]
+    out = Path(out)
+    out.mkdir(parents=True)
+    rows = datasets.Dataset.from_list(records, features=SEGMENT_COLUMNS)
+    datasets.DatasetDict({"train": rows}).save_to_disk(out)
+    description = {
+        "tokenizer_fingerprint": tokenizer.fingerprint, "codebook_size": tokenizer.codebook_size,
+        "downsample": tokenizer.downsample, "kind": "pairs", "source": source,
+        "rows": {"train": asdict(SkipReport(used=len(pairs)))},
+    }  # fmt: skip
+    write_json(out / CACHE_FILE, description)
 
 
 def pair_sequence(
