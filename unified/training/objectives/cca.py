@@ -25,12 +25,15 @@ class CCA(Objective):
         L = -log s(beta r(x, c)) - lambda log s(-beta r(x, c')),     r(x, c) = log p(x | c) - log p_ref(x | c)
 
     with the logistic function s, and the model without its adapter as p_ref. As in the authors' code (thu-ml/CCA, MIT), the sum
-    is divided by max(lambda, 1). Conditions are shuffled among the images of a micro-batch so that none keeps its own or an
-    equal one; images for which that is not possible, without a caption (``caption_dropout``) or beside others in one sequence
-    are left out. The adapter is saved with guidance switched off.
+    is divided by max(lambda, 1). The optimum is r(x, c) = (log p(x | c) / p(x) - log lambda) / beta: what guidance at scale
+    1 + 1 / beta does. The paper's beta of 0.02 is for one epoch of a fine-tune, which ends far from it.
+
+    Conditions are shuffled among the images of a micro-batch so that none keeps its own or an equal one; images for which that is
+    not possible, without a caption (``caption_dropout``) or beside others in one sequence are left out. The adapter is saved with
+    guidance switched off.
     """
 
-    beta: float = 0.02  # how far the model may move from its reference: less for more
+    beta: float = 0.02  # about 1 / (guidance scale - 1) for a run that converges; smaller for a short one
     negative_weight: float = 1000.0  # lambda: more favours agreement over variety, as a greater guidance scale does
 
     name: ClassVar[str] = "cca"
