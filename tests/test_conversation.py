@@ -157,7 +157,7 @@ def test_a_model_of_conversations_hears_who_speaks(pipeline, says, photo, monkey
         prompts.append(read)
         return kept(decoder, read, *args, **options)
 
-    monkeypatch.setattr("unified.pipeline.pipeline.continue_conversations", spy)
+    monkeypatch.setattr("unified.pipeline.text.continue_conversations", spy)
     asked = [{"role": "user", "content": [{"type": "image", "image": photo}, {"type": "text", "text": "red apple"}]}]
     says(*tokenizer.encode("blue car"), tokenizer.eos_token_id)
     assert pipeline.chat(asked, generator=generators(0)) == ["blue car"]
