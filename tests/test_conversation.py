@@ -72,6 +72,7 @@ def test_sizes_are_checked_before_anything_is_encoded(pipeline, photo, monkeypat
         pipeline.chat(3)
 
 
+@pytest.mark.process
 def test_captions_of_a_model_that_names_no_grids(pipeline, photo):
     expected = pipeline.caption(photo, generator=generators(0))
     pipeline.model.config.image_grids = None
@@ -87,6 +88,7 @@ def test_sampling_reaches_the_text(pipeline):
     assert hot[0] != hot[1] or hot[1] != hot[2]
 
 
+@pytest.mark.process
 def test_images_are_guided_as_in_a_call(pipeline, photo, says):
     """After the same row, a conversation generates the image that a call generates by default."""
     says(pipeline.text_tokenizer.boi_token_id)
