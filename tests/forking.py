@@ -39,25 +39,29 @@ def _run_all(environments, script, arguments, cwd) -> CompletedProcess:
     command = [str(script), *map(str, arguments)]
     with TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
+        for file in (out, err):
+            file.touch()
         given = [(command, {**os.environ, **environment}, str(cwd), out, err) for environment in environments]
         started = [CONTEXT.Process(target=_run, args=arguments) for arguments in given]
         for process in started:
             process.start()
-        code = 0
-        while running := [process for process in started if process.is_alive()]:
-            wait([process.sentinel for process in running])
-            failed = [process.exitcode for process in started if process.exitcode]
-            if failed and not code:
-                code = failed[0]
-                for process in running:
-                    process.kill()
-        code = code or next((process.exitcode for process in started if process.exitcode), 0)
-        return CompletedProcess(command, code, *(file.read_text() if file.is_file() else "" for file in (out, err)))
+        try:
+            while True:
+                running = [process.sentinel for process in started if process.is_alive()]
+                code = next((process.exitcode for process in started if process.exitcode), 0)
+                if code or not running:
+                    break
+                wait(running)
+        finally:  # also where a test is interrupted
+            for process in started:
+                process.kill()
+                process.join()
+        return CompletedProcess(command, code, out.read_text(), err.read_text())
 
 
 def _run(command, environment, cwd, out, err) -> None:
     for number, file in ((1, out), (2, err)):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+        os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), number)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
