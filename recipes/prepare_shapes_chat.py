@@ -33,10 +33,13 @@ from unified_recipes.prepare_shapes import (
     RELATIONS,
     SHAPES,
     Scene,
+    add_places_argument,
+    check_numbers,
     describe,
     draw,
     ground_truth,
     holds,
+    make_splits,
     sample_scene,
 )
 
@@ -104,13 +107,16 @@ def _frequencies() -> Counter[tuple[str, str]]:
     return found
 
 
-def first_question(rng: random.Random, number: int) -> tuple[Scene, Question]:
-    """A scene, and question ``number`` of a series in which kinds take turns, and so do the answers of each."""
+def first_question(rng: random.Random, number: int, places: int | None = None) -> tuple[Scene, Question]:
+    """A scene, and question ``number`` of a series in which kinds take turns, and so do the answers of each.
+
+    ``places`` is that of :func:`unified_recipes.prepare_shapes.arrange`.
+    """
     kinds = list(ANSWERS)
     kind = kinds[number % len(kinds)]
     answer = ANSWERS[kind][number // len(kinds) % len(ANSWERS[kind])]
     while True:
-        scene = sample_scene(rng)
+        scene = sample_scene(rng, places=places)
         fitting = [question for question in questions(scene) if question[::2] == (kind, answer)]
         if fitting:
             return scene, rng.choice(fitting)
@@ -156,11 +162,13 @@ def conversation(scene: Scene, asked: Sequence[Question], drawn: bool, described
     return messages
 
 
-def rows(split: str, count: int, size: int, seed: int, asked: int, drawn: bool) -> Iterator[dict[str, Any]]:
+def rows(
+    split: str, count: int, size: int, seed: int, asked: int, drawn: bool, places: int | None
+) -> Iterator[dict[str, Any]]:
     """Yield the rows of a split. Row i has its own random stream, made from seed, split and i."""
     for i in tqdm(range(count), desc=f"render {split}"):
         rng = random.Random(f"{seed}/chat/{split}/{i}")
-        scene, first = first_question(rng, i)
+        scene, first = first_question(rng, i, places)
         further = further_questions(rng, scene, first, asked - 1) if split == "train" else []
         described = split == "train" and not drawn and rng.random() < DESCRIBED
         png = io.BytesIO()
@@ -175,16 +183,20 @@ def rows(split: str, count: int, size: int, seed: int, asked: int, drawn: bool) 
 
 
 def build(
-    size: int, train: int, validation: int, seed: int, asked: int = 3, drawn: bool = False
+    size: int,
+    train: int,
+    validation: int,
+    seed: int,
+    asked: int = 3,
+    drawn: bool = False,
+    places: int | None = None,
 ) -> datasets.DatasetDict:
     """Make the splits that have rows.
 
     Raises:
         ValueError: if a number is too small or too large.
     """
-    for field, value, low in (("size", size, MIN_SIZE), ("train", train, 0), ("validation", validation, 0)):
-        if value < low:
-            raise ValueError(f"{field} is {value}, which is too small: use --{field} {low} or more")
+    check_numbers(size, train, validation, places)
     if not 1 <= asked <= len(ANSWERS):
         raise ValueError(f"questions is {asked}, which is out of range: use --questions 1 to {len(ANSWERS)}, the kinds")
     text = datasets.Value("string")
@@ -193,12 +205,11 @@ def build(
         images=datasets.List(datasets.Image()), messages=datasets.List({"role": text, "content": content}), kind=text,
         caption=text, objects=text,
     )  # fmt: skip
-    splits = datasets.DatasetDict()
-    for split, count in (("train", train), ("validation", validation)):
-        if count:  # `datasets` saves an empty split but cannot open it
-            part = list(rows(split, count, size, seed, asked, drawn))
-            splits[split] = datasets.Dataset.from_list(part, features=features)
-    return splits
+
+    def of_split(split: str, count: int) -> Iterator[dict[str, Any]]:
+        return rows(split, count, size, seed, asked, drawn, places)
+
+    return make_splits({"train": train, "validation": validation}, of_split, features)
 
 
 CARD = """---
@@ -209,7 +220,7 @@ task_categories: [visual-question-answering, image-to-text, text-to-image]
 
 {train} conversations for training, {validation} for validation, about as many procedural scenes.
 Made with `recipes/prepare_shapes_chat.py --size {size} --train {train} --validation {validation} --seed {seed}
---questions {asked}{flag}`.
+--questions {asked}{flags}`.
 
 - `messages`: turns in transformers' format; `images`: their one image.
 - `kind`: of the first question; the kinds and their answers: {kinds}. First questions have all kinds, and all answers of
@@ -238,12 +249,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--draw", action="store_true", dest="drawn", help="the user asks for the image, and then about it"
     )
+    add_places_argument(parser)
     args = parser.parse_args(argv)
     settings = {k: v for k, v in vars(args).items() if k != "out"}
     splits = build(**settings)
     splits.save_to_disk(args.out)
     kinds = "; ".join(f"`{kind}`: {', '.join(answers)}" for kind, answers in ANSWERS.items())
-    card = CARD.format(**settings, kinds=kinds, flag=" --draw" * args.drawn)
+    flags = " --draw" * args.drawn + ("" if args.places is None else f" --places {args.places}")
+    card = CARD.format(**settings, kinds=kinds, flags=flags)
     (args.out / "README.md").write_text(card, encoding="utf-8")
     for split, part in splits.items():
         print(f"{args.out}: {len(part)} {split} conversations, {dict(sorted(Counter(part['kind']).items()))}")

@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 
 from unified import PatchSchedule, UnifiedPipeline
-from unified.data import SkipReport, captioned_images, load_source
 from unified.errors import explain_errors
 from unified.files import write_json
 from unified.lora.adapters import base_of
@@ -26,11 +25,10 @@ from unified.training.config import TrainConfig
 from unified.training.tracking import read_log
 from unified_eval.curves import plot_loss
 from unified_eval.files import write_image
-from unified_eval.reconstruction import reconstruct
 from unified_eval.report import write_report
 from unified_eval.results import recipe_line
 from unified_eval.shapes import claims_of_caption, shapes_accuracy
-from unified_eval.sheets import captioned_grid, in_rows
+from unified_eval.sheets import captioned_grid
 
 STYLE_PROMPTS = [
     "a red star on a white background",
@@ -150,12 +148,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     claims = [claims_of_caption(after) for _, after in EDITS]
     edits["edits_correct"] = shapes_accuracy(edited, claims).metrics["shapes_correct"]
 
-    held_out = captioned_images(load_source(str(run / "data" / "scenes"), "validation"), SkipReport())
-    rows = [row for _, row in zip(range(12), held_out, strict=False)]
-    rebuilt = reconstruct(pipe.image_tokenizer, [row.image for row in rows])
-    pairs = [image for row, again in zip(rows, rebuilt, strict=True) for image in (row.image, again)]
-    names = [text for row in rows for text in (row.caption, "through the tokenizer")]
-    write_image(run / "reconstructions.png", captioned_grid(in_rows(pairs, 8), in_rows(names, 8)))
     log = read_log(run / "model")
     plot_loss(log, run / "loss.png", "Loss against cost", pipe.image_tokenizer.codebook_size)
 
@@ -216,7 +208,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             (run / "edits.png",
              "One word of each caption changed, with the same generator and with another; dark: codes that changed."),
             (run / "lora.png", "The same prompts and seeds without and with the LoRA adapter."),
-            (run / "reconstructions.png", "Held-out images and their reconstructions by the image tokenizer."),
             (run / "loss.png", "Loss against cost. Validation is that of the last stage (p = 1) at every point."),
         ],
         commands=["make quickstart", *(step["command"] for step in steps.values())],

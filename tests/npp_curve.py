@@ -8,9 +8,7 @@ torchvision, as their code does. Fails if a loss differs by more than 1e-4 befor
 """
 
 import argparse
-import importlib
 import json
-import sys
 import tempfile
 from collections.abc import Iterator
 from itertools import count
@@ -21,6 +19,7 @@ import datasets
 import numpy as np
 import torch
 from torch import nn
+from unified_evaluation.benchmark_peers import import_checkout, take_whole_codes
 
 from unified import UnifiedPipeline
 from unified.convert import llamagen_from_weights
@@ -42,17 +41,10 @@ def official(folder: str) -> tuple[Any, Any]:
     Raises:
         ValueError: if the folder is not such a checkout.
     """
-    root = Path(folder).resolve()
-    if not (root / "utils" / "patchify.py").is_file():
-        raise ValueError(f"npp: {folder!r} has no utils/patchify.py; give the root of a clone.")
-    sys.path.insert(0, str(root))
-    try:
-        gpt: Any = importlib.import_module("autoregressive.models.gpt")
-        training: Any = importlib.import_module("autoregressive.train.train_c2i")
-    finally:
-        sys.path.remove(str(root))
-    patchify = gpt.target_patchify
-    gpt.target_patchify = lambda codes, **sizes: patchify(codes.double(), **sizes).long()  # F.unfold knows no integers
+    _, gpt, training = import_checkout(
+        folder, "npp", "utils.patchify", "autoregressive.models.gpt", "autoregressive.train.train_c2i"
+    )
+    take_whole_codes(gpt)
     gpt.LabelEmbedder.token_drop = lambda self, labels, force_drop_ids=None: labels  # ours were dropped before
     return gpt, training
 

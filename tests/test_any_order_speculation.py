@@ -46,7 +46,7 @@ def known_codes():
 
 
 @every_merge
-@pytest.mark.parametrize("window", [2, pytest.param(3, marks=pytest.mark.process), 40])
+@pytest.mark.parametrize("window", [*(pytest.param(few, marks=pytest.mark.process) for few in (2, 3)), 40])
 @pytest.mark.parametrize("known", [None, known_codes()], ids=["free", "known"])
 def test_the_likeliest_codes_are_those_of_plain_decoding_one_at_a_time(way, window, known):
     """With top_k = 1 nothing is left to chance: context, masks, guidance and the cache have to agree."""
@@ -59,7 +59,7 @@ def test_the_likeliest_codes_are_those_of_plain_decoding_one_at_a_time(way, wind
 
 
 @every_merge
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.process)])
 def test_known_codes_stay_and_an_image_depends_on_its_own(way, dtype):
     decoder, known = make_decoder(tiny_model(prediction=way).to(dtype)), known_codes()
     options = [GRID, Sampling(guidance_scale=2.0, temperature=2.0)]

@@ -26,6 +26,7 @@ def encoder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("p", "pack"), [(1, None), (2, 90)])
 def test_the_loss_is_the_mean_over_positions(encoder, image_tokenizer, p, pack):
     """Noise in the input changes no target; two packed rows in a coarse stage; the encoder stays as it is."""

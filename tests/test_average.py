@@ -39,6 +39,7 @@ def test_an_adapter_has_an_average_of_its_own_weights_only():
     assert sum(t.numel() for t in average.buffers()) < 0.5 * sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("adapter", [False, True])
 def test_a_run_saves_its_average(adapter, config_file, on_a_backbone, tmp_path):
     """Not the weights that it trained, which the checkpoint keeps beside it."""

@@ -17,8 +17,13 @@ from unified.sequence import ImageSegment, TextSegment, build_sequence
 from unified.training.config import load_config
 from unified.training.setup import build_parts
 
+QUICK = ("llama", "qwen2", "gemma3")  # untied and tied tables, sliding windows; the others take their time
 
-@pytest.fixture(scope="module", params=FAMILIES)
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=() if name in QUICK else pytest.mark.process) for name in FAMILIES],
+)
 def backbone(request, tmp_path_factory):
     """The plain model of a family and the folder it is saved in."""
     torch.manual_seed(0)

@@ -22,6 +22,7 @@ def image_requests(sampling, grid=(4, 4)):
     ]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("positions", "sampling"),
     [("1d", Sampling(top_k=8)), ("2d", Sampling(guidance_scale=2.0, guidance_schedule="cosine"))],
@@ -47,6 +48,7 @@ def test_images_are_those_of_the_plain_loop_whenever_they_arrive(threads, positi
         assert torch.equal(segment.codes, alone[0])
 
 
+@pytest.mark.process
 def test_a_long_prompt_joins_a_row_that_has_just_begun(monkeypatch):
     """Columns move on to make room before it, and back when the last one is written."""
     decoder = make_decoder(tiny_model(positions="2d"))

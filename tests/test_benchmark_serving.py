@@ -59,6 +59,7 @@ def test_a_worker_answers_in_turn():
     assert drawn == [0, 1, 2] and answered == sorted(answered) and answered[2] >= 0.02
 
 
+@pytest.mark.process
 def test_other_images_are_not_timed(monkeypatch):
     pipe = random_pipeline(4, 64, 1)
     call = type(pipe).__call__

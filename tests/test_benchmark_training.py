@@ -33,6 +33,7 @@ def test_memory_kept_for_the_backward_pass():
     )
 
 
+@pytest.mark.process
 def test_packing_is_timed_on_equal_losses_only(monkeypatch):
     import benchmark_training as b
 

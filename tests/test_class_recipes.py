@@ -184,6 +184,7 @@ def test_encode_images_with_classes(parts, monkeypatch, capsys, tmp_path):
     assert class_names(rows, "label") == ["cat", "dog"] and [int(row["label"]) for row in rows] == [0, 1]
 
 
+@pytest.mark.process
 def test_inpaint_takes_a_class(converted, photo, tmp_path):
     photo.save(tmp_path / "photo.png")
     Image.new("L", (16, 16), 255).save(tmp_path / "mask.png")

@@ -60,6 +60,7 @@ def conditioned(pipe, labels, scale=2.0):
 
 
 class TestPipeline:
+    @pytest.mark.process
     def test_codes_are_those_after_the_condition(self, class_pipeline):
         expected = conditioned(class_pipeline, [3, 1])
         assert torch.equal(codes_of(class_pipeline, "golden retriever", 1), expected)
@@ -68,12 +69,14 @@ class TestPipeline:
                                           output_type="codes").codes, expected)  # fmt: skip
         assert not torch.equal(codes_of(class_pipeline, 2, 1)[0], expected[0])
 
+    @pytest.mark.process
     def test_an_image_does_not_depend_on_its_batch(self, class_pipeline):
         whole = codes_of(class_pipeline, 0, 1, 2)
         for index in range(3):
             alone = codes_of(class_pipeline, index, generator=generators(index))
             assert torch.equal(alone[0], whole[index])
 
+    @pytest.mark.process
     def test_jacobi_and_previews_end_in_the_same_codes(self, class_pipeline):
         expected = codes_of(class_pipeline, 3, 1)
         assert torch.equal(codes_of(class_pipeline, 3, 1, decoding="jacobi"), expected)
@@ -84,6 +87,7 @@ class TestPipeline:
         )
         assert torch.equal(last.codes, expected) and (early[0].codes < 0).any()
 
+    @pytest.mark.process
     def test_negative_classes(self, class_pipeline):
         """One for all or one each; the default is the unconditional class, number 5."""
         model, prompts = base_of(class_pipeline.model), [Prompt((BOI,), condition=label) for label in (3, 1)]
@@ -94,6 +98,7 @@ class TestPipeline:
         same = codes_of(class_pipeline, 3, 1, negative_class_labels="goldfish")
         assert torch.equal(same, codes_of(class_pipeline, 3, 1, negative_class_labels=[1, 1]))
 
+    @pytest.mark.process
     def test_several_images_of_a_class_and_output_types(self, class_pipeline):
         output = class_pipeline(
             class_labels=["goldfish", 2], num_images_per_prompt=2, output_type="pt", generator=generators(0, 1, 2, 3)
@@ -109,6 +114,7 @@ class TestPipeline:
         known = class_pipeline.image_tokenizer.encode(to_tensor([photo]))
         assert int((kept.codes == known).sum()) >= 8
 
+    @pytest.mark.process
     def test_it_survives_its_folder(self, class_pipeline, tmp_path):
         class_pipeline.save_pretrained(tmp_path)
         assert not (tmp_path / "text_tokenizer").exists()
@@ -172,6 +178,7 @@ class TestPipeline:
 
 
 class TestEngine:
+    @pytest.mark.process
     def test_classes_share_the_running_batch(self, class_pipeline):
         expected = codes_of(class_pipeline, 3, 1)
         engine = Engine(class_pipeline, max_rows=4)
@@ -253,7 +260,9 @@ class TestPage:
         assert class_choices(pipeline.model.config) is None
 
 
-@pytest.mark.parametrize("positions", ["2d", "1d", "llamagen"])
+@pytest.mark.parametrize(
+    "positions", ["2d", *(pytest.param(other, marks=pytest.mark.process) for other in ("1d", "llamagen"))]
+)
 @pytest.mark.parametrize(
     "prediction", [{"order": "raster"}, {"order": "spread"}, {"order": "diagonals"}, {"merge": "channel"}]
 )

@@ -57,6 +57,7 @@ def test_a_mask_is_read_as_every_image(kind, pipeline, folder, tmp_path, monkeyp
             assert again.tobytes() == expected.tobytes()
 
 
+@pytest.mark.process
 def test_generate(pipeline, folder, tmp_path, capsys):
     arguments = ["generate", "--pipeline", folder, "--prompt", "red apple", "blue car", "--out", str(tmp_path / "out")]
     assert main([*arguments, "--seed", "4", "--num-images-per-prompt", "2", "--decoding", "jacobi"]) == 0

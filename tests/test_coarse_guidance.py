@@ -123,6 +123,7 @@ def test_images_are_those_of_a_loop_that_computes_all_again(order, side, share, 
         assert guided == pytest.approx(share)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("mode", CODES)
 def test_without_guidance_it_is_plain_decoding(mode):
     model, sampling = tiny_model(), Sampling(temperature=0.8)
@@ -132,6 +133,7 @@ def test_without_guidance_it_is_plain_decoding(mode):
     assert not torch.equal(guided, images)
 
 
+@pytest.mark.process
 def test_given_codes_stay_and_are_read():
     """A window of given codes counts as finished: the same codes, given or sampled, lead to the same image."""
     decoder, whole = make_decoder(tiny_model()), []

@@ -41,6 +41,7 @@ def test_a_compiled_run_equals_a_plain_one(config_file, tmp_path, monkeypatch):
         torch.testing.assert_close(theirs[name], weights[name], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.process
 def test_workers_prepare_the_same_batches(config_file, tmp_path):
     plain = run(config_file, tmp_path / "plain", "data.num_workers=null")
     assert run(config_file, tmp_path / "workers", "data.num_workers=2")[0] == plain[0]
@@ -58,6 +59,7 @@ class Products(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@pytest.mark.process
 def test_one_layer_in_two_is_recomputed():
     counts = {}
     for every in (None, 1, 2):

@@ -72,6 +72,7 @@ def test_sizes_are_checked_before_anything_is_encoded(pipeline, photo, monkeypat
         pipeline.chat(3)
 
 
+@pytest.mark.process
 def test_captions_of_a_model_that_names_no_grids(pipeline, photo):
     expected = pipeline.caption(photo, generator=generators(0))
     pipeline.model.config.image_grids = None
@@ -87,6 +88,7 @@ def test_sampling_reaches_the_text(pipeline):
     assert hot[0] != hot[1] or hot[1] != hot[2]
 
 
+@pytest.mark.process
 def test_images_are_guided_as_in_a_call(pipeline, photo, says):
     """After the same row, a conversation generates the image that a call generates by default."""
     says(pipeline.text_tokenizer.boi_token_id)
@@ -157,7 +159,7 @@ def test_a_model_of_conversations_hears_who_speaks(pipeline, says, photo, monkey
         prompts.append(read)
         return kept(decoder, read, *args, **options)
 
-    monkeypatch.setattr("unified.pipeline.pipeline.continue_conversations", spy)
+    monkeypatch.setattr("unified.pipeline.text.continue_conversations", spy)
     asked = [{"role": "user", "content": [{"type": "image", "image": photo}, {"type": "text", "text": "red apple"}]}]
     says(*tokenizer.encode("blue car"), tokenizer.eos_token_id)
     assert pipeline.chat(asked, generator=generators(0)) == ["blue car"]

@@ -1,7 +1,5 @@
 """Published models, converted: logits equal those of independent code, or of transformers, on the same weights."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +9,7 @@ from conftest import full_forward, inputs_of
 from safetensors.torch import load_file, save_file
 from transformers import CohereConfig, CohereForCausalLM, GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM
 
+import convert_checkpoint
 from unified import UnifiedForCausalLM
 from unified.convert import llamagen_from_weights, split_joint_table
 from unified.decoding import Sampling, generate_codes, generate_conditioned
@@ -147,14 +146,14 @@ class TestLlamaGen:
 
     @pytest.mark.process
     @pytest.mark.parametrize("wrapper", ["model", "module", "state_dict", None])
-    def test_recipe_and_folder(self, wrapper, tmp_path):
+    def test_recipe_and_folder(self, wrapper, tmp_path, capsys):
         state = llamagen_state("c2i")
         torch.save({wrapper: state} if wrapper else state, tmp_path / "gpt.pt")
         if wrapper is None:  # once through the command line
-            command = ["recipes/convert_checkpoint.py", "llamagen", "--checkpoint", tmp_path / "gpt.pt", "--out", tmp_path / "out",
-                       "--heads", HEADS, "--grid", 3, 4]  # fmt: skip
-            done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True)
-            assert done.returncode == 0 and f"{CODES} codes" in done.stdout, done.stderr
+            command = ["llamagen", "--checkpoint", tmp_path / "gpt.pt", "--out", tmp_path / "out", "--heads", HEADS,
+                       "--grid", 3, 4]  # fmt: skip
+            convert_checkpoint.main([*map(str, command)])
+            assert f"{CODES} codes" in capsys.readouterr().out
         else:
             from unified_tokenizers import read_weights
 

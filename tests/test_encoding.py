@@ -15,6 +15,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from forking import torchrun
 from PIL import Image
 
 import unified.data.code_cache
@@ -163,12 +164,11 @@ def test_a_killed_run_goes_on_without_loss_or_duplicates(image_tokenizer, mixed_
 def test_two_processes_equal_one(image_tokenizer, mixed_source, tmp_path, streamed):
     """The recipe in two processes on one source, and the function alone; each row is encoded once."""
     image_tokenizer.save_pretrained(tmp_path / "tokenizer")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2,
-               "recipes/encode_images.py", "--image-tokenizer", tmp_path / "tokenizer",
-               "--source", *([f"file://{mixed_source}", "--streaming"] if streamed else [mixed_source]),
-               "--splits", "train", "--block-rows", 2, "--buckets", "16x16", "12x24", "24x12", "--crop", "random",
-               "--crops", 2, "--flips", "--out", tmp_path / "two"]  # fmt: skip
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+    given = ["--image-tokenizer", tmp_path / "tokenizer",
+             "--source", *([f"file://{mixed_source}", "--streaming"] if streamed else [mixed_source]),
+             "--splits", "train", "--block-rows", 2, "--buckets", "16x16", "12x24", "24x12", "--crop", "random",
+             "--crops", 2, "--flips", "--out", tmp_path / "two"]  # fmt: skip
+    done = torchrun(2, "recipes/encode_images.py", *given)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("9 rows used") == 1
     encode(image_tokenizer, mixed_source, tmp_path / "one", block_rows=2)

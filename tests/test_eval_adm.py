@@ -215,7 +215,8 @@ def test_a_class_conditional_run(stand_ins, tmp_path, monkeypatch, capsys):
     run_script(monkeypatch, *command)
     assert stand_ins.calls == [[0, 1, 2, 3], [0, 1, 2, 3], [0, 1]]
     assert stand_ins.options == {
-        "guidance_scale": 3.0, "temperature": 0.9, "top_k": 0, "top_p": 1.0, "decoding": "plain"
+        "guidance_scale": 3.0, "temperature": 0.9, "top_k": 0, "top_p": 1.0, "guidance_schedule": "constant",
+        "decoding": "plain", "group_temperature": 1.0,
     }  # fmt: skip
     with np.load(out / "generated.npz") as arrays:
         pixels, labels = arrays["arr_0"], arrays["arr_1"]
@@ -239,6 +240,7 @@ def test_a_class_conditional_run(stand_ins, tmp_path, monkeypatch, capsys):
     assert list(written["metrics"]) == list(expected), "no metric is called FID without the weights of FID"
     assert any("ab" * 32 in note and INCEPTION_SHA256 in note for note in written["notes"])
     run = written["run"]
+    assert {name: run[name] for name in stand_ins.options} == stand_ins.options
     assert (run["images_per_class"], run["num_images"], run["generated"], run["kept"]) == ([2, 3], 10, 10, 0)
     assert written["recipes"]["precision"]["n_reference"] == 12
     report = (out / "report.html").read_text()

@@ -1,13 +1,11 @@
 """Streams of images, the cache of their features, and two processes against one."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forking import torchrun
 from PIL import Image
 
 from unified.data import SkipReport, captioned_images, load_source
@@ -133,16 +131,7 @@ def test_two_processes_equal_one(tmp_path):
     """Seven images in batches of 3 leave one process with two batches, of which one is short; two images, one."""
     (tmp_path / "script.py").write_text(SCRIPT)
     (tmp_path / "out").mkdir()
-    paths = [ROOT / "tests", ROOT / "eval", ROOT, ROOT / "tokenizers"]
-    env = {
-        **os.environ,
-        "ACCELERATE_USE_CPU": "true",
-        "PYTHONPATH": os.pathsep.join(map(str, paths)),
-        "OMP_NUM_THREADS": "1",
-    }
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    arguments = ["script.py", "2", str(tmp_path / "out"), str(tmp_path / "cache")]
-    done = subprocess.run([sys.executable, *launch, *arguments], cwd=tmp_path, env=env, capture_output=True, text=True)
+    done = torchrun(2, "script.py", 2, tmp_path / "out", tmp_path / "cache", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for index, count in enumerate((7, 2)):
         expected = extract_features(extractor(), noise(count), 3)

@@ -2,13 +2,11 @@
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 
 import pytest
 from accelerate import Accelerator
-from conftest import ROOT
+from forking import torchrun
 
 from unified.training.interrupt import catch_signals
 
@@ -68,8 +66,6 @@ os._exit(0)
 @pytest.mark.process
 def test_all_processes_stop_at_the_same_step(tmp_path):
     (tmp_path / "script.py").write_text(ONE_OF_TWO)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run([*command, tmp_path / "script.py"], cwd=ROOT, capture_output=True, text=True, env=environment)
+    done = torchrun(2, tmp_path / "script.py")
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.splitlines()) == ["0 [False, True]", "1 [False, True]"]

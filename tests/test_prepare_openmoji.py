@@ -1,5 +1,7 @@
 """OpenMoji preparation: captions, rendering, styles, splits."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 
@@ -45,6 +47,18 @@ def test_more_groups_do_not_move_an_emoji_to_another_split(built):
     assert set(built["color"]["validation"]["caption"]) <= held_out
     assert not set(built["color"]["train"]["caption"]) & held_out
     assert skipped["skin tone variants"] > 1000
+
+
+def test_the_card_names_the_command(built, tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe, "build", lambda *given: (built["color"], Counter()))
+    recipe.main(
+        ["--out", str(tmp_path), "--size", "32", "--groups", "Food & Drink", "Activities", "--min-subgroup", "2"]
+    )
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert (
+        "--size 32 --style color --seed 0\n--validation-share 0.1 --min-subgroup 2 --groups 'Food & Drink' Activities`"
+        in card
+    )
 
 
 def test_subgroups_are_classes(built):

@@ -116,14 +116,25 @@ def test_rows_are_conversations(drawn):
     assert (described > 0) != drawn
 
 
+def test_places_are_those_of_the_scenes():
+    truths = [json.loads(row["objects"]) for row in chat.build(32, 0, 14, seed=0, places=16)["validation"]]
+    shapes = [shape for truth in truths for shape in truth["shapes"]]
+    assert all((shape[axis] - 0.5) % 2 == 0 for shape in shapes for axis in "xy")  # 16 places on 32 pixels
+    assert len({(shape["size"], shape["radius"]) for shape in shapes}) == len({shape["size"] for shape in shapes})
+
+
 def test_the_command_writes_a_folder_that_datasets_opens(tmp_path, monkeypatch):
-    arguments = ["--out", str(tmp_path / "out"), "--size", "16", "--train", "0", "--validation", "7", "--draw"]
+    arguments = ["--out", str(tmp_path / "out"), "--size", "16", "--train", "0", "--validation", "7", "--draw",
+                 "--places", "16"]  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["prepare_shapes_chat.py", *arguments])
     chat.main()
     splits = datasets.load_from_disk(tmp_path / "out")
     assert list(splits) == ["validation"] and splits["validation"]["kind"] == list(chat.ANSWERS)
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-    assert "--size 16 --train 0 --validation 7 --seed 0\n--questions 3 --draw`" in card and "`exists`: yes, no" in card
+    assert (
+        "--size 16 --train 0 --validation 7 --seed 0\n--questions 3 --draw --places 16`" in card
+        and "`exists`: yes, no" in card
+    )
 
 
 @pytest.mark.parametrize(
@@ -134,6 +145,7 @@ def test_the_command_writes_a_folder_that_datasets_opens(tmp_path, monkeypatch):
         ({"validation": -1}, "validation is -1, which is too small"),
         ({"asked": 0}, "questions is 0, which is out of range: use --questions 1 to 7"),
         ({"asked": 8}, "questions is 8, which is out of range"),
+        ({"places": 33}, "places is 33, which is out of range: use --places 16 to the size, 32"),
     ],
 )
 def test_bad_settings_name_the_field_the_value_and_the_fix(change, message):

@@ -1,10 +1,10 @@
 """The recipes as commands, one after the other, each through its own command line."""
 
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from conftest import LAUNCH, ROOT
+from forking import python
 
 from unified.data.code_cache import load_codes
 from unified.training.tracking import read_log
@@ -12,13 +12,12 @@ from unified_tokenizers import AutoImageTokenizer, load_text_tokenizer
 
 pytestmark = pytest.mark.process
 
-ROOT = Path(__file__).resolve().parent.parent
-LAUNCH = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1",
-          "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
-
 
 def run(*command, expect=0):
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True)
+    return checked(python(*command), expect)
+
+
+def checked(done, expect=0):
     assert done.returncode == expect, done.stdout[-2000:] + done.stderr[-3000:]
     return done
 
@@ -38,7 +37,8 @@ shift: 2
 validate_every: 10
 model: {{channels: 8, encoder_blocks: 1, decoder_blocks: 1, codebook_size: 16, code_dim: 4}}
 """)
-    run(*LAUNCH, "recipes/train_tokenizer.py", "--config", config, "seed=3")
+    launched = [*LAUNCH, "recipes/train_tokenizer.py", "--config", str(config), "seed=3"]
+    checked(subprocess.run(launched, cwd=ROOT, capture_output=True, text=True))
     run(
         "recipes/train_text_tokenizer.py",
         "--source",

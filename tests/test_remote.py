@@ -285,9 +285,13 @@ def test_command_writes_images_of_a_server(exported, tmp_path, capsys, monkeypat
     server = Server(folder)
     with running(server) as url:
         command = ["generate", "--pipeline", folder, "--server", url, "--prompt", "red apple", "--top-k", 1]
-        assert main([*map(str, [*command, "--guidance-scale", 1, "--out", tmp_path])]) == 0
-        assert main([*map(str, [*command, "--lora", "x", "--out", tmp_path])]) == 2
-    assert "lora: it cannot be chosen for a server" in capsys.readouterr().err
+        threads = []
+        monkeypatch.setattr(torch, "set_num_threads", threads.append)
+        assert main([*map(str, [*command, "--guidance-scale", 1, "--threads", 3, "--out", tmp_path])]) == 0
+        assert threads == [3]
+        for option, value in (("lora", "x"), ("dtype", "float32")):
+            assert main([*map(str, [*command, f"--{option}", value, "--out", tmp_path])]) == 2
+            assert f"{option}: it cannot be chosen for a server" in capsys.readouterr().err
     about = read_image_metadata(tmp_path / "000-red-apple.png")
     assert about["prompt"] == "red apple" and about["settings"]["top_k"] == 1 and "seed" not in about
     assert set(server.keys) == {"Bearer secret"}

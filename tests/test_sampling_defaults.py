@@ -139,7 +139,7 @@ def test_runs_and_evaluations_have_them(saved, config_file, tmp_path):
     parser = argparse.ArgumentParser()
     add_generation_arguments(parser)
     asked = evaluated_with(parser.parse_args(["--top-p", "0.5"]), UnifiedPipeline.from_pretrained(saved).sampling)
-    assert asked == {"guidance_scale": 12.5, "temperature": 0.05, "top_k": 9, "top_p": 0.5}
+    assert asked == {**DEFAULTS, "top_p": 0.5, "group_temperature": 1.0}
     tuned = [f"output_dir={tmp_path}/run", f"model.pipeline={saved}", "model.architecture=null"]
     assert sampling_of(load_config(config_file, [*tuned, "sampling.top_k=4"])) == {**DEFAULTS, "top_k": 4}
     fresh = [f"output_dir={tmp_path}/run", "sampling={guidance_scale: 2, decoding: sjd}"]

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from unified.config import UnifiedConfig, Vocabulary
     from unified.decoding.config import Sampling
     from unified.lora.adapters import attach_lora
-    from unified.model.modeling import UnifiedForCausalLM, UnifiedOutput
+    from unified.model.modeling import UnifiedForCausalLM
+    from unified.model.output import UnifiedOutput
     from unified.pipeline.metadata import read_image_metadata
     from unified.pipeline.options import GenerationOptions
     from unified.pipeline.pipeline import UnifiedPipeline, UnifiedPipelineOutput
@@ -30,7 +31,7 @@ _MODULE_OF = {
     "TextSegment": "sequence",
     "UnifiedConfig": "config",
     "UnifiedForCausalLM": "model.modeling",
-    "UnifiedOutput": "model.modeling",
+    "UnifiedOutput": "model.output",
     "UnifiedPipeline": "pipeline.pipeline",
     "UnifiedPipelineOutput": "pipeline.pipeline",
     "Vocabulary": "config",

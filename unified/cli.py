@@ -71,8 +71,8 @@ def build_parser() -> argparse.ArgumentParser:
         added.add_argument("--pipeline", required=True, help="pipeline folder or Hub name")
         added.add_argument("--lora", help="folder of a LoRA adapter")
         added.add_argument("--device", type=_device, help="such as cuda (default: cpu)")
-        added.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16", "auto"],
-                           help="of the language model (default: %(default)s)")  # fmt: skip
+        added.add_argument("--dtype", choices=["float32", "bfloat16", "float16", "auto"],
+                           help="of the language model (default: float32)")  # fmt: skip
         added.add_argument("--threads", type=int, help="CPU threads (default: as torch chooses)")
         return added
 
@@ -233,7 +233,7 @@ def _load(args: argparse.Namespace) -> "UnifiedPipeline":
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    pipe = UnifiedPipeline.from_pretrained(args.pipeline, torch_dtype=args.dtype)
+    pipe = UnifiedPipeline.from_pretrained(args.pipeline, torch_dtype=args.dtype or "float32")
     if hasattr(args, "decoding"):  # before adapters are loaded and a decoder is made
         decoding = GenerationOptions(decoding=args.decoding).filled(pipe.sampling).decoding
         check_decoding(str(decoding), pipe.model.prediction)
@@ -318,9 +318,15 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _from_server(args: argparse.Namespace, arguments: dict[str, Any]) -> Any:
-    _check_server(args, "lora", "device", "int8", "compile", "negative_prompt", "class_labels", "negative_class_labels")
+    _check_server(
+        args, "lora", "device", "dtype", "int8", "compile", "negative_prompt", "class_labels", "negative_class_labels"
+    )
+    import torch
+
     from unified.serving.remote import RemotePipeline
 
+    if args.threads is not None:  # images are decoded here
+        torch.set_num_threads(args.threads)
     options = {each.name: arguments[each.name] for each in fields(GenerationOptions) if each.name in arguments}
     with RemotePipeline(args.pipeline, args.server, api_key=os.environ.get(API_KEY)) as remote:
         return remote(args.prompt, GenerationOptions.from_mapping(options), args.seed).images
@@ -413,7 +419,7 @@ def _serve(args: argparse.Namespace) -> None:
 
     check_installed()
     if args.server is not None:
-        _check_server(args, "lora", "loras", "device")
+        _check_server(args, "lora", "loras", "device", "dtype")
         import torch
 
         from unified.serving.remote import RemotePipeline

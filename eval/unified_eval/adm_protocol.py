@@ -140,7 +140,7 @@ def generate(
         pipeline, prompts, args.out / "generated", args.samples_per_caption, args.seed, args.batch_size, sampling, identity,
         progress=True, file_name="{:05d}.png".format,
     )  # fmt: skip
-    facts = {**identity, **times}
+    facts = {**identity, **times, **sampling, "decoding": decoding}
     each = [prompt for prompt in prompts for _ in range(args.samples_per_caption)]
     labels = None if args.data else np.array(each, dtype=np.int64)
     if labels is not None:

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from unified.pipeline import options
 from unified.pipeline.options import GenerationOptions
 
-SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p")
+SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p")  # those that a command line takes
 
 
 def device(name: str) -> str:
@@ -34,9 +35,9 @@ def add_generation_arguments(parser: Any) -> None:
 
 
 def sampling_of(args: argparse.Namespace, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of :data:`SAMPLING`: those given, else a pipeline's defaults, so that results say what they were."""
+    """All options that a code is sampled with: those given, else a pipeline's defaults, so that results say what they were."""
     given = GenerationOptions(**{name: getattr(args, name) for name in SAMPLING}).filled(defaults)
-    return {name: getattr(given, name) for name in SAMPLING}
+    return {name: getattr(given, name) for name in options.SAMPLING}
 
 
 def add_column_arguments(parser: Any) -> None:

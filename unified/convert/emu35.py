@@ -10,13 +10,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from unified.convert.parts import build_model, read_model, renamed
+from unified.convert.parts import build_model, cut_codes, read_model, renamed
 from unified.pipeline.pipeline import UnifiedPipeline
 from unified.prediction.merge import Grid
 from unified_tokenizers import AutoImageTokenizer, TransformersTokenizer
 from unified_tokenizers.hub import expanded
 from unified_tokenizers.tiktoken import tokenizer_from_ranks
-from unified_tokenizers.weights import shape_of
 
 BOS, EOS, PAD = "<|extra_203|>", "<|extra_204|>", "<|endoftext|>"
 BOI, EOI, IMAGE, LINE_END, START = (
@@ -61,13 +60,8 @@ def emu35_pipeline(
     tokenizer = TransformersTokenizer(_text_tokenizer(expanded(text_tokenizer), images.codebook_size), BOI, EOI)
     parts = renamed(state, {"model.": "backbone.model.", "lm_head.": "backbone.lm_head."})
     first, size = tokenizer.vocab_size, images.codebook_size
-    for name, table in (("embed", "backbone.model.embed_tokens.weight"), ("head", "backbone.lm_head.weight")):
-        rows = shape_of(parts, table, str(path))[0]
-        if rows < first + size:
-            raise ValueError(
-                f"checkpoint: {table} of {str(path)!r} has {rows} rows; {first} tokens and {size} codes need more."
-            )
-        parts[f"image_{name}.weight"] = parts[table][first : first + size]
+    cut_codes(parts, first, size, str(path))
+    for table in ("backbone.model.embed_tokens.weight", "backbone.lm_head.weight"):
         parts[table] = parts[table][:first]
     fields: dict[str, Any] = _DEFAULTS | {name: config[name] for name in _FIELDS if name in config}
     ids = tokenizer.special_tokens

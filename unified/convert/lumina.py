@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from unified.convert.chameleon import BOI, END_OF_TURN, EOI, FIELDS, LANGUAGE
-from unified.convert.parts import build_model, read_model, renamed
+from unified.convert.parts import build_model, cut_codes, read_model, renamed
 from unified.model.chameleon import ChameleonTextConfig
 from unified.pipeline.pipeline import UnifiedPipeline
 from unified.prediction.merge import Grid
 from unified_tokenizers import AutoImageTokenizer, TransformersTokenizer, load_text_tokenizer
-from unified_tokenizers.weights import shape_of
 
 ROW_END = "<reserved08799>"
 TEMPLATE = "Generate an image of {width}x{height} according to the following prompt:\n{prompt}" + END_OF_TURN
@@ -57,14 +56,7 @@ def lumina_pipeline(
             f"checkpoint: the tokenizer of {str(path)!r} lacks {missing[0]!r}, as a Lumina-mGPT 2.0 has it."
         )
     parts, codes = renamed(state, {**LANGUAGE, "lm_head.": "backbone.lm_head."}), images.codebook_size
-    for name, table in (("embed", "backbone.model.embed_tokens.weight"), ("head", "backbone.lm_head.weight")):
-        rows = shape_of(parts, table, str(path))[0]
-        if rows < first_code + codes:
-            raise ValueError(
-                f"image_tokenizer: {codes} codes from id {first_code} on need more than the {rows} rows of {table}; the model was "
-                "trained with another."
-            )
-        parts[f"image_{name}.weight"] = parts[table][first_code : first_code + codes]
+    cut_codes(parts, first_code, codes, str(path))
     scale = _GRID_PIXELS // images.downsample
     grids: list[Grid] = [(scale * high, scale * wide) for high, wide in sizes]
     before = {f"{h}x{w}": [ids[grids_token(side)] for side in size] for (h, w), size in zip(grids, sizes, strict=True)}

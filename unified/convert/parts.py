@@ -11,7 +11,7 @@ from unified.config import language_config
 from unified.hub import check_config, local_folder
 from unified.model.modeling import UnifiedForCausalLM
 from unified_tokenizers import TextTokenizer
-from unified_tokenizers.weights import cut_prefix, load_exactly, read_weights
+from unified_tokenizers.weights import cut_prefix, load_exactly, read_weights, shape_of
 
 _FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt")
 _OF_A_RUN = ("architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "_name_or_path")
@@ -34,6 +34,22 @@ def renamed(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, 
     for old, new in names.items():
         found |= {new + rest: state[name] for rest, name in cut_prefix(state, (old,)).items()}
     return found
+
+
+def cut_codes(parts: dict[str, Tensor], first: int, codes: int, source: str) -> None:
+    """Add image tables to the tensors of a unified model: the rows of ``codes`` ids from ``first`` on in its joint text tables.
+
+    Raises:
+        ValueError: if a table is missing or has too few rows.
+    """
+    for name, table in (("embed", "backbone.model.embed_tokens.weight"), ("head", "backbone.lm_head.weight")):
+        rows = shape_of(parts, table, source)[0]
+        if rows < first + codes:
+            raise ValueError(
+                f"image_tokenizer: {codes} codes from id {first} on need more than the {rows} rows of {table} in {source!r}; give "
+                "the one that the model was trained with."
+            )
+        parts[f"image_{name}.weight"] = parts[table][first : first + codes]
 
 
 def build_model(

@@ -46,6 +46,11 @@ def adapter_state(model: PeftModel) -> AdapterState:
     return cast(AdapterState, state)
 
 
+def active_adapters(model: nn.Module) -> list[str]:
+    """Names of the active adapters; empty for a model without any."""
+    return list(adapter_state(model).weights) if isinstance(model, PeftModel) else []
+
+
 def apply_weights(model: PeftModel, weights: dict[str, float], trainable: bool = False) -> None:
     """Make these adapters active and no others; without ``trainable`` all of them are frozen."""
     # An adapter of weight 0 is left out, because a DoRA scaled to 0 is not the base.

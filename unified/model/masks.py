@@ -108,6 +108,17 @@ def masked_arguments(
     return {"attention_mask": mask}
 
 
+def check_no_window(config: PreTrainedConfig) -> None:
+    """Raises ValueError if layers see a window of positions: queries stand between codes, and no code sees them."""
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    slides = window is not None and "sliding_attention" in (kinds or ["sliding_attention"])
+    if slides and window < config.max_position_embeddings:
+        raise ValueError(
+            f"prediction.order: {config.model_type} sees windows of {window} positions, which an order with queries cannot keep; "
+            "use raster, rows, diagonals or regions."
+        )
+
+
 def _restarted_positions(attention: str, document_ids: Tensor) -> dict[str, Any]:
     if attention.startswith("flash") and len(document_ids) > 1:
         raise ValueError(f"document_ids: {attention} keeps documents apart in a batch of one row only; use sdpa.")

@@ -1,13 +1,11 @@
 """The unified model: embed text and codes, run any decoder backbone, score each position over its own vocabulary."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import unified.model.chameleon  # noqa: F401  # registers a backbone
 from unified.config import UnifiedConfig
@@ -15,42 +13,20 @@ from unified.model.backbone import load_language_model
 from unified.model.dropout import add_dropout
 from unified.model.factored import FactoredEmbedding, FactoredHead, fill_factors
 from unified.model.family import check_family
-from unified.model.image_head import ImageHead, ImageProjection, code_log_probs, patch_losses
+from unified.model.image_head import ImageHead, ImageProjection
 from unified.model.image_modules import SourceJoin, WindowChain, WindowMerge, WindowSplit, initialize_image_module
 from unified.model.init import initialize_image_tables
-from unified.model.masks import NoCache, masked_arguments
+from unified.model.losses import score_targets, target_codes, target_states
+from unified.model.masks import NoCache, check_no_window, masked_arguments
+from unified.model.output import UnifiedOutput
 from unified.model.prefix import build_condition
 from unified.model.rotary import GridRotary
-from unified.model.text_loss import text_cross_entropy
-from unified.model.vision import VisionProjector, enter_features
+from unified.model.vision import build_projector, enter_features
 from unified.prediction.npp import mean_embedding
 from unified.prediction.plan import Prediction
-from unified.sequence import IGNORE
 from unified_tokenizers.checkpoint import WholeModel
 
 LOGIT_SCALES = ("logits_scaling", "logit_scale", "final_logit_softcapping")  # of Granite, Cohere and Gemma
-
-
-@dataclass
-class UnifiedOutput(CausalLMOutputWithPast):
-    """Output of :class:`UnifiedForCausalLM`.
-
-    Attributes:
-        loss: weighted mean over all supervised positions, in nats.
-        text_loss, image_loss: means over the positions whose target is text, or image codes; None without any.
-        logits: ``(B, S, V_text)``, only without labels.
-        image_logits: ``(B, S, K)``, only without labels and with ``image_inputs``, of a model whose positions predict one code
-            each by one head.
-        image_states: ``(N, P or 1, D)``, on request: what the image head scores for each of ``image_targets``.
-        log_probs: ``(N, P)``, on request: log-probabilities of the codes of each of ``image_targets``, 0 where there is none.
-        hidden_states: on request, of every layer; with labels without the last position, ``(B, S - 1, D)`` each.
-    """
-
-    text_loss: Tensor | None = None
-    image_loss: Tensor | None = None
-    image_logits: Tensor | None = None
-    image_states: Tensor | None = None
-    log_probs: Tensor | None = None
 
 
 class UnifiedForCausalLM(WholeModel, GenerationMixin):
@@ -88,23 +64,22 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
             prediction.frame.check(config.text_config.vocab_size)
         hidden, factors = config.image_projection, config.image_factors
         self.image_projection = None if hidden is None else ImageProjection(width, hidden)
-        self._scored = width if hidden is None else hidden + 1
+        scored = width if hidden is None else hidden + 1  # what the head reads
         self.image_embed: Any
         self.image_head: Any
         if factors is None:
             self.image_embed = nn.Embedding(config.codebook_size, width)
-            self.image_head = ImageHead(self._scored, config.codebook_size)
+            self.image_head = ImageHead(scored, config.codebook_size)
         else:
             self.image_embed = FactoredEmbedding((factors[0], factors[1]), width)
-            self.image_head = FactoredHead((factors[0], factors[1]), self._scored)
+            self.image_head = FactoredHead((factors[0], factors[1]), scored)
         self.image_query = nn.Embedding(1, width) if prediction.has_queries else None
         self.image_merge = WindowMerge(width, side) if side > 1 else None
         self.image_split = WindowSplit(width, side) if side > 1 else None
         self.image_chain = WindowChain(width, side) if prediction.merge.chained else None
         self.image_join = SourceJoin(width, sources) if sources > 1 else None
-        self._window = side
         self.condition = None if config.conditioning is None else build_condition(config.conditioning, width)
-        self.vision_projector = None if config.vision is None else _vision_projector(config.vision, width)
+        self.vision_projector = None if config.vision is None else build_projector(config.vision, width)
         # Of unified.model.retrofit: how the model predicted images before.
         self.retrofitted_from: dict[str, Any] | None = None
         self.modality_gate: Any = None  # of unified.lora, while an adapter is loaded that acts on one modality only
@@ -112,7 +87,7 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
         if config.dropout:
             add_dropout(self.backbone, config.dropout)
         if prediction.has_queries:
-            _check_no_window(self.backbone.config)
+            check_no_window(self.backbone.config)
         self.post_init()
 
     @property
@@ -426,11 +401,11 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
             hidden = outputs.last_hidden_state
             if return_image_states:
                 assert image_targets is not None
-                codes = self._target_codes(labels, image_targets)
-                found = self._target_states(hidden, labels.shape[1], image_targets, image_sources, merge, codes)
+                codes = target_codes(labels, image_targets, self.config.text_config.vocab_size)
+                found = target_states(self, hidden, labels.shape[1], image_targets, image_sources, merge, codes)
                 return UnifiedOutput(image_states=found)
-            output = self._losses(
-                hidden, labels, text_targets, image_targets, image_sources, query_inputs, merge, num_items_in_batch,
+            output = score_targets(
+                self, hidden, labels, text_targets, image_targets, image_sources, query_inputs, merge, num_items_in_batch,
                 return_log_probs,
             )  # fmt: skip
             output.hidden_states = outputs.hidden_states
@@ -449,140 +424,6 @@ class UnifiedForCausalLM(WholeModel, GenerationMixin):
             if each is not None:
                 found = found.index_fill(0, each, True)
         return found[:-1].view(embeds.shape[:2])
-
-    def _losses(
-        self,
-        hidden: Tensor,
-        labels: Tensor,
-        text_targets: Tensor | None,
-        image_targets: Tensor | None,
-        image_sources: Tensor | None,
-        query_inputs: Tensor | None,
-        merge: str,
-        num_items: float | Tensor | None,
-        return_log_probs: bool,
-    ) -> UnifiedOutput:
-        """Score every target from its sources, text from the position before it, each over the vocabulary of the target.
-
-        ``hidden`` is ``(B, S - 1, D)``.
-        """
-        config, length = self.config, labels.shape[1]
-        ids, states = labels.reshape(labels.shape[0] * length, -1), hidden.flatten(0, 1)
-        if text_targets is None:
-            text_targets = torch.arange(len(ids), device=ids.device).view(-1, length)[:, 1:].flatten()
-        image_targets = text_targets[:0] if image_targets is None else image_targets
-        if not len(text_targets) and not len(image_targets) and num_items is None:
-            raise ValueError(
-                "labels: no position of the batch is supervised; label at least one token (-100 means not)."
-            )
-        text_ids = F.pad(ids[:, 0], (0, 1), value=IGNORE)[text_targets]  # one more, for the indices that stand for none
-        codes = self._target_codes(labels, image_targets)
-        text_states = states[text_targets - 1 - text_targets // length]
-        text = text_cross_entropy(self.text_logits, text_states, text_ids, config.text_config.vocab_size)
-        image, weights = text.new_zeros(()), (codes != IGNORE).sum(dim=1)
-        log_probs = text.new_zeros(codes.shape) if return_log_probs else None
-        if config.loss_normalization == "position":
-            weights = weights.clamp_max(1)
-        if len(image_targets):
-            scored = self._target_states(hidden, length, image_targets, image_sources, merge, codes)
-            if return_log_probs:
-                log_probs = self._log_probs(scored, codes)
-                image = -(log_probs.sum(dim=1) * weights / (codes != IGNORE).sum(dim=1).clamp_min(1)).sum()
-            else:
-                image = self._image_loss(scored, codes, weights)
-        if self.training:
-            unused = self._unused(states[:0], len(image_targets) > 0, query_inputs is not None, merge)
-            if self.vision_projector is not None and config.vision is not None:
-                unused = unused + self.vision_projector(states.new_empty(0, config.vision["width"])).sum()
-            image, log_probs = image + unused, None if log_probs is None else log_probs + unused
-        texts, images = (text_ids != IGNORE).sum(), weights.sum()
-        if num_items is None:
-            num_items = config.text_loss_weight * texts + config.image_loss_weight * images
-        return UnifiedOutput(
-            loss=(config.text_loss_weight * text + config.image_loss_weight * image) / num_items,
-            text_loss=text / texts if len(text_targets) else None,
-            image_loss=image / images if len(image_targets) else None,
-            log_probs=log_probs,
-        )
-
-    def _target_codes(self, labels: Tensor, targets: Tensor) -> Tensor:
-        """Codes ``(N, P)`` of each target, -100 where there is none, of labels ``(B, S)`` or ``(B, S, P)``."""
-        ids = labels.reshape(labels.shape[0] * labels.shape[1], -1)
-        found = F.pad(ids, (0, 0, 0, 1), value=IGNORE)[targets]  # one row more, for the indices that stand for none
-        return torch.where(found == IGNORE, IGNORE, found - self.config.text_config.vocab_size)
-
-    def _target_states(
-        self, hidden: Tensor, length: int, targets: Tensor, sources: Tensor | None, merge: str, codes: Tensor
-    ) -> Tensor:
-        """What the image head scores for each target ``(N, P or 1, D)``, of states ``(B, S - 1, D)`` for S = ``length``.
-
-        ``codes (N, P)`` are the targets, which see those before them where they are chained.
-        """
-        states, missing = hidden.flatten(0, 1), None
-        if sources is None:
-            sources = (targets - 1)[:, None]
-        else:
-            missing = sources == len(hidden) * length
-        found = states[(sources - sources // length).clamp_max(len(states) - 1)]
-        found = self.image_states(found, missing, merge)
-        return self.chained_states(found, codes) if self.image_chain is not None and merge == "channel" else found
-
-    def _image_loss(self, states: Tensor, codes: Tensor, weights: Tensor) -> Tensor:
-        """Weighted sum of the losses of N cells: ``states (N, P or 1, D)``, ``codes (N, P)``, ``weights (N,)``."""
-        if states.shape[1] > 1:  # a distribution for each code
-            weights = (weights[:, None] / codes.shape[1]).expand_as(codes).flatten()
-            codes = codes.reshape(-1, 1)
-        return patch_losses(self.image_head, states.flatten(0, 1), codes, weights)
-
-    def _log_probs(self, states: Tensor, codes: Tensor) -> Tensor:
-        """Log-probabilities ``(N, P)`` of the codes of N cells: ``states (N, P or 1, D)``, ``codes (N, P)``."""
-        if states.shape[1] == 1:
-            return code_log_probs(self.image_head, states[:, 0], codes)
-        return code_log_probs(self.image_head, states.flatten(0, 1), codes.reshape(-1, 1)).view_as(codes)
-
-    def _unused(self, nothing: Tensor, images: bool, queries: bool, merge: str) -> Tensor:
-        """Zero, with a gradient of zeros for the image modules that a batch does not use: DDP waits for all of them."""
-        no_ids = torch.empty(0, dtype=torch.long, device=nothing.device)
-        total = nothing.sum()
-        if not images:
-            wide = nothing.new_empty(0, self._scored)
-            total = (
-                total + patch_losses(self.image_head, wide, no_ids[:, None], no_ids) + self.image_embed(no_ids).sum()
-            )
-            if self.image_join is not None:
-                sources = nothing.new_empty(0, self.prediction.way.most_sources, nothing.shape[-1])
-                total = total + self.image_join(sources, sources[..., 0] > 0).sum()
-            if self.image_projection is not None:
-                total = total + self.image_projection(nothing).sum()
-        if self.image_query is not None and not (images and queries):
-            total = total + self.image_query(no_ids).sum()
-        if self.image_merge is not None and self.image_split is not None and not (images and merge == "channel"):
-            windows = nothing.new_empty(0, self._window**2, nothing.shape[-1])
-            total = total + self.image_merge(windows).sum() + self.image_split(nothing).sum()
-            if self.image_chain is not None:
-                total = total + self.image_chain(windows, windows).sum()
-        return total
-
-
-def _vision_projector(vision: dict[str, Any], width: int) -> VisionProjector:
-    """The projector for an encoder of ``UnifiedConfig.vision``. Raises ValueError if it does not say what that makes."""
-    if "width" not in vision:
-        raise ValueError("vision: has no width; give VisionEncoder(...).description of unified.model.vision.")
-    return VisionProjector(vision["width"], width)
-
-
-def _check_no_window(config: Any) -> None:
-    """Raises ValueError if layers see a window of positions: queries stand between codes, and no code sees them."""
-    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
-    if (
-        window is not None
-        and "sliding_attention" in (kinds or ["sliding_attention"])
-        and window < config.max_position_embeddings
-    ):
-        raise ValueError(
-            f"prediction.order: {config.model_type} sees windows of {window} positions, which an order with queries cannot keep; "
-            "use raster, rows, diagonals or regions."
-        )
 
 
 AutoConfig.register("unified", UnifiedConfig)

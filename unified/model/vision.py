@@ -110,6 +110,13 @@ class VisionProjector(nn.Module):
         return self.second(F.gelu(self.first(self.norm(features.to(self.first.weight.dtype)))))
 
 
+def build_projector(vision: dict[str, Any], width: int) -> VisionProjector:
+    """The projector for an encoder of ``UnifiedConfig.vision``. Raises ValueError if it does not say what that makes."""
+    if "width" not in vision:
+        raise ValueError("vision: has no width; give VisionEncoder(...).description of unified.model.vision.")
+    return VisionProjector(vision["width"], width)
+
+
 def enter_features(projector: nn.Module | None, embeds: Tensor, features: Tensor, places: Tensor) -> Tensor:
     """Embeddings ``(B, S, D)`` with features ``(n, F)`` at flat places ``(n,)``; B * S stands for none.
 

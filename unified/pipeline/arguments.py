@@ -21,6 +21,8 @@ from unified.prediction.plan import Prediction
 from unified.prompts import PromptFormat
 from unified_tokenizers import ImageTokenizer, TextTokenizer
 
+Generators = torch.Generator | int | Sequence[torch.Generator | int] | None
+
 
 def check_parts(config: UnifiedConfig, image_tokenizer: ImageTokenizer, text_tokenizer: TextTokenizer | None) -> None:
     """Refuse tokenizers that a model was not trained with.
@@ -190,9 +192,7 @@ def as_generator(generator: Any) -> torch.Generator:
     return torch.Generator().manual_seed(generator)
 
 
-def per_image(
-    generator: torch.Generator | int | Sequence[torch.Generator | int] | None, prompts: int, images_per_prompt: int = 1
-) -> list[torch.Generator]:
+def per_image(generator: Generators, prompts: int, images_per_prompt: int = 1) -> list[torch.Generator]:
     """One generator per image. A whole number stands for a generator with this seed.
 
     A list is taken as it is, and image i depends on its generator alone. A single generator generates the first image,

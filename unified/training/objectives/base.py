@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from unified.config import UnifiedConfig
-from unified.model.modeling import UnifiedOutput
+from unified.model.output import UnifiedOutput
 from unified.prediction.arrange import Batch
 from unified.sequence import IGNORE, TokenSequence
 from unified.settings import check_range
