@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from itertools import product
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +49,7 @@ class Muon(torch.optim.Muon):
         for p, owner in zip(matrices, owners, strict=False):
             update = own if owner == here else torch.empty(p.shape, dtype=torch.bfloat16, device=p.device)
             assert update is not None
-            # The last cut was the first; at every cut but that, only the processes beside the owner hand out the update.
+            # As the matrix was cut, by tensor parallelism first; what others than the owner hand out there is not used later.
             for (mesh, dim), rank in reversed(list(zip(_cuts(p), owner, strict=True))):
                 update = distribute_tensor(update.contiguous(), mesh, [Shard(dim)], src_data_rank=rank).to_local()
             p.mul_(1 - group["lr"] * group["weight_decay"])
@@ -76,7 +76,7 @@ def _cuts(p: DTensor) -> list[tuple[DeviceMesh, int]]:
     """
     mesh, names = p.device_mesh, p.device_mesh.mesh_dim_names
     return [
-        (mesh if names is None else mesh[names[i]], placement.dim)
+        (mesh if names is None else mesh[names[i]], cast(Shard, placement).dim)
         for i, placement in enumerate(p.placements)
         if not isinstance(placement, Replicate)
     ]

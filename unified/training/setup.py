@@ -141,7 +141,7 @@ def set_up(config: TrainConfig, accelerator: Accelerator) -> Run:
     # 3. Optimizers, average, and what the checkpoint holds of them
     configure_deepspeed(accelerator, config)
     if is_tensor_parallel(accelerator):
-        cut_decoder(base_of(model), accelerator)
+        cut_decoder(base_of(cast(UnifiedForCausalLM | PeftModel, model)), accelerator)
     objectives = config.build_objectives()
     modules = {o.name: m for o in objectives if (m := o.build(model, image_tokenizer)) is not None}
     check_modules(accelerator, modules)

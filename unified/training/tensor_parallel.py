@@ -1,8 +1,8 @@
 """A decoder's matrices cut over processes that share their batches (Megatron-LM, arXiv 1909.08053), alone or beside FSDP2."""
 
+import fnmatch
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from fnmatch import fnmatch
 from functools import partial
 from typing import Any, TypeVar
 
@@ -66,10 +66,11 @@ def cut_decoder(model: Any, accelerator: Accelerator) -> None:
         if heads % count:
             raise ValueError(f"tp_size: {count} does not divide {name} {heads} of {family}; choose a divisor.")
     mesh = accelerator.torch_device_mesh["tp"]
-    for name, module in list(decoder.named_modules()):
-        style = next((style for pattern, style in plan.items() if fnmatch(name, pattern)), None)
-        for part in [] if style is None else _parts(module, style):
-            parallelize_module(part, mesh, STYLES[style]())
+    modules = dict(decoder.named_modules())
+    for pattern, style in plan.items():
+        for name in fnmatch.filter(modules, pattern):
+            for part in _parts(modules[name], style):
+                parallelize_module(part, mesh, STYLES[style]())
     model._tp_size = count  # where Accelerate looks
 
 
