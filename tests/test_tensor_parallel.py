@@ -16,22 +16,18 @@ from unified.training.config import load_config
 from unified.training.loop import train
 from unified.training.sharding import check_sharding
 from unified.training.tensor_parallel import cut_decoder, data_rank
-from unified.training.tracking import read_log
 
 pytestmark = pytest.mark.process
 
 # The norm of the gradients is clipped: it has to be that of all pieces.
 WHOLE = [*OPTIONS, AVERAGE, "steps=4", "validate_every=4", "optimizer.gradient_clip=0.1"]
-# Its norms of heads see those of their process only.
-QWEN3 = ["model.architecture={model_type: qwen3, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, head_dim: 8, "
-         "num_attention_heads: 4, num_key_value_heads: 2, max_position_embeddings: 128}"]  # fmt: skip
 ADAPTER = ["lora.rank=4", "lora.train_image_tables=true", "optimizer.name=muon"]
 MODEL, ADAPTED = "pipeline/model/model.safetensors", "lora/adapter_model.safetensors"
 
 
 @pytest.fixture(scope="module")
 def runs(config_file, on_a_backbone, tmp_path_factory):
-    """The folder of all runs, of four steps; two go on after the second of ``beside``."""
+    """The folder of all runs, of four steps; one goes on after the second of ``beside``."""
     folder = tmp_path_factory.mktemp("runs")
     meshes = {"tensor_parallel": [[], [2]], "fsdp_tensor_parallel": [[2], [2, 2]]}  # of tables and matrices
 
@@ -42,13 +38,13 @@ def runs(config_file, on_a_backbone, tmp_path_factory):
         return {"processes": 2 * groups, "environment": launched(file) | sizes, "meshes": meshes[file],
                 "train": [str(config_file), settings]}  # fmt: skip
 
-    again = [*QWEN3, f"resume={folder}/beside/checkpoints/step-00000002", "allow_changes=true"]
+    again = [f"resume={folder}/beside/checkpoints/step-00000002"]
     jobs = [
-        job("fsdp_tensor_parallel", "beside", *QWEN3, "checkpoint_every=2"),
+        job("fsdp_tensor_parallel", "beside", "checkpoint_every=2"),
         job("fsdp_tensor_parallel", "beside-again", *again),
-        job("tensor_parallel", "alone", *again),
+        job("tensor_parallel", "alone"),
         job("fsdp_tensor_parallel", "adapter", *on_a_backbone, *ADAPTER),
-        {"processes": 2, "backbones": [SIZES | FAMILIES[name] for name in ("gemma3", "olmo2")]},
+        {"processes": 2, "backbones": [SIZES | FAMILIES["olmo2"]]},
     ]
     (folder / "jobs.json").write_text(json.dumps(jobs))
     command = [sys.executable, str(ROOT / "tests" / "forked.py"), str(folder / "jobs.json")]
@@ -60,29 +56,19 @@ def runs(config_file, on_a_backbone, tmp_path_factory):
 @pytest.fixture(scope="module")
 def one_process(config_file, tmp_path_factory):
     output = tmp_path_factory.mktemp("one")
-    train(load_config(config_file, [*WHOLE, *QWEN3, f"output_dir={output}", "batch_size=4"]))
+    train(load_config(config_file, [*WHOLE, f"output_dir={output}", "batch_size=4"]))
     return output
 
 
-def test_training_equals_whole(runs, one_process):
+@pytest.mark.parametrize("name", ["alone", "beside"])
+def test_training_equals_whole(runs, one_process, name):
     """With an average, which is what is saved."""
-    assert_same_training(runs / "beside", one_process)
+    assert_same_training(runs / name, one_process)
 
 
-def test_training_goes_on_from_pieces(runs, one_process):
-    """Cut as before, bit for bit; also without FSDP2."""
-    again, before, alone, whole = (
-        load_file(folder / MODEL) for folder in (runs / "beside-again", runs / "beside", runs / "alone", one_process)
-    )
-    assert again.keys() == before.keys() == alone.keys() == whole.keys()
-    for name in whole:
-        assert torch.equal(again[name], before[name])
-        torch.testing.assert_close(alone[name], whole[name], rtol=1e-3, atol=2e-5)
-    for ours, theirs in zip(read_log(runs / "alone"), read_log(one_process)[2:], strict=True):
-        assert ours["step"] == theirs["step"] and ours["positions"] == theirs["positions"]
-        assert ours.get("text_loss") == (
-            pytest.approx(theirs["text_loss"], rel=1e-4) if "text_loss" in theirs else None
-        )
+def test_training_goes_on_from_pieces(runs):
+    a, b = (load_file(runs / name / MODEL) for name in ("beside", "beside-again"))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_adapter_equals_whole(runs, config_file, on_a_backbone):
@@ -98,7 +84,7 @@ def test_adapter_equals_whole(runs, config_file, on_a_backbone):
 
 def test_a_checkpoint_of_pieces_is_not_of_one_process(runs, config_file):
     resume = f"resume={runs}/beside/checkpoints/step-00000002"
-    options = [*WHOLE, *QWEN3, f"output_dir={runs}/refused", "batch_size=4", resume]
+    options = [*WHOLE, f"output_dir={runs}/refused", "batch_size=4", resume]
     with pytest.raises(
         ValueError, match=r"resume: .*model.safetensors' is missing; the checkpoint is of another kind of run"
     ):
@@ -149,7 +135,11 @@ def test_what_processes_that_share_a_batch_cannot_do(config_file, kind, sizes, o
     ("plan", "count", "words"),
     [
         ({}, 2, "tp_size: LlamaModel has no plan"),
-        ({"layers.*.mlp.experts": "moe_tp_experts"}, 2, r"needs \['moe_tp_experts'\], which is not built"),
+        (
+            {"layers.*.self_attn.q_norm": "replicated_with_grad_allreduce"},
+            2,
+            r"needs \['replicated_with_grad_allreduce'\]",
+        ),
         ({"layers.*.mlp.up_proj": "colwise"}, 3, "tp_size: 3 does not divide num_attention_heads 4"),
     ],
 )

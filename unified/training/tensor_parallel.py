@@ -14,18 +14,16 @@ from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
     RowwiseParallel,
-    SequenceParallel,
     parallelize_module,
 )
 
 _T = TypeVar("_T", bound=Tensor)
-# By the names of transformers. Norms of heads see those of one process, so that their gradients are summed over processes.
+# By the names of transformers.
 STYLES: dict[str, Callable[[], ParallelStyle]] = {
     "colwise": ColwiseParallel,
     "colwise_gather_output": partial(ColwiseParallel, output_layouts=Replicate()),
     "rowwise": RowwiseParallel,
     "rowwise_split_input": partial(RowwiseParallel, input_layouts=Replicate()),
-    "replicated_with_grad_allreduce": partial(SequenceParallel, use_local_output=True),
 }
 
 
@@ -78,8 +76,6 @@ def _parts(module: nn.Module, style: str) -> Iterable[nn.Module]:
     """What of a module is cut."""
     if isinstance(module, LoraLayer):
         return [module.get_base_layer(), *(module.lora_A if "rowwise" in style else module.lora_B).values()]
-    if style == "replicated_with_grad_allreduce" and not any(p.requires_grad for p in module.parameters()):
-        return []
     return [module]
 
 
