@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils import DeepSpeedPlugin, DistributedType, ParallelismConfig
+from accelerate.utils import DeepSpeedPlugin, DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
 from conftest import CAPTIONS, ROOT, tiny_config, tiny_model
 from safetensors.torch import load_file
@@ -22,7 +22,6 @@ from unified.sequence import ImageSegment, TextSegment, build_sequence
 from unified.training.config import load_config
 from unified.training.loop import train
 from unified.training.sharding import check_sharding, configure_deepspeed
-from unified.training.tensor_parallel import cut_decoder
 from unified.training.tracking import read_log
 
 pytestmark = pytest.mark.process
@@ -227,35 +226,6 @@ def test_fully_sharded_adapter_equals_whole(config_file, on_a_backbone, tmp_path
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-3)
 
 
-TENSOR_PARALLEL = SHARDED.replace(
-    "assert accelerator.is_fsdp2 and all(isinstance(p, DTensor) for p in model.parameters())",
-    "assert sum(isinstance(p, DTensor) for p in model.parameters()) == 14",  # seven matrices in each of two layers
-)
-TENSORS = launched("tensor_parallel") | {"PARALLELISM_CONFIG_TP_SIZE": "2"}
-
-
-def test_tensor_parallel_training_equals_whole(one_process, config_file, tmp_path):
-    """Matrices cut over two processes that share each batch; one that resumes goes on bit for bit."""
-    script, output = tmp_path / "cut.py", tmp_path / "run"
-    script.write_text(TENSOR_PARALLEL)
-    options = [f"output_dir={output}", "checkpoint_every=3", "batch_size=4"]
-    done = torchrun(2, config_file, *options, script=script, **TENSORS)
-    assert done.returncode == 0, done.stderr
-    assert "cut over (2,)" in done.stdout
-    assert_same_training(output, one_process)
-    shutil.copytree(output / "pipeline", tmp_path / "whole")
-    shutil.rmtree(output / "checkpoints" / "step-00000006")
-    done = torchrun(2, config_file, *options, "resume=latest", script=script, **TENSORS)
-    assert done.returncode == 0, done.stderr
-    a, b = (load_file(folder / "model/model.safetensors") for folder in (output / "pipeline", tmp_path / "whole"))
-    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-    shutil.rmtree(output / "checkpoints" / "step-00000006")
-    with pytest.raises(
-        ValueError, match=r"resume: .*model.safetensors' is missing; the checkpoint is of another kind of run"
-    ):
-        train(load_config(config_file, [*OPTIONS, *options, "resume=latest", "allow_changes=true"]))
-
-
 @pytest.mark.parametrize("file", sorted((ROOT / "recipes" / "accelerate").glob("*.yaml")), ids=lambda file: file.stem)
 def test_launch_configurations_are_understood(file):
     """Read by Accelerate itself, which refuses unknown keys."""
@@ -271,56 +241,6 @@ def test_launch_configurations_reach_the_processes():
     assert sizes == [2, 4] and replicas["ACCELERATE_USE_PARALLELISM_CONFIG"] == "true"
     assert compiled["ACCELERATE_DYNAMO_BACKEND"] == "INDUCTOR" and compiled["ACCELERATE_DYNAMO_USE_DYNAMIC"] == "True"
     assert FSDP["ACCELERATE_DYNAMO_BACKEND"] == "NO"
-
-
-@pytest.mark.parametrize(
-    ("sizes", "options", "named"),
-    [
-        (
-            {"cp_size": 2},
-            [],
-            r"parallelism_config: context.*set cp_size and sp_size to 1, and tp_size to 1 or to the number",
-        ),
-        ({"tp_size": 2, "dp_shard_size": 2}, [], "parallelism_config: context"),
-        ({"tp_size": 2}, ["lora.rank=4"], "lora: not available with tensor parallelism"),
-        ({"tp_size": 2}, ["optimizer.ema_decay=0.9"], "optimizer.ema_decay: not available with tensor parallelism"),
-        ({"tp_size": 2}, ["optimizer.name=muon"], "optimizer.name=muon: not available with tensor parallelism"),
-        (
-            {"tp_size": 2},
-            ["sample.every=2", "sample.prompts=[red]"],
-            "sample.every: not available with tensor parallelism",
-        ),
-    ],
-    ids=str,
-)
-def test_what_processes_that_share_a_batch_cannot_do(config_file, sizes, options, named):
-    options = ["output_dir=x", "optimizer.ema_decay=null", "sample.every=null", "evaluation=null", *options]
-    config = load_config(config_file, options)
-    state = SimpleNamespace(
-        distributed_type=DistributedType.MULTI_GPU, parallelism_config=ParallelismConfig(**sizes), mixed_precision="no"
-    )
-    with pytest.raises(ValueError, match=named):
-        check_sharding(state, config)
-
-
-@pytest.mark.parametrize(
-    ("plan", "heads", "processes", "words"),
-    [
-        ({}, 4, 2, "tp_size: LlamaModel has no plan"),
-        (
-            {"layers.*.self_attn.q_norm": "replicated_with_grad_allreduce"},
-            4,
-            2,
-            r"needs \['replicated_with_grad_allreduce'\]",
-        ),
-        ({"layers.*.mlp.up_proj": "colwise"}, 4, 3, "tp_size: 3 does not divide num_attention_heads 4"),
-    ],
-)
-def test_decoders_that_cannot_be_cut(plan, heads, processes, words):
-    model = tiny_model()
-    model.backbone.base_model.config.base_model_tp_plan = plan
-    with pytest.raises(ValueError, match=words):
-        cut_decoder(model, SimpleNamespace(num_processes=processes))
 
 
 def test_deepspeed_learns_what_it_cannot_see(config_file):

@@ -10,7 +10,8 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from unified.training.optimizer import Muon
 
@@ -39,10 +40,14 @@ def sharded(rank: int, store: str) -> None:
     torch.set_num_threads(1)
     whole = network()
     expected = trained(whole, torch.optim.Muon(whole.parameters(), **OPTIONS))
-    for shape, names in (((4,), ("shard",)), ((2, 2), ("replicate", "shard"))):
+    for names in (("shard",), ("replicate", "shard"), ("tp",), ("shard", "tp")):
+        mesh = init_device_mesh("cpu", (4,) if len(names) == 1 else (2, 2), mesh_dim_names=names)
         model = network()
-        for layer in model:
-            fully_shard(layer, mesh=init_device_mesh("cpu", shape, mesh_dim_names=names))
+        if "tp" in names:
+            last = RowwiseParallel(input_layouts=Replicate())
+            parallelize_module(model, mesh["tp"], {"0": ColwiseParallel(), "1": RowwiseParallel(), "2": last})
+        for layer in model if "shard" in names else ():
+            fully_shard(layer, mesh=mesh["shard"] if "tp" in names else mesh)
         optimizer = Muon(model.parameters(), **OPTIONS)
         for ours, theirs in zip(trained(model, optimizer), expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from unified.training.tensor_parallel import alike
+
 
 class Average(nn.Module):
     """The average, laid out and cut over processes as the weights are; frozen weights have none.
@@ -40,7 +42,8 @@ class Average(nn.Module):
             for average, weight in zip(averages, self._weights, strict=True):
                 average.copy_(weight)
         else:
-            self._average(averages, [weight.detach() for weight in self._weights], self.n_averaged)
+            for part, weights in zip(alike(averages), alike(self._weights), strict=True):
+                self._average(part, [weight.detach() for weight in weights], self.n_averaged)
         self.n_averaged += 1
 
     @contextmanager

@@ -14,6 +14,7 @@ from unified.prediction.frame import image_length
 from unified.prediction.merge import Grid
 from unified.prediction.plan import RASTER, Prediction
 from unified.prompts import PromptFormat
+from unified.training.tensor_parallel import data_rank
 from unified_tokenizers import TextTokenizer
 
 
@@ -107,7 +108,7 @@ def describe_inputs(
 ) -> dict[str, Any]:
     """What a resumed run has to share with its checkpoint besides the settings: data, processes, frozen weights."""
     described: dict[str, Any] = {
-        "num_processes": accelerator.num_processes,
+        "num_processes": data_rank(accelerator)[1],
         "mixed_precision": accelerator.mixed_precision,  # accelerate launch may set it
         "text_tokenizer": None if tokenizer is None else tokenizer.fingerprint,
     }

@@ -1,19 +1,22 @@
 """Optimizers of a run: AdamW for everything, or Muon for the decoder's matrices."""
 
+import math
 from collections.abc import Callable
-from typing import Any
+from itertools import product
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
 
 from unified.training.config import OptimizerConfig
-from unified.training.tensor_parallel import pieces_apart
+from unified.training.tensor_parallel import alike
 
 
 class Muon(torch.optim.Muon):
-    """torch's Muon, also for matrices that FSDP2 cuts over processes.
+    """torch's Muon, also for matrices that are cut over processes, all of them over the same.
 
     Those are gathered one at a time, as an update is orthogonalised whole. Each process orthogonalises every n-th of them and
     hands the pieces out, so that n processes share the work. Momentum stays cut.
@@ -28,24 +31,27 @@ class Muon(torch.optim.Muon):
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             matrices = [p for p in group["params"] if p.grad is not None]
-            mesh, _ = _cut(matrices[0])
-            for start in range(0, len(matrices), mesh.size()):
-                self._step_together(matrices[start : start + mesh.size()], group)
+            count = math.prod(mesh.size() for mesh, _ in _cuts(matrices[0]))
+            for start in range(0, len(matrices), count):
+                self._step_together(matrices[start : start + count], group)
         return loss
 
     def _step_together(self, matrices: list[DTensor], group: dict[str, Any]) -> None:
         """A step of at most as many matrices as processes: the i-th process orthogonalises the i-th."""
-        mesh, placement = _cut(matrices[0])
-        rank, own = mesh.get_local_rank(), None
-        for i, p in enumerate(matrices):
+        meshes = [mesh for mesh, _ in _cuts(matrices[0])]
+        owners = list(product(*(range(mesh.size()) for mesh in meshes)))
+        here, own = tuple(mesh.get_local_rank() for mesh in meshes), None
+        for p, owner in zip(matrices, owners, strict=False):
             whole = _whole(self._momentum(p, group).bfloat16())  # in which it is orthogonalised
-            own = whole if i == rank else own
+            own = whole if owner == here else own
         if own is not None:
             own = _zeropower_via_newtonschulz(own, group["ns_coefficients"], group["ns_steps"], group["eps"])
-        for i, p in enumerate(matrices):
-            source = own if i == rank else torch.empty(p.shape, dtype=torch.bfloat16, device=p.device)
-            assert source is not None
-            update = distribute_tensor(source.contiguous(), mesh, [placement], src_data_rank=i).to_local()
+        for p, owner in zip(matrices, owners, strict=False):
+            update = own if owner == here else torch.empty(p.shape, dtype=torch.bfloat16, device=p.device)
+            assert update is not None
+            # As the matrix was cut, by tensor parallelism first; what others than the owner hand out there is not used later.
+            for (mesh, dim), rank in reversed(list(zip(_cuts(p), owner, strict=True))):
+                update = distribute_tensor(update.contiguous(), mesh, [Shard(dim)], src_data_rank=rank).to_local()
             p.mul_(1 - group["lr"] * group["weight_decay"])
             p.to_local().add_(update, alpha=-_adjust_lr(group["lr"], group["adjust_lr_fn"], p.shape))
 
@@ -64,11 +70,16 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor()
 
 
-def _cut(p: DTensor) -> tuple[Any, Any]:
-    """The processes that a tensor is cut over, and how; with replicas (HSDP) those of one replica."""
-    ((i, placement),) = [(i, placement) for i, placement in enumerate(p.placements) if placement.is_shard()]
-    names = p.device_mesh.mesh_dim_names
-    return (p.device_mesh if names is None else p.device_mesh[names[i]]), placement
+def _cuts(p: DTensor) -> list[tuple[DeviceMesh, int]]:
+    """The processes that a tensor is cut over, and the dimension, for each cut: those of FSDP2, inside of one replica, then
+    those of tensor parallelism, whose pieces FSDP2 cuts again.
+    """
+    mesh, names = p.device_mesh, p.device_mesh.mesh_dim_names
+    return [
+        (mesh if names is None else mesh[names[i]], cast(Shard, placement).dim)
+        for i, placement in enumerate(p.placements)
+        if not isinstance(placement, Replicate)
+    ]
 
 
 def build_optimizers(model: nn.Module, config: OptimizerConfig, *modules: nn.Module) -> list[torch.optim.Optimizer]:
@@ -83,13 +94,13 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig, *modules: nn.Mod
     taken = {id(p) for p in hidden}
     rest = [p for _, p in named if id(p) not in taken] + [p for module in modules for p in module.parameters()]
     decayed = (([p for p in rest if p.ndim >= 2], config.weight_decay), ([p for p in rest if p.ndim < 2], 0.0))
-    groups = [{"params": part, "weight_decay": decay} for group, decay in decayed for part in pieces_apart(group)]
+    groups = [{"params": part, "weight_decay": decay} for group, decay in decayed for part in alike(group) or [[]]]
     betas = (config.betas[0], config.betas[1])
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
     ]
-    if hidden:
-        optimizers.append(
-            Muon(hidden, lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
-        )
+    optimizers += [
+        Muon(part, lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
+        for part in alike(hidden)
+    ]
     return optimizers

@@ -46,7 +46,7 @@ from unified.training.inputs import add_grids, check_grids, describe_inputs
 from unified.training.objectives.base import Objective
 from unified.training.optimizer import build_optimizers
 from unified.training.sharding import check_modules, check_sharding, configure_deepspeed
-from unified.training.tensor_parallel import cut_decoder, is_tensor_parallel
+from unified.training.tensor_parallel import already_cut, cut_decoder, is_tensor_parallel
 from unified.training.tracking import RunLog, start_trackers
 from unified_tokenizers import AutoImageTokenizer, ImageTokenizer, TextTokenizer, load_text_tokenizer
 
@@ -141,12 +141,13 @@ def set_up(config: TrainConfig, accelerator: Accelerator) -> Run:
     # 3. Optimizers, average, and what the checkpoint holds of them
     configure_deepspeed(accelerator, config)
     if is_tensor_parallel(accelerator):
-        cut_decoder(model, accelerator)
+        cut_decoder(base_of(cast(UnifiedForCausalLM | PeftModel, model)), accelerator)
     objectives = config.build_objectives()
     modules = {o.name: m for o in objectives if (m := o.build(model, image_tokenizer)) is not None}
     check_modules(accelerator, modules)
     optimizers = build_optimizers(model, config.optimizer, *modules.values())
-    model, *prepared = accelerator.prepare(model, *modules.values(), *optimizers)
+    with already_cut(accelerator):
+        model, *prepared = accelerator.prepare(model, *modules.values(), *optimizers)
     optimizers = prepared[len(modules) :]
     for objective in objectives:
         if objective.name in modules:

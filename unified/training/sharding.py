@@ -27,18 +27,28 @@ def check_sharding(accelerator: Accelerator, config: TrainConfig) -> None:
     """
     kind, parallel = accelerator.distributed_type, accelerator.parallelism_config
     if parallel is not None and parallel.non_data_parallel_size > 1:
-        if parallel.tp_size != parallel.total_size:
+        if parallel.tp_size != parallel.non_data_parallel_size:
             raise ValueError(
-                "parallelism_config: context and sequence parallel processes would share a batch, and each process here has its "
-                "own; set cp_size and sp_size to 1, and tp_size to 1 or to the number of processes (dp_replicate_size and "
-                "dp_shard_size are fine without it)."
+                "parallelism_config: context and sequence parallelism are not built; set cp_size and sp_size to 1."
             )
+        if kind == DistributedType.DEEPSPEED or (kind != DistributedType.FSDP and parallel.data_parallel_size > 1):
+            raise ValueError(
+                f"tp_size: not available with {kind.value} and batches for {parallel.data_parallel_size}; start with "
+                "recipes/accelerate/tensor_parallel.yaml for one batch, fsdp_tensor_parallel.yaml for several."
+            )
+        if kind == DistributedType.FSDP and accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
+            raise ValueError(
+                "fsdp_cpu_ram_efficient_loading: not available with tensor parallelism; set it to false, as in "
+                "recipes/accelerate/fsdp_tensor_parallel.yaml."
+            )
+        lora = config.lora
         _check_unused(
             "tensor parallelism",
             {
-                "sample.every": config.sample.every, "evaluation": config.evaluation, "lora": config.lora,
-                "optimizer.ema_decay": config.optimizer.ema_decay,
-                "optimizer.name=muon": config.optimizer.name == "muon",
+                "sample.every": config.sample.every, "evaluation": config.evaluation,
+                "lora.use_dora": lora is not None and lora.use_dora,
+                f"lora.modality={lora and lora.modality}": lora is not None and lora.modality != "all",
+                "model.quantization": config.model.quantization,
                 "mixed_precision=fp16": accelerator.mixed_precision == "fp16",
             },
         )  # fmt: skip

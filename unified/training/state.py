@@ -28,6 +28,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from unified.training.tensor_parallel import batch_sharers
+
 Numbers = dict[str, Any]
 
 
@@ -107,9 +109,10 @@ def read_state(accelerator: Accelerator, folder: Path, numbers: Numbers) -> None
         scheduler.load_state_dict(state)
     if accelerator.scaler is not None and numbers["scaler"]:
         accelerator.scaler.load_state_dict(numbers["scaler"])
-    if accelerator.process_index < numbers["num_processes"]:
+    stream = accelerator.process_index - accelerator.process_index % batch_sharers(accelerator)  # one for a batch
+    if stream < numbers["num_processes"]:
         same_device = accelerator.device.type == numbers["device"]
-        _read_random(folder / f"random-{accelerator.process_index}.safetensors", accelerator.device, same_device)
+        _read_random(folder / f"random-{stream}.safetensors", accelerator.device, same_device)
     else:
         warnings.warn(
             f"resume: {str(folder)!r} has the random streams of {numbers['num_processes']} processes; process "

@@ -1,35 +1,59 @@
-"""A decoder's matrices cut over processes that share their batches (Megatron-LM, arXiv 1909.08053)."""
+"""A decoder's matrices cut over processes that share their batches (Megatron-LM, arXiv 1909.08053), alone or beside FSDP2."""
 
-from typing import Any
+import fnmatch
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeVar
 
 from accelerate import Accelerator
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    parallelize_module,
+)
 
-STYLES: dict[str, type[ParallelStyle]] = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}
+_T = TypeVar("_T", bound=Tensor)
+# By the names of transformers.
+STYLES: dict[str, Callable[[], ParallelStyle]] = {
+    "colwise": ColwiseParallel,
+    "colwise_gather_output": partial(ColwiseParallel, output_layouts=Replicate()),
+    "rowwise": RowwiseParallel,
+    "rowwise_split_input": partial(RowwiseParallel, input_layouts=Replicate()),
+}
+
+
+def batch_sharers(accelerator: Accelerator) -> int:
+    """How many processes, neighbours by their number, share each batch; 1 without tensor parallelism."""
+    parallel = accelerator.parallelism_config
+    return 1 if parallel is None else parallel.tp_size
 
 
 def is_tensor_parallel(accelerator: Accelerator) -> bool:
-    """Whether all processes share their batches."""
-    parallel = accelerator.parallelism_config
-    return parallel is not None and parallel.tp_size > 1
+    """Whether processes share batches."""
+    return batch_sharers(accelerator) > 1
 
 
 def data_rank(accelerator: Accelerator) -> tuple[int, int]:
-    """Which batches are this process's, and how many processes have batches of their own."""
-    return (0, 1) if is_tensor_parallel(accelerator) else (accelerator.process_index, accelerator.num_processes)
+    """Which batches are this process's, and how many there are at a time."""
+    sharers = batch_sharers(accelerator)
+    return accelerator.process_index // sharers, accelerator.num_processes // sharers
 
 
 def cut_decoder(model: Any, accelerator: Accelerator) -> None:
-    """Cut the layers of a unified model over all processes by the plan that transformers has for its family, in place.
+    """Cut the layers of a unified model, without its adapter, by the plan that transformers has for its family, in place.
 
-    Both vocabularies' tables and the norms stay whole; their gradients are the same in every process.
+    Both vocabularies' tables and the norms stay whole; their gradients are the same in every process. Of an adapter's two
+    matrices the one is cut that stands beside the cut.
 
     Raises:
         ValueError: if the family has no such plan, or heads cannot be shared out evenly.
     """
-    decoder, count = model.backbone.base_model, accelerator.num_processes
+    decoder, count = model.backbone.base_model, batch_sharers(accelerator)
     plan, family = decoder.config.base_model_tp_plan or {}, type(decoder).__name__
     unknown = sorted(set(plan.values()) - STYLES.keys())
     if unknown or not plan:
@@ -40,8 +64,36 @@ def cut_decoder(model: Any, accelerator: Accelerator) -> None:
         if heads % count:
             raise ValueError(f"tp_size: {count} does not divide {name} {heads} of {family}; choose a divisor.")
     mesh = accelerator.torch_device_mesh["tp"]
-    parallelize_module(decoder, mesh, {name: STYLES[style]() for name, style in plan.items()})
+    modules = dict(decoder.named_modules())
+    for pattern, style in plan.items():
+        for name in fnmatch.filter(modules, pattern):
+            for part in _parts(modules[name], style):
+                parallelize_module(part, mesh, STYLES[style]())
     model._tp_size = count  # where Accelerate looks
+
+
+def _parts(module: nn.Module, style: str) -> Iterable[nn.Module]:
+    """What of a module is cut."""
+    if isinstance(module, LoraLayer):
+        return [module.get_base_layer(), *(module.lora_A if "rowwise" in style else module.lora_B).values()]
+    return [module]
+
+
+@contextmanager
+def already_cut(accelerator: Accelerator) -> Iterator[None]:
+    """Inside, Accelerate prepares a model that has been cut for FSDP2, as one without tensor parallelism.
+
+    Its own preparation imports ``ReplicateParallel`` (version 1.15), which transformers no longer has (version 5.24).
+    """
+    parallel = accelerator.parallelism_config
+    if parallel is None or not accelerator.is_fsdp2:
+        yield
+        return
+    size, parallel.tp_size = parallel.tp_size, 1
+    try:
+        yield
+    finally:
+        parallel.tp_size = size
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -49,8 +101,9 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def pieces_apart(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Parameters as one group, or as two if only some are cut: one kernel does not update both."""
-    cut: list[nn.Parameter] = [p for p in parameters if isinstance(p, DTensor)]
-    rest = [p for p in parameters if not isinstance(p, DTensor)]
-    return [rest, cut] if rest and cut else [parameters]
+def alike(tensors: Iterable[_T]) -> list[list[_T]]:
+    """Tensors in groups that are cut over the same processes: one kernel does not update others together."""
+    groups: dict[Any, list[_T]] = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.device_mesh if isinstance(tensor, DTensor) else None, []).append(tensor)
+    return list(groups.values())
