@@ -1,7 +1,6 @@
 """Tiny models and tokenizers, built once."""
 
 import runpy
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -10,6 +9,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from forking import python
 from PIL import Image
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -51,7 +51,7 @@ CAPTIONS = ["red apple", "blue car", "a green tree", "the small dog", "a cat and
 
 
 def pytest_collection_modifyitems(items):
-    """Tests on a run that is launched as a user launches it start a process, too."""
+    """Tests on a finished run start a process, too."""
     for item in items:
         if "finished" in item.fixturenames:
             item.add_marker(pytest.mark.process)
@@ -295,11 +295,10 @@ def on_a_backbone(transformers_backbone) -> list[str]:
 
 @pytest.fixture(scope="session")
 def finished(config_file, tmp_path_factory):
-    """A finished run, launched as a user launches it."""
+    """A finished run, of the recipe in a process of its own."""
     output = tmp_path_factory.mktemp("run")
-    command = [*LAUNCH, str(ROOT / "recipes" / "train.py"), "--config", str(config_file), f"output_dir={output}",
-               "sample.every=6", "sample.prompts=[red apple,blue car]", "track_with=[tensorboard]"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    options = ["sample.every=6", "sample.prompts=[red apple,blue car]", "track_with=[tensorboard]"]
+    done = python("recipes/train.py", "--config", config_file, f"output_dir={output}", *options)
     assert done.returncode == 0, done.stderr[-3000:]
     return output
 

@@ -1,13 +1,13 @@
 """The benchmark of generation runs, refuses to time unequal codes, and knows how far 8-bit weights are off."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import full_forward
+from forking import python
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,9 +16,8 @@ sys.path.insert(0, str(ROOT / "eval"))
 
 @pytest.mark.process
 def test_it_runs(tmp_path):
-    command = [sys.executable, ROOT / "eval" / "benchmark_generation.py", "--rounds", "1", "--grid", "4", "--codebook", "64",
-               "--json", tmp_path / "out.json"]  # fmt: skip
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT)
+    options = ["--rounds", 1, "--grid", 4, "--codebook", 64, "--json", tmp_path / "out.json"]
+    done = python("eval/benchmark_generation.py", *options)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((tmp_path / "out.json").read_text())
     assert set(result["goals"]) == {"G1", "G5", "N1", "N1_batch16"}

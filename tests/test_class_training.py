@@ -2,17 +2,15 @@
 
 import json
 import math
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import generators
+from forking import torchrun
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -183,10 +181,8 @@ def test_sources_of_classes_are_mixed(class_config, class_folder, tmp_path):
 def test_two_processes_equal_one(class_config, tmp_path):
     """No text is in the loss; DDP raises if a weight has no gradient."""
     options = ["validate_every=null", "model.options.dropout=0", "model.architecture.attention_dropout=0"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "recipes/train.py",
-               "--config", str(class_config), f"output_dir={tmp_path}/two", "batch_size=2", *options]  # fmt: skip
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    given = ["--config", class_config, f"output_dir={tmp_path}/two", "batch_size=2", *options]
+    done = torchrun(2, "recipes/train.py", *given)
     assert done.returncode == 0, done.stderr[-3000:]
     train(load_config(class_config, [f"output_dir={tmp_path}/one", "batch_size=4", *options]))
     ours, theirs = ([(r["image_loss"], r["positions"]) for r in read_log(tmp_path / name)] for name in ("two", "one"))

@@ -7,6 +7,7 @@ import sys
 from types import SimpleNamespace
 
 import datasets
+import forking
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
@@ -53,25 +54,25 @@ def assert_same_training(ours, theirs):
 
 
 def torchrun(processes, config_file, *overrides, script="recipes/train.py", **environment):
+    return forking.torchrun(processes, script, "--config", config_file, *OPTIONS, *overrides, **environment)
+
+
+def test_two_processes_equal_one(one_process, config_file, picture_source, tmp_path):
+    """As torchrun itself starts them. They also encode the images together, which one process had as codes."""
+    options = ["batch_size=2", "processes=2", f"data.train={picture_source}", f"output_dir={tmp_path}", *OPTIONS]
     command = [
         sys.executable,
         "-m",
         "torch.distributed.run",
         "--standalone",
         "--nproc_per_node",
-        str(processes),
+        "2",
+        "recipes/train.py",
     ]
-    return subprocess.run(
-        [*command, str(script), "--config", str(config_file), *OPTIONS, *overrides],
-        cwd=ROOT, capture_output=True, text=True,
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **environment},
-    )  # fmt: skip
-
-
-def test_two_processes_equal_one(one_process, config_file, picture_source, tmp_path):
-    """They also encode the images together, which one process had as codes."""
-    options = ["batch_size=2", "processes=2", f"data.train={picture_source}"]
-    done = torchrun(2, config_file, f"output_dir={tmp_path}", *options)
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--config", str(config_file), *options], cwd=ROOT, capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stderr
     assert "2 process(es)" in done.stdout
     assert_same_training(tmp_path, one_process)

@@ -191,10 +191,14 @@ def test_bad_input_is_named(image_tokenizer, mixed_source, tmp_path):
 class TestContent:
     """A cache knows what it was made from."""
 
-    @pytest.fixture(params=["folder", "csv", "jsonl", "parquet", "saved", "tar", "interleaved"])
+    KINDS = ("folder", "csv", "jsonl", "parquet", "saved", "tar", "interleaved")
+
+    @pytest.fixture(params=KINDS)
     def source(self, request, tmp_path):
+        return self.make(request.param, tmp_path / "source")
+
+    def make(self, kind, folder):
         """A kind of source, its path, and a function that changes one of its captions or one of its images."""
-        kind, folder = request.param, tmp_path / "source"
         folder.mkdir()
         state = {"captions": ["a", "b", "c"], "colors": ["red", "green", "blue"]}
 
@@ -267,13 +271,20 @@ class TestContent:
         assert not source_changed(tmp_path / "codes")
 
     @pytest.mark.process
-    def test_another_process_sees_the_same(self, source, image_tokenizer, tmp_path):
+    def test_another_process_sees_the_same(self, image_tokenizer, tmp_path):
         """The digest holds nothing that differs between two starts."""
-        kind, source, _ = source
-        self.encode(image_tokenizer, kind, source, tmp_path / "codes")
-        code = "import sys; from unified.data.code_cache import source_changed; sys.exit(source_changed(sys.argv[1]))"
+        for kind in self.KINDS:
+            self.encode(image_tokenizer, *self.make(kind, tmp_path / kind)[:2], tmp_path / "codes" / kind)
+        code = """
+import sys
+from pathlib import Path
+from unified.data.code_cache import source_changed
+print(sorted((folder.name, source_changed(folder)) for folder in Path(sys.argv[1]).iterdir()))
+"""
         environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "another cache")}
-        subprocess.run([sys.executable, "-c", code, tmp_path / "codes"], cwd=ROOT, env=environment, check=True)
+        command = [sys.executable, "-c", code, tmp_path / "codes"]
+        done = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
+        assert done.stdout.splitlines()[-1] == str([(kind, False) for kind in sorted(self.KINDS)])
 
     def test_a_source_that_is_gone_leaves_the_codes(self, image_tokenizer, mixed_source, tmp_path):
         encode(image_tokenizer, mixed_source, tmp_path / "codes")

@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from concurrent import futures
@@ -18,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from conftest import LAUNCH, ROOT, tiny_model
+from forking import python
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -84,23 +84,16 @@ def test_resumed_run_of_every_kind_equals_uninterrupted(options, finished, confi
 
 @pytest.mark.process
 def test_killed_run_continues(finished, config_file, tmp_path):
-    """kill -9 in the middle of a step, a checkpoint at every step, resume in a new process."""
+    """Launched as a user launches it: kill -9 in the middle of a step, a checkpoint at every step, resume in a new process."""
     options = [
         "checkpoint_every=1",
         "sample.every=6",
         "sample.prompts=[red apple,blue car]",
         "track_with=[tensorboard]",
     ]
-    command = [
-        *LAUNCH,
-        str(ROOT / "recipes/train.py"),
-        "--config",
-        str(config_file),
-        f"output_dir={tmp_path}",
-        *options,
-    ]
+    command = ["recipes/train.py", "--config", str(config_file), f"output_dir={tmp_path}", *options]
     child = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT, start_new_session=True
+        [*LAUNCH, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT, start_new_session=True
     )
     deadline = time.monotonic() + 120
     while len(read_log(tmp_path)) < 5 and time.monotonic() < deadline and child.poll() is None:
@@ -109,7 +102,7 @@ def test_killed_run_continues(finished, config_file, tmp_path):
     child.wait()
     assert not (tmp_path / "pipeline").exists()
     assert list_checkpoints(tmp_path / "checkpoints")
-    done = subprocess.run([*command, "resume=latest"], capture_output=True, text=True, cwd=ROOT)
+    done = python(*command, "resume=latest")
     assert done.returncode == 0, done.stderr[-3000:]
     assert_same_run(tmp_path, finished)
 
@@ -168,9 +161,9 @@ BESIDE = "asynchronous_checkpoints=true"
 )
 def test_kill_while_checkpoints_are_written(finished, config_file, tmp_path, point, kept, options):
     """kill -9 with files half written, not renamed or half removed: every checkpoint is whole; the rest is removed."""
-    command = [sys.executable, "-c", KILLED_AFTER, point, str(config_file), str(tmp_path), *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True)
-    assert done.returncode == -signal.SIGKILL
+    (tmp_path / "killed.py").write_text(KILLED_AFTER)
+    done = python(tmp_path / "killed.py", point, config_file, tmp_path, *options)
+    assert done.returncode == -signal.SIGKILL, done.stderr
     folder = tmp_path / "checkpoints"
     whole = [f"step-{step:08d}" for step in kept]
     assert [path.name for path in list_checkpoints(folder)] == whole and len(list(folder.iterdir())) == len(kept) + 1
