@@ -15,6 +15,7 @@ import psutil
 import torch
 from PIL import Image
 
+from quickstart import PROCESSES
 from unified import PatchSchedule, UnifiedPipeline
 from unified.errors import explain_errors
 from unified.files import write_json
@@ -172,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         **lora,
         **edits,
         "image_cost_relative_to_next_token": cost,
-        "training_images_seen": config.steps * config.batch_size,
+        "training_images_seen": config.steps * config.batch_size * PROCESSES,
         "final_validation": {
             k: v for k, v in [r for r in log if "validation_loss" in r][-1].items() if k.endswith("loss")
         },

@@ -1,14 +1,13 @@
 """Matrices that are cut over processes that share a batch, alone and beside FSDP2, learn what one process learns."""
 
 import json
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.utils import DistributedType, ParallelismConfig
 from conftest import FAMILIES, ROOT, SIZES, tiny_model
+from forking import torchrun
 from safetensors.torch import load_file
 from test_distributed import AVERAGE, OPTIONS, assert_same_training, launched
 
@@ -35,21 +34,18 @@ def runs(config_file, on_a_backbone, tmp_path_factory):
         groups = len(meshes[file][1])  # of two processes each
         sizes = {"PARALLELISM_CONFIG_TP_SIZE": "2", "PARALLELISM_CONFIG_DP_SHARD_SIZE": str(groups)}
         settings = [*WHOLE, *options, f"output_dir={folder}/{name}", f"batch_size={4 // groups}"]
-        return {"processes": 2 * groups, "environment": launched(file) | sizes, "meshes": meshes[file],
-                "train": [str(config_file), settings]}  # fmt: skip
+        run(name, 2 * groups, {"meshes": meshes[file], "train": [str(config_file), settings]}, launched(file) | sizes)
 
-    again = [f"resume={folder}/beside/checkpoints/step-00000002"]
-    jobs = [
-        job("fsdp_tensor_parallel", "beside", "checkpoint_every=2"),
-        job("fsdp_tensor_parallel", "beside-again", *again),
-        job("tensor_parallel", "alone"),
-        job("fsdp_tensor_parallel", "adapter", *on_a_backbone, *ADAPTER),
-        {"processes": 2, "backbones": [SIZES | FAMILIES["olmo2"]]},
-    ]
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    command = [sys.executable, str(ROOT / "tests" / "forked.py"), str(folder / "jobs.json")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-6000:]
+    def run(name, processes, job, environment):
+        (folder / f"{name}.json").write_text(json.dumps(job))
+        done = torchrun(processes, ROOT / "tests" / "cut_training.py", folder / f"{name}.json", **environment)
+        assert done.returncode == 0, done.stderr[-6000:]
+
+    job("fsdp_tensor_parallel", "beside", "checkpoint_every=2")
+    job("fsdp_tensor_parallel", "beside-again", f"resume={folder}/beside/checkpoints/step-00000002")
+    job("tensor_parallel", "alone")
+    job("fsdp_tensor_parallel", "adapter", *on_a_backbone, *ADAPTER)
+    run("backbones", 2, {"backbones": [SIZES | FAMILIES["olmo2"]]}, {})
     return folder
 
 

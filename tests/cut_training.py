@@ -1,21 +1,19 @@
-"""Runs on several CPU processes, which are forked after the imports: these take longer than a tiny run.
+"""What tests of tensor parallelism run on several CPU processes: a training, or a comparison of backbones.
 
-    python tests/forked.py JOBS.json
+    torchrun --nproc_per_node N tests/cut_training.py JOB.json
 
-Each job is a dict: ``processes``; and either ``train``, the arguments of ``load_config``, with ``environment``, what `accelerate
-launch` would set, and ``meshes``, the shapes of all meshes that weights are cut over; or ``backbones``, configurations.
+A job is a dict with either ``train``, the arguments of ``load_config``, and ``meshes``, the shapes of all meshes that weights are
+cut over; or ``backbones``, configurations.
 """
 
 import json
 import os
-import socket
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.device_mesh import init_device_mesh
@@ -25,20 +23,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from unified.training import loop
 from unified.training.config import load_config
 from unified.training.tensor_parallel import cut_decoder, whole
-
-
-def work(rank, port, job):
-    """One process of a job."""
-    numbers = {"MASTER_PORT": port, "WORLD_SIZE": job["processes"], "RANK": rank, "LOCAL_RANK": rank}
-    os.environ |= {name: str(number) for name, number in numbers.items()}
-    os.environ |= {"MASTER_ADDR": "localhost", "ACCELERATE_USE_CPU": "true", **job.get("environment", {})}
-    torch.set_num_threads(1)
-    if "train" in job:
-        train(job)
-    else:
-        compare(job)
-    sys.stdout.flush()
-    os._exit(0)  # without Python's clean-up, in which gloo's threads may abort
 
 
 def train(job):
@@ -59,10 +43,9 @@ def train(job):
 def compare(job):
     """Logits and gradients of backbones that are cut, and of the same ones whole."""
     dist.init_process_group("gloo")
-    mesh = init_device_mesh("cpu", (job["processes"],), mesh_dim_names=("tp",))
-    accelerator = SimpleNamespace(
-        parallelism_config=SimpleNamespace(tp_size=job["processes"]), torch_device_mesh={"tp": mesh}
-    )
+    processes = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (processes,), mesh_dim_names=("tp",))
+    accelerator = SimpleNamespace(parallelism_config=SimpleNamespace(tp_size=processes), torch_device_mesh={"tp": mesh})
     for settings in job["backbones"]:
         results = []
         for cut in (False, True):
@@ -80,8 +63,8 @@ def compare(job):
 
 
 if __name__ == "__main__":
-    for each in json.loads(Path(sys.argv[1]).read_text()):
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            number = free.getsockname()[1]
-        mp.start_processes(work, args=(number, each), nprocs=each["processes"], start_method="fork")
+    job = json.loads(Path(sys.argv[1]).read_text())
+    torch.set_num_threads(1)
+    train(job) if "train" in job else compare(job)
+    sys.stdout.flush()
+    os._exit(0)  # without Python's clean-up, in which gloo's threads may abort
