@@ -95,7 +95,7 @@ def test_killed_run_continues(finished, config_file, tmp_path):
     child = subprocess.Popen(
         [*LAUNCH, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT, start_new_session=True
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while len(read_log(tmp_path)) < 5 and time.monotonic() < deadline and child.poll() is None:
         time.sleep(0.01)
     os.killpg(child.pid, signal.SIGKILL)
