@@ -209,6 +209,7 @@ def test_shipped_configs_load(path):
         "vqa",
         "caption",
         "quickstart",
+        "speedrun",
     )  # single codes alone, or most of the time
     assert (config.patch_schedule().relative_cost() < 0.64) != path.name.startswith(fine)
 
