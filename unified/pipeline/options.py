@@ -25,7 +25,7 @@ class GenerationOptions:
         temperature, top_k, top_p, guidance_schedule, group_temperature: see :class:`unified.decoding.Sampling`.
         decoding: a name in :data:`unified.decoding.DECODING_MODES`: ``plain``; ``jacobi`` (the same images) or ``sjd`` (the
             same distribution), often faster for few images; ``gsd``, faster and not exact; ``zipar``, several rows at
-            a time, not exact, the better the more images. Those are for raster order; ``assd`` is for any order: codes from the
+            a time, not exact, for batches. Those are for raster order; ``assd`` is for any order: codes from the
             joint distribution, which plain decoding in groups only comes near to; ``autoguided`` and ``coarse_cfg``: guidance by
             coarse predictions, of models trained with 2 x 2 patches, too.
         steer: weights of loaded reward adapters by their names: their log-probabilities are added to the logits (GenARM, see
