@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from unified import UnifiedPipeline
-from unified.data import SkipReport, load_source
-from unified.data.rows import captions
+from unified.data import load_source
+from unified.data.rows import different_captions
 from unified.data.sources import terms_of
 from unified.decoding import Sampling
 from unified.errors import explain_errors
@@ -201,13 +201,12 @@ def build_policy(settings: GrpoSettings, accelerator: Accelerator) -> Policy:
 
 def read_texts(settings: GrpoSettings) -> list[str]:
     """The different captions of the source, in its order. Raises ValueError if there are too few."""
-    report = SkipReport()
-    found = dict.fromkeys(captions(load_source(settings.prompts, settings.split), report, settings.caption_column))
+    found = different_captions(load_source(settings.prompts, settings.split), settings.caption_column)
     if len(found) < settings.prompts_per_step:
         raise ValueError(
             f"prompts_per_step: {settings.prompts_per_step}, but {settings.prompts!r} has {len(found)} different captions."
         )
-    return list(found)
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> None:

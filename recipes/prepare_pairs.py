@@ -21,9 +21,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from unified.data import SkipReport, load_source
+from unified.data import load_source
 from unified.data.pairs import save_pairs
-from unified.data.rows import captions
+from unified.data.rows import different_captions
 from unified.errors import explain_errors
 from unified.files import write_json
 from unified.training.rewards import Rewards, RewardSettings
@@ -49,7 +49,7 @@ def ranked_pairs(rewards: Sequence[float], most: int) -> list[tuple[int, int]]:
 
 def choose_prompts(source: str, split: str, column: str, count: int, seed: int) -> list[str]:
     """Different captions of a source, at random. Raises ValueError if it has fewer."""
-    texts = list(dict.fromkeys(captions(load_source(source, split), SkipReport(), column)))
+    texts = different_captions(load_source(source, split), column)
     if len(texts) < count:
         raise ValueError(
             f"num_prompts: {count}, but {source!r} has {len(texts)} different captions; take at most these."

@@ -107,6 +107,11 @@ def captions(source: Rows, report: SkipReport, caption_column: str = "caption") 
             yield caption
 
 
+def different_captions(source: Rows, caption_column: str = "caption") -> list[str]:
+    """The captions of ``source``, each once, in its order, without unusable ones. Raises ValueError as :func:`captions`."""
+    return list(dict.fromkeys(captions(source, SkipReport(), caption_column)))
+
+
 def with_caption(source: Rows, caption: str, column: str) -> Rows:
     """Give all rows of a source without captions the same one. Raises ValueError if it has the column."""
     if column in column_names(source):
