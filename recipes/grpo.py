@@ -24,7 +24,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from unified import UnifiedPipeline
+from unified import PatchSchedule, UnifiedPipeline
 from unified.data import load_source
 from unified.data.rows import different_captions
 from unified.data.sources import terms_of
@@ -79,6 +79,7 @@ class GrpoSettings:
     clip: float = 0.2  # the ratio of probabilities is clipped to 1 - clip ... 1 + clip
     kl_weight: float = 0.02  # of the divergence from the reference
     learning_rate: float = 3e-4
+    decay: float = 0.0  # share of the steps, at the end, in which the learning rate falls to a tenth
     weight_decay: float = 0.0
     gradient_clip: float = 1.0
     evaluation: EvaluationConfig | None = None  # metrics of generated images on the way, such as prdc
@@ -112,6 +113,7 @@ class GrpoSettings:
         check_range("", self, "(0, 1)", "clip")
         check_range("", self, "(0, inf)", "learning_rate", "gradient_clip")
         check_range("", self, "[0, inf)", "kl_weight", "weight_decay")
+        check_range("", self, "[0, 1]", "decay")
         check_range("", self, "[0, 4294967295]", "seed")
         _ = self.sampling
         if self.lora is not None:
@@ -149,6 +151,15 @@ class Policy:
         grid = trained_grids(config)[0]
         rows, negatives = Wanted(prompts).rows(config, self.pipeline.text_tokenizer, grid)
         return sample_rollout(self.model, rows, negatives, grid, s.sampling, seeds, s.batch_size), prompts
+
+    def set_learning_rate(self, step: int) -> float:
+        """Set and return the learning rate of a step."""
+        s = self.settings
+        schedule = PatchSchedule((1,), (1.0,), warmup=0.0, decay=s.decay)
+        rate = s.learning_rate * schedule.lr_multiplier(step, s.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        return rate
 
     def update(self, rollout: Rollout, advantages: Tensor) -> dict[str, float]:
         """``updates`` optimizer steps on a rollout; means of what :class:`PolicyLoss` holds."""
@@ -265,6 +276,7 @@ def train(
             rollout, prompts = policy.rollout(step, texts)
             images = to_pil(policy.pipeline.image_tokenizer.decode(rollout.codes))
             total, parts = rewards(images, prompts)
+            rate = policy.set_learning_rate(step)
             metrics = policy.update(rollout, group_advantages(total, settings.group_size))
             metrics |= {f"reward {path}": float(values.mean()) for path, values in parts.items() if len(parts) > 1}
             metrics |= {
@@ -272,6 +284,7 @@ def train(
                 "reward_spread": float(total.view(-1, settings.group_size).std(dim=1).mean()),
                 "entropy": -float(rollout.log_probs.mean()),  # nats a code, estimated by the codes that were sampled
                 "diversity": code_diversity(rollout.codes, settings.group_size),
+                "learning_rate": rate,
             }
             now, last = step + 1, step + 1 == settings.steps
             evaluation = settings.evaluation

@@ -179,7 +179,8 @@ def test_a_policy_without_an_adapter_asks_for_one(pipeline):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [({"lora": None}, "lora, adapter: set exactly one"), ({"adapter": "x"}, "lora, adapter: set exactly one"),
-     ({"group_size": 1}, "group_size: 1"), ({"clip": 0.0}, "clip: 0.0"), ({"kl_weight": math.nan}, "kl_weight: nan"),
+     ({"group_size": 1}, "group_size: 1"), ({"clip": 0.0}, "clip: 0.0"),
+     ({"decay": 1.5}, "decay: 1.5"), ({"kl_weight": math.nan}, "kl_weight: nan"),
      ({"lora": LoraSettings(dropout=0.1)}, "lora.dropout")],
 )  # fmt: skip
 def test_settings_that_are_refused(tmp_path, changes, message):
@@ -218,7 +219,7 @@ def fail():
 @pytest.mark.parametrize("end", ["signal", "error"])
 def test_a_run_that_ended_early_and_went_on_equals_one_that_did_not(tmp_path, folder, picture_source, at_step, end):
     """After a signal there is a checkpoint of that step; after an error the run goes back to the one before."""
-    settings = settings_of(tmp_path / "whole", folder, picture_source, checkpoint_every=2)
+    settings = settings_of(tmp_path / "whole", folder, picture_source, checkpoint_every=2, decay=0.5)
     whole = recipe.run(settings)
     at_step[4 + 2] = fail if end == "error" else lambda: os.kill(os.getpid(), signal.SIGTERM)
     settings.output_dir = str(tmp_path / "broken")
@@ -230,6 +231,7 @@ def test_a_run_that_ended_early_and_went_on_equals_one_that_did_not(tmp_path, fo
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     logs = [[json.loads(line) for line in (path.parent / "log.jsonl").open()] for path in (whole, resumed)]
     assert logs[0] == logs[1] and [line["step"] for line in logs[0]] == [1, 2, 3, 4]
+    assert [line["learning_rate"] for line in logs[0]] == pytest.approx([0.02, 0.02, 0.02, 0.011])
     assert {"reward", "reward_spread", "kl", "entropy", "diversity", "clipped", "ratio"} <= logs[0][0].keys()
 
 
