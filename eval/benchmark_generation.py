@@ -30,22 +30,24 @@ from unified.decoding.decode import cell_logits, span_coordinates
 from unified.decoding.prefill import causal_bias, prefill
 from unified.decoding.sampling import PositionNoise, filter_logits, guide, sample_gumbel
 from unified.decoding.speculative import MODES, speculate_codes
-from unified.lora.adapters import base_of
+from unified.lora.adapters import attach_lora, base_of
 from unified.pipeline.arguments import image_prompt
 from unified.sequence import ImageSegment, TokenSequence
 from unified_eval.sheets import captioned_grid
 from unified_eval.timing import compared, interleaved
 from unified_tokenizers import VQGAN, VQGANConfig
 
-# N1: anti-diagonals against LlamaGen, and against our own raster order for one image and for 16 together.
+# N1: anti-diagonals against LlamaGen, and against our own raster order for one image and for 16 together. N3: with an adapter that
+# needs no guidance against the model with guidance, which takes two rows for each image; for one image, and for 16 together.
 GOALS = {"G1": 1.4, "G1_llamagen": 1.5, "G2": 1.9, "G3": 2.5, "G4": 1.3, "G5": 5.0, "G6": 6.0,
-         "N1_llamagen": 8.0, "N1": 3.0, "N1_batch16": 3.0}  # fmt: skip
+         "N1_llamagen": 8.0, "N1": 3.0, "N1_batch16": 3.0, "N3": 1.9, "N3_batch16": 1.9}  # fmt: skip
 ORDERS: dict[str, dict[str, Any]] = {
     "diagonals": {"order": "diagonals"}, "rows": {"order": "rows"}, "spread": {"order": "spread"},
     "channel": {"merge": "channel"}, "channel diagonals": {"order": "diagonals", "merge": "channel"},
 }  # fmt: skip
 SAMPLING = Sampling(guidance_scale=3.0, top_k=2000)
 GREEDY = Sampling(guidance_scale=3.0, top_k=1)
+UNGUIDED = Sampling(top_k=2000)
 # What G4 and G6 measure, chosen beforehand; other modes and windows are listed.
 EXACT, PARALLEL = "sjd 16", "gsd 16 int8"
 START, NOTHING = [1, 0, 0, 2], [1, 2]  # <bos>, two words and <boi>; the unconditional side
@@ -171,6 +173,9 @@ def measure(rounds: int, llamagen: str | None, grid: int, codebook: int, compile
         decoder = make_decoder(our_model(codebook, grid=grid, prediction=prediction).eval())
         steps |= {order: ours(decoder, grid), f"{order}16": ours(decoder, grid, 16)}
         check_equal(f"{order}, batch 16 and the first of it alone", steps[order](), steps[f"{order}16"]()[:1])
+    adapted = make_decoder(attach_lora(our_model(codebook, grid=grid).eval()))
+    steps |= {f"adapter{batch}": ours(adapted, grid, batch, UNGUIDED) for batch in (1, 16)}
+    check_equal("adapter, batch 16 and the first of it alone", steps["adapter1"](), steps["adapter16"]()[:1])
     steps["queue"], steps["queue_one_by_one"] = serving(eager, grid)
     check_equal("requests in a batch and one by one", steps["queue"](), steps["queue_one_by_one"]())
     timings = interleaved(steps, rounds)
@@ -185,6 +190,7 @@ def measure(rounds: int, llamagen: str | None, grid: int, codebook: int, compile
         others[f"{order} against raster order, one image"] = compared(timings, "eager", order)
         others[f"{order} against raster order, 16 images"] = compared(timings, "batch16", f"{order}16")
     goals |= {"N1": compared(timings, "eager", "diagonals"), "N1_batch16": compared(timings, "batch16", "diagonals16")}
+    goals |= {"N3": compared(timings, "eager", "adapter1"), "N3_batch16": compared(timings, "batch16", "adapter16")}
     others |= {f"batch {n} against transformers": compared(timings, f"hf{n}", f"batch{n}") for n in (4, 16)}
     if llamagen:
         goals |= {name: compared(timings, "llamagen", name) for name in sorted(twins)}

@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ VARIANTS: dict[str, tuple[list[str], str | None]] = {
     "(4,1)": (["schedule.patch_sizes=[4,1]", "schedule.shares=[0.4,0.6]"], None),
     "(4,2,1) halves": (["schedule.levels=3"], None),
 }
-MEASURED_WITH = ("data", "split", "clip", "num_images", "guidance_scale", "temperature")
+COST, RESULT = "cost.json", "result.json"  # of a training, and of all that was measured
 MAIN = [
     BASELINE, "diagonals", "rows", "regions", "spread", "channel", "channel diagonals", "channel chained",
     "channel chained diagonals", "(2,1)", "(2,1) diagonals",
@@ -117,63 +118,75 @@ class Run:
     out: str
 
 
-def train_and_measure(run: Run) -> dict[str, Any]:
-    """Train one variant and measure it. A finished training is kept: delete ``result.json`` to measure again.
+def config_of(run: Run) -> TrainConfig:
+    """The config of a run, which ends at the training FLOPs of another variant if that is wanted."""
+    config = load_config(run.config, [*run.overrides, f"output_dir={run.out}", f"seed={run.seed}"])
+    if run.like is not None:
+        other = load_config(run.config, [*run.like, f"output_dir={run.out}"])
+        config.steps = round(other.steps * flops_per_image(other) / flops_per_image(config))
+    return config
+
+
+def measured(run: Run) -> dict[str, Any] | None:
+    """What was measured of a finished run; None for one that is not finished.
 
     Raises:
         ValueError: if the run in the folder was trained or measured with other settings.
     """
     out = Path(run.out)
-    cost_file, result_file = out / "cost.json", out / "result.json"
-    config = load_config(run.config, [*run.overrides, f"output_dir={out}", f"seed={run.seed}"])
-    if run.like is not None:
-        other = load_config(run.config, [*run.like, f"output_dir={out}"])
-        config.steps = round(other.steps * flops_per_image(other) / flops_per_image(config))
-    settings = {name: getattr(run, name) for name in MEASURED_WITH}
-    if cost_file.is_file() and (out / "config.yaml").read_text() != dump_settings(config):
+    if (out / COST).is_file() and (out / "config.yaml").read_text() != dump_settings(config_of(run)):
         raise ValueError(f"out: {run.out!r} was trained with other settings; choose another folder, or remove it.")
-    if result_file.is_file():
-        result = json.loads(result_file.read_text())
-        refuse_other("out", out, result["measured_with"], settings)
-        return result
+    if not (out / RESULT).is_file():
+        return None
+    result = json.loads((out / RESULT).read_text())
+    refuse_other("out", out, result["measured_with"], measured_with(run))
+    return result
+
+
+def measured_with(run: Run) -> dict[str, Any]:
+    """The settings of a run's measurement."""
+    return {
+        name: getattr(run, name) for name in ("data", "split", "clip", "num_images", "guidance_scale", "temperature")
+    }
+
+
+def train_and_measure(run: Run) -> dict[str, Any]:
+    """Train one variant and measure it. A finished training is kept: delete ``result.json`` to measure again."""
+    out, config = Path(run.out), config_of(run)
     torch.set_num_threads(1)
-    if not cost_file.is_file():
+    if not (out / COST).is_file():
         shutil.rmtree(out, ignore_errors=True)  # an interrupted run starts again, so that all of its cost is measured
         started = time.process_time()
         train(config)
-        cost_file.write_text(json.dumps({"cpu_seconds": time.process_time() - started}))
+        (out / COST).write_text(json.dumps({"cpu_seconds": time.process_time() - started}))
     pipeline = UnifiedPipeline.from_pretrained(out / "pipeline")
     result = {
         "variant": run.variant,
         "seed": run.seed,
         "steps": config.steps,
         "images": config.steps * config.batch_size,
-        "measured_with": settings,
-        **json.loads(cost_file.read_text()),
+        "measured_with": measured_with(run),
+        **json.loads((out / COST).read_text()),
         "flops": flops_per_image(config) * config.steps * config.batch_size,
         "passes": passes(pipeline),
         **losses(config, pipeline),
         **sampling_seconds(run, pipeline),
         **(image_quality(run, config, pipeline) if run.num_images else {}),
     }
-    result_file.write_text(json.dumps(result, indent=2))
+    (out / RESULT).write_text(json.dumps(result, indent=2))
     return result
 
 
 def flops_per_image(config: TrainConfig) -> float:
     """Mean training FLOPs an image by the formula of ``unified.prediction.schedule``, with the captions' mean length."""
-    classes = conditioning_of(config)
-    rows = load_codes(str(config.data.train), config.data.train_split, None, "labelled" if classes else "captioned")
-    grids = {(int(h), int(w)) for h, w in zip(rows["height"], rows["width"], strict=True)}
-    if len(grids) > 1:
-        raise ValueError(f"data.train: images of several grids {sorted(grids)}; a study needs one.")
+    classes, tokenizer = conditioning_of(config), config.model.text_tokenizer
+    grid, caption = sizes_of(str(config.data.train), config.data.train_split, None if classes else str(tokenizer))
     if classes:
         text, boi, eoi, text_positions = NO_TEXT, BOI, EOI, 0.0  # the class runs in place of the last code
     else:
-        tokenizer = load_text_tokenizer(str(config.model.text_tokenizer))
-        lengths = [len(tokenizer.encode(caption)) for caption in rows["caption"]]
-        text, boi, eoi = {"vocab_size": tokenizer.vocab_size}, tokenizer.boi_token_id, tokenizer.eoi_token_id
-        text_positions = sum(lengths) / len(lengths) + 2  # <bos>, <boi>
+        words = load_text_tokenizer(str(tokenizer))
+        text, boi, eoi = {"vocab_size": words.vocab_size}, words.boi_token_id, words.eoi_token_id
+        text_positions = caption + 2  # <bos>, <boi>
     model_config = UnifiedConfig(
         text_config={**(config.model.architecture or {}), **text},
         codebook_size=AutoImageTokenizer.from_pretrained(str(config.model.image_tokenizer)).codebook_size,
@@ -182,7 +195,25 @@ def flops_per_image(config: TrainConfig) -> float:
         prediction=None if config.prediction is None else config.prediction.build(),
         conditioning=classes,
     )
-    return schedule_flops(config.patch_schedule(), model_config, grids.pop(), text_positions)
+    return schedule_flops(config.patch_schedule(), model_config, grid, text_positions)
+
+
+@cache
+def sizes_of(codes: str, split: str, text_tokenizer: str | None) -> tuple[tuple[int, int], float]:
+    """The grid of a codes cache, and its captions' mean number of tokens; 0 without a text tokenizer, for classes.
+
+    Raises:
+        ValueError: if there are images of several grids.
+    """
+    rows = load_codes(codes, split, None, "captioned" if text_tokenizer else "labelled")
+    grids = {(int(h), int(w)) for h, w in zip(rows["height"], rows["width"], strict=True)}
+    if len(grids) > 1:
+        raise ValueError(f"data.train: images of several grids {sorted(grids)}; a study needs one.")
+    if text_tokenizer is None:
+        return grids.pop(), 0.0
+    tokenizer = load_text_tokenizer(text_tokenizer)
+    lengths = [len(tokenizer.encode(caption)) for caption in rows["caption"]]
+    return grids.pop(), sum(lengths) / len(lengths)
 
 
 def conditioning_of(config: TrainConfig) -> dict[str, Any] | None:
@@ -342,10 +373,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     runs = plan(args)
     if args.num_images:
         load_source(args.data, args.split)  # a mistake shows before the trainings
+    results = {run: measured(run) for run in runs}
+    left = [run for run in runs if results[run] is None]
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.jobs, mp_context=spawn, max_tasks_per_child=1) as pool:
-        results = list(tqdm(pool.map(train_and_measure, runs), total=len(runs), desc="runs", unit="run"))
-    print(write_study(results, BASELINE, Path(args.out)))
+        results |= zip(
+            left, tqdm(pool.map(train_and_measure, left), total=len(left), desc="runs", unit="run"), strict=True
+        )
+    print(write_study([result for result in results.values() if result is not None], BASELINE, Path(args.out)))
 
 
 if __name__ == "__main__":

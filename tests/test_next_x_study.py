@@ -11,7 +11,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import unified_eval
-from next_x_study import VARIANTS, flops_per_image, parse_arguments, plan, train_and_measure
+from next_x_study import VARIANTS, flops_per_image, measured, parse_arguments, plan, train_and_measure
 from next_x_study_report import relative_to_baseline, summarise, table, write_study
 from unified import PatchSchedule, UnifiedForCausalLM, UnifiedPipeline
 from unified.data.batches import make_batch
@@ -117,11 +117,11 @@ def test_a_run_from_training_to_figures(config_file, parts, picture_source, text
         16 * (training_flops(config, text, 4) + training_flops(config, text, 16)) / 2
     )
 
-    assert train_and_measure(run) == result, "not run again"
+    assert measured(run) == result and measured(replace(run, out=str(tmp_path / "other"))) is None
     with pytest.raises(ValueError, match=r"was made with other settings \(num_images: 4 then, 3 now\)"):
-        train_and_measure(replace(run, num_images=3))
+        measured(replace(run, num_images=3))
     with pytest.raises(ValueError, match="was trained with other settings"):
-        train_and_measure(replace(run, overrides=(*run.overrides, "steps=5")))
+        measured(replace(run, overrides=(*run.overrides, "steps=5")))
 
 
 @pytest.fixture(scope="module")
