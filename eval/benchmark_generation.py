@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -173,7 +173,7 @@ def measure(rounds: int, llamagen: str | None, grid: int, codebook: int, compile
         decoder = make_decoder(our_model(codebook, grid=grid, prediction=prediction).eval())
         steps |= {order: ours(decoder, grid), f"{order}16": ours(decoder, grid, 16)}
         check_equal(f"{order}, batch 16 and the first of it alone", steps[order](), steps[f"{order}16"]()[:1])
-    adapted = make_decoder(attach_lora(our_model(codebook, grid=grid).eval()))
+    adapted = make_decoder(cast(Any, attach_lora(our_model(codebook, grid=grid).eval())))
     steps |= {f"adapter{batch}": ours(adapted, grid, batch, UNGUIDED) for batch in (1, 16)}
     check_equal("adapter, batch 16 and the first of it alone", steps["adapter1"](), steps["adapter16"]()[:1])
     steps["queue"], steps["queue_one_by_one"] = serving(eager, grid)
