@@ -122,14 +122,13 @@ def generate_with_and_without(
 
 
 def show_captions(said: Path, data: Path, out: Path, count: int = 8) -> None:
-    """A sheet of held-out images with the captions that the model wrote, and in brackets those it did not match."""
-    rows = [json.loads(line) for line in said.read_text(encoding="utf-8").splitlines()[:count]]
-    images = [
-        image.convert("RGB")
-        for image in datasets.load_from_disk(data)["validation"].select([row["row"] for row in rows])["image"]
+    """A sheet of held-out images with the captions that the model wrote; where one is wrong, the right one in brackets."""
+    found = [json.loads(line) for line in said.read_text(encoding="utf-8").splitlines()[:count]]
+    rows = datasets.load_from_disk(data)["validation"].select([each["row"] for each in found])
+    texts = [
+        each["said"] if each["said"] == each["caption"] else f"{each['said']} [{each['caption']}]" for each in found
     ]
-    texts = [row["said"] if row["said"] == row["caption"] else f"{row['said']} [{row['caption']}]" for row in rows]
-    write_image(out, captioned_grid([images], [texts]))
+    write_image(out, captioned_grid([[image.convert("RGB") for image in rows["image"]]], [texts]))
 
 
 def saturation(images: list[Image.Image]) -> float:
