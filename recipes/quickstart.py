@@ -51,8 +51,6 @@ STEPS: dict[str, list[str]] = {
                  "--split", "validation", "--clip", f"{OUT}/clip", "--num-images", "64",
                  "--guidance-scale", "1.5", "--temperature", "0.9",
                  "--metrics", "fd", "kd", "clip", "shapes", "--out", f"{OUT}/evaluation"],
-    "captions": [*PYTHON, "eval/evaluate_text.py", "--pipeline", f"{OUT}/model/pipeline", "--captions", f"{OUT}/data/scenes",
-                 "--clip", f"{OUT}/clip", "--max-samples", "256", "--max-new-tokens", "24", "--out", f"{OUT}/captions"],
     "report": [*PYTHON, "recipes/quickstart_report.py", "--run", str(OUT)],
 }  # fmt: skip
 

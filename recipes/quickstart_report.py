@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 import psutil
 import torch
 from PIL import Image
@@ -52,7 +51,6 @@ EDITS = [  # captions that differ in one word
     ("a green star on a pink background", "a green star on a white background"),
     ("a small brown diamond on a yellow background", "a large brown diamond on a yellow background"),
 ]
-CAPTIONS = ["caption_exact", "retrieval_r1", "retrieval_r1_references"]
 HEADLINE = ["tokenizer_psnr_db", "fd_efflite0", "clip_score", "r1_generated", "r1_reconstructions", "r1_real"]
 EXACT = ["shapes_correct", "shapes_correct_reconstructions", "shapes_correct_real"]
 
@@ -121,16 +119,6 @@ def generate_with_and_without(
     }
 
 
-def show_captions(said: Path, data: Path, out: Path, count: int = 8) -> None:
-    """A sheet of held-out images with the captions that the model wrote; where one is wrong, the right one in brackets."""
-    found = [json.loads(line) for line in said.read_text(encoding="utf-8").splitlines()[:count]]
-    rows = datasets.load_from_disk(data)["validation"].select([each["row"] for each in found])
-    texts = [
-        each["said"] if each["said"] == each["caption"] else f"{each['said']} [{each['caption']}]" for each in found
-    ]
-    write_image(out, captioned_grid([[image.convert("RGB") for image in rows["image"]]], [texts]))
-
-
 def saturation(images: list[Image.Image]) -> float:
     """Mean HSV saturation of images, 0 (grey) to 1."""
     values = [
@@ -145,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder of the quickstart run")
     run: Path = parser.parse_args(argv).run
 
-    for part in ("model/pipeline", "lora_run/lora", "evaluation/metrics.json", "captions/metrics.json"):
+    for part in ("model/pipeline", "lora_run/lora", "evaluation/metrics.json"):
         if not (run / part).exists():
             raise ValueError(f"run: {str(run)!r} has no {part}; give the folder of a finished quickstart.")
     for source, name in ((run / "model" / "pipeline", "pipeline"), (run / "lora_run" / "lora", "lora")):
@@ -155,8 +143,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         shutil.copyfile(run / "evaluation" / sheet, run / sheet)
     pipe = UnifiedPipeline.from_pretrained(run / "pipeline")
     evaluation = json.loads((run / "evaluation" / "metrics.json").read_text())
-    captioning = json.loads((run / "captions" / "metrics.json").read_text())
-    show_captions(run / "captions" / "captions.jsonl", run / "data" / "scenes", run / "captions.png")
     sampling = {name: evaluation["run"][name] for name in ("guidance_scale", "temperature")}
     lora = generate_with_and_without(pipe, run / "lora", STYLE_PROMPTS, sampling, run / "lora.png")
     edits, edited = generate_edits(pipe, EDITS, sampling, run / "edits.png")
@@ -176,15 +162,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     schedule: PatchSchedule = config.patch_schedule()
     side = base_of(pipe.model).prediction.merge.side  # of the windows of the last stage
     cost = sum(share / max(size, side) ** 2 for size, share in schedule.size_shares().items())
-    measured = evaluation["metrics"] | captioning["metrics"]
-    recipes = evaluation["recipes"] | captioning["recipes"]
+    measured, recipes = evaluation["metrics"], evaluation["recipes"]
     metrics = {
         "seconds_total": round(sum(seconds.values()), 1),
         "peak_memory_gb": round(max(memory), 2),
         **measured,
         # No training row has these captions.
         **{f"held_out_{name}": measured[name] for name in HEADLINE if name.startswith("r1_")},
-        **{f"held_out_{name}": measured[name] for name in (*EXACT, *CAPTIONS)},
+        **{f"held_out_{name}": measured[name] for name in EXACT},
         **lora,
         **edits,
         "image_cost_relative_to_next_token": cost,
@@ -203,11 +188,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         opening=[
             (run / "comparison.png",
              "Held-out captions: the real image, the same through the image tokenizer, and what the model drew."),
-            (run / "captions.png",
-             "Held-out images, and below each what the same model says of it; in brackets the caption that it should be."),
         ],
         metrics=[
-            *((recipes[name]["label"], measured[name], recipe_line(recipes[name])) for name in (*EXACT, *HEADLINE, *CAPTIONS)),
+            *((recipes[name]["label"], measured[name], recipe_line(recipes[name])) for name in (*EXACT, *HEADLINE)),
             ("Edited captions drawn exactly", edits["edits_correct"], f"{len(EDITS)} captions with one word changed"),
             ("Codes that stay when a word of the caption changes", edits["edit_codes_kept"],
              f"the same generator, {len(EDITS)} pairs; with another {edits['other_seed_codes_kept']:.3f}"),
@@ -232,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         notes=["Everything here was made by one command on this machine, from data to images. A tenth of all captions, chosen by "
                "their words, is in no training row: the images below are of these."],
     )  # fmt: skip
-    for name in ["seconds_total", "peak_memory_gb", *EXACT, *HEADLINE, *CAPTIONS]:
+    for name in ["seconds_total", "peak_memory_gb", *EXACT, *HEADLINE]:
         print(f"{name:<22} {metrics[name]:.3f}")
 
 

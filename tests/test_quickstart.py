@@ -3,16 +3,14 @@
 import json
 import sys
 
-import datasets
 import numpy as np
 import pytest
 import torch
 from conftest import generators
-from PIL import Image
 
 import quickstart
 import quickstart_report
-from quickstart_report import EDITS, cell_map, generate_edits, show_captions
+from quickstart_report import EDITS, cell_map, generate_edits
 from unified_eval.shapes import claims_of_caption
 
 
@@ -137,24 +135,6 @@ def test_edits_count_the_codes_that_stay(pipeline, tmp_path, monkeypatch):
     assert captions[2][1] == f"{1 - same[1]:.0%} of the codes"
     with pytest.raises(ValueError, match="edits: no pair of captions"):
         generate_edits(pipeline, [], sampling, tmp_path / "none.png")
-
-
-def test_sheet_of_captions_shows_the_right_one_beside_a_wrong_one(picture_source, tmp_path, monkeypatch):
-    sheets = []
-    monkeypatch.setattr(
-        quickstart_report, "captioned_grid", lambda *given: sheets.append(given) or Image.new("RGB", (8, 8))
-    )
-    rows = datasets.load_from_disk(picture_source)["validation"]
-    said = [
-        {"row": 2, "caption": "a", "said": "a"},
-        {"row": 0, "caption": "b", "said": "c"},
-        {"row": 1, "caption": "d", "said": "d"},
-    ]
-    (tmp_path / "captions.jsonl").write_text("".join(json.dumps(each) + "\n" for each in said))
-    show_captions(tmp_path / "captions.jsonl", picture_source, tmp_path / "captions.png", count=2)
-    (((images,), (texts,)),) = sheets
-    assert texts == ["a", "c [b]"] and (tmp_path / "captions.png").is_file()
-    assert [image.tobytes() for image in images] == [rows[row]["image"].convert("RGB").tobytes() for row in (2, 0)]
 
 
 def test_map_of_changed_cells():
