@@ -20,7 +20,7 @@ def test_it_runs(tmp_path):
     done = python("eval/benchmark_generation.py", *options)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((tmp_path / "out.json").read_text())
-    assert set(result["goals"]) == {"G1", "G5", "N1", "N1_batch16"}
+    assert set(result["goals"]) == {"G1", "G5", "N1", "N1_batch16", "N3", "N3_batch16"}
     for goal in result["goals"].values():
         for timing in (goal, goal["cpu"]):
             assert timing["spread"][0] == timing["ratio"] == timing["spread"][1] > 0
