@@ -151,7 +151,14 @@ def measured_with(run: Run) -> dict[str, Any]:
 
 
 def train_and_measure(run: Run) -> dict[str, Any]:
-    """Train one variant and measure it. A finished training is kept: delete ``result.json`` to measure again."""
+    """Train one variant and measure it. A finished training is kept: delete ``result.json`` to measure again.
+
+    Raises:
+        ValueError: as :func:`measured`.
+    """
+    finished = measured(run)
+    if finished is not None:
+        return finished
     out, config = Path(run.out), config_of(run)
     torch.set_num_threads(1)
     if not (out / COST).is_file():
@@ -180,13 +187,15 @@ def train_and_measure(run: Run) -> dict[str, Any]:
 def flops_per_image(config: TrainConfig) -> float:
     """Mean training FLOPs an image by the formula of ``unified.prediction.schedule``, with the captions' mean length."""
     classes, tokenizer = conditioning_of(config), config.model.text_tokenizer
-    grid, caption = sizes_of(str(config.data.train), config.data.train_split, None if classes else str(tokenizer))
+    grid, caption_tokens = sizes_of(
+        str(config.data.train), config.data.train_split, None if classes else str(tokenizer)
+    )
     if classes:
         text, boi, eoi, text_positions = NO_TEXT, BOI, EOI, 0.0  # the class runs in place of the last code
     else:
         words = load_text_tokenizer(str(tokenizer))
         text, boi, eoi = {"vocab_size": words.vocab_size}, words.boi_token_id, words.eoi_token_id
-        text_positions = caption + 2  # <bos>, <boi>
+        text_positions = caption_tokens + 2  # <bos>, <boi>
     model_config = UnifiedConfig(
         text_config={**(config.model.architecture or {}), **text},
         codebook_size=AutoImageTokenizer.from_pretrained(str(config.model.image_tokenizer)).codebook_size,

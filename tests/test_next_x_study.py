@@ -117,11 +117,12 @@ def test_a_run_from_training_to_figures(config_file, parts, picture_source, text
         16 * (training_flops(config, text, 4) + training_flops(config, text, 16)) / 2
     )
 
+    assert train_and_measure(run) == result, "not run again"
     assert measured(run) == result and measured(replace(run, out=str(tmp_path / "other"))) is None
     with pytest.raises(ValueError, match=r"was made with other settings \(num_images: 4 then, 3 now\)"):
-        measured(replace(run, num_images=3))
+        train_and_measure(replace(run, num_images=3))
     with pytest.raises(ValueError, match="was trained with other settings"):
-        measured(replace(run, overrides=(*run.overrides, "steps=5")))
+        train_and_measure(replace(run, overrides=(*run.overrides, "steps=5")))
 
 
 @pytest.fixture(scope="module")
