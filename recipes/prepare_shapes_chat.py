@@ -5,9 +5,10 @@
 
 Each row holds `images` (one), `messages` in transformers' format, and the `kind` of its first question, the scene's `caption`
 and its `objects` (every shape, exact). The user shows an image, or with --draw asks for one, and asks about it; a share of
-the training rows ends with a description, which is the caption. The scenes are those of `prepare_shapes.py`, sampled until
-one has the wanted answer: first questions go through all kinds and all answers of each, equally often, so that whoever does
-not look at the image is right about as often as 1 / answers. Validation rows have one question each.
+the training rows ends with a description, which is the caption, and another with a list of all shapes, from top to bottom.
+The scenes are those of `prepare_shapes.py`, sampled until one has the wanted answer: first questions go through all kinds
+and all answers of each, equally often, so that whoever does not look at the image is right about as often as 1 / answers.
+Validation rows have one question each.
 
 Row i of a split depends on the seed, the split and i alone. Made by code and free to use (CC0-1.0).
 """
@@ -51,8 +52,9 @@ ANSWERS: dict[str, tuple[str, ...]] = {
     "count": COUNTS, "color": tuple(PALETTE), "shape": SHAPES, "size": tuple(RADII),
     "relation": tuple(name.removesuffix(" of") for name in RELATIONS), "background": tuple(PALETTE), "exists": ("yes", "no"),
 }  # fmt: skip
-DESCRIBE, DRAW = "describe the image.", "draw {caption}."
-DESCRIBED = 0.25  # share of the training rows that end with a description
+DESCRIBE, LIST, DRAW = "describe the image.", "list the shapes.", "draw {caption}."
+# Shares of the training rows that end with a description, or with a list: its words tell more of an image than answers do.
+DESCRIBED, LISTED = 0.25, 0.5
 
 
 class Question(NamedTuple):
@@ -142,18 +144,25 @@ def _given_away(question: Question, earlier: Question) -> bool:
     return question.kind == earlier.kind or counted or not mine.isdisjoint(theirs & set(PALETTE))
 
 
+def listed(scene: Scene) -> str:
+    """Every shape with its size and colour, from top to bottom: ``small red star, large blue circle``."""
+    things = sorted(scene.things, key=lambda thing: (thing.y, thing.x))
+    return ", ".join(" ".join(thing[:3]) for thing in things)
+
+
 def turn(role: str, *parts: str | None) -> dict[str, Any]:
     """A message of texts, and None in the place of an image."""
     content = [{"type": "image", "text": None} if part is None else {"type": "text", "text": part} for part in parts]
     return {"role": role, "content": content}
 
 
-def conversation(scene: Scene, asked: Sequence[Question], drawn: bool, described: bool) -> list[dict[str, Any]]:
-    """Messages: the image from the user, or from the assistant where it is ``drawn``, then questions, then the caption."""
-    caption = describe(scene)
-    said: list[tuple[str, str | None]] = [(DRAW.format(caption=caption), None)] if drawn else []
+def conversation(
+    scene: Scene, asked: Sequence[Question], drawn: bool, ending: tuple[str, str] | None
+) -> list[dict[str, Any]]:
+    """Messages: the image from the user, or from the assistant where it is ``drawn``, then questions, then the ``ending``."""
+    said: list[tuple[str, str | None]] = [(DRAW.format(caption=describe(scene)), None)] if drawn else []
     said += [(question.text, question.answer) for question in asked]
-    said += [(DESCRIBE, caption)] if described else []
+    said += [ending] if ending else []
     messages = [
         turn(role, text) for exchange in said for role, text in zip(("user", "assistant"), exchange, strict=True)
     ]
@@ -170,12 +179,16 @@ def rows(
         rng = random.Random(f"{seed}/chat/{split}/{i}")
         scene, first = first_question(rng, i, places)
         further = further_questions(rng, scene, first, asked - 1) if split == "train" else []
-        described = split == "train" and not drawn and rng.random() < DESCRIBED
+        ending = None
+        if split == "train":
+            # The caption of an image that was asked for has been said already.
+            endings = [None if drawn else (DESCRIBE, describe(scene)), (LIST, listed(scene)), None]
+            ending = rng.choices(endings, [DESCRIBED, LISTED, 1 - DESCRIBED - LISTED])[0]
         png = io.BytesIO()
         draw(scene, size).save(png, format="PNG")
         yield {
             "images": [{"bytes": png.getvalue(), "path": None}],
-            "messages": conversation(scene, [first, *further], drawn, described),
+            "messages": conversation(scene, [first, *further], drawn, ending),
             "kind": first.kind,
             "caption": describe(scene),
             "objects": json.dumps(ground_truth(scene, size)),

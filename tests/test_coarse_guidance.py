@@ -7,6 +7,7 @@ from conftest import generators, inputs_of, last, tiny_model
 
 from unified.decoding import Prompt, Sampling, generate_codes, make_decoder
 from unified.decoding.coarse_guidance import autoguided_codes, coarse_cfg_codes, coarsely_guided_codes
+from unified.decoding.config import modes_for
 from unified.decoding.sampling import filter_logits, gumbel_noise
 from unified.prediction.merge import merged_grid
 from unified.sequence import ImageSegment, TextSegment, build_sequence
@@ -157,6 +158,10 @@ def test_what_it_does_not_read_is_refused(pipeline):
         assert torch.equal(pipeline("blue car", generator=4, negative_prompt=negative, **given).codes, codes[1:])
     with pytest.raises(ValueError, match="negative_prompt: decoding 'autoguided' does not read it"):
         pipeline("blue car", negative_prompt="red apple", **given)
+    pipeline.model.config.patch_sizes = [1, 4]
+    with pytest.raises(ValueError, match=r"'autoguided' needs a model .* patches of 2 x 2 codes, too; .* are \[1, 4\]"):
+        pipeline("blue car", **given)
+    assert not {"autoguided", "coarse_cfg"} & set(modes_for(pipeline.model.prediction, [1, 4]))
     model = tiny_model(prediction={"merge": "channel"})
     with pytest.raises(ValueError, match="decoding: 'coarse_cfg' needs a fixed order with merge 'one'"):
         last(coarse_cfg_codes(make_decoder(model), ROWS, NEGATIVES, GRID, SAMPLING, generators(3, 4)))

@@ -7,7 +7,7 @@ import torch
 from conftest import CAPTIONS, generators, inputs_of, noisy_adapter, tiny_model
 
 from unified import UnifiedPipeline
-from unified.lora.adapters import attach_lora, base_of, check_base, load_lora, save_lora
+from unified.lora.adapters import BASE_FILE, attach_lora, base_of, check_base, load_lora, save_lora
 from unified.sequence import ImageSegment, TextSegment, build_sequence
 from unified_tokenizers import train_sentencepiece
 
@@ -124,6 +124,17 @@ def test_adapter_says_its_base(pipeline, tmp_path):
     noisy_adapter(loaded.model, tmp_path / "a", 0)
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tmp_path / "p")
+
+
+def test_adapter_says_the_patches_that_it_was_trained_on(tmp_path):
+    noisy_adapter(tiny_model(patch_sizes=[1, 2]), tmp_path / "a", 0)
+    for known, after in (([1, 4], [1, 2, 4]), (None, None)):
+        model = load_lora(tiny_model(patch_sizes=known), tmp_path / "a", "a")
+        assert base_of(model).config.patch_sizes == after
+    description = json.loads((tmp_path / "a" / BASE_FILE).read_text())
+    (tmp_path / "a" / BASE_FILE).write_text(json.dumps(description | {"patch_sizes": ["2"]}))
+    with pytest.raises(ValueError, match=r"lora: patch_sizes \['2'\] .* are no list of whole numbers"):
+        load_lora(tiny_model(), tmp_path / "a", "a")
 
 
 def test_adapters_of_other_names_reload_from_their_folders(tmp_path):

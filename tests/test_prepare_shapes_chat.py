@@ -96,7 +96,7 @@ def test_rows_are_conversations(drawn):
     splits = chat.build(32, 40, 7, seed=3, drawn=drawn)
     again = chat.build(32, 20, 7, seed=3, drawn=drawn)
     assert splits["train"].select(range(20)).to_list() == again["train"].to_list()
-    described = 0
+    endings = Counter()
     for split, rows in splits.items():
         for row in rows:
             turns = read_messages(row["messages"], row["images"])
@@ -108,12 +108,18 @@ def test_rows_are_conversations(drawn):
                 said = said[2:]
             else:
                 assert turns[0].parts[0] == row["images"][0]
-            if said[-2] == chat.DESCRIBE:
-                assert said[-1] == row["caption"]
-                said, described = said[:-2], described + 1
+            whole = [
+                f"{t['size']} {t['color']} {t['class']}"
+                for t in sorted(truth["shapes"], key=lambda t: (t["y"], t["x"]))
+            ]
+            last = {chat.DESCRIBE: row["caption"], chat.LIST: ", ".join(whole)}
+            if said[-2] in last:
+                endings[said[-2]] += 1
+                assert said[-1] == last[said[-2]]
+                said = said[:-2]
             assert all(answer_of(q, truth) == a for q, a in zip(said[::2], said[1::2], strict=True))
             assert len(said) == 2 if split == "validation" else 2 <= len(said) <= 6
-    assert (described > 0) != drawn
+    assert endings[chat.LIST] > 10 and (endings[chat.DESCRIBE] > 4) != drawn
 
 
 def test_places_are_those_of_the_scenes():

@@ -56,6 +56,7 @@ def test_mixed_steps_train_coarser_patches(config_file, tmp_path):
     positions = [record["positions"] for record in log]
     per_step = [b - a for a, b in zip([0, *positions[:-1]], positions, strict=True)]
     assert per_step == [4 * (3 + 16 // record["patch_size"] ** 2) for record in log]  # <bos> <boi> codes <eoi>
+    assert UnifiedPipeline.from_pretrained(tmp_path / "pipeline").model.config.patch_sizes == [1, 2]
 
 
 @pytest.mark.process

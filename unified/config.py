@@ -3,7 +3,7 @@
 import math
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ _FIELDS: dict[str, Rule] = {
     "text_tokenizer_fingerprint": _FINGERPRINT,
     "new_image_tables": YES_OR_NO,
     "image_grids": ("null or a list of code grids [height, width]", lambda value: value is None or _are_grids(value)),
+    "patch_sizes": ("null or a list of whole numbers", lambda value: value is None or _are_sizes(value)),
     "normalized_range": ("a finite number above 0", lambda value: is_finite(value) and value > 0),
     "text_loss_weight": _WEIGHT,
     "image_loss_weight": _WEIGHT,
@@ -104,6 +105,8 @@ class UnifiedConfig(PreTrainedConfig):
         new_image_tables: whether the image tables are untrained, as ``from_backbone`` makes them: an adapter has to bring
             its own then. Training them clears it.
         image_grids: code grids ``[h, w]`` that the model was trained on.
+        patch_sizes: sides of the patches that it, or an adapter loaded into it, was trained on, 1 for codes; None where that is
+            not known.
         positions: ``1d`` (running index) or ``2d`` (row and column) inside image spans; ``llamagen`` as LlamaGen has it
             (see :class:`unified.model.rotary.GridRotary`).
         coarse_positions: where a patch of a coarse stage sits: ``center`` of its fine-grid cells, ``unit`` stride as
@@ -146,6 +149,7 @@ class UnifiedConfig(PreTrainedConfig):
     text_tokenizer_fingerprint: str | None = None
     new_image_tables: bool = False
     image_grids: list[list[int]] | None = None
+    patch_sizes: list[int] | None = None
     positions: str = "2d"
     coarse_positions: str = "center"
     normalized_range: float = 16.0
@@ -235,6 +239,11 @@ class UnifiedConfig(PreTrainedConfig):
         """Names of the classes in order, each of one or more words for it with commas between; None if they have none."""
         return (self.conditioning or {}).get("names")
 
+    def add_patch_sizes(self, sizes: Iterable[int]) -> None:
+        """Note that it is trained on patches of these sides, too; where earlier ones are not known, all stay unknown."""
+        if self.patch_sizes is not None:
+            self.patch_sizes = sorted({*self.patch_sizes, *sizes})
+
     @property
     def coordinates(self) -> Coordinates:
         """Where image codes sit for the rotary embedding."""
@@ -318,6 +327,10 @@ def _are_grids(value: Any) -> bool:
     return isinstance(value, list | tuple) and all(
         isinstance(grid, list | tuple) and len(grid) == 2 and all(map(is_whole, grid)) for grid in value
     )
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(map(is_whole, value))
 
 
 def _are_factors(value: Any) -> bool:

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -150,6 +150,7 @@ class DecodingMode:
         needs: what a model has to be like, in words.
         suits: whether a model's way of prediction is like that.
         negatives: whether it reads negative prompts.
+        patch_size: side of the patches that a model has to be trained with.
     """
 
     about: str
@@ -157,6 +158,11 @@ class DecodingMode:
     needs: str = "any order"
     suits: Callable[["Prediction"], bool] = _any
     negatives: bool = True
+    patch_size: int = 1
+
+    def can_use(self, prediction: "Prediction", patch_sizes: Sequence[int] | None) -> bool:
+        """Whether it can decode images of a model that predicts in this way and was trained on these patches, if known."""
+        return self.suits(prediction) and (patch_sizes is None or self.patch_size in patch_sizes)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
         """Iterate over the codes of a batch, -1 where an image has none yet."""
@@ -190,29 +196,37 @@ DECODING_MODES = {
         "unified.decoding.coarse_guidance:autoguided_codes",
         *_WINDOWS,
         negatives=False,
+        patch_size=2,
     ),
     "coarse_cfg": DecodingMode(
         "models trained with 2 x 2 patches, too: guidance with a coarse unconditional side",
         "unified.decoding.coarse_guidance:coarse_cfg_codes",
         *_WINDOWS,
+        patch_size=2,
     ),
 }
 
 
-def modes_for(prediction: "Prediction") -> dict[str, DecodingMode]:
-    """The modes that can decode images of a model that predicts in this way."""
-    return {name: mode for name, mode in DECODING_MODES.items() if mode.suits(prediction)}
+def modes_for(prediction: "Prediction", patch_sizes: Sequence[int] | None = None) -> dict[str, DecodingMode]:
+    """The modes that can decode images of a model that predicts in this way; ``patch_sizes`` it was trained on, if known."""
+    return {name: mode for name, mode in DECODING_MODES.items() if mode.can_use(prediction, patch_sizes)}
 
 
-def check_decoding(decoding: str, prediction: "Prediction") -> None:
-    """Refuse a mode that does not suit a model's way of prediction.
+def check_decoding(decoding: str, prediction: "Prediction", patch_sizes: Sequence[int] | None = None) -> None:
+    """Refuse a mode that does not suit a model's way of prediction, or needs patches that it was not trained on.
 
     Raises:
-        ValueError: naming the mode, what it needs, the model's order and the modes that suit it.
+        ValueError: naming the mode, what it needs, what the model has and the modes that suit it.
     """
     mode = DECODING_MODES[decoding]
     if not mode.suits(prediction):
         raise ValueError(
             f"decoding: {decoding!r} needs {mode.needs}; the model has the order {prediction.order!r} with merge "
-            f"{prediction.merge.kind!r}, use one of {tuple(modes_for(prediction))}."
+            f"{prediction.merge.kind!r}, use one of {tuple(modes_for(prediction, patch_sizes))}."
+        )
+    if not mode.can_use(prediction, patch_sizes):
+        raise ValueError(
+            f"decoding: {decoding!r} needs a model that was trained with patches of {mode.patch_size} x {mode.patch_size} codes, "
+            f"too; this one's patch sizes are {patch_sizes}. Train it with schedule.patch_sizes, or use one of "
+            f"{tuple(modes_for(prediction, patch_sizes))}."
         )

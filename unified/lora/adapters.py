@@ -26,6 +26,7 @@ from unified.model.modeling import UnifiedForCausalLM
 from unified.model.retrofit import as_setting, change_prediction, describe_prediction, new_modules
 from unified_tokenizers import read_weights
 from unified_tokenizers.checkpoint import check_names
+from unified_tokenizers.fields import is_whole
 
 BASE_FILE = "unified_base.json"
 IMAGE_MODULES = (
@@ -196,6 +197,7 @@ def _describe(model: PeftModel, name: str, folder: Path, sampling: Mapping[str, 
     description |= {"sampling": dict(sampling)} if sampling else {}
     objectives = adapter_state(model).objectives.get(name)
     description |= {} if objectives is None else {"objectives": objectives}
+    description |= {} if base.config.patch_sizes is None else {"patch_sizes": base.config.patch_sizes}
     (folder / BASE_FILE).write_text(json.dumps(description, indent=2))
 
 
@@ -265,6 +267,11 @@ def load_lora(
         raise ValueError(
             f"lora: objectives {reprlib.repr(objectives)} in {BASE_FILE} of {str(path)!r} are no list of names."
         )
+    patch_sizes = description.get("patch_sizes", [])
+    if not isinstance(patch_sizes, list) or not all(map(is_whole, patch_sizes)):
+        raise ValueError(
+            f"lora: patch_sizes {reprlib.repr(patch_sizes)} in {BASE_FILE} of {str(path)!r} are no list of whole numbers."
+        )
     fields = read_json(folder / _CONFIG_FILE, "lora")
     config = _lora_config(fields, base_of(model))
     config.inference_mode = not trainable
@@ -293,6 +300,7 @@ def load_lora(
     adapted = _add(model, config, adapter_name, modality)  # the first change, and nothing is left to go wrong
     set_peft_model_state_dict(adapted, state, adapter_name)
     apply_weights(adapted, {adapter_name: 1.0}, trainable)
+    base_of(adapted).config.add_patch_sizes(patch_sizes)
     adapter_state(adapted).original = original
     adapter_state(adapted).objectives.pop(adapter_name, None)
     if objectives is not None:

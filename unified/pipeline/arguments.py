@@ -377,7 +377,7 @@ def arrange_batch(
     """
     options = options.filled({})
     assert options.decoding is not None
-    check_decoding(options.decoding, Prediction.of(config))
+    check_decoding(options.decoding, Prediction.of(config), config.patch_sizes)
     wanted.check_negatives(options.decoding)
     grid, each = code_grid(config, stride, options.height, options.width), options.num_images_per_prompt
     options.sampling.check_schedule(grid[0] * grid[1])

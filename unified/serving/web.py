@@ -312,7 +312,7 @@ def build_demo(engine: Engine | RemoteEngine, chosen: str = NO_ADAPTER, per_clie
                             info="Each has the next seed.",
                             elem_id="count",
                         )
-                        suitable = {} if remote else modes_for(base_of(pipe.model).prediction)
+                        suitable = {} if remote else modes_for(base_of(pipe.model).prediction, config.patch_sizes)
                         modes = [(mode.about, name) for name, mode in suitable.items()] or [("plain", "plain")]
                         decoding = gradio.Dropdown(
                             modes, value=usual["decoding"], label="Decoding", elem_id="decoding", visible=not remote

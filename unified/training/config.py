@@ -28,7 +28,7 @@ ATTENTION = ("sdpa", "eager", "flex_attention", "flash_attention_2", "flash_atte
 # Fields of UnifiedConfig that come from the tokenizers and the backbone, so that `model.options` cannot set them.
 _DERIVED = {
     "text_config", "codebook_size", "boi_token_id", "eoi_token_id", "image_tokenizer_fingerprint",
-    "text_tokenizer_fingerprint", "new_image_tables", "prediction",
+    "text_tokenizer_fingerprint", "new_image_tables", "prediction", "patch_sizes",
 }  # fmt: skip
 
 

@@ -132,6 +132,9 @@ def set_up(config: TrainConfig, accelerator: Accelerator) -> Run:
     schedule = config.patch_schedule()
     check_grids(data.grids, schedule.patch_sizes, Prediction.of(base.config))
     add_grids(base.config, data.grids, fixed=config.lora is not None and config.model.pipeline is not None)
+    if config.model.pipeline is None and base.config.patch_sizes is None:
+        base.config.patch_sizes = []  # a model that begins here
+    base.config.add_patch_sizes(schedule.patch_sizes)
     check_samples(config, base.config, text_tokenizer)
     model: nn.Module = adapt(config, base, image_tokenizer, text_tokenizer, vision)
     inputs = describe_inputs(data.rows, model, accelerator, text_tokenizer)
