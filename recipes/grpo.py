@@ -284,7 +284,7 @@ def train(
                 "reward_spread": float(total.view(-1, settings.group_size).std(dim=1).mean()),
                 "entropy": -float(rollout.log_probs.mean()),  # nats a code, estimated by the codes that were sampled
                 "diversity": code_diversity(rollout.codes, settings.group_size),
-                "learning_rate": rate,
+                "lr": rate,
             }
             now, last = step + 1, step + 1 == settings.steps
             evaluation = settings.evaluation

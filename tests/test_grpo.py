@@ -231,7 +231,7 @@ def test_a_run_that_ended_early_and_went_on_equals_one_that_did_not(tmp_path, fo
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     logs = [[json.loads(line) for line in (path.parent / "log.jsonl").open()] for path in (whole, resumed)]
     assert logs[0] == logs[1] and [line["step"] for line in logs[0]] == [1, 2, 3, 4]
-    assert [line["learning_rate"] for line in logs[0]] == pytest.approx([0.02, 0.02, 0.02, 0.011])
+    assert [line["lr"] for line in logs[0]] == pytest.approx([0.02, 0.02, 0.02, 0.011])
     assert {"reward", "reward_spread", "kl", "entropy", "diversity", "clipped", "ratio"} <= logs[0][0].keys()
 
 
