@@ -3,9 +3,9 @@
     python recipes/prepare_pairs.py --pipeline runs/shapes/model/pipeline --prompts runs/shapes/data --num-prompts 512 \\
         --reward unified_eval.rewards:shapes_correct --out runs/shapes/pairs
 
-Draws several images of every caption, with the sampling settings of the pipeline. The best one of a caption and its worst one
+Samples several images of every caption, with the sampling settings of the pipeline. The best one of a caption and its worst one
 are a pair, so are the second best and the second worst, as long as their rewards differ. Any function of images and prompts is
-a reward, as in recipes/grpo.py; several are added up. Writes the codes of all pairs as they were drawn (a source of kind `pairs`
+a reward, as in recipes/grpo.py; several are added up. Writes the codes of all pairs as they were sampled (a source of kind `pairs`
 for recipes/train.py, see configs/dpo_shapes.yaml), `pairs.jsonl` with captions and rewards, `pairs.png` with the first pairs to
 look at, and `summary.json`.
 """
@@ -58,7 +58,7 @@ def choose_prompts(source: str, split: str, column: str, count: int, seed: int) 
 
 
 def make_pairs(args: argparse.Namespace) -> dict[str, Any]:
-    """Draw, reward and pair the images; returns what ``summary.json`` holds.
+    """Sample, reward and pair the images; returns what ``summary.json`` holds.
 
     Raises:
         ValueError: for a folder that exists, a source, pipeline or reward that does not fit, or if no caption has two images of
@@ -83,17 +83,17 @@ def make_pairs(args: argparse.Namespace) -> dict[str, Any]:
     shown: list[Image.Image] = []
     found: list[float] = []
     for text in texts:
-        drawn = torch.stack([next(codes) for _ in range(each)])
-        images = to_pil(pipeline.image_tokenizer.decode(drawn))
+        sampled = torch.stack([next(codes) for _ in range(each)])
+        images = to_pil(pipeline.image_tokenizer.decode(sampled))
         values = rewards(images, [text] * each)[0].tolist()
         found += values
         for better, worse in ranked_pairs(values, args.pairs_per_prompt):
             lines.append({"caption": text, "chosen_reward": values[better], "rejected_reward": values[worse]})
-            pairs.append((text, drawn[better].cpu().numpy(), drawn[worse].cpu().numpy()))
+            pairs.append((text, sampled[better].cpu().numpy(), sampled[worse].cpu().numpy()))
             shown += [images[better], images[worse]] if len(shown) < 32 else []
     if not pairs:
         raise ValueError(
-            f"reward: {args.reward} gives all images of a caption the same; draw more of each, or take another reward."
+            f"reward: {args.reward} gives all images of a caption the same; sample more of each, or take another reward."
         )
     save_pairs(pipeline.image_tokenizer, out, pairs, args.pipeline)
     names = [f"{role}: {line['caption']}" for line in lines for role in ("chosen", "rejected")][: len(shown)]
@@ -111,9 +111,9 @@ def make_pairs(args: argparse.Namespace) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line and make the pairs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pipeline", required=True, help="folder or Hub name of the pipeline that draws")
-    parser.add_argument("--lora", help="folder of an adapter that it draws with")
-    parser.add_argument("--prompts", required=True, help="captioned source whose captions are drawn")
+    parser.add_argument("--pipeline", required=True, help="folder or Hub name of the pipeline that samples")
+    parser.add_argument("--lora", help="folder of an adapter that it samples with")
+    parser.add_argument("--prompts", required=True, help="captioned source whose captions are used")
     parser.add_argument("--split", default="train", help="of the source (default: %(default)s)")
     parser.add_argument("--caption-column", default="caption", help="of the source (default: %(default)s)")
     parser.add_argument("--num-prompts", type=int, default=512, help="different captions (default: %(default)s)")

@@ -7,7 +7,7 @@ Each row holds `images` (one), `messages` in transformers' format, and the `kind
 and its `objects` (every shape, exact). The user shows an image, or with --draw asks for one, and asks about it; a share of
 the training rows ends with a description, which is the caption, and another with a list of all shapes, from top to bottom.
 The scenes are those of `prepare_shapes.py`, sampled until one has the wanted answer: first questions go through all kinds
-and all answers of each, equally often, so that whoever does not look at the image is right about as often as 1 / answers.
+and all answers of each, equally often, so that a model that does not look at the image is right about as often as 1 / answers.
 Validation rows have one question each.
 
 Row i of a split depends on the seed, the split and i alone. Made by code and free to use (CC0-1.0).

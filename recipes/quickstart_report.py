@@ -184,14 +184,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_json(run / "metrics.json", metrics)
     write_report(
         run / "report.html",
-        "Quickstart: a small language model that draws captions it has never seen",
+        "Quickstart: a small language model that generates images of captions it has never seen",
         opening=[
             (run / "comparison.png",
-             "Held-out captions: the real image, the same through the image tokenizer, and what the model drew."),
+             "Held-out captions: the real image, the same through the image tokenizer, and what the model generated."),
         ],
         metrics=[
             *((recipes[name]["label"], measured[name], recipe_line(recipes[name])) for name in (*EXACT, *HEADLINE)),
-            ("Edited captions drawn exactly", edits["edits_correct"], f"{len(EDITS)} captions with one word changed"),
+            ("Edited captions generated exactly", edits["edits_correct"], f"{len(EDITS)} captions with one word changed"),
             ("Codes that stay when a word of the caption changes", edits["edit_codes_kept"],
              f"the same generator, {len(EDITS)} pairs; with another {edits['other_seed_codes_kept']:.3f}"),
             ("Image positions processed, relative to next-token training", cost,

@@ -53,7 +53,7 @@ def encode_chat(
             in :func:`unified.data.code_cache.encode_source`; a share is held out by the images, so that none is on both sides.
         size: height and width in pixels that images are fitted to.
         columns: with the lists of images, which conversations of texts alone do not need, and with the messages.
-        vision: also keep the features of a vision encoder, of the images that the assistant does not draw.
+        vision: also keep the features of a vision encoder, of the images that the assistant does not generate.
 
     Raises:
         ValueError: as :func:`unified.data.code_cache.encode_source`.
@@ -153,7 +153,7 @@ def _turns(row: dict[str, Any]) -> list[Turn]:
 
 
 def _read_by_features(turns: list[Turn], values: Any, size: tuple[int, int]) -> list[Turn]:
-    """The same turns with features for the images that the assistant does not draw."""
+    """The same turns with features for the images that the assistant does not generate."""
     read = [isinstance(part, Tensor) for turn in turns if turn.role != "assistant" for part in turn.parts]
     features = iter(features_of(values, sum(read), size))
     return [

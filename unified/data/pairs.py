@@ -1,4 +1,4 @@
-"""Pairs of images for one caption, of which one is preferred: encoded once or kept as they were drawn, and as sequences."""
+"""Pairs of images for one caption, of which one is preferred: encoded once or kept as they were sampled, and as sequences."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -79,16 +79,16 @@ def encode_pairs(
 def save_pairs(
     tokenizer: ImageTokenizer, out: str | Path, pairs: Sequence[tuple[str, np.ndarray, np.ndarray]], source: str
 ) -> None:
-    """Write pairs of drawn images as a codes cache with the split ``train``.
+    """Write pairs of generated images as a codes cache with the split ``train``.
 
-    The codes are kept as the model drew them: an image that is decoded and encoded again gets other codes, of which the model
+    The codes are kept as the model sampled them: an image that is decoded and encoded again gets other codes, of which the model
     thinks as of somebody else's image.
 
     Args:
         tokenizer: the image tokenizer whose codes these are.
         out: folder to write; it must not exist.
         pairs: caption, codes ``(h, w)`` of the preferred image, and those of the other one.
-        source: folder or Hub name of the pipeline that drew them, for the model card.
+        source: folder or Hub name of the pipeline that sampled them, for the model card.
 
     Raises:
         ValueError: if there is no pair.

@@ -348,8 +348,8 @@ def sample_cells(
     for place in range(places):  # each code follows those before it in its cell
         scored = decoder.model.chained_states(found, codes.repeat(sides, 1, 1), place)
         each.append(_guided_logits(decoder, scored, sampling, scale))
-        drawn = sample_codes(each[-1].flatten(0, 1), sampling, noise[:, :, place].flatten(0, 1)).view(-1, cells)
-        codes[:, :, place] = torch.where(codes[:, :, place] < 0, drawn, codes[:, :, place])
+        sampled = sample_codes(each[-1].flatten(0, 1), sampling, noise[:, :, place].flatten(0, 1)).view(-1, cells)
+        codes[:, :, place] = torch.where(codes[:, :, place] < 0, sampled, codes[:, :, place])
     return codes.flatten(1), torch.stack(each, dim=2).flatten(1, 2)
 
 

@@ -19,7 +19,7 @@ from unified.model.modeling import UnifiedForCausalLM
 class DecoderCache:
     """Keeps a decoder, which holds copies of the weights, and makes it again when the model has changed.
 
-    Changes are found by :func:`weights_state`, whoever makes them: nobody has to report them.
+    Changes are found by :func:`weights_state`, however they are made: nothing has to report them.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
 """Images that are read: features of a frozen vision encoder, projected into the sequence.
 
 An image in a prompt reads ``<boi> features <eoi>``: features stand in place of codes, as in Janus (arXiv 2410.13848). Codes are
-made to draw an image again and say little of what is in it, and both together would take the positions of both. Images that are
+made to reconstruct an image and say little of what is in it, and both together would take the positions of both. Images that are
 sampled, and those in the loss, are codes as before.
 """
 
