@@ -30,7 +30,8 @@ from unified.decoding.decode import cell_logits, span_coordinates
 from unified.decoding.prefill import causal_bias, prefill
 from unified.decoding.sampling import PositionNoise, filter_logits, guide, sample_gumbel
 from unified.decoding.speculative import MODES, speculate_codes
-from unified.lora.adapters import attach_lora, base_of
+from unified.lora.adapters import attach_lora
+from unified.lora.base import base_of
 from unified.pipeline.arguments import image_prompt
 from unified.sequence import ImageSegment, TokenSequence
 from unified_eval.sheets import captioned_grid

@@ -36,7 +36,7 @@ from unified.decoding import DECODING_MODES
 from unified.decoding.config import check_decoding
 from unified.errors import explain_errors
 from unified.files import write_json
-from unified.lora.adapters import base_of
+from unified.lora.base import base_of
 from unified.pipeline.options import GenerationOptions
 from unified.registry import add_import_argument, import_extensions
 from unified_eval.adm import FULL

@@ -33,7 +33,7 @@ from unified.data.captioned import text_sequence
 from unified.decoding import Sampling
 from unified.errors import explain_errors
 from unified.files import write_json, write_text
-from unified.lora.adapters import base_of
+from unified.lora.base import base_of
 from unified.pipeline.chat import fit_image
 from unified.registry import add_import_argument, import_extensions
 from unified.training.validation import mean_loss

@@ -31,7 +31,9 @@ from unified.data.sources import terms_of
 from unified.decoding import Sampling
 from unified.errors import explain_errors
 from unified.locks import locked
-from unified.lora.adapters import attach_lora, base_of, load_lora, save_lora
+from unified.lora.adapters import attach_lora, load_lora
+from unified.lora.base import base_of
+from unified.lora.saving import save_lora
 from unified.lora.switching import adapter_state, adapters_off
 from unified.model_card import model_card
 from unified.pipeline.arguments import Wanted, trained_grids

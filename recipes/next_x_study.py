@@ -33,7 +33,7 @@ from unified.data.code_cache import load_codes
 from unified.data.crops import fit
 from unified.data.sources import load_source
 from unified.errors import explain_errors
-from unified.lora.adapters import base_of
+from unified.lora.base import base_of
 from unified.model.prefix import BOI, EOI, NO_TEXT
 from unified.prediction.merge import merged_grid
 from unified.prediction.schedule import schedule_flops

@@ -19,7 +19,7 @@ from quickstart import PROCESSES
 from unified import PatchSchedule, UnifiedPipeline
 from unified.errors import explain_errors
 from unified.files import write_json
-from unified.lora.adapters import base_of
+from unified.lora.base import base_of
 from unified.pipeline.arguments import seeded
 from unified.settings import load_settings
 from unified.training.config import TrainConfig

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from unified import UnifiedPipeline
 from unified.errors import explain_errors
-from unified.lora.adapters import base_of
+from unified.lora.base import base_of
 from unified.training.config import TrainConfig, load_config
 from unified.training.data import Context, open_data
 from unified.training.tracking import read_log

@@ -26,7 +26,7 @@ from unified.data import load_source
 from unified.data.code_cache import load_codes
 from unified.errors import explain_errors
 from unified.files import write_json
-from unified.lora.adapters import base_of
+from unified.lora.base import base_of
 from unified.settings import load_settings
 from unified.training.config import TrainConfig
 from unified.training.validation import image_loss

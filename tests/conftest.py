@@ -19,7 +19,9 @@ from unified.data.batches import Source, make_batch
 from unified.data.captioned import text_sequence
 from unified.data.code_cache import encode_source
 from unified.decoding.sampling import filter_logits, guide, gumbel_noise
-from unified.lora.adapters import attach_lora, base_of, save_lora, unload_lora
+from unified.lora.adapters import attach_lora, unload_lora
+from unified.lora.base import base_of
+from unified.lora.saving import save_lora
 from unified.prediction.merge import patches
 from unified.sequence import ImageSegment, TextSegment, TokenSequence, build_sequence
 from unified_tokenizers import SentencePieceTokenizer, VQConfig, VQModel, auto, train_sentencepiece

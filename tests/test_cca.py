@@ -13,7 +13,7 @@ from test_objectives import adapted, rows_of
 
 from unified import UnifiedPipeline
 from unified.data.batches import make_batch
-from unified.lora.adapters import base_of
+from unified.lora.base import base_of
 from unified.prediction.merge import patches
 from unified.sequence import IGNORE, ImageSegment, TextSegment, TokenSequence
 from unified.training.config import load_config

@@ -13,7 +13,7 @@ from PIL import Image
 from unified import GenerationOptions, UnifiedForCausalLM, UnifiedPipeline
 from unified.data.batches import make_batch
 from unified.decoding import Prompt, Sampling, generate_codes, generate_conditioned
-from unified.lora.adapters import base_of
+from unified.lora.base import base_of
 from unified.model.prefix import BOI, EOI, NO_TEXT
 from unified.pipeline.metadata import read_image_metadata
 from unified.sequence import ImageSegment, build_sequence

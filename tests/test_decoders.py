@@ -9,7 +9,8 @@ from unified.decoding.cpu_kernels import LEVELS, Dense, Int8, Packed
 from unified.decoding.decoder import BackboneDecoder
 from unified.decoding.fused_llama import LeanDecoder
 from unified.decoding.speculative import speculate_codes
-from unified.lora.adapters import attach_lora, base_of
+from unified.lora.adapters import attach_lora
+from unified.lora.base import base_of
 
 FAMILIES = {
     "llama": {},

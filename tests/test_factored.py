@@ -7,7 +7,8 @@ from torch.nn.functional import cross_entropy
 
 from unified import UnifiedForCausalLM
 from unified.decoding import Sampling, generate_codes
-from unified.lora.adapters import attach_lora, load_lora, save_lora
+from unified.lora.adapters import attach_lora, load_lora
+from unified.lora.saving import save_lora
 from unified.model.factored import FactoredEmbedding, FactoredHead
 from unified.model.image_head import code_log_probs, patch_losses
 from unified.model.retrofit import change_prediction

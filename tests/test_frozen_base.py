@@ -9,7 +9,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from unified import UnifiedPipeline
-from unified.lora.adapters import base_of
+from unified.lora.base import base_of
 from unified.model.quantization import quantization
 from unified.training.config import load_config
 from unified.training.loop import make_accelerator, save, set_up, train_steps

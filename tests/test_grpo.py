@@ -15,7 +15,8 @@ from conftest import CAPTIONS, tiny_pipeline
 from safetensors.torch import load_file
 
 import grpo as recipe
-from unified.lora.adapters import attach_lora, base_of
+from unified.lora.adapters import attach_lora
+from unified.lora.base import base_of
 from unified.lora.switching import adapters_off
 from unified.training.config import LoraSettings
 from unified.training.objectives.grpo import (

@@ -7,7 +7,8 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 
 from unified.decoding import make_decoder
-from unified.lora.adapters import attach_lora, base_of
+from unified.lora.adapters import attach_lora
+from unified.lora.base import base_of
 
 pytestmark = pytest.mark.process
 

@@ -7,7 +7,9 @@ import torch
 from conftest import CAPTIONS, generators, inputs_of, noisy_adapter, tiny_model
 
 from unified import UnifiedPipeline
-from unified.lora.adapters import BASE_FILE, attach_lora, base_of, check_base, load_lora, save_lora
+from unified.lora.adapters import attach_lora, load_lora
+from unified.lora.base import BASE_FILE, base_of, check_base
+from unified.lora.saving import save_lora
 from unified.sequence import ImageSegment, TextSegment, build_sequence
 from unified_tokenizers import train_sentencepiece
 

@@ -4,7 +4,9 @@ import pytest
 import torch
 from conftest import FAMILIES, SIZES, inputs_of, logits, tiny_model
 
-from unified.lora.adapters import attach_lora, base_of, load_lora, save_lora
+from unified.lora.adapters import attach_lora, load_lora
+from unified.lora.base import base_of
+from unified.lora.saving import save_lora
 from unified.sequence import ImageSegment, TextSegment, build_sequence
 
 pytestmark = pytest.mark.process

@@ -10,7 +10,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from unified import UnifiedForCausalLM, UnifiedPipeline
-from unified.lora.adapters import attach_lora, base_of, load_lora, save_lora
+from unified.lora.adapters import attach_lora, load_lora
+from unified.lora.base import base_of
+from unified.lora.saving import save_lora
 from unified.lora.switching import adapter_state, set_adapters
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -19,7 +19,9 @@ from unified.decoding.decoder import BackboneDecoder
 from unified.decoding.fused_llama import LeanDecoder
 from unified.decoding.prefill import prefill
 from unified.decoding.speculative import speculate_codes
-from unified.lora.adapters import attach_lora, base_of, load_lora, save_lora, unload_lora
+from unified.lora.adapters import attach_lora, load_lora, unload_lora
+from unified.lora.base import base_of
+from unified.lora.saving import save_lora
 from unified.lora.switching import delete_adapters, fuse_lora, set_adapters
 from unified.sequence import ImageSegment, TextSegment, build_sequence
 from unified_tokenizers.images import to_tensor

@@ -8,7 +8,8 @@ from conftest import bits, logits, noisy_adapter, tiny_model
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from unified.lora.adapters import load_lora, save_lora
+from unified.lora.adapters import load_lora
+from unified.lora.saving import save_lora
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 

@@ -7,7 +7,9 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 
 from unified import UnifiedForCausalLM, UnifiedPipeline
-from unified.lora.adapters import attach_lora, base_of, load_lora, save_lora, unload_lora
+from unified.lora.adapters import attach_lora, load_lora, unload_lora
+from unified.lora.base import base_of
+from unified.lora.saving import save_lora
 from unified.lora.switching import adapter_state, fuse_lora, plain_state, set_adapters, unfuse_lora
 
 KINDS = [{}, {"use_rslora": True}, {"use_dora": True}, {"train_image_tables": True}]

@@ -12,7 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from unified import UnifiedPipeline
 from unified.data.batches import make_batch
 from unified.decoding import Sampling, generate_codes
-from unified.lora.adapters import base_of, load_lora
+from unified.lora.adapters import load_lora
+from unified.lora.base import base_of
 from unified.lora.switching import active_table
 from unified.model.retrofit import change_prediction
 from unified.sequence import ImageSegment, TextSegment, build_sequence

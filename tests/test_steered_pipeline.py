@@ -13,7 +13,9 @@ from unified.cli import main
 from unified.decoding.config import modes_for
 from unified.decoding.sampling import gumbel_noise
 from unified.decoding.steering import REWARDS
-from unified.lora.adapters import attach_lora, base_of, save_lora, unload_lora
+from unified.lora.adapters import attach_lora, unload_lora
+from unified.lora.base import base_of
+from unified.lora.saving import save_lora
 from unified.lora.switching import adapter_state, adapters_off, is_disabled, set_adapters
 from unified.pipeline.arguments import Wanted
 from unified.pipeline.metadata import read_image_metadata

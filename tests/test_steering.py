@@ -9,7 +9,8 @@ from unified.decoding.continuous_batching import Batcher, Request
 from unified.decoding.prefill import Prompt
 from unified.decoding.sampling import filter_logits, guide, gumbel_noise
 from unified.decoding.steering import steer
-from unified.lora.adapters import attach_lora, base_of, load_lora
+from unified.lora.adapters import attach_lora, load_lora
+from unified.lora.base import base_of
 from unified.lora.switching import adapters_off, is_disabled, set_adapters, switch
 
 GRID = (2, 3)

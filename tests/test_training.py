@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from unified import UnifiedPipeline
 from unified.data.code_cache import load_codes
-from unified.lora.adapters import base_of
+from unified.lora.base import base_of
 from unified.training.average import Average
 from unified.training.config import OptimizerConfig, load_config
 from unified.training.loop import train

@@ -9,7 +9,7 @@ from PIL import Image
 
 from unified.decoding.config import Sampling
 from unified.errors import MENDABLE
-from unified.lora.adapters import base_of
+from unified.lora.base import base_of
 from unified.pipeline.chat import fit_image, message
 from unified_tokenizers.images import read_image
 

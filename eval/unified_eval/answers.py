@@ -13,7 +13,7 @@ from unified.conversation import Turn, read_messages
 from unified.data import SkipReport, load_source
 from unified.data.rows import check_column, open_rgb, readable
 from unified.decoding import Sampling
-from unified.lora.adapters import base_of
+from unified.lora.base import base_of
 from unified.pipeline.chat import fit_image
 from unified_eval.caption_metrics import normalised
 from unified_eval.extraction import batches

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from unified import UnifiedPipeline
 from unified.files import write_json
-from unified.lora.adapters import base_of
+from unified.lora.base import base_of
 from unified.pipeline.arguments import as_prompts, check_room, code_grid
 from unified.pipeline.metadata import describe_images
 from unified_eval.extraction import batches, process_state

@@ -12,7 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from unified.decoding.decoder import Decoder
 from unified.decoding.fused_llama import make_decoder
 from unified.decoding.steering import SteeredDecoder, steer
-from unified.lora.adapters import base_of
+from unified.lora.base import base_of
 from unified.model.modeling import UnifiedForCausalLM
 
 

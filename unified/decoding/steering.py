@@ -18,7 +18,7 @@ from unified.decoding.config import check_steer
 from unified.decoding.decoder import Decoder
 from unified.decoding.fused_llama import LeanDecoder, make_decoder
 from unified.decoding.kv_cache import KeyValueCache
-from unified.lora.adapters import base_of
+from unified.lora.base import base_of
 from unified.lora.switching import adapter_state, adapters_kept, apply_weights, check_not_fused, set_adapters
 
 REWARDS = "genarm"  # the objective that trains adapters to steer

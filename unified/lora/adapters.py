@@ -1,41 +1,28 @@
-"""LoRA adapters of a unified model: attach a new one; save, load and unload it, completely or not at all."""
+"""LoRA adapters of a unified model: attach a new one, load and unload it, completely or not at all."""
 
 import copy
-import json
-import math
 import re
 import reprlib
-import shutil
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from unified.config import head_dim
 from unified.files import read_json
+from unified.lora.base import BASE_FILE, CONFIG_FILE, base_of, check_base, weights_name
+from unified.lora.fields import FIELDS, is_names, linear_layers, lora_config
 from unified.lora.modality_gate import check_modality, forget_gates, gate_adapter
 from unified.lora.switching import adapter_state, apply_weights, check_not_fused, switch, unfuse_lora, wrapped_tables
-from unified.model.backbone import decoder_layers
 from unified.model.modeling import UnifiedForCausalLM
 from unified.model.retrofit import as_setting, change_prediction, describe_prediction, new_modules
 from unified_tokenizers import read_weights
 from unified_tokenizers.checkpoint import check_names
 from unified_tokenizers.fields import is_whole
-
-BASE_FILE = "unified_base.json"
-IMAGE_MODULES = (
-    "image_embed", "image_head", "image_projection", "image_query", "image_merge", "image_split", "image_chain", "image_join",
-    "vision_projector",
-)  # fmt: skip
-_CONFIG_FILE, _WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-_SHAPES = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
-_INITS = (True, False, "gaussian", "orthogonal")  # the others of peft change the base, or need data
 
 
 def attach_lora(
@@ -56,7 +43,7 @@ def attach_lora(
         alpha: scale of the update is ``alpha / rank``; the default is ``rank``.
         dropout: dropout on the adapter's input.
         target_modules: names of the linear layers that get an update; None: those of attention and MLP, see
-            :func:`linear_layers`.
+            :func:`unified.lora.fields.linear_layers`.
         train_image_tables: train and save full copies of both image tables with the adapter; None: exactly if they are
             new, as after ``from_backbone``, because an adapter alone cannot teach a model codes that it has never seen. Modules
             that :func:`unified.model.retrofit.change_prediction` has added are trained and saved in any case.
@@ -70,7 +57,7 @@ def attach_lora(
             The model is as before then.
     """
     check_modality(modality, bool(options.get("use_dora")))
-    unknown = sorted(options.keys() - _FIELDS.keys())
+    unknown = sorted(options.keys() - FIELDS.keys())
     if unknown:
         raise ValueError(f"lora: {unknown} are not supported; leave them out.")
     if not isinstance(train_image_tables, bool | None):
@@ -87,7 +74,7 @@ def attach_lora(
         "modules_to_save": (list(model.image_modules()) if train_image_tables else new_modules(model)) or None,
         **options,
     }
-    config = _lora_config(fields, model)
+    config = lora_config(fields, model)
     _try_out(model, config, "default", modality)
     adapted = _add(model, config, "default", modality)
     for parameter in adapted.parameters():
@@ -96,136 +83,6 @@ def attach_lora(
         ):  # copies of the tables of a base in bfloat16, too: small steps would be rounded away
             parameter.data = parameter.data.float()
     return adapted
-
-
-def linear_layers(model: UnifiedForCausalLM) -> list[str]:
-    """Names of the linear layers of attention and MLP, by what the decoder's layers hold; seven for Llama, Qwen or Gemma.
-
-    Layers narrower than an attention head are routers and gates of heads, and left out. So are experts that are no linear
-    layers but one tensor for all.
-    """
-    config = model.config.text_config
-    narrow = head_dim(config)
-    found: dict[str, None] = {}  # in order of appearance
-    for layer in decoder_layers(model.backbone):
-        for name, module in layer.named_modules():
-            if isinstance(module, nn.Linear) and module.out_features >= narrow and ".lora_" not in name:
-                found[name.removesuffix(".base_layer").rpartition(".")[2]] = None
-    return list(found)
-
-
-def base_description(model: UnifiedForCausalLM) -> dict[str, Any]:
-    """What an adapter has to agree on with the model that it is loaded into, as far as it is known."""
-    config, text = model.config, model.config.text_config
-    optional = {name: getattr(text, name, None) for name in _SHAPES}
-    optional["text_tokenizer_fingerprint"] = config.text_tokenizer_fingerprint
-    return {
-        "model_type": text.model_type,
-        "hidden_size": text.hidden_size,
-        "num_hidden_layers": text.num_hidden_layers,
-        "text_vocab_size": text.vocab_size,
-        "codebook_size": config.codebook_size,
-        "image_tokenizer_fingerprint": config.image_tokenizer_fingerprint,
-        "boi_token_id": config.boi_token_id,
-        "eoi_token_id": config.eoi_token_id,
-        "positions": config.positions,
-        "coarse_positions": config.coarse_positions,
-        "prediction": describe_prediction(model.prediction),
-        **({} if model.retrofitted_from is None else {"retrofitted_from": model.retrofitted_from}),
-        **({} if config.image_factors is None else {"image_factors": list(config.image_factors)}),
-        **({} if config.image_frame is None else {"image_frame": config.image_frame}),
-        **({} if config.classes is None else {"classes": config.classes}),
-        **({} if config.vision is None else {"vision_fingerprint": config.vision.get("fingerprint")}),
-        **{name: value for name, value in optional.items() if value is not None},
-    }
-
-
-def base_of(model: UnifiedForCausalLM | PeftModel) -> UnifiedForCausalLM:
-    """The unified model inside a possibly wrapped one."""
-    return cast(UnifiedForCausalLM, model.get_base_model()) if isinstance(model, PeftModel) else model
-
-
-def save_lora(
-    model: PeftModel,
-    save_directory: str | Path,
-    state_dict: dict[str, Tensor] | None = None,
-    card: str | None = None,
-    sampling: Mapping[str, Any] | None = None,
-) -> None:
-    """Write the adapters (safetensors and JSON) and a description of the model that they belong to.
-
-    Adapters that are not called ``default`` go to subfolders of their names. ``state_dict`` replaces the model's own
-    weights, for models whose weights are cut over processes; ``card`` is the text of the ``README.md``, in place of peft's
-    empty template; ``sampling`` are the defaults of sampling that a pipeline takes from it.
-    """
-    # Nothing but the adapter: whether tables were resized would be looked up on the Hub.
-    model.save_pretrained(str(save_directory), state_dict=state_dict, save_embedding_layers=False)  # type: ignore[arg-type]
-    for name in model.peft_config:
-        _describe(model, name, Path(save_directory) / ("" if name == "default" else name), sampling)
-    if card is not None:
-        (Path(save_directory) / "README.md").write_text(card, encoding="utf-8")
-
-
-def save_adapter(
-    model: PeftModel,
-    save_directory: str | Path,
-    adapter_name: str,
-    card: str | None = None,
-    sampling: Mapping[str, Any] | None = None,
-) -> None:
-    """Write one adapter as it was trained, whatever its name and weight, into ``save_directory`` itself.
-
-    ``card`` is the text of the ``README.md``, None writes none; ``sampling`` are its defaults of sampling.
-    """
-    folder = Path(save_directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder) as beside:  # peft writes to a subfolder of the adapter's name
-        model.save_pretrained(beside, selected_adapters=[adapter_name], save_embedding_layers=False)  # type: ignore[arg-type]
-        written = Path(beside) / ("" if adapter_name == "default" else adapter_name)
-        for name in (_CONFIG_FILE, _WEIGHTS_FILE):
-            shutil.copyfile(written / name, folder / name)
-    _describe(model, adapter_name, folder, sampling)
-    if card is not None:
-        (folder / "README.md").write_text(card, encoding="utf-8")
-
-
-def _describe(model: PeftModel, name: str, folder: Path, sampling: Mapping[str, Any] | None) -> None:
-    """Write what an adapter's folder says of its base."""
-    base = base_of(model)
-    kinds = {} if base.modality_gate is None else base.modality_gate.kinds
-    description = {**base_description(base), "modality": kinds.get(name, "all")}
-    description |= {"sampling": dict(sampling)} if sampling else {}
-    objectives = adapter_state(model).objectives.get(name)
-    description |= {} if objectives is None else {"objectives": objectives}
-    description |= {} if base.config.patch_sizes is None else {"patch_sizes": base.config.patch_sizes}
-    (folder / BASE_FILE).write_text(json.dumps(description, indent=2))
-
-
-def check_base(model: UnifiedForCausalLM | PeftModel, path: str | Path, weight_name: str | None = None) -> None:
-    """Refuse an adapter made for another model or tokenizer; fields that older folders do not have are not compared.
-
-    A plain folder of peft says nothing of its base, which passes: its tensors have to fit when it is loaded.
-
-    Raises:
-        ValueError: naming every field that differs, or the file that is missing.
-    """
-    for name in (_CONFIG_FILE, _weights_name(weight_name)):
-        if not (Path(path) / name).is_file():
-            raise ValueError(
-                f"lora: {str(path)!r} holds no {name}; give a folder of save_lora (with {BASE_FILE}) or of peft."
-            )
-    if not (Path(path) / BASE_FILE).is_file():
-        return
-    wanted, actual = read_json(Path(path) / BASE_FILE, "lora"), base_description(base_of(model))
-    different = [
-        f"{name}: adapter {reprlib.repr(wanted[name])}, model {value!r}"
-        for name, value in actual.items()
-        if name in wanted and wanted[name] != value
-    ]
-    if different:
-        raise ValueError(
-            f"lora: {str(path)!r} was made for another model ({'; '.join(different)}); load it into its own base."
-        )
 
 
 def load_lora(
@@ -263,7 +120,7 @@ def load_lora(
     described = (folder / BASE_FILE).is_file()
     description = read_json(folder / BASE_FILE, "lora") if described else {}
     modality, objectives = description.get("modality", "all"), description.get("objectives")
-    if objectives is not None and not _is_names(objectives):
+    if objectives is not None and not is_names(objectives):
         raise ValueError(
             f"lora: objectives {reprlib.repr(objectives)} in {BASE_FILE} of {str(path)!r} are no list of names."
         )
@@ -272,16 +129,16 @@ def load_lora(
         raise ValueError(
             f"lora: patch_sizes {reprlib.repr(patch_sizes)} in {BASE_FILE} of {str(path)!r} are no list of whole numbers."
         )
-    fields = read_json(folder / _CONFIG_FILE, "lora")
-    config = _lora_config(fields, base_of(model))
+    fields = read_json(folder / CONFIG_FILE, "lora")
+    config = lora_config(fields, base_of(model))
     config.inference_mode = not trainable
     check_modality(modality, config.use_dora)
-    state = read_weights(folder / _weights_name(weight_name))
+    state = read_weights(folder / weights_name(weight_name))
     wanted = _try_out(model, config, adapter_name, modality)
     if not described:
         state = _as_in_model(state, wanted, base_of(model))
     problem = (
-        f"lora: the tensors of {str(path)!r} are not those that its {_CONFIG_FILE} describes; get or save them again"
+        f"lora: the tensors of {str(path)!r} are not those that its {CONFIG_FILE} describes; get or save them again"
     )
     shapes = {(n, state[n].shape, wanted[n].shape) for n in wanted.keys() & state if state[n].shape != wanted[n].shape}
     for name, tensor in state.items():
@@ -366,13 +223,6 @@ def _add(model: UnifiedForCausalLM | PeftModel, config: LoraConfig, name: str, m
     return model
 
 
-def _weights_name(given: str | None) -> str:
-    """The name of an adapter's file of weights. Raises ValueError for a path, or what is no safetensors file."""
-    if given is not None and (Path(given).name != given or not given.endswith(".safetensors")):
-        raise ValueError(f"weight_name: {given!r} is not the name of a .safetensors file in the adapter's folder.")
-    return given or _WEIGHTS_FILE
-
-
 def _as_in_model(state: dict[str, Tensor], wanted: dict[str, Tensor], base: UnifiedForCausalLM) -> dict[str, Tensor]:
     """The tensors of a plain folder of peft by the names that they have in a unified model.
 
@@ -428,77 +278,3 @@ def _check_name(model: UnifiedForCausalLM | PeftModel, name: str) -> None:
         raise ValueError(
             f"adapter_name: {name!r} is not possible; use letters, digits, '_' and '-', and no name of a module of the model."
         )
-
-
-def _is_names(value: Any) -> bool:
-    """Whether a value is a list of plain names; peft takes everything else for regular expressions."""
-    return isinstance(value, list | tuple | set) and all(_is_name(name) for name in value)
-
-
-def _is_name(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch(r"\w+(\.\w+)*", value) is not None
-
-
-def _is_size(value: Any) -> bool:
-    return type(value) is int and 1 <= value <= 2**16
-
-
-def _is_scale(value: Any) -> bool:
-    return type(value) in (int, float) and value > 0 and math.isfinite(value)
-
-
-def _is_pattern(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, dict) and all(_is_name(n) and fits(v) for n, v in value.items())
-
-
-# The fields of an adapter's config that have an effect here: what they may be, and how to test that.
-_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "r": ("a whole number from 1 to 65536", _is_size),
-    "lora_alpha": ("a number above 0", _is_scale),
-    "lora_dropout": ("a number in [0, 1)", lambda v: type(v) in (int, float) and 0 <= v < 1),
-    "target_modules": ("a list of names of modules", lambda v: _is_names(v) and len(v) > 0),
-    "exclude_modules": ("a list of names of modules", lambda v: v is None or _is_names(v)),
-    "modules_to_save": (f"null or a list of {IMAGE_MODULES}", lambda v: v is None or (_is_names(v) and {*v} <= {*IMAGE_MODULES})),
-    "use_rslora": ("true or false", lambda v: isinstance(v, bool)),
-    "use_dora": ("true or false", lambda v: isinstance(v, bool)),
-    "init_lora_weights": (f"one of {_INITS}; the others change the base", lambda v: type(v) in (bool, str) and v in _INITS),
-    "layers_to_transform": ("a list of layers", lambda v: v is None or (isinstance(v, list) and all(type(i) is int for i in v))),
-    "rank_pattern": ("a rank for each of some names of modules", _is_pattern(_is_size)),
-    "alpha_pattern": ("a number for each of some names of modules", _is_pattern(_is_scale)),
-    "base_model_name_or_path": ("a name", lambda v: v is None or isinstance(v, str)),
-    "peft_type": ("LORA", lambda v: v == "LORA"),
-    "task_type": ("null or CAUSAL_LM, which changes nothing; others add modules", lambda v: v in (None, "CAUSAL_LM")),
-}  # fmt: skip
-_NOTES = ("auto_mapping", "inference_mode", "peft_version", "revision", "runtime_config")  # in a file, and not used
-
-
-def _lora_config(fields: Mapping[str, Any], model: UnifiedForCausalLM) -> LoraConfig:
-    """The config of an adapter from its fields, checked before peft sees any of them.
-
-    Raises:
-        ValueError: for a field that is not supported, a value out of range, or names that match no module.
-    """
-    defaults = LoraConfig().to_dict()
-    for name, value in fields.items():
-        if name in _FIELDS:
-            wanted, fits = _FIELDS[name]
-            if not fits(value):
-                raise ValueError(f"lora: {name} {reprlib.repr(value)} is not possible; it must be {wanted}.")
-        elif name not in _NOTES and value and value != defaults.get(name):
-            raise ValueError(f"lora: {name} {reprlib.repr(value)} is not supported; leave it out.")
-    depth, layers = model.config.text_config.num_hidden_layers, fields.get("layers_to_transform") or ()
-    if len(layers) > depth or any(not 0 <= layer < depth for layer in layers):
-        raise ValueError(
-            f"lora: layers_to_transform {reprlib.repr(layers)} is outside the {depth} layers of the model."
-        )
-    modules = [name.split(".") for name, _ in model.named_modules()]
-    known = {".".join(parts[start:]) for parts in modules for start in range(len(parts))}
-    for field in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
-        unknown = sorted(set(fields.get(field) or ()) - known)
-        if unknown:
-            raise ValueError(
-                f"lora: {field} {reprlib.repr(unknown)} are no modules of {type(model.backbone).__name__}; its linear layers are "
-                f"{linear_layers(model)}."
-            )
-    taken = _FIELDS.keys() - {"peft_type", "task_type"}
-    return LoraConfig(**{name: value for name, value in fields.items() if name in taken})

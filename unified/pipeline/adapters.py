@@ -9,7 +9,8 @@ from peft import PeftModel
 
 from unified.decoding.steering import gives_rewards
 from unified.hub import local_folder
-from unified.lora.adapters import load_lora, save_adapter, unload_lora
+from unified.lora.adapters import load_lora, unload_lora
+from unified.lora.saving import save_adapter
 from unified.lora.switching import (
     active_adapters,
     adapter_state,

@@ -14,7 +14,7 @@ from torch import Tensor
 from unified.decoding.decoder import Decoder
 from unified.decoding.decoder_cache import DecoderCache
 from unified.hub import local_folder
-from unified.lora.adapters import base_of
+from unified.lora.base import base_of
 from unified.lora.switching import active_adapters, is_disabled, save_fused
 from unified.model.modeling import UnifiedForCausalLM
 from unified.model.vision import VisionEncoder

@@ -9,7 +9,7 @@ from httpx2 import HTTPError
 
 from unified.config import UnifiedConfig
 from unified.files import read_json, write_json
-from unified.lora.adapters import BASE_FILE
+from unified.lora.base import BASE_FILE
 from unified.model.vision import VisionEncoder
 from unified.pipeline.options import check_defaults
 from unified_tokenizers import ImageTokenizer

@@ -9,7 +9,7 @@ from peft import PeftModel
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from unified.lora.adapters import base_of
+from unified.lora.base import base_of
 from unified.lora.switching import adapter_state, is_disabled
 from unified.pipeline.options import SAMPLING, GenerationOptions
 from unified.pipeline.pipeline import UnifiedPipeline

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from unified.decoding.config import check_decoding
 from unified.decoding.steering import check_steering
-from unified.lora.adapters import base_of
+from unified.lora.base import base_of
 from unified.pipeline.adapters import AdapterMixin
 from unified.pipeline.arguments import (
     Generators,

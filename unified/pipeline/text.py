@@ -7,7 +7,7 @@ from PIL import Image
 
 from unified.conversation import Turn
 from unified.decoding import Sampling
-from unified.lora.adapters import base_of
+from unified.lora.base import base_of
 from unified.pipeline.arguments import Generators, check_prompt, check_sampling, code_grid, per_image
 from unified.pipeline.base import BasePipeline, one_at_a_time
 from unified.pipeline.chat import (

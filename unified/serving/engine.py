@@ -20,7 +20,7 @@ from torch import Tensor
 from unified.decoding.continuous_batching import Batcher, Request
 from unified.decoding.passes import image_columns
 from unified.decoding.steering import check_steering
-from unified.lora.adapters import base_of
+from unified.lora.base import base_of
 from unified.pipeline.arguments import Wanted, arrange_batch, as_negatives, as_prompts, token_ids, trained_grids
 from unified.pipeline.editing import unfinished_images
 from unified.pipeline.options import GenerationOptions, check_whole

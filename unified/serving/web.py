@@ -19,7 +19,7 @@ from PIL import Image
 
 from unified.config import UnifiedConfig
 from unified.decoding.config import Sampling, modes_for
-from unified.lora.adapters import base_of, check_base
+from unified.lora.base import base_of, check_base
 from unified.pipeline.arguments import seeded
 from unified.pipeline.chat import message
 from unified.pipeline.metadata import describe_images

@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from unified.data.batches import loader
 from unified.locks import locked
-from unified.lora.adapters import base_of, save_lora
+from unified.lora.base import base_of
+from unified.lora.saving import save_lora
 from unified.pipeline.pipeline import UnifiedPipeline
 from unified.prediction.arrange import Batch
 from unified.training.background import Background

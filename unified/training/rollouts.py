@@ -19,7 +19,7 @@ from unified.decoding import Prompt, Sampling, make_decoder
 from unified.decoding.decode import generate_scored
 from unified.decoding.passes import order_seed
 from unified.decoding.sampling import guide
-from unified.lora.adapters import base_of
+from unified.lora.base import base_of
 from unified.model.image_head import code_log_probs
 from unified.prediction.arrange import cell_codes
 from unified.prediction.merge import Grid, merged_grid

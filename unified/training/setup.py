@@ -16,7 +16,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from unified.config import UnifiedConfig
-from unified.lora.adapters import attach_lora, base_of
+from unified.lora.adapters import attach_lora
+from unified.lora.base import base_of
 from unified.lora.switching import adapter_state
 from unified.model.family import check_family, check_packing
 from unified.model.modeling import UnifiedForCausalLM

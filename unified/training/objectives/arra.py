@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from omegaconf import MISSING
 from torch import Tensor, nn
 
-from unified.lora.adapters import base_of
+from unified.lora.base import base_of
 from unified.model.modeling import UnifiedForCausalLM
 from unified.model.vision import feature_map, load_vision_model
 from unified.prediction.arrange import Batch

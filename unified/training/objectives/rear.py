@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unified.lora.adapters import base_of
+from unified.lora.base import base_of
 from unified.model.modeling import UnifiedForCausalLM
 from unified.prediction.arrange import Batch
 from unified.sequence import IGNORE
