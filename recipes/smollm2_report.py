@@ -25,7 +25,8 @@ from unified import UnifiedPipeline
 from unified.errors import explain_errors
 from unified.lora.base import base_of
 from unified.training.config import TrainConfig, load_config
-from unified.training.data import Context, open_data
+from unified.training.data import open_data
+from unified.training.sources import Context
 from unified.training.tracking import read_log
 from unified.training.validation import image_loss
 from unified_eval.curves import plot_loss

@@ -18,8 +18,9 @@ from unified import UnifiedConfig, UnifiedForCausalLM, UnifiedPipeline
 from unified.model.prefix import BOI, EOI, NO_TEXT
 from unified.prediction.schedule import image_flops, schedule_flops
 from unified.training.config import load_config
-from unified.training.data import Context, open_data
+from unified.training.data import open_data
 from unified.training.loop import train
+from unified.training.sources import Context
 from unified.training.tracking import read_log
 
 ROOT = Path(__file__).resolve().parent.parent

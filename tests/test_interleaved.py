@@ -20,8 +20,8 @@ from unified.data.crops import fit
 from unified.data.interleaved import encode_interleaved, interleaved_sequence
 from unified.sequence import ImageSegment, TextSegment, build_sequence
 from unified.training.config import SourceConfig, load_config
-from unified.training.data import _texts
 from unified.training.loop import train
+from unified.training.sources import _texts
 from unified.training.tracking import read_log
 from unified.training.validation import mean_loss
 from unified_tokenizers.images import to_tensor

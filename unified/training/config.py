@@ -73,6 +73,11 @@ class SourceConfig:
             if getattr(self, option) is not None and self.kind != "image":
                 raise ValueError(f"{name}{option}: for images only, not for {self.kind}; leave it out.")
 
+    @property
+    def name(self) -> str:
+        """What logs call it."""
+        return f"{self.kind} {self.path!r}"
+
     def with_splits(self) -> "SourceConfig":
         """The same with the splits that a share of ``validation`` makes of ``split``."""
         if self.validation is None:

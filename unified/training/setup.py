@@ -42,11 +42,12 @@ from unified.training.checkpoint import (
     start_checkpoint,
 )
 from unified.training.config import TrainConfig
-from unified.training.data import Context, TrainingData, open_data
+from unified.training.data import TrainingData, open_data
 from unified.training.inputs import add_grids, check_grids, describe_inputs
 from unified.training.objectives.base import Objective
 from unified.training.optimizer import build_optimizers
 from unified.training.sharding import check_modules, check_sharding, configure_deepspeed
+from unified.training.sources import Context
 from unified.training.tensor_parallel import already_cut, cut_decoder, is_tensor_parallel
 from unified.training.tracking import RunLog, start_trackers
 from unified_tokenizers import AutoImageTokenizer, ImageTokenizer, TextTokenizer, load_text_tokenizer
