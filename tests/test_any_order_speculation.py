@@ -18,7 +18,7 @@ from unified.decoding.config import DECODING_MODES, check_decoding, modes_for
 from unified.decoding.sampling import filter_logits, guide
 from unified.sequence import ImageSegment, TextSegment, build_sequence
 from unified.serving.engine import Engine
-from unified.serving.web import build_demo
+from unified.serving.page import build_demo
 
 GRID, PROMPTS, NEGATIVES = (4, 8), [[1, 5, 6, 3], [1, 7, 3], [1, 8, 9, 10, 3]], [[1, 3]] * 3
 ANY = {"order": "random", "size": 3}

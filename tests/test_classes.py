@@ -18,7 +18,7 @@ from unified.model.prefix import BOI, EOI, NO_TEXT
 from unified.pipeline.metadata import read_image_metadata
 from unified.sequence import ImageSegment, build_sequence
 from unified.serving.engine import Engine
-from unified.serving.web import class_choices
+from unified.serving.page import class_choices
 from unified_tokenizers.images import to_tensor
 
 NAMES = ["tench, Tinca tinca", "goldfish", "crane", "golden retriever", "crane"]
@@ -209,7 +209,7 @@ class TestPage:
     def test_a_class_is_chosen_by_name(self, class_pipeline, photo, tmp_path):
         """The fields hold the classes; what the page makes of one is what the pipeline does, also in an edit."""
         need_gradio()
-        from unified.serving.web import build_demo
+        from unified.serving.page import build_demo
 
         with closing(Engine(class_pipeline)) as engine:
             page = build_demo(engine)

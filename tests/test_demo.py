@@ -14,11 +14,11 @@ from unified.data.crops import fit
 from unified.decoding import Sampling
 from unified.pipeline.arguments import seeded
 from unified.pipeline.chat import message
-from unified.serving import uploads
-from unified.serving import web as demo
+from unified.serving import uploads, web
 from unified.serving.engine import Engine
+from unified.serving.page import build_demo, check_request
 from unified.serving.uploads import check_files, fit_upload, image_and_mask, opened, painted
-from unified.serving.web import build_demo, check_request, launch, load_adapters
+from unified.serving.web import launch, load_adapters
 
 
 @pytest.mark.parametrize(
@@ -152,8 +152,8 @@ def test_command_line_offers_adapters_by_name(pipeline, tmp_path, monkeypatch):
     for name, seed in (("outline", 1), ("sketch", 2)):
         pipeline.model = noisy_adapter(pipeline.model, tmp_path / name, seed)
     pages, engines, make = [], [], build_demo
-    monkeypatch.setattr(demo, "build_demo", lambda engine, *given: engines.append(engine) or make(engine, *given))
-    monkeypatch.setattr(demo, "launch", lambda page, **options: pages.append((page, options)))
+    monkeypatch.setattr(web, "build_demo", lambda engine, *given: engines.append(engine) or make(engine, *given))
+    monkeypatch.setattr(web, "launch", lambda page, **options: pages.append((page, options)))
     monkeypatch.setenv("UNIFIED_PASSWORD", "open sesame")
     arguments = ["serve", "--pipeline", str(tmp_path / "pipeline"), "--lora", f"{tmp_path}/outline/", "--max-rows", "3"]
     more = ["--queue", "5", "--port", "0", "--per-client", "2", "--allow-host", "demo", "--allow-host", "*.example.org"]

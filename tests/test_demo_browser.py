@@ -15,7 +15,8 @@ from unified.data.crops import fit
 from unified.decoding import Sampling
 from unified.pipeline.chat import message
 from unified.serving.engine import Engine
-from unified.serving.web import build_demo, launch, load_adapters
+from unified.serving.page import build_demo
+from unified.serving.web import launch, load_adapters
 
 pytestmark = pytest.mark.process
 

@@ -15,7 +15,7 @@ from unified.decoding import DECODING_MODES
 from unified.decoding.config import DecodingMode, modes_for
 from unified.prediction.plan import RASTER
 from unified.serving.engine import Engine
-from unified.serving.web import build_demo
+from unified.serving.page import build_demo
 
 GIVEN = {"height": 16, "width": 16, "guidance_scale": 2.5, "num_images_per_prompt": 2, "temperature": 0.7, "top_k": 9,
          "top_p": 0.9, "guidance_schedule": "cosine", "decoding": "jacobi", "group_temperature": 0.8}  # fmt: skip

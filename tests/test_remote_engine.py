@@ -17,11 +17,10 @@ from unified.cli import main
 from unified.pipeline.arguments import seeded
 from unified.pipeline.metadata import read_image_metadata
 from unified.pipeline.options import GenerationOptions
-from unified.serving import remote
-from unified.serving import web as demo
+from unified.serving import remote, web
+from unified.serving.page import build_demo
 from unified.serving.remote import RemotePipeline
 from unified.serving.remote_engine import RemoteEngine
-from unified.serving.web import build_demo
 
 GREEDY = GenerationOptions(top_k=1, guidance_scale=1.0)
 PAIR = GenerationOptions(top_k=1, guidance_scale=1.0, num_images_per_prompt=2)
@@ -193,7 +192,7 @@ def test_the_page_shows_what_the_server_can_do(exported, tmp_path, monkeypatch, 
 
     monkeypatch.setattr("unified.serving.guard.Visitors.turn", lambda self, *given: nullcontext())
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(demo, "PATIENCE", 0.02)
+    monkeypatch.setattr("unified.serving.page.PATIENCE", 0.02)
     with serving(exported[1], sample) as (server, engine):
         page = build_demo(engine)
         functions = {each.name: each.fn for each in page.fns.values()}
@@ -233,8 +232,8 @@ def test_the_page_shows_what_the_server_can_do(exported, tmp_path, monkeypatch, 
 def test_command_line(exported, tmp_path, monkeypatch, capsys):  # noqa: F811
     need_gradio()
     engines, pages, make = [], [], build_demo
-    monkeypatch.setattr(demo, "build_demo", lambda engine, **given: engines.append(engine) or make(engine, **given))
-    monkeypatch.setattr(demo, "launch", lambda page, **options: pages.append((page, options)))
+    monkeypatch.setattr(web, "build_demo", lambda engine, **given: engines.append(engine) or make(engine, **given))
+    monkeypatch.setattr(web, "launch", lambda page, **options: pages.append((page, options)))
     monkeypatch.setenv("UNIFIED_API_KEY", "secret")
     server, command = Server(exported[1]), ["serve", "--pipeline", str(exported[1]), "--port", "0", "--server"]
     with running(server) as url:

@@ -13,7 +13,7 @@ from unified.cli import main
 from unified.pipeline.metadata import read_image_metadata
 from unified.pipeline.options import SAMPLING
 from unified.serving.engine import Engine
-from unified.serving.web import build_demo
+from unified.serving.page import build_demo
 from unified.training.config import load_config
 from unified.training.setup import sampling_of
 from unified_eval.command_line import add_generation_arguments

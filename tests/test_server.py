@@ -24,7 +24,8 @@ from unified.data.crops import fit
 from unified.pipeline.pipeline import UnifiedPipeline
 from unified.serving.address import answered_hosts, client_of, free_port
 from unified.serving.engine import Engine
-from unified.serving.web import build_demo, launch
+from unified.serving.page import build_demo
+from unified.serving.web import launch
 
 OPTIONS = {"guidance_scale": 1.5, "temperature": 0.85}
 WAIT = 60  # seconds, far more than anything here takes

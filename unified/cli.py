@@ -415,7 +415,8 @@ def _serve(args: argparse.Namespace) -> None:
 
     answered_hosts(args.host, args.allow_host)
     port = free_port(args.host, args.port)
-    from unified.serving.web import check_installed, serve, serve_remote
+    from unified.serving.page import check_installed
+    from unified.serving.web import serve, serve_remote
 
     check_installed()
     if args.server is not None:
