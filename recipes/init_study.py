@@ -17,7 +17,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from unified.errors import explain_errors
-from unified.settings import dump_settings
+from unified.settings import dump_settings, overrides_first
 from unified.training.config import TrainConfig, load_config
 from unified.training.loop import train
 from unified.training.tracking import read_log
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("overrides", nargs="*", help="key=value overrides of the config, for all runs")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(overrides_first(argv))
     print(study(args.config, args.overrides, args.kinds, args.seeds, args.out))
 
 

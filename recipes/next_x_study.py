@@ -37,7 +37,7 @@ from unified.lora.base import base_of
 from unified.model.prefix import BOI, EOI, NO_TEXT
 from unified.prediction.merge import merged_grid
 from unified.prediction.schedule import schedule_flops
-from unified.settings import dump_settings, refuse_other
+from unified.settings import dump_settings, overrides_first, refuse_other
 from unified.training.config import TrainConfig, load_config
 from unified.training.loop import train
 from unified.training.validation import image_loss
@@ -371,7 +371,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each (default: %(default)s)")
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("overrides", nargs="*", help="key=value overrides of the config, for all runs")
-    return parser.parse_args(argv)
+    return parser.parse_args(overrides_first(argv))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

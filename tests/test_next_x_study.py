@@ -229,7 +229,11 @@ def test_a_variant_stops_at_the_cost_of_another(config_file, picture_source, tmp
     arguments = ["--config", str(config_file), "--data", picture_source, "--clip", "none", "--out", str(tmp_path),
                  "--num-images", "0", "steps=8", "validate_every=null", "checkpoint_every=null"]  # fmt: skip
     names = ["next-token, cost of (2,1)", "channel diagonals"]
-    stopped, channel = plan(parse_arguments([*arguments, "--seeds", "3", "--variants", *names]))
+    stopped, channel = plan(parse_arguments(["--variants", *names, "--seeds", "3", *arguments]))
+    assert plan(parse_arguments([*arguments[:8], "--variants", *names, "--seeds", "3", *arguments[8:]])) == [
+        stopped,
+        channel,
+    ]
     one, two = (load_config(config_file, [*VARIANTS[name][0], "output_dir=x"]) for name in ("next-token", "(2,1)"))
     result = train_and_measure(stopped)
     assert result["steps"] == round(8 * flops_per_image(two) / flops_per_image(one)) < 8

@@ -5,6 +5,8 @@ import ast
 import difflib
 import inspect
 import io
+import re
+import sys
 import textwrap
 import tokenize
 from collections.abc import Iterator, Sequence
@@ -172,6 +174,13 @@ def parse_command_line(
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file")
     args = parser.parse_args(import_extensions(argv))
     return args.config if configs is None else find_config(args.config, configs), args.overrides
+
+
+def overrides_first(argv: Sequence[str] | None) -> list[str]:
+    """A command line with its ``key=value`` in front, where no option that takes a list, such as ``--seeds 0 1``, takes them."""
+    given = sys.argv[1:] if argv is None else list(argv)
+    overrides = [part for part in given if re.match(r"[\w.]+=", part)]
+    return [*overrides, *(part for part in given if part not in overrides)]
 
 
 def find_config(name: str, configs: Path) -> str:
