@@ -179,8 +179,10 @@ def rows(
         rng = random.Random(f"{seed}/chat/{split}/{i}")
         scene, first = first_question(rng, i, places)
         further = further_questions(rng, scene, first, asked - 1) if split == "train" else []
-        ending = None
-        if split == "train":
+        said, ending = [first, *further], None
+        if split == "train" and not asked:
+            said, ending = [], (LIST, listed(scene))
+        elif split == "train":
             # The caption of an image that was asked for has been said already.
             endings = [None if drawn else (DESCRIBE, describe(scene)), (LIST, listed(scene)), None]
             ending = rng.choices(endings, [DESCRIBED, LISTED, 1 - DESCRIBED - LISTED])[0]
@@ -188,7 +190,7 @@ def rows(
         draw(scene, size).save(png, format="PNG")
         yield {
             "images": [{"bytes": png.getvalue(), "path": None}],
-            "messages": conversation(scene, [first, *further], drawn, ending),
+            "messages": conversation(scene, said, drawn, ending),
             "kind": first.kind,
             "caption": describe(scene),
             "objects": json.dumps(ground_truth(scene, size)),
@@ -210,8 +212,8 @@ def build(
         ValueError: if a number is too small or too large.
     """
     check_numbers(size, train, validation, places)
-    if not 1 <= asked <= len(ANSWERS):
-        raise ValueError(f"questions is {asked}, which is out of range: use --questions 1 to {len(ANSWERS)}, the kinds")
+    if not 0 <= asked <= len(ANSWERS):
+        raise ValueError(f"questions is {asked}, which is out of range: use --questions 0 to {len(ANSWERS)}, the kinds")
     text = datasets.Value("string")
     content = datasets.List({"type": text, "text": text})
     features = datasets.Features(
@@ -257,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         type=int,
         default=3,
         dest="asked",
-        help="of a training row, each of another kind (default: %(default)s)",
+        help="of a training row, each of another kind; 0: it asks for the list of all shapes alone (default: %(default)s)",
     )
     parser.add_argument(
         "--draw", action="store_true", dest="drawn", help="the user asks for the image, and then about it"

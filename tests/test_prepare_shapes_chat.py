@@ -122,6 +122,16 @@ def test_rows_are_conversations(drawn):
     assert endings[chat.LIST] > 10 and (endings[chat.DESCRIBE] > 4) != drawn
 
 
+@pytest.mark.parametrize("drawn", [False, True])
+def test_without_questions_a_row_asks_for_the_list_alone(drawn):
+    rows = chat.build(32, 6, 7, seed=0, asked=0, drawn=drawn)
+    for row in rows["train"]:
+        said = [turn.parts[-1] for turn in read_messages(row["messages"], row["images"])]
+        assert len(said) == 2 + 2 * drawn and said[-2] == chat.LIST
+        assert said[-1].count(",") + 1 == len(json.loads(row["objects"])["shapes"])
+    assert set(rows["validation"]["kind"]) == set(chat.ANSWERS)
+
+
 def test_places_are_those_of_the_scenes():
     truths = [json.loads(row["objects"]) for row in chat.build(32, 0, 14, seed=0, places=16)["validation"]]
     shapes = [shape for truth in truths for shape in truth["shapes"]]
@@ -149,7 +159,7 @@ def test_the_command_writes_a_folder_that_datasets_opens(tmp_path, monkeypatch):
         ({"size": 15}, "size is 15, which is too small: use --size 16 or more"),
         ({"train": -1}, "train is -1, which is too small"),
         ({"validation": -1}, "validation is -1, which is too small"),
-        ({"asked": 0}, "questions is 0, which is out of range: use --questions 1 to 7"),
+        ({"asked": -1}, "questions is -1, which is out of range: use --questions 0 to 7"),
         ({"asked": 8}, "questions is 8, which is out of range"),
         ({"places": 33}, "places is 33, which is out of range: use --places 16 to the size, 32"),
     ],
