@@ -1,5 +1,8 @@
 """Data that does not fit the model or the schedule is refused before the first step."""
 
+import json
+from functools import partial
+
 import datasets
 import pytest
 import torch
@@ -7,10 +10,12 @@ from conftest import tiny_config
 from safetensors.torch import load_file
 
 from unified import UnifiedPipeline
+from unified.data.batches import Source
+from unified.data.captioned import text_sequence
 from unified.data.code_cache import load_codes
 from unified.prediction.plan import RASTER
 from unified.training.config import load_config
-from unified.training.inputs import add_grids, check_grids, check_lengths, code_grids
+from unified.training.inputs import SPELT, add_grids, bytes_per_token, check_grids, check_lengths, code_grids
 from unified.training.loop import train
 from unified.training.tracking import read_log
 from unified.training.validation import image_loss
@@ -38,6 +43,26 @@ def test_a_model_learns_new_grids_and_an_adapters_base_does_not():
         ValueError, match=r"model.pipeline: it samples the code grids .* the data also has \[\[8, 8\]\]"
     ):
         add_grids(config, [(8, 8)], fixed=True)
+
+
+def test_text_that_a_tokenizer_spells_is_told(text_tokenizer, capsys, config_file, tmp_path):
+    texts = ["red apple", "zzqy vvxw kjqz"]
+    config = tiny_config(text={"vocab_size": text_tokenizer.vocab_size}, boi_token_id=text_tokenizer.boi_token_id,
+                         eoi_token_id=text_tokenizer.eoi_token_id)  # fmt: skip
+    for text in texts:
+        rows = datasets.Dataset.from_dict({"text": [text]})
+        sequence = partial(text_sequence, text_tokenizer=text_tokenizer, vocabulary=config.vocabulary)
+        tokens = len(text_tokenizer.encode(text))
+        found = bytes_per_token(Source("text", rows, sequence), text_tokenizer, config.vocabulary)
+        assert found == pytest.approx(len(text) / tokens)
+    assert found < SPELT
+    table = tmp_path / "texts.jsonl"
+    table.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[1:] * 8))
+    source = {"path": str(table), "kind": "text", "max_length": 64}
+    options = [f"output_dir={tmp_path / 'run'}", "data.train=null", f"data.sources=[{source}]", "validate_every=null",
+               "steps=1", "log_every=1", "checkpoint_every=null", "schedule={patch_sizes: [1], shares: [1.0]}"]  # fmt: skip
+    train(load_config(config_file, options))
+    assert f"text '{table}': {found:.1f} bytes of text a token, so the text tokenizer spells" in capsys.readouterr().out
 
 
 def test_longest_row_has_to_fit(text_tokenizer):

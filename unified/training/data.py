@@ -18,6 +18,7 @@ from unified.data.sources import check_splits
 from unified.prediction.merge import Grid, Merge, patches
 from unified.prediction.schedule import PatchSchedule
 from unified.training.config import DataConfig, SourceConfig, TrainConfig
+from unified.training.inputs import SPELT, bytes_per_token
 from unified.training.sources import LOSSES, Context, grids_of, open_source
 from unified.training.tensor_parallel import data_rank
 from unified.training.validation import mean_loss
@@ -78,6 +79,14 @@ def open_data(context: Context) -> TrainingData:
         checks[loss if loss not in checks else f"{loss}_{number}"] = _check(context, held_out, LOSSES[settings.kind])
         if not several:
             checks |= _further_checks(context, sources[0], held_out)
+    if context.text_tokenizer is not None:
+        for source in sources:
+            share = bytes_per_token(source, context.text_tokenizer, context.model_config.vocabulary)
+            if share < SPELT:
+                context.accelerator.print(
+                    f"{source.name}: {share:.1f} bytes of text a token, so the text tokenizer spells many words, which a model "
+                    "learns slowly; recipes/train_text_tokenizer.py makes one of this text"
+                )
     batches = Batches(
         sources, context.model_config, config.batch_size, config.steps * config.gradient_accumulation_steps, config.seed,
         *data_rank(context.accelerator), data.pack, data.bucket,

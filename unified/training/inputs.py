@@ -1,6 +1,7 @@
 """The data of a run, checked before the first step and compared when the run resumes."""
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -9,13 +10,16 @@ import numpy as np
 from accelerate import Accelerator
 from torch import nn
 
-from unified.config import UnifiedConfig
+from unified.config import UnifiedConfig, Vocabulary
+from unified.data.batches import Source
 from unified.prediction.frame import image_length
 from unified.prediction.merge import Grid
 from unified.prediction.plan import RASTER, Prediction
 from unified.prompts import PromptFormat
 from unified.training.tensor_parallel import data_rank
 from unified_tokenizers import TextTokenizer
+
+SPELT = 2.5  # bytes a token, below which most words are spelt
 
 
 def code_grids(rows: datasets.Dataset) -> list[Grid]:
@@ -98,6 +102,21 @@ def add_grids(config: UnifiedConfig, grids: Iterable[Grid], fixed: bool) -> None
             "sizes, or train without lora."
         )
     config.image_grids = known + new
+
+
+def bytes_per_token(source: Source, tokenizer: TextTokenizer, vocabulary: Vocabulary, rows: int = 32) -> float:
+    """Bytes of text that a text token of a source stands for, over its first rows; infinity if they have no text.
+
+    About 4 where words are tokens; a tokenizer that does not know the words of a text spells them, at 1 to 2.
+    """
+    rng, length, tokens = np.random.default_rng(0), 0, 0
+    v = vocabulary
+    special = {v.boi_token_id, v.eoi_token_id, v.bos_token_id, v.pad_token_id, *v.eos_token_ids}
+    for row in range(min(rows, len(source.rows))):
+        ids = source.sequence(source.rows[row], rng).input_ids.tolist()
+        text = [token for token in ids if token < v.text_vocab_size and token not in special]
+        length, tokens = length + len(tokenizer.decode(text).encode()), tokens + len(text)
+    return length / tokens if tokens else math.inf
 
 
 def describe_inputs(
