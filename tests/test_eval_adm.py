@@ -160,7 +160,9 @@ class ClassPipeline:
 
     def __init__(self):
         self.calls = []
-        self.model, self.sampling = SimpleNamespace(prediction=RASTER, name_or_path="p"), {"temperature": 0.9}
+        config = SimpleNamespace(patch_sizes=None)
+        self.model = SimpleNamespace(prediction=RASTER, name_or_path="p", config=config)
+        self.sampling = {"temperature": 0.9}
 
     def set_progress_bar_config(self, disable):
         pass
