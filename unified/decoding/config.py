@@ -162,7 +162,9 @@ class DecodingMode:
 
     def can_use(self, prediction: "Prediction", patch_sizes: Sequence[int] | None) -> bool:
         """Whether it can decode images of a model that predicts in this way and was trained on these patches, if known."""
-        return self.suits(prediction) and (patch_sizes is None or self.patch_size in patch_sizes)
+        return self.suits(prediction) and (
+            self.patch_size == 1 or patch_sizes is None or self.patch_size in patch_sizes
+        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
         """Iterate over the codes of a batch, -1 where an image has none yet."""
