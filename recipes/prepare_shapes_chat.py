@@ -156,19 +156,29 @@ def turn(role: str, *parts: str | None) -> dict[str, Any]:
     return {"role": role, "content": content}
 
 
-def conversation(
-    scene: Scene, asked: Sequence[Question], drawn: bool, ending: tuple[str, str] | None
-) -> list[dict[str, Any]]:
-    """Messages: the image from the user, or from the assistant where it is ``drawn``, then questions, then the ``ending``."""
-    said: list[tuple[str, str | None]] = [(DRAW.format(caption=describe(scene)), None)] if drawn else []
-    said += [(question.text, question.answer) for question in asked]
-    said += [ending] if ending else []
+def conversation(scene: Scene, said: Sequence[tuple[str, str]], drawn: bool) -> list[dict[str, Any]]:
+    """Messages: the image from the user, or from the assistant where it is ``drawn``; what the two said of it, in turns."""
+    asked_for = [(DRAW.format(caption=describe(scene)), None)] if drawn else []
+    exchanges: list[tuple[str, str | None]] = [*asked_for, *said]
     messages = [
-        turn(role, text) for exchange in said for role, text in zip(("user", "assistant"), exchange, strict=True)
+        turn(role, text) for exchange in exchanges for role, text in zip(("user", "assistant"), exchange, strict=True)
     ]
     if not drawn:
-        messages[0] = turn("user", None, said[0][0])
+        messages[0] = turn("user", None, exchanges[0][0])
     return messages
+
+
+def training_exchanges(
+    rng: random.Random, scene: Scene, first: Question, asked: int, drawn: bool
+) -> list[tuple[str, str]]:
+    """Questions and answers of a training row, then for some rows a description or a list; without questions the list alone."""
+    if not asked:
+        return [(LIST, listed(scene))]
+    said = [question[1:] for question in (first, *further_questions(rng, scene, first, asked - 1))]
+    # The caption of an image that was asked for has been said already.
+    endings = [None if drawn else (DESCRIBE, describe(scene)), (LIST, listed(scene)), None]
+    ending = rng.choices(endings, [DESCRIBED, LISTED, 1 - DESCRIBED - LISTED])[0]
+    return [*said, ending] if ending else said
 
 
 def rows(
@@ -178,19 +188,12 @@ def rows(
     for i in tqdm(range(count), desc=f"render {split}"):
         rng = random.Random(f"{seed}/chat/{split}/{i}")
         scene, first = first_question(rng, i, places)
-        further = further_questions(rng, scene, first, asked - 1) if split == "train" else []
-        said, ending = [first, *further], None
-        if split == "train" and not asked:
-            said, ending = [], (LIST, listed(scene))
-        elif split == "train":
-            # The caption of an image that was asked for has been said already.
-            endings = [None if drawn else (DESCRIBE, describe(scene)), (LIST, listed(scene)), None]
-            ending = rng.choices(endings, [DESCRIBED, LISTED, 1 - DESCRIBED - LISTED])[0]
+        said = training_exchanges(rng, scene, first, asked, drawn) if split == "train" else [first[1:]]
         png = io.BytesIO()
         draw(scene, size).save(png, format="PNG")
         yield {
             "images": [{"bytes": png.getvalue(), "path": None}],
-            "messages": conversation(scene, said, drawn, ending),
+            "messages": conversation(scene, said, drawn),
             "kind": first.kind,
             "caption": describe(scene),
             "objects": json.dumps(ground_truth(scene, size)),

@@ -40,7 +40,7 @@ TARGET = 0.10  # nats a code
 
 
 def measure(seconds: float) -> dict[str, Any]:
-    """The figures of a finished training: cost, loss on all held-out rows, and 256 of their captions generated exactly."""
+    """The metrics of a finished training: cost, loss on all held-out rows, and 256 of their captions generated exactly."""
     config = load_settings(TrainConfig, OUT / "config.yaml")
     pipeline = UnifiedPipeline.from_pretrained(OUT / "pipeline")
     model = base_of(pipeline.model)

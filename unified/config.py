@@ -11,10 +11,11 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from unified_tokenizers.fields import YES_OR_NO, Rule, check_fields, is_finite, is_whole, whole
+from unified_tokenizers.fields import YES_OR_NO, Rule, check_fields, is_finite, is_whole, sizes, whole
 
 _FINGERPRINT: Rule = ("a text or null", lambda value: value is None or isinstance(value, str))
 _WEIGHT: Rule = ("a finite number of at least 0", lambda value: is_finite(value) and value >= 0)
+_WHOLE_NUMBERS, _are_whole = sizes()
 _FIELDS: dict[str, Rule] = {
     "codebook_size": whole(),
     "image_factors": ("null or two whole numbers of at least 2", lambda value: value is None or _are_factors(value)),
@@ -25,7 +26,7 @@ _FIELDS: dict[str, Rule] = {
     "text_tokenizer_fingerprint": _FINGERPRINT,
     "new_image_tables": YES_OR_NO,
     "image_grids": ("null or a list of code grids [height, width]", lambda value: value is None or _are_grids(value)),
-    "patch_sizes": ("null or a list of whole numbers", lambda value: value is None or _are_sizes(value)),
+    "patch_sizes": (f"null or {_WHOLE_NUMBERS}", lambda value: value is None or _are_whole(value)),
     "normalized_range": ("a finite number above 0", lambda value: is_finite(value) and value > 0),
     "text_loss_weight": _WEIGHT,
     "image_loss_weight": _WEIGHT,
@@ -327,10 +328,6 @@ def _are_grids(value: Any) -> bool:
     return isinstance(value, list | tuple) and all(
         isinstance(grid, list | tuple) and len(grid) == 2 and all(map(is_whole, grid)) for grid in value
     )
-
-
-def _are_sizes(value: Any) -> bool:
-    return isinstance(value, list | tuple) and all(map(is_whole, value))
 
 
 def _are_factors(value: Any) -> bool:

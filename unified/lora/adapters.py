@@ -22,7 +22,9 @@ from unified.model.modeling import UnifiedForCausalLM
 from unified.model.retrofit import as_setting, change_prediction, describe_prediction, new_modules
 from unified_tokenizers import read_weights
 from unified_tokenizers.checkpoint import check_names
-from unified_tokenizers.fields import is_whole
+from unified_tokenizers.fields import sizes
+
+_, _are_whole = sizes()
 
 
 def attach_lora(
@@ -125,7 +127,7 @@ def load_lora(
             f"lora: objectives {reprlib.repr(objectives)} in {BASE_FILE} of {str(path)!r} are no list of names."
         )
     patch_sizes = description.get("patch_sizes", [])
-    if not isinstance(patch_sizes, list) or not all(map(is_whole, patch_sizes)):
+    if not _are_whole(patch_sizes):
         raise ValueError(
             f"lora: patch_sizes {reprlib.repr(patch_sizes)} in {BASE_FILE} of {str(path)!r} are no list of whole numbers."
         )
