@@ -5,8 +5,9 @@
     python eval/evaluate_text.py --pipeline DIR --lora DIR --texts texts.parquet --out DIR
 
 Questions are the first ones of chat rows (`messages`, `images`, and `kind` if there is one); an answer has to be exact. Beside
-the accuracy stands what is right without a look at the image. Captions are compared with those of the data set: BLEU-4, CIDEr-D,
-exact ones, and with `--clip` whether the image can be found by them. Everything is sampled greedily.
+the accuracy stands what is right without a look at the image. With `--ask-first` the model replies to a request first, such as
+"list the shapes.", and answers with that in front of it; the recipe says so. Captions are compared with those of the data set:
+BLEU-4, CIDEr-D, exact ones, and with `--clip` whether the image can be found by them. Everything is sampled greedily.
 
 The folder gets `metrics.json` (metrics, 95 % intervals, the recipe of each, and the run), `values.json` (which `compare.py`
 compares in pairs with that of another folder), `report.md`, and `captions.jsonl` and `answers.jsonl` with every text.
@@ -72,6 +73,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--training-split", default="train",
         help="split whose answers a guess by the words is taken from; 'none' leaves it out (default: %(default)s)",
     )  # fmt: skip
+    questions.add_argument(
+        "--ask-first", metavar="REQUEST", default="",
+        help="asked before each question, such as 'list the shapes.': the model answers with its own reply in front",
+    )  # fmt: skip
     captions = parser.add_argument_group("captions")
     captions.add_argument("--captions", metavar="DATA", help="captioned images: data folder, file or Hub name")
     captions.add_argument(
@@ -111,9 +116,9 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError("--questions, --captions, --texts: none is given; name what to measure.")
     check_counts(args, "max_samples", "max_new_tokens", "batch_size")
     check_folder("out", args.out)
-    for name in ("clip", "ask"):
-        if getattr(args, name) and not args.captions:
-            raise ValueError(f"--{name}: it is for --captions; give those, or leave it out.")
+    for name, data in {"clip": "captions", "ask": "captions", "ask_first": "questions"}.items():
+        if getattr(args, name) and not getattr(args, data):
+            raise ValueError(f"--{name.replace('_', '-')}: it is for --{data}; give those, or leave it out.")
     if args.resamples < 0 or args.resamples == 1:
         raise ValueError(f"--resamples: {args.resamples} gives no interval; give 2 or more, or 0 for none.")
     if args.seed < 0:
@@ -128,12 +133,13 @@ def measure_questions(args: argparse.Namespace, pipeline: UnifiedPipeline, resul
     asked = read_questions(args.questions, args.split, columns, args.kind_column, args.max_samples, report)
     print(f"{args.questions} [{args.split}]: {report.summary()}")
     training = [] if args.training_split == "none" else read_questions(args.questions, args.training_split, columns)
-    answers = list(answers_of(pipeline, asked, args.max_new_tokens, args.batch_size))
-    add_accuracy(results, asked, answers, training)
+    said = list(answers_of(pipeline, asked, args.max_new_tokens, args.batch_size, args.ask_first))
+    add_accuracy(results, asked, [each.answer for each in said], training, args.ask_first)
     return [
-        {"row": each.row, "kind": each.kind, "question": each.text, "answer": each.answer, "said": said}
-        for each, said in zip(asked, answers, strict=True)
-    ]
+        {"row": each.row, "kind": each.kind, "question": each.text, "answer": each.answer, "said": reply.answer,
+         **({} if reply.first is None else {"said_first": reply.first})}
+        for each, reply in zip(asked, said, strict=True)
+    ]  # fmt: skip
 
 
 def measure_captions(args: argparse.Namespace, pipeline: UnifiedPipeline, results: Results) -> list[dict[str, Any]]:

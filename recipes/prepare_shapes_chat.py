@@ -6,6 +6,7 @@
 Each row holds `images` (one), `messages` in transformers' format, and the `kind` of its first question, the scene's `caption`
 and its `objects` (every shape, exact). The user shows an image, or with --draw asks for one, and asks about it; a share of
 the training rows ends with a description, which is the caption, and another with a list of all shapes, from top to bottom.
+With --list-first every training row begins with the list, so that a model learns to look before it answers.
 The scenes are those of `prepare_shapes.py`, sampled until one has the wanted answer: first questions go through all kinds
 and all answers of each, equally often, so that a model that does not look at the image is right about as often as 1 / answers.
 Validation rows have one question each.
@@ -169,12 +170,17 @@ def conversation(scene: Scene, said: Sequence[tuple[str, str]], drawn: bool) -> 
 
 
 def training_exchanges(
-    rng: random.Random, scene: Scene, first: Question, asked: int, drawn: bool
+    rng: random.Random, scene: Scene, first: Question, asked: int, drawn: bool, list_first: bool
 ) -> list[tuple[str, str]]:
-    """Questions and answers of a training row, then for some rows a description or a list; without questions the list alone."""
+    """Questions and answers of a training row behind the list of shapes, or before a description or a list in some rows.
+
+    Without questions it is the list alone.
+    """
     if not asked:
         return [(LIST, listed(scene))]
     said = [question[1:] for question in (first, *further_questions(rng, scene, first, asked - 1))]
+    if list_first:
+        return [(LIST, listed(scene)), *said]
     # The caption of an image that was asked for has been said already.
     endings = [None if drawn else (DESCRIBE, describe(scene)), (LIST, listed(scene)), None]
     ending = rng.choices(endings, [DESCRIBED, LISTED, 1 - DESCRIBED - LISTED])[0]
@@ -182,13 +188,15 @@ def training_exchanges(
 
 
 def rows(
-    split: str, count: int, size: int, seed: int, asked: int, drawn: bool, places: int | None
+    split: str, count: int, size: int, seed: int, asked: int, drawn: bool, list_first: bool, places: int | None
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows of a split. Row i has its own random stream, made from seed, split and i."""
     for i in tqdm(range(count), desc=f"render {split}"):
         rng = random.Random(f"{seed}/chat/{split}/{i}")
         scene, first = first_question(rng, i, places)
-        said = training_exchanges(rng, scene, first, asked, drawn) if split == "train" else [first[1:]]
+        said = [first[1:]]
+        if split == "train":
+            said = training_exchanges(rng, scene, first, asked, drawn, list_first)
         png = io.BytesIO()
         draw(scene, size).save(png, format="PNG")
         yield {
@@ -207,6 +215,7 @@ def build(
     seed: int,
     asked: int = 3,
     drawn: bool = False,
+    list_first: bool = False,
     places: int | None = None,
 ) -> datasets.DatasetDict:
     """Make the splits that have rows.
@@ -225,7 +234,7 @@ def build(
     )  # fmt: skip
 
     def of_split(split: str, count: int) -> Iterator[dict[str, Any]]:
-        return rows(split, count, size, seed, asked, drawn, places)
+        return rows(split, count, size, seed, asked, drawn, list_first, places)
 
     return make_splits({"train": train, "validation": validation}, of_split, features)
 
@@ -267,13 +276,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--draw", action="store_true", dest="drawn", help="the user asks for the image, and then about it"
     )
+    parser.add_argument(
+        "--list-first",
+        action="store_true",
+        help="training rows begin with the list of all shapes, before the questions",
+    )
     add_places_argument(parser)
     args = parser.parse_args(argv)
     settings = {k: v for k, v in vars(args).items() if k != "out"}
     splits = build(**settings)
     splits.save_to_disk(args.out)
     kinds = "; ".join(f"`{kind}`: {', '.join(answers)}" for kind, answers in ANSWERS.items())
-    flags = " --draw" * args.drawn + ("" if args.places is None else f" --places {args.places}")
+    flags = (
+        " --draw" * args.drawn
+        + " --list-first" * args.list_first
+        + ("" if args.places is None else f" --places {args.places}")
+    )
     card = CARD.format(**settings, kinds=kinds, flags=flags)
     (args.out / "README.md").write_text(card, encoding="utf-8")
     for split, part in splits.items():

@@ -147,6 +147,19 @@ def test_the_script_from_data_to_files(pipeline, chat_data, picture_source, tmp_
         4, 0, Sampling(top_k=1),
     )  # fmt: skip
     assert " ".join(reply) == answers[0]["said"]
+    run_script(monkeypatch, "evaluate_text.py", *options[:2], *options[4:], "--out", tmp_path / "first", "--questions",
+               chat_data[False], "--ask-first", "list the shapes.")  # fmt: skip
+    asked_first = json.loads((tmp_path / "first" / "answers.jsonl").read_text().splitlines()[0])
+    request = {
+        "role": "user",
+        "content": [{"type": "image", "image": shown}, {"type": "text", "text": "list the shapes."}],
+    }
+    first = pipeline.chat([request], 4, 0, Sampling(top_k=1))
+    assert asked_first["said_first"] == " ".join(first)
+    turns = [request, {"role": "assistant", "content": " ".join(first)}, {"role": "user", "content": text}]
+    assert asked_first["said"] == " ".join(pipeline.chat(turns, 4, 0, Sampling(top_k=1)))
+    rule = json.loads((tmp_path / "first" / "metrics.json").read_text())["recipes"]["vqa_accuracy"]["formula"]
+    assert rule == "exact match in lower case, after its own reply to 'list the shapes.'"
     held_out = datasets.load_from_disk(picture_source)["validation"].select_columns("caption")
     source = Source("texts", held_out, lambda row, rng: text_sequence(
         row, rng, pipeline.text_tokenizer, pipeline.model.config.vocabulary, "caption", 20))  # fmt: skip

@@ -132,6 +132,19 @@ def test_without_questions_a_row_asks_for_the_list_alone(drawn):
     assert set(rows["validation"]["kind"]) == set(chat.ANSWERS)
 
 
+@pytest.mark.parametrize("drawn", [False, True])
+def test_the_list_comes_first_in_training_rows(drawn):
+    splits = chat.build(32, 14, 7, seed=0, asked=2, drawn=drawn, list_first=True)
+    plain = chat.build(32, 14, 7, seed=0, asked=2, drawn=drawn)
+    for row, other in zip(splits["train"], plain["train"], strict=True):
+        said, same = (
+            [turn.parts[-1] for turn in read_messages(r["messages"], r["images"])][2 * drawn :] for r in (row, other)
+        )
+        assert said[0] == chat.LIST and said[1].count(",") + 1 == len(json.loads(row["objects"])["shapes"])
+        assert said[2:] == same[: len(said) - 2]
+    assert splits["validation"].to_list() == plain["validation"].to_list()
+
+
 def test_places_are_those_of_the_scenes():
     truths = [json.loads(row["objects"]) for row in chat.build(32, 0, 14, seed=0, places=16)["validation"]]
     shapes = [shape for truth in truths for shape in truth["shapes"]]

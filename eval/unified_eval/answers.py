@@ -76,10 +76,25 @@ def read_questions(
     return found
 
 
+class Said(NamedTuple):
+    """A pipeline's answer, and what it said to the request before the question, if one was made."""
+
+    answer: str
+    first: str | None = None
+
+
 def answers_of(
-    pipeline: UnifiedPipeline, asked: Sequence[Asked], max_new_tokens: int = 16, batch_size: int = 64
-) -> Iterator[str]:
+    pipeline: UnifiedPipeline, asked: Sequence[Asked], max_new_tokens: int = 16, batch_size: int = 64,
+    ask_first: str = "",
+) -> Iterator[Said]:  # fmt: skip
     """The likeliest answer of a pipeline to each question, in words alone.
+
+    Args:
+        asked: the questions.
+        max_new_tokens: of each reply.
+        batch_size: questions at once.
+        ask_first: a request that stands between image and question, such as "list the shapes."; the pipeline replies to it, and
+            then to the question with its own reply in front (chain of thought); empty for none.
 
     Raises:
         ValueError: if it was not trained on conversations, or an image cannot be read or is too small.
@@ -93,19 +108,44 @@ def answers_of(
             content.append({"type": "text", "text": part} if image is None else {"type": "image", "image": image})
         return {"role": turn.role, "content": content}
 
+    def replies(conversations: Sequence[Sequence[dict[str, Any]]]) -> list[str]:
+        found = pipeline.chat(conversations, max_new_tokens, 0, Sampling(top_k=1))
+        return [" ".join(text for text in reply if isinstance(text, str)) for reply in found]
+
     for part in batches(asked, batch_size):
         conversations = [[message(turn) for turn in each.turns] for each in part]
-        for reply in pipeline.chat(conversations, max_new_tokens, 0, Sampling(top_k=1)):
-            yield " ".join(text for text in reply if isinstance(text, str))
+        if not ask_first:
+            yield from map(Said, replies(conversations))
+            continue
+        begun = [_with_request(messages, ask_first) for messages in conversations]
+        first = replies(begun)
+        whole = [
+            [*request, _text_turn("assistant", reply), _text_turn("user", each.text)]
+            for each, request, reply in zip(part, begun, first, strict=True)
+        ]
+        yield from map(Said, replies(whole), first)
+
+
+def _with_request(messages: Sequence[dict[str, Any]], request: str) -> list[dict[str, Any]]:
+    """The messages with a request in the place of the last one's words."""
+    *before, last = messages
+    images = [part for part in last["content"] if part["type"] == "image"]
+    return [*before, {**last, "content": [*images, {"type": "text", "text": request}]}]
+
+
+def _text_turn(role: str, text: str) -> dict[str, Any]:
+    return {"role": role, "content": [{"type": "text", "text": text}]}
 
 
 def add_accuracy(
-    results: Results, asked: Sequence[Asked], answers: Sequence[str], training: Sequence[Asked] = ()
-) -> None:
+    results: Results, asked: Sequence[Asked], answers: Sequence[str], training: Sequence[Asked] = (),
+    ask_first: str = "",
+) -> None:  # fmt: skip
     """Add the share of exact answers, overall and by kind, and what does not look at images.
 
     ``vqa_accuracy``, ``vqa_<kind>`` and ``vqa_kind_mean``; ``vqa_majority``: the most frequent answer of each kind among these
-    very questions; ``vqa_blind``: the most frequent answer to the same words in ``training``, where that is given.
+    very questions; ``vqa_blind``: the most frequent answer to the same words in ``training``, where that is given. The
+    recipes of the answers name what was asked first.
 
     Raises:
         ValueError: if there are not as many answers as questions, or none.
@@ -114,7 +154,8 @@ def add_accuracy(
         raise ValueError(f"answers: {len(answers)} for {len(asked)} questions; give one for each, 1 or more.")
     right = np.array([normalised(a) == normalised(q.answer) for q, a in zip(asked, answers, strict=True)], dtype=float)
     kinds, groups = [each.kind for each in asked], [f"row {each.row}" for each in asked]
-    rule: dict[str, Any] = {"formula": "exact match in lower case"}
+    after = f", after its own reply to {ask_first!r}" if ask_first else ""
+    rule: dict[str, Any] = {"formula": "exact match in lower case" + after}
 
     def add(name: str, values: np.ndarray, label: str, members: Sequence[int], **options: Any) -> None:
         results.add_mean(name, values[members], label, [groups[number] for number in members], **options)
