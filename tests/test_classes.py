@@ -17,8 +17,8 @@ from unified.lora.base import base_of
 from unified.model.prefix import BOI, EOI, NO_TEXT
 from unified.pipeline.metadata import read_image_metadata
 from unified.sequence import ImageSegment, build_sequence
+from unified.serving.desk import class_choices
 from unified.serving.engine import Engine
-from unified.serving.page import class_choices
 from unified_tokenizers.images import to_tensor
 
 NAMES = ["tench, Tinca tinca", "goldfish", "crane", "golden retriever", "crane"]

@@ -15,8 +15,9 @@ from unified.decoding import Sampling
 from unified.pipeline.arguments import seeded
 from unified.pipeline.chat import message
 from unified.serving import uploads, web
+from unified.serving.desk import check_request
 from unified.serving.engine import Engine
-from unified.serving.page import build_demo, check_request
+from unified.serving.page import build_demo
 from unified.serving.uploads import check_files, fit_upload, image_and_mask, opened, painted
 from unified.serving.web import launch, load_adapters
 

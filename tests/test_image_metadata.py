@@ -9,7 +9,7 @@ from PIL.PngImagePlugin import PngInfo
 from unified import UnifiedPipeline, read_image_metadata
 from unified.cli import main
 from unified.pipeline.metadata import describe, describe_images, model_name, write_png
-from unified.serving.page import stored
+from unified.serving.desk import stored
 from unified.training.config import SampleConfig
 from unified.training.tracking import RunLog
 from unified_eval.generation import generate_images

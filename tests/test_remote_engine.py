@@ -192,7 +192,7 @@ def test_the_page_shows_what_the_server_can_do(exported, tmp_path, monkeypatch, 
 
     monkeypatch.setattr("unified.serving.guard.Visitors.turn", lambda self, *given: nullcontext())
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr("unified.serving.page.PATIENCE", 0.02)
+    monkeypatch.setattr("unified.serving.desk.PATIENCE", 0.02)
     with serving(exported[1], sample) as (server, engine):
         page = build_demo(engine)
         functions = {each.name: each.fn for each in page.fns.values()}

@@ -9,8 +9,9 @@ from typing import Any
 from unified.lora.base import check_base
 from unified.pipeline.pipeline import UnifiedPipeline
 from unified.serving.address import answered_hosts, bracketed, is_everywhere
+from unified.serving.desk import NO_ADAPTER
 from unified.serving.engine import Engine
-from unified.serving.page import CSS, NO_ADAPTER, UPLOAD_LIMIT, build_demo
+from unified.serving.page import CSS, UPLOAD_LIMIT, build_demo
 from unified.serving.remote import RemotePipeline
 from unified.serving.remote_engine import RemoteEngine
 
