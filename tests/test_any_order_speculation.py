@@ -167,13 +167,13 @@ def test_a_mode_that_does_not_suit_the_order_is_refused(way):
     order, merge = way[:2]
     model = tiny_model(prediction={"order": order, "merge": merge, "chained": "chained" in way})
     suitable = MODES_OF[way]
-    assert list(modes_for(model.prediction)) == suitable
+    assert list(modes_for(model.config)) == suitable
     decoder = make_decoder(model)
     for name in DECODING_MODES:
         run = DECODING_MODES[name](decoder, PROMPTS[:1], None, (4, 4), Sampling(), generators(0))
         if name in suitable:
             assert int(last(run).min()) >= 0
-            check_decoding(name, model.prediction)
+            check_decoding(name, model.config)
             continue
         message = f"decoding: '{name}' needs .*; the model has the order '{order}' with merge '{merge}', use one"
         with pytest.raises(ValueError, match=message):

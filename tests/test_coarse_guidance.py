@@ -161,7 +161,7 @@ def test_what_it_does_not_read_is_refused(pipeline):
     pipeline.model.config.patch_sizes = [1, 4]
     with pytest.raises(ValueError, match=r"'autoguided' needs a model .* patches of 2 x 2 codes, too; .* are \[1, 4\]"):
         pipeline("blue car", **given)
-    assert not {"autoguided", "coarse_cfg"} & set(modes_for(pipeline.model.prediction, [1, 4]))
+    assert not {"autoguided", "coarse_cfg"} & set(modes_for(pipeline.model.config))
     model = tiny_model(prediction={"merge": "channel"})
     with pytest.raises(ValueError, match="decoding: 'coarse_cfg' needs a fixed order with merge 'one'"):
         last(coarse_cfg_codes(make_decoder(model), ROWS, NEGATIVES, GRID, SAMPLING, generators(3, 4)))

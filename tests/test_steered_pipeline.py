@@ -10,7 +10,7 @@ from PIL import Image
 
 from unified import GenerationOptions, UnifiedPipeline
 from unified.cli import main
-from unified.decoding.config import modes_for
+from unified.decoding.config import DECODING_MODES
 from unified.decoding.sampling import gumbel_noise
 from unified.decoding.steering import REWARDS
 from unified.lora.adapters import attach_lora, unload_lora
@@ -132,7 +132,7 @@ def test_every_way_to_ask_takes_it(steered, photo):
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("decoding", modes_for(RASTER))
+@pytest.mark.parametrize("decoding", [name for name, mode in DECODING_MODES.items() if mode.suits(RASTER)])
 def test_an_adapter_that_changes_nothing_halves_the_temperature(pipeline, folders, decoding):
     """The sum of logits and the same logits again, exactly: so every mode of decoding samples from the steered distribution."""
     given = {"generator": [3, 4], "decoding": decoding}

@@ -236,7 +236,7 @@ def _load(args: argparse.Namespace) -> "UnifiedPipeline":
     pipe = UnifiedPipeline.from_pretrained(args.pipeline, torch_dtype=args.dtype or "float32")
     if hasattr(args, "decoding"):  # before adapters are loaded and a decoder is made
         decoding = GenerationOptions(decoding=args.decoding).filled(pipe.sampling).decoding
-        check_decoding(str(decoding), pipe.model.prediction, pipe.model.config.patch_sizes)
+        check_decoding(str(decoding), pipe.model.config)
     pipe.to(args.device or "cpu")
     for name, folder in getattr(args, "rewards", {}).items():
         pipe.load_lora_weights(folder, name)

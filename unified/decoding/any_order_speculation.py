@@ -55,7 +55,7 @@ def assd_codes(
         ValueError: for a model of another order, or a window below 2.
     """
     model, count = decoder.model, len(prompts)
-    check_decoding("assd", model.prediction)
+    check_decoding("assd", model.config)
     if window < 2:
         raise ValueError(f"window: {window} must be at least 2.")
     rows = paired_prompts(model, prompts, negative_prompts, sampling, generators)

@@ -62,9 +62,9 @@ def coarsely_guided_codes(
         As :func:`unified.decoding.iterate_codes`.
 
     Raises:
-        ValueError: for a model with another merge or of any order, or windows that do not divide the grid.
+        ValueError: for a model with another merge, of any order or trained without patches, or windows that do not divide the grid.
     """
-    check_decoding(mode, decoder.model.prediction)
+    check_decoding(mode, decoder.model.config)
     rows = paired_prompts(decoder.model, prompts, negative_prompts, sampling, generators)
     forced = forced_codes(known, len(prompts), grid, decoder.model)
     state, passes, coordinates = begin_image(decoder, rows[: len(prompts)], grid, generators, forced)

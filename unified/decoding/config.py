@@ -2,12 +2,13 @@
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from unified.config import UnifiedConfig
     from unified.prediction.plan import Prediction
 
 _MOST = 1e4  # of a guidance scale, and of what a temperature multiplies logits by
@@ -160,11 +161,10 @@ class DecodingMode:
     negatives: bool = True
     patch_size: int = 1
 
-    def can_use(self, prediction: "Prediction", patch_sizes: Sequence[int] | None) -> bool:
-        """Whether it can decode images of a model that predicts in this way and was trained on these patches, if known."""
-        return self.suits(prediction) and (
-            self.patch_size == 1 or patch_sizes is None or self.patch_size in patch_sizes
-        )
+    def can_use(self, config: "UnifiedConfig") -> bool:
+        """Whether it can decode images of a model, by its way of prediction and the patches that it was trained on, if known."""
+        trained = self.patch_size == 1 or config.patch_sizes is None or self.patch_size in config.patch_sizes
+        return trained and self.suits(_prediction_of(config))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
         """Iterate over the codes of a batch, -1 where an image has none yet."""
@@ -209,26 +209,32 @@ DECODING_MODES = {
 }
 
 
-def modes_for(prediction: "Prediction", patch_sizes: Sequence[int] | None = None) -> dict[str, DecodingMode]:
-    """The modes that can decode images of a model that predicts in this way; ``patch_sizes`` it was trained on, if known."""
-    return {name: mode for name, mode in DECODING_MODES.items() if mode.can_use(prediction, patch_sizes)}
+def _prediction_of(config: "UnifiedConfig") -> "Prediction":
+    from unified.prediction.plan import Prediction  # which needs torch
+
+    return Prediction.of(config)
 
 
-def check_decoding(decoding: str, prediction: "Prediction", patch_sizes: Sequence[int] | None = None) -> None:
+def modes_for(config: "UnifiedConfig") -> dict[str, DecodingMode]:
+    """The modes that can decode images of a model."""
+    return {name: mode for name, mode in DECODING_MODES.items() if mode.can_use(config)}
+
+
+def check_decoding(decoding: str, config: "UnifiedConfig") -> None:
     """Refuse a mode that does not suit a model's way of prediction, or needs patches that it was not trained on.
 
     Raises:
         ValueError: naming the mode, what it needs, what the model has and the modes that suit it.
     """
-    mode = DECODING_MODES[decoding]
+    mode, prediction = DECODING_MODES[decoding], _prediction_of(config)
     if not mode.suits(prediction):
         raise ValueError(
             f"decoding: {decoding!r} needs {mode.needs}; the model has the order {prediction.order!r} with merge "
-            f"{prediction.merge.kind!r}, use one of {tuple(modes_for(prediction, patch_sizes))}."
+            f"{prediction.merge.kind!r}, use one of {tuple(modes_for(config))}."
         )
-    if not mode.can_use(prediction, patch_sizes):
+    if not mode.can_use(config):
         raise ValueError(
             f"decoding: {decoding!r} needs a model that was trained with patches of {mode.patch_size} x {mode.patch_size} codes, "
-            f"too; this one's patch sizes are {patch_sizes}. Train it with schedule.patch_sizes, or use one of "
-            f"{tuple(modes_for(prediction, patch_sizes))}."
+            f"too; this one's patch sizes are {config.patch_sizes}. Train it with schedule.patch_sizes, or use one of "
+            f"{tuple(modes_for(config))}."
         )

@@ -65,7 +65,7 @@ def speculate_codes(
     """
     if mode not in MODES:
         raise ValueError(f"decoding: {mode!r} is unknown; use 'plain' or one of {MODES}.")
-    check_decoding(mode, decoder.model.prediction)
+    check_decoding(mode, decoder.model.config)
     if window < 2 or group_size < 1:
         raise ValueError(f"window, group_size: {window} and {group_size} must be at least 2 and 1.")
     steps, count = grid[0] * grid[1], len(prompts)

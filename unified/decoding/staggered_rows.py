@@ -48,7 +48,7 @@ def zipar_codes(
         ValueError: for a model of another order, or a window below 1.
     """
     model, width, device = decoder.model, grid[1], decoder.model.device
-    check_decoding("zipar", model.prediction)
+    check_decoding("zipar", model.config)
     if window < 1:
         raise ValueError(f"window: {window} must be at least 1.")
     rows = paired_prompts(model, prompts, negative_prompts, sampling, generators)

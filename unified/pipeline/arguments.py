@@ -17,7 +17,6 @@ from unified.pipeline.classes import as_classes, class_count, class_prompt
 from unified.pipeline.options import GenerationOptions
 from unified.prediction.frame import image_length
 from unified.prediction.merge import Grid
-from unified.prediction.plan import Prediction
 from unified.prompts import PromptFormat
 from unified_tokenizers import ImageTokenizer, TextTokenizer
 
@@ -377,7 +376,7 @@ def arrange_batch(
     """
     options = options.filled({})
     assert options.decoding is not None
-    check_decoding(options.decoding, Prediction.of(config), config.patch_sizes)
+    check_decoding(options.decoding, config)
     wanted.check_negatives(options.decoding)
     grid, each = code_grid(config, stride, options.height, options.width), options.num_images_per_prompt
     options.sampling.check_schedule(grid[0] * grid[1])

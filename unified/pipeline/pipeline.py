@@ -275,7 +275,7 @@ class UnifiedPipeline(TextMixin, AdapterMixin):
         check_sizes(images, model.config, self.image_tokenizer.downsample)
         options = {**options, "height": images[0].height, "width": images[0].width}
         given = GenerationOptions.from_mapping(options).filled(self.sampling)
-        check_decoding(str(given.decoding), model.prediction, model.config.patch_sizes)
+        check_decoding(str(given.decoding), model.config)
         each = given.num_images_per_prompt
         generators = per_image(generator, count, each)
         known = codes_to_keep(self.image_tokenizer, images, masks)

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import gradio
 
 from unified.decoding.config import Sampling, modes_for
-from unified.lora.base import base_of
 from unified.pipeline.arguments import seeded
 from unified.pipeline.chat import message
 from unified.pipeline.metadata import describe_images
@@ -77,7 +76,7 @@ def generate_tab(desk: Desk, settings: Settings, usual: str) -> None:
         count = gradio.Slider(
             1, IMAGES_LIMIT, 1, step=1, label="Images", info="Each has the next seed.", elem_id="count"
         )
-        suitable = {} if desk.remote else modes_for(base_of(desk.pipe.model).prediction, desk.config.patch_sizes)
+        suitable = {} if desk.remote else modes_for(desk.config)
         modes = [(mode.about, name) for name, mode in suitable.items()] or [("plain", "plain")]
         decoding = gradio.Dropdown(modes, value=usual, label="Decoding", elem_id="decoding", visible=not desk.remote)
 
