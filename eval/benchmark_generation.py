@@ -25,7 +25,8 @@ from benchmark_training import SPECIAL, our_model, plain_llama
 from unified import UnifiedPipeline
 from unified.data.batches import make_batch
 from unified.decoding import Prompt, Sampling, generate_codes, generate_conditioned, make_decoder
-from unified.decoding.continuous_batching import Batcher, Request
+from unified.decoding.batch_rows import Request
+from unified.decoding.continuous_batching import Batcher
 from unified.decoding.decode import cell_logits, span_coordinates
 from unified.decoding.prefill import causal_bias, prefill
 from unified.decoding.sampling import PositionNoise, filter_logits, guide, sample_gumbel

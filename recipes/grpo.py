@@ -46,9 +46,10 @@ from unified.training.checkpoint import (
     save_checkpoint,
     start_checkpoint,
 )
-from unified.training.config import EvaluationConfig, LoraSettings
+from unified.training.config import EvaluationConfig
 from unified.training.inputs import describe_inputs
 from unified.training.interrupt import catch_signals
+from unified.training.model_config import LoraSettings
 from unified.training.objectives.grpo import PolicyLoss, check_policy, code_diversity, group_advantages, grpo_loss
 from unified.training.rewards import Rewards, RewardSettings
 from unified.training.rollouts import Arranged, Rollout, check_rollout, sample_rollout

@@ -1,4 +1,4 @@
-"""The project's figure of performance: how fast two CPU cores train a model to a fixed quality on held-out captions.
+"""The project's measure of performance: how fast two CPU cores train a model to a fixed quality on held-out captions.
 
     make speedrun
 

@@ -5,7 +5,8 @@ import torch
 from conftest import full_forward, generators, tiny_model
 
 from unified.decoding import Prompt, Sampling, generate_codes, make_decoder, passes
-from unified.decoding.continuous_batching import Batcher, Request
+from unified.decoding.batch_rows import Request
+from unified.decoding.continuous_batching import Batcher
 from unified.decoding.passes import image_columns
 from unified.decoding.prefill import prefill
 from unified.decoding.sampling import PositionNoise, filter_logits, sample_gumbel

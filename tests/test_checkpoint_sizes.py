@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, Emu3VQVAE, Emu3VQVAEConfig
 from unified import UnifiedConfig, UnifiedForCausalLM, UnifiedPipeline
 from unified.lora.adapters import attach_lora, load_lora
 from unified.lora.saving import save_lora
-from unified.training.config import ModelConfig
+from unified.training.model_config import ModelConfig
 from unified_tokenizers import AutoImageTokenizer, VQConfig, VQModel
 from unified_tokenizers.vqgan import VQGAN, VQGANConfig
 

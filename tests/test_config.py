@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from conftest import tiny_config
 
-from unified.training.config import ModelConfig, load_config
+from unified.training.config import load_config
+from unified.training.model_config import ModelConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 MINIMAL = """

@@ -6,7 +6,8 @@ from conftest import generators, last, naive_codes, tiny_model
 
 from unified.decoding import DECODING_MODES, Prompt, Sampling, generate_codes, generate_conditioned, make_decoder
 from unified.decoding import sampling as sampling_module
-from unified.decoding.continuous_batching import Batcher, Request
+from unified.decoding.batch_rows import Request
+from unified.decoding.continuous_batching import Batcher
 from unified.decoding.decode import iterate_codes
 from unified.decoding.sampling import LogitFilter, filter_logits, guide, gumbel_noise, sample_codes, sample_gumbel
 from unified.decoding.speculative import jacobi_codes

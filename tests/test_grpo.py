@@ -18,7 +18,7 @@ import grpo as recipe
 from unified.lora.adapters import attach_lora
 from unified.lora.base import base_of
 from unified.lora.switching import adapters_off
-from unified.training.config import LoraSettings
+from unified.training.model_config import LoraSettings
 from unified.training.objectives.grpo import (
     SPREAD,
     check_policy,

@@ -19,7 +19,8 @@ from unified.data.code_cache import encode_source, load_codes
 from unified.data.crops import fit
 from unified.data.interleaved import encode_interleaved, interleaved_sequence
 from unified.sequence import ImageSegment, TextSegment, build_sequence
-from unified.training.config import SourceConfig, load_config
+from unified.training.config import load_config
+from unified.training.data_config import SourceConfig
 from unified.training.loop import train
 from unified.training.sources import _texts
 from unified.training.tracking import read_log

@@ -5,7 +5,8 @@ import torch
 from conftest import full_forward, generators, noisy_adapter, tiny_model
 
 from unified.decoding import Sampling, generate_codes, make_decoder
-from unified.decoding.continuous_batching import Batcher, Request
+from unified.decoding.batch_rows import Request
+from unified.decoding.continuous_batching import Batcher
 from unified.decoding.prefill import Prompt
 from unified.decoding.sampling import filter_logits, guide, gumbel_noise
 from unified.decoding.steering import steer

@@ -11,132 +11,25 @@ others leave columns empty, which nobody sees; queries stand behind all, in colu
 
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from unified.decoding.config import Sampling
+from unified.decoding.batch_rows import Request, Row
 from unified.decoding.decode import entering_embeddings, noise_of, query_embeddings, sample_cells
 from unified.decoding.decoder import Decoder
 from unified.decoding.kv_cache import KeyValueCache
-from unified.decoding.passes import image_columns, image_passes
+from unified.decoding.passes import image_columns
 from unified.decoding.prefill import Prompt, check_conditions, prefill, prompt_columns
-from unified.decoding.sampling import PositionNoise, sample_codes
+from unified.decoding.sampling import sample_codes
 from unified.prediction.arrange import image_spans
-from unified.prediction.merge import Grid
-from unified.sequence import ImageSegment, Segment, TextSegment
-
-
-@dataclass(eq=False)
-class Request:
-    """What to continue, and how far.
-
-    Args:
-        prompt: the row; if it ends with ``<boi>`` an image comes first, else text.
-        grid: code grid of its images.
-        generator: seeds its text; an image is the one that :func:`unified.decoding.iterate_codes` samples with it.
-        image_sampling, text_sampling: how codes and text tokens are sampled.
-        negative: the unconditional row, ending with ``<boi>``; needed if ``image_sampling.guided``.
-        max_new_tokens: text tokens that it may write; 0 ends the row with its first image.
-        max_images: images that it may generate; text cannot open another one after that.
-        text_ids: size of the text tokenizer's vocabulary, where the model's is larger; None for all of the model's.
-    """
-
-    prompt: Prompt
-    grid: Grid
-    generator: torch.Generator
-    image_sampling: Sampling = field(default_factory=Sampling)
-    text_sampling: Sampling = field(default_factory=Sampling)
-    negative: Prompt | None = None
-    max_new_tokens: int = 0
-    max_images: int = 1
-    text_ids: int | None = None
-
-    @property
-    def rows(self) -> int:
-        """Rows of the batch that it takes."""
-        return 2 if self.image_sampling.guided and self.max_images else 1
-
-
-class _Row:
-    """A request in the batch: where it stands and what it has generated."""
-
-    def __init__(self, request: Request, indices: list[int], decoder: Decoder):
-        self.request, self.indices, self.decoder = request, indices, decoder
-        generator = request.generator.clone_state()
-        seed = int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
-        text_ids = decoder.model.config.vocabulary.text_vocab_size
-        self.text_noise = PositionNoise([torch.Generator().manual_seed(seed)], text_ids, decoder.model.device)
-        self.image: _Image | None = None  # being generated
-        self.segments: list[Segment] = []
-        self.text: list[int] = []
-        self.written = self.images = 0
-        self.first = 0  # column of the cache where it begins
-        self.position = [0.0, 0.0]  # next coordinate of the row and of its unconditional side
-        self.states = torch.empty(0)  # (sides, T, D) final states of what it ran last
-        self.next: int | None = None  # a token that has to follow
-        self.finished = False
-
-    def open_image(self) -> None:
-        self.image = _Image(self.request, self.decoder, self.position[: len(self.indices)])
-
-    def end_image(self) -> None:
-        """All codes are sampled; they still have to run if something follows."""
-        assert self.image is not None
-        codes = self.image.codes[0].cpu().reshape(self.request.grid)
-        self.segments.append(ImageSegment(codes))
-        self.images += 1
-        self.finished = self.written >= self.request.max_new_tokens
-
-    def close_image(self) -> None:
-        """All codes have run."""
-        assert self.image is not None
-        self.position[0] += self.image.passes.advance
-        self.image = None
-        self.next = self.decoder.model.config.eoi_token_id
-
-    def close_text(self) -> None:
-        if self.text:
-            self.segments.append(TextSegment(self.text))
-        self.text = []
-
-
-class _Image:
-    """An image of a row: its passes, and its codes ``(1, h*w)``, -1 where none is yet."""
-
-    def __init__(self, request: Request, decoder: Decoder, starts: list[float]):
-        model, steps = decoder.model, request.grid[0] * request.grid[1]
-        self.codes = torch.full((1, steps), -1, device=model.device)
-        self.passes = image_passes(model, request.grid, [request.generator], self.codes)
-        self.scales = request.image_sampling.scales(steps)
-        self.noise = PositionNoise([request.generator], model.config.codebook_size, model.device)
-        start = torch.tensor(starts, device=model.device)[:, None, None]
-        self.places = decoder.positions(start + self.passes.offsets)  # (sides, L, ...)
-        self.group = 0  # the group that is sampled next
-        self.ran = 0  # positions that have run
-
-    @property
-    def complete(self) -> bool:
-        """Whether all codes are sampled."""
-        return self.group == len(self.passes.groups)
-
-    @property
-    def ready(self) -> bool:
-        """Whether the next group can be sampled: its positions have run."""
-        return not self.complete and self.ran == self.passes.groups[self.group].asking[1]
-
-    def running(self) -> tuple[range, range]:
-        """Positions of codes and of queries that run next."""
-        if self.complete:
-            return range(self.ran, len(self.passes.seen)), range(0)
-        group = self.passes.groups[self.group]
-        return range(*group.entering), range(*group.asking)
+from unified.sequence import Segment, TextSegment
 
 
 @dataclass
-class _Feed:
+class Feed:
     """What a row runs in a step.
 
     Attributes:
@@ -148,7 +41,7 @@ class _Feed:
         is_image: ``(T,)`` or ``(1,)`` for all alike, whether they are an image's own.
     """
 
-    row: _Row
+    row: Row
     embeds: Tensor
     places: Tensor
     asking: int = 0
@@ -171,7 +64,7 @@ class Batcher:
         self.free = list(range(max_rows))[::-1]  # the lowest one is taken first
         self.max_rows = max_rows
         self.waiting: deque[Request] = deque()
-        self.rows: list[_Row] = []
+        self.rows: list[Row] = []
         self.failed: dict[Request, ValueError] = {}  # requests that :meth:`step` gave up
         raster = decoder.model.prediction.is_raster and decoder.model.prediction.frame is None
         window = getattr(decoder.model.config.text_config, "sliding_window", None)
@@ -250,7 +143,7 @@ class Batcher:
         for row in [row for row in self.rows if row.request is request]:
             self._release(row)
 
-    def _release(self, row: _Row) -> None:
+    def _release(self, row: Row) -> None:
         self.rows.remove(row)
         self.free = sorted(self.free + row.indices, reverse=True)
 
@@ -293,10 +186,10 @@ class Batcher:
         return [(row.request, row.segments) for row in done]
 
     def _admit(self) -> None:
-        fresh: list[_Row] = []
+        fresh: list[Row] = []
         while self.waiting and self.waiting[0].rows <= len(self.free):
             request = self.waiting.popleft()
-            fresh.append(_Row(request, [self.free.pop() for _ in range(request.rows)], self.decoder))
+            fresh.append(Row(request, [self.free.pop() for _ in range(request.rows)], self.decoder))
         opens = self.decoder.model.config.boi_token_id
         placed = []
         for row in fresh:
@@ -310,7 +203,7 @@ class Batcher:
                 row.open_image()
         self.rows += fresh
 
-    def _place(self, placed: list[tuple[_Row, int, Prompt]]) -> None:
+    def _place(self, placed: list[tuple[Row, int, Prompt]]) -> None:
         """Read prompts and copy them to the columns before the next one."""
         if not placed:
             return
@@ -368,8 +261,8 @@ class Batcher:
             row.first = end - max(len(used[index]) for index in row.indices)
         self._column = end
 
-    def _sample_codes(self, rows: list[_Row]) -> None:
-        def alike(row: _Row) -> Hashable:
+    def _sample_codes(self, rows: list[Row]) -> None:
+        def alike(row: Row) -> Hashable:
             assert row.image is not None
             group = row.image.passes.groups[row.image.group]
             return (
@@ -381,7 +274,7 @@ class Batcher:
 
         self._sample_groups(_grouped(rows, alike), self._sample_codes_alike)
 
-    def _sample_groups(self, groups: list[list[_Row]], sample: Callable[[list[_Row]], None]) -> None:
+    def _sample_groups(self, groups: list[list[Row]], sample: Callable[[list[Row]], None]) -> None:
         """Sample rows that are alike together; one whose logits are not finite shall not take the others with it."""
         for group in groups:
             try:
@@ -393,7 +286,7 @@ class Batcher:
                     except ValueError as error:
                         self._give_up(row, error)
 
-    def _sample_codes_alike(self, rows: list[_Row]) -> None:
+    def _sample_codes_alike(self, rows: list[Row]) -> None:
         sampling = rows[0].request.image_sampling
         states: list[list[Tensor]] = [[], []]
         noise, scales, groups = [], [], []
@@ -416,16 +309,16 @@ class Batcher:
             if row.image.complete:
                 row.end_image()
 
-    def _give_up(self, row: _Row, error: ValueError) -> None:
+    def _give_up(self, row: Row, error: ValueError) -> None:
         self.failed[row.request] = error
         self._release(row)
         for kept in (*self._cache.keys, *self._cache.values):
             kept[row.indices] = 0.0  # a bias of -inf would not hide NaN from the next request
 
-    def _sample_text(self, rows: list[_Row]) -> None:
+    def _sample_text(self, rows: list[Row]) -> None:
         self._sample_groups(_grouped(rows, lambda row: row.request.text_sampling), self._sample_text_alike)
 
-    def _sample_text_alike(self, rows: list[_Row]) -> None:
+    def _sample_text_alike(self, rows: list[Row]) -> None:
         vocabulary = self.decoder.model.config.vocabulary
         ends = set(vocabulary.eos_token_ids)
         never = {vocabulary.eoi_token_id, vocabulary.bos_token_id, vocabulary.pad_token_id} - {*ends, None}
@@ -493,13 +386,13 @@ class Batcher:
         for row in opening:
             row.open_image()
 
-    def _token(self, row: _Row) -> _Feed:
+    def _token(self, row: Row) -> Feed:
         model = self.decoder.model
         token = torch.tensor([[row.next]], device=model.device)
         place = torch.tensor([[[row.position[0]] * 2]], device=model.device)
-        return _Feed(row, model.get_input_embeddings()(token), self.decoder.positions(place), is_image=False)
+        return Feed(row, model.get_input_embeddings()(token), self.decoder.positions(place), is_image=False)
 
-    def _codes(self, row: _Row) -> _Feed:
+    def _codes(self, row: Row) -> Feed:
         image = row.image
         assert image is not None
         entering, asking = image.running()
@@ -508,15 +401,15 @@ class Batcher:
         if asking:
             embeds = torch.cat([embeds, query_embeddings(self.decoder, 1, len(asking))], dim=1)
         is_image, visible = image.passes.is_image(positions)[0], image.passes.visible(positions)
-        return _Feed(row, embeds, image.places[:, positions], len(asking), visible, is_image)
+        return Feed(row, embeds, image.places[:, positions], len(asking), visible, is_image)
 
     @staticmethod
-    def _window(feed: _Feed, kept: int, device: torch.device) -> Tensor:
+    def _window(feed: Feed, kept: int, device: torch.device) -> Tensor:
         """Columns that a row writes, counted from the first of this step: queries behind those of all rows."""
         own = feed.embeds.shape[1] - feed.asking
         return torch.tensor([*range(own), *range(kept, kept + feed.asking)], device=device)
 
-    def _among(self, feeds: list[_Feed], windows: list[Tensor], used: int, kept: int, width: int) -> Tensor:
+    def _among(self, feeds: list[Feed], windows: list[Tensor], used: int, kept: int, width: int) -> Tensor:
         """The bias of a step ``(used, 1, width, columns)``; columns that are kept are shown from the next step on."""
         first, column = self._first, self._column
         if width == 1:
@@ -536,9 +429,9 @@ class Batcher:
         return bias
 
 
-def _grouped(rows: list[_Row], key: Callable[[_Row], Hashable]) -> list[list[_Row]]:
+def _grouped(rows: list[Row], key: Callable[[Row], Hashable]) -> list[list[Row]]:
     """Rows that are sampled alike, to be sampled together."""
-    groups: dict[Hashable, list[_Row]] = {}
+    groups: dict[Hashable, list[Row]] = {}
     for row in rows:
         groups.setdefault(key(row), []).append(row)
     return list(groups.values())

@@ -11,7 +11,8 @@ from unified.config import UnifiedConfig
 from unified.conversation import Turn, conversation_segments, read_messages, template_of
 from unified.data.crops import fit, nearest_aspect
 from unified.decoding import Prompt, Sampling
-from unified.decoding.continuous_batching import Batcher, Request
+from unified.decoding.batch_rows import Request
+from unified.decoding.continuous_batching import Batcher
 from unified.decoding.decoder import Decoder
 from unified.decoding.passes import image_columns
 from unified.decoding.prefill import prompt_columns

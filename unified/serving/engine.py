@@ -17,7 +17,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from unified.decoding.continuous_batching import Batcher, Request
+from unified.decoding.batch_rows import Request
+from unified.decoding.continuous_batching import Batcher
 from unified.decoding.passes import image_columns
 from unified.decoding.steering import check_steering
 from unified.lora.base import base_of

@@ -114,7 +114,7 @@ def generate_tab(desk: Desk, settings: Settings, usual: str) -> None:
 
 
 def edit_tab(desk: Desk, settings: Settings) -> None:
-    """An image with a painted part, which is generated anew."""
+    """An image with a painted part, which is generated again."""
     gradio.Markdown("Upload an image, paint over the part that shall change, and say what the whole image shows.")
     whole = subject_field(desk, "green apple", "whole")
     start, stop = start_and_stop("Change", "repaint", "stop-edit")
@@ -126,7 +126,7 @@ def edit_tab(desk: Desk, settings: Settings) -> None:
             label="Result", format="png", interactive=False, height=420, elem_id="edited", buttons=["download", "fullscreen"],
         )  # fmt: skip
     status = gradio.Markdown(elem_id="edit-status")
-    canvas.preprocess = files_of_canvas  # on the instance, because a subclass would need a front end of its own
+    canvas.preprocess = files_of_canvas  # on the instance, because a subclass would need its own front end
 
     def edit(
         subject: Any, files: Any, seed: float, guidance: float, temperature: float, lora: str, request: gradio.Request

@@ -17,7 +17,8 @@ from unified.data.held_out import base_split, part_of
 from unified.data.sources import check_splits
 from unified.prediction.merge import Grid, Merge, patches
 from unified.prediction.schedule import PatchSchedule
-from unified.training.config import DataConfig, SourceConfig, TrainConfig
+from unified.training.config import TrainConfig
+from unified.training.data_config import DataConfig, SourceConfig
 from unified.training.inputs import SPELT, bytes_per_token
 from unified.training.sources import LOSSES, Context, grids_of, open_source
 from unified.training.tensor_parallel import data_rank

@@ -33,7 +33,8 @@ from unified.prediction.merge import Grid
 from unified.prediction.plan import Prediction
 from unified.prompts import PromptFormat
 from unified.settings import refuse_other
-from unified.training.config import DataConfig, SourceConfig, TrainConfig
+from unified.training.config import TrainConfig
+from unified.training.data_config import DataConfig, SourceConfig
 from unified.training.inputs import check_lengths, code_grids
 from unified_tokenizers import ImageTokenizer, TextTokenizer
 
