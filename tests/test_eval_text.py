@@ -18,7 +18,7 @@ from unified.data.batches import Source, in_order
 from unified.data.captioned import text_sequence
 from unified.decoding import Sampling
 from unified_eval import Clip
-from unified_eval.answers import Asked, add_accuracy, read_questions
+from unified_eval.answers import Asked, add_accuracy, answers_of, read_questions
 from unified_eval.results import Results
 
 CAPTIONS = [
@@ -126,6 +126,27 @@ def test_first_questions_are_read(chat_data):
         read_questions(str(chat_data[True]), "validation")
     with pytest.raises(ValueError, match="messages_column: 'talk' is not a column of the source"):
         read_questions(str(chat_data[False]), "validation", ("images", "talk"))
+
+
+def test_a_question_follows_the_pipelines_own_reply(pipeline, chat_data, monkeypatch):
+    """And stands alone where that is empty."""
+    questions, calls = read_questions(str(chat_data[False]), "validation", most=2), []
+
+    def chat(conversations, *given):
+        calls.append([list(map(shape, messages)) for messages in conversations])
+        return [["one red star"], [" "]] if len(calls) == 1 else [["red"], ["two"]]
+
+    def shape(message):
+        parts = message["content"]
+        return (message["role"], parts if isinstance(parts, str) else [part.get("text") for part in parts])
+
+    monkeypatch.setattr(pipeline, "chat", chat)
+    said = list(answers_of(pipeline, questions, ask_first="list!"))
+    assert said == [("red", "one red star"), ("two", " ")]
+    words = [each.text for each in questions]
+    request = ("user", [None, "list!"])
+    assert calls[0] == [[request]] * 2
+    assert calls[1] == [[request, ("assistant", "one red star"), ("user", words[:1])], [("user", [None, words[1]])]]
 
 
 def test_the_script_from_data_to_files(pipeline, chat_data, picture_source, tmp_path, monkeypatch, capsys):

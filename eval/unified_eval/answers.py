@@ -94,7 +94,7 @@ def answers_of(
         max_new_tokens: of each reply.
         batch_size: questions at once.
         ask_first: a request that stands between image and question, such as "list the shapes."; the pipeline replies to it, and
-            then to the question with its own reply in front (chain of thought); empty for none.
+            then to the question with its own reply in front (chain of thought), if it said anything; empty for none.
 
     Raises:
         ValueError: if it was not trained on conversations, or an image cannot be read or is too small.
@@ -120,8 +120,10 @@ def answers_of(
         begun = [_with_request(messages, ask_first) for messages in conversations]
         first = replies(begun)
         whole = [
-            [*request, _text_turn("assistant", reply), _text_turn("user", each.text)]
-            for each, request, reply in zip(part, begun, first, strict=True)
+            [*request, {"role": "assistant", "content": reply}, _words_alone(messages[-1])]
+            if reply.strip()
+            else messages
+            for messages, request, reply in zip(conversations, begun, first, strict=True)
         ]
         yield from map(Said, replies(whole), first)
 
@@ -133,8 +135,8 @@ def _with_request(messages: Sequence[dict[str, Any]], request: str) -> list[dict
     return [*before, {**last, "content": [*images, {"type": "text", "text": request}]}]
 
 
-def _text_turn(role: str, text: str) -> dict[str, Any]:
-    return {"role": role, "content": [{"type": "text", "text": text}]}
+def _words_alone(message: dict[str, Any]) -> dict[str, Any]:
+    return {**message, "content": [part for part in message["content"] if part["type"] == "text"]}
 
 
 def add_accuracy(
