@@ -58,8 +58,9 @@ GAP, MARGIN = 0.09, 0.04
 # A shape may leave the axis of its relation by this share of the distance along it: then only one relation is true.
 MAX_SLANT = 0.4
 SUPERSAMPLING = 4
-STYLES = ("flat", "outline")
+STYLES = ("flat", "outline", "pastel")
 STROKE = 0.05  # width of an outline as a share of the image's side
+WHITE = 0.5  # share of white in pastel colours
 
 
 class Thing(NamedTuple):
@@ -223,7 +224,8 @@ def ground_truth(scene: Scene, size: int) -> dict[str, Any]:
 def draw(scene: Scene, size: int, style: str = "flat") -> Image.Image:
     """Render a scene at ``size`` x ``size``. Only pixels that an outline crosses mix two colours.
 
-    The style ``outline`` leaves the inside of the shapes empty. Such images cannot be checked from their pixels.
+    The style ``outline`` leaves the inside of the shapes empty; such images cannot be checked from their pixels. ``pastel`` mixes
+    every colour with white; :func:`unified_eval.shapes.without_pastel` takes it out again.
     """
     image = Image.new("RGB", (size * SUPERSAMPLING,) * 2, PALETTE[scene.background])
     pen = ImageDraw.Draw(image)
@@ -237,7 +239,8 @@ def draw(scene: Scene, size: int, style: str = "flat") -> Image.Image:
             pen.line([*corners, *corners[:2]], fill=PALETTE[shape["color"]], width=round(stroke), joint="curve")
         else:
             pen.polygon(corners, fill=PALETTE[shape["color"]])
-    return image.reduce(SUPERSAMPLING)
+    image = image.reduce(SUPERSAMPLING)
+    return Image.blend(image, Image.new("RGB", image.size, "white"), WHITE) if style == "pastel" else image
 
 
 def held_out_combinations(number: int, seed: int) -> list[tuple[str, str]]:
@@ -387,7 +390,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="share of all captions, chosen by their words, that train never has; validation then has no others (default 0)",
     )  # fmt: skip
     parser.add_argument(
-        "--style", choices=STYLES, default=STYLES[0], help="filled shapes, or their outlines (default flat)"
+        "--style",
+        choices=STYLES,
+        default=STYLES[0],
+        help="filled shapes, their outlines, or filled shapes in pastel colours (default flat)",
     )
     add_places_argument(parser)
     parser.add_argument(

@@ -37,7 +37,7 @@ TRAIN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc
 # Name and command of every step, in order.
 STEPS: dict[str, list[str]] = {
     "scenes": [*SCENES, f"{OUT}/data/scenes", "--train", "32000", "--validation", "512"],
-    "outlines": [*SCENES, f"{OUT}/data/outlines", "--train", "2000", "--validation", "64", "--style", "outline"],
+    "pastels": [*SCENES, f"{OUT}/data/pastels", "--train", "2000", "--validation", "64", "--style", "pastel"],
     "image_tokenizer": [*LAUNCH, "recipes/train_tokenizer.py", "--config", "recipes/configs/quickstart_tokenizer.yaml"],
     "text_tokenizer": [*PYTHON, "recipes/train_text_tokenizer.py", "--source", f"{OUT}/data/scenes", "--vocab-size", "512",
                        "--out", f"{OUT}/text_tokenizer"],

@@ -28,7 +28,7 @@ from unified_eval.curves import plot_loss
 from unified_eval.files import write_image
 from unified_eval.report import write_report
 from unified_eval.results import recipe_line
-from unified_eval.shapes import claims_of_caption, shapes_accuracy
+from unified_eval.shapes import claims_of_caption, shapes_accuracy, without_pastel
 from unified_eval.sheets import captioned_grid
 
 STYLE_PROMPTS = [
@@ -101,12 +101,16 @@ def cell_map(cells: torch.Tensor, side: int = 8) -> Image.Image:
 
 
 def generate_with_and_without(
-    pipe: UnifiedPipeline, lora: Path, prompts: list[str], sampling: dict[str, Any], out: Path
+    pipe: UnifiedPipeline, lora: Path, prompts: list[str], captions: list[str], sampling: dict[str, Any], out: Path
 ) -> dict[str, Any]:
-    """Generate from the same prompts and seeds without, with, and again without the adapter; first and last must agree."""
+    """Generate from the same prompts and seeds without, with, and again without the adapter; first and last must agree.
+
+    ``captions`` are generated with the adapter alone and checked, with the style's white taken out again.
+    """
     plain, codes = generate(pipe, prompts, sampling)
-    pipe.load_lora_weights(lora, adapter_name="outline")
+    pipe.load_lora_weights(lora, adapter_name="pastel")
     styled, styled_codes = generate(pipe, prompts, sampling)
+    checked = [without_pastel(image) for image in generate(pipe, captions, sampling)[0]]
     pipe.unload_lora_weights()
     _, codes_after = generate(pipe, prompts, sampling)
     if not torch.equal(codes, codes_after):
@@ -116,6 +120,9 @@ def generate_with_and_without(
         "lora_codes_changed": float((codes != styled_codes).float().mean()),
         "lora_unloaded_equals_base": True,
         "lora_saturation": [saturation(plain), saturation(styled)],
+        "lora_shapes_correct": shapes_accuracy(checked, list(map(claims_of_caption, captions))).metrics[
+            "shapes_correct"
+        ],
     }
 
 
@@ -144,7 +151,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     pipe = UnifiedPipeline.from_pretrained(run / "pipeline")
     evaluation = json.loads((run / "evaluation" / "metrics.json").read_text())
     sampling = {name: evaluation["run"][name] for name in ("guidance_scale", "temperature")}
-    lora = generate_with_and_without(pipe, run / "lora", STYLE_PROMPTS, sampling, run / "lora.png")
+    captions = evaluation["run"]["captions"]
+    lora = generate_with_and_without(pipe, run / "lora", STYLE_PROMPTS, captions, sampling, run / "lora.png")
     edits, edited = generate_edits(pipe, EDITS, sampling, run / "edits.png")
     claims = [claims_of_caption(after) for _, after in EDITS]
     edits["edits_correct"] = shapes_accuracy(edited, claims).metrics["shapes_correct"]
@@ -192,6 +200,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         metrics=[
             *((recipes[name]["label"], measured[name], recipe_line(recipes[name])) for name in (*EXACT, *HEADLINE)),
             ("Edited captions generated exactly", edits["edits_correct"], f"{len(EDITS)} captions with one word changed"),
+            ("Generated exactly with the LoRA adapter, in its pastel colours", lora["lora_shapes_correct"],
+             f"the same {len(captions)} captions; checked with the white taken out again"),
             ("Codes that stay when a word of the caption changes", edits["edit_codes_kept"],
              f"the same generator, {len(EDITS)} pairs; with another {edits['other_seed_codes_kept']:.3f}"),
             ("Image positions processed, relative to next-token training", cost,

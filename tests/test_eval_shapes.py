@@ -313,9 +313,21 @@ def test_captions_are_read_as_what_they_claim():
             shapes.claims_of_caption(text)
 
 
+def test_pastel_scenes_are_checked_without_their_white():
+    found = scenes(100, "pastel")
+    pastel = [recipe.draw(scene, 64, "pastel") for scene in found]
+    claims = [recipe.claims(scene) for scene in found]
+    for image, scene in zip(pastel, found, strict=True):
+        flat = np.asarray(recipe.draw(scene, 64)).astype(int)
+        assert np.abs(np.asarray(image) - (flat + 255) / 2).max() <= 1
+        assert np.abs(np.asarray(shapes.without_pastel(image)) - flat).max() <= 1
+    assert shapes.shapes_accuracy([*map(shapes.without_pastel, pastel)], claims).metrics["shapes_correct"] == 1
+    assert shapes.shapes_accuracy(pastel, claims).metrics["shapes_correct"] < 0.5
+
+
 def test_outlines_are_empty_inside():
     scene = recipe.Scene("test", "white", (thing("circle", "red", "large"),), True, True)
-    flat, outline = (np.asarray(recipe.draw(scene, 64, style)).astype(int) for style in recipe.STYLES)
+    flat, outline = (np.asarray(recipe.draw(scene, 64, style)).astype(int) for style in ("flat", "outline"))
     assert (flat[32, 32] == recipe.PALETTE["red"]).all() and (outline[32, 32] == WHITE).all()
     radius = recipe.ground_truth(scene, 64)["shapes"][0]["radius"]
     ring = math.pi * (radius**2 - (radius - recipe.STROKE * 64) ** 2)

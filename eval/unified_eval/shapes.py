@@ -37,6 +37,8 @@ SUPERSAMPLING = 8
 # Standard deviations, as shares of the side, of the blur of ideal outlines: drawn sharply, or through a tokenizer.
 BLURS = (0, 0.02)
 
+PASTEL_WHITE = 0.5  # share of white in the colours of pastel scenes
+
 ASPECTS = ("shape", "count", "color", "size", "position", "background")
 Claims = str | Sequence[Mapping[str, Any]]
 
@@ -119,6 +121,12 @@ def check_size(width: int, height: int) -> None:
     """Raise ValueError if shapes cannot be found in images of this size."""
     if height != width or width < MIN_SIDE:
         raise ValueError(f"image: {width}x{height}; need a square image of {MIN_SIDE} pixels or more.")
+
+
+def without_pastel(image: Image.Image) -> Image.Image:
+    """A pastel scene in the palette's colours: the white of ``recipes/prepare_shapes.py --style pastel`` taken out again."""
+    white = Image.new("RGB", image.size, "white")
+    return Image.blend(white, image.convert("RGB"), 1 / (1 - PASTEL_WHITE))
 
 
 def find_shapes(image: Image.Image) -> Found:
