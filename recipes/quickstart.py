@@ -54,6 +54,11 @@ STEPS: dict[str, list[str]] = {
     "report": [*PYTHON, "recipes/quickstart_report.py", "--run", str(OUT)],
 }  # fmt: skip
 
+# What a step leaves behind, and refuses to go on from with other settings, other images or another tokenizer.
+LEFT = {
+    "codes": ("codes.partial",), "model": ("model/checkpoints",), "lora": ("lora_run/codes", "lora_run/codes.partial"),
+}  # fmt: skip
+
 
 def tree_memory_gb(process: psutil.Process) -> float:
     """Resident memory of a process and its descendants, in GB; 0 once it has gone."""
@@ -118,12 +123,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 return
             continue
         stale = True  # later steps have older inputs
-        checkpoints = out / "model" / "checkpoints"
-        if name == "model" and not same:
-            shutil.rmtree(checkpoints, ignore_errors=True)
-        if name == "lora" and not same:
-            shutil.rmtree(out / "lora_run" / "codes", ignore_errors=True)  # made from older images or tokenizer
-        interrupted = name == "model" and any(checkpoints.glob("step-*"))
+        if not same:
+            for folder in LEFT.get(name, ()):
+                shutil.rmtree(out / folder, ignore_errors=True)
+        interrupted = name == "model" and any((out / "model" / "checkpoints").glob("step-*"))
         records[name] = {"settings": settings, "command": shlex.join(command), "seconds": None, "peak_memory_gb": None}
         record_file.write_text(json.dumps(records, indent=2))
         seconds, memory = run([*command, "resume=latest"] if interrupted else command)

@@ -69,16 +69,16 @@ def test_changed_config_runs_again(steps):
 
 
 def test_what_a_changed_training_left_is_removed(steps, tmp_path, monkeypatch):
-    """Training refuses a folder with checkpoints, or codes, of another run."""
-    monkeypatch.setattr(quickstart, "STEPS", {name: steps.command(name) for name in ("model", "lora")})
+    """Training refuses a folder with checkpoints, or codes, of another run; encoding one that another began."""
+    monkeypatch.setattr(quickstart, "STEPS", {name: steps.command(name) for name in ("codes", "model", "lora")})
     steps()
     out = tmp_path / quickstart.OUT
-    left = [out / "model" / "checkpoints" / "step-00000001", out / "lora_run" / "codes"]
+    left = [out / "model" / "checkpoints" / "step-00000001", out / "lora_run" / "codes", out / "codes.partial"]
     for folder in left:
         folder.mkdir(parents=True)
     assert steps() == "" and all(folder.is_dir() for folder in left)
     steps.config.write_text("steps: 2")
-    assert steps() == "modellora" and not any(folder.exists() for folder in left)
+    assert steps() == "codesmodellora" and not any(folder.exists() for folder in left)
 
 
 def test_failed_step_stops_and_is_continued(steps, monkeypatch):
