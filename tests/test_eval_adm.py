@@ -10,7 +10,7 @@ from conftest import refused, run_script
 from PIL import Image
 from scipy import linalg, spatial
 
-from unified.prediction.plan import RASTER
+from unified.config import UnifiedConfig
 from unified_eval import (
     Extractor,
     frechet_distance,
@@ -160,8 +160,8 @@ class ClassPipeline:
 
     def __init__(self):
         self.calls = []
-        config = SimpleNamespace(patch_sizes=None)
-        self.model = SimpleNamespace(prediction=RASTER, name_or_path="p", config=config)
+        config = UnifiedConfig()
+        self.model = SimpleNamespace(name_or_path="p", config=config)
         self.sampling = {"temperature": 0.9}
 
     def set_progress_bar_config(self, disable):
