@@ -283,8 +283,7 @@ def open_pipeline(system: System, device: str) -> tuple[UnifiedPipeline, dict[st
     pipeline, identity = load_system(system.pipeline, system.lora)
     given = None if system.decoding is None else system.decoding.removesuffix(INT8)
     decoding = GenerationOptions(decoding=given).filled(pipeline.sampling).decoding
-    model = base_of(pipeline.model)
-    check_decoding(str(decoding), model.config)
+    check_decoding(str(decoding), base_of(pipeline.model).config)
     pipeline.to(device)
     if system.decoding is not None and system.decoding.endswith(INT8):
         identity["weights"] = "int8"

@@ -31,14 +31,13 @@ from unified import UnifiedPipeline
 from unified.data import SkipReport, load_source
 from unified.data.batches import Source, in_order
 from unified.data.captioned import text_sequence
-from unified.decoding import Sampling
 from unified.errors import explain_errors
 from unified.files import write_json, write_text
 from unified.lora.base import base_of
-from unified.pipeline.chat import fit_image
+from unified.pipeline.chat import fit_image, message
 from unified.registry import add_import_argument, import_extensions
 from unified.training.validation import mean_loss
-from unified_eval.answers import add_accuracy, answers_of, read_questions
+from unified_eval.answers import add_accuracy, answers_of, read_questions, replies_to
 from unified_eval.caption_metrics import add_caption_scores, add_retrieval
 from unified_eval.clip import load_clip
 from unified_eval.command_line import add_column_arguments, check_counts, check_folder, device, plain_settings
@@ -157,12 +156,7 @@ def measure_captions(args: argparse.Namespace, pipeline: UnifiedPipeline, result
         if args.ask is None:
             said += pipeline.caption(part, max_new_tokens=args.max_new_tokens, top_k=1)
         else:
-            conversations = [
-                [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": args.ask}]}]
-                for image in part
-            ]
-            for reply in pipeline.chat(conversations, args.max_new_tokens, 0, Sampling(top_k=1)):
-                said.append(" ".join(text for text in reply if isinstance(text, str)))
+            said += replies_to(pipeline, [[message("user", image, args.ask)] for image in part], args.max_new_tokens)
     references = [row.caption for row in chosen]
     add_caption_scores(results, said, [[reference] for reference in references])
     if args.clip:

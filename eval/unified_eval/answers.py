@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
-from PIL import Image
 
 from unified import UnifiedPipeline
 from unified.conversation import Turn, read_messages
@@ -14,7 +13,7 @@ from unified.data import SkipReport, load_source
 from unified.data.rows import check_column, open_rgb, readable
 from unified.decoding import Sampling
 from unified.lora.base import base_of
-from unified.pipeline.chat import fit_image
+from unified.pipeline.chat import fit_image, message
 from unified_eval.caption_metrics import normalised
 from unified_eval.extraction import batches
 from unified_eval.results import Bound, Results
@@ -101,31 +100,30 @@ def answers_of(
     """
     config, stride = base_of(pipeline.model).config, pipeline.image_tokenizer.downsample
 
-    def message(turn: Turn) -> dict[str, Any]:
-        content: list[dict[str, Any]] = []
-        for part in turn.parts:
-            image: Image.Image | None = None if isinstance(part, str) else fit_image(open_rgb(part), config, stride)
-            content.append({"type": "text", "text": part} if image is None else {"type": "image", "image": image})
-        return {"role": turn.role, "content": content}
-
-    def replies(conversations: Sequence[Sequence[dict[str, Any]]]) -> list[str]:
-        found = pipeline.chat(conversations, max_new_tokens, 0, Sampling(top_k=1))
-        return [" ".join(text for text in reply if isinstance(text, str)) for reply in found]
+    def as_message(turn: Turn) -> dict[str, Any]:
+        parts = (part if isinstance(part, str) else fit_image(open_rgb(part), config, stride) for part in turn.parts)
+        return message(turn.role, *parts)
 
     for part in batches(asked, batch_size):
-        conversations = [[message(turn) for turn in each.turns] for each in part]
+        conversations = [[as_message(turn) for turn in each.turns] for each in part]
         if not ask_first:
-            yield from map(Said, replies(conversations))
+            yield from map(Said, replies_to(pipeline, conversations, max_new_tokens))
             continue
         begun = [_with_request(messages, ask_first) for messages in conversations]
-        first = replies(begun)
+        first = replies_to(pipeline, begun, max_new_tokens)
         whole = [
             [*request, {"role": "assistant", "content": reply}, _words_alone(messages[-1])]
             if reply.strip()
             else messages
             for messages, request, reply in zip(conversations, begun, first, strict=True)
         ]
-        yield from map(Said, replies(whole), first)
+        yield from map(Said, replies_to(pipeline, whole, max_new_tokens), first)
+
+
+def replies_to(pipeline: UnifiedPipeline, conversations: Sequence[Sequence[Any]], max_new_tokens: int) -> list[str]:
+    """The likeliest reply of a pipeline to each conversation, in words alone."""
+    found = pipeline.chat(conversations, max_new_tokens, 0, Sampling(top_k=1))
+    return [" ".join(text for text in reply if isinstance(text, str)) for reply in found]
 
 
 def _with_request(messages: Sequence[dict[str, Any]], request: str) -> list[dict[str, Any]]:

@@ -29,7 +29,7 @@ from unified.sequence import Segment, TextSegment
 
 
 @dataclass
-class Feed:
+class _Feed:
     """What a row runs in a step.
 
     Attributes:
@@ -386,13 +386,13 @@ class Batcher:
         for row in opening:
             row.open_image()
 
-    def _token(self, row: Row) -> Feed:
+    def _token(self, row: Row) -> _Feed:
         model = self.decoder.model
         token = torch.tensor([[row.next]], device=model.device)
         place = torch.tensor([[[row.position[0]] * 2]], device=model.device)
-        return Feed(row, model.get_input_embeddings()(token), self.decoder.positions(place), is_image=False)
+        return _Feed(row, model.get_input_embeddings()(token), self.decoder.positions(place), is_image=False)
 
-    def _codes(self, row: Row) -> Feed:
+    def _codes(self, row: Row) -> _Feed:
         image = row.image
         assert image is not None
         entering, asking = image.running()
@@ -401,15 +401,15 @@ class Batcher:
         if asking:
             embeds = torch.cat([embeds, query_embeddings(self.decoder, 1, len(asking))], dim=1)
         is_image, visible = image.passes.is_image(positions)[0], image.passes.visible(positions)
-        return Feed(row, embeds, image.places[:, positions], len(asking), visible, is_image)
+        return _Feed(row, embeds, image.places[:, positions], len(asking), visible, is_image)
 
     @staticmethod
-    def _window(feed: Feed, kept: int, device: torch.device) -> Tensor:
+    def _window(feed: _Feed, kept: int, device: torch.device) -> Tensor:
         """Columns that a row writes, counted from the first of this step: queries behind those of all rows."""
         own = feed.embeds.shape[1] - feed.asking
         return torch.tensor([*range(own), *range(kept, kept + feed.asking)], device=device)
 
-    def _among(self, feeds: list[Feed], windows: list[Tensor], used: int, kept: int, width: int) -> Tensor:
+    def _among(self, feeds: list[_Feed], windows: list[Tensor], used: int, kept: int, width: int) -> Tensor:
         """The bias of a step ``(used, 1, width, columns)``; columns that are kept are shown from the next step on."""
         first, column = self._first, self._column
         if width == 1:

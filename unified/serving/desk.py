@@ -62,6 +62,12 @@ class Desk:
         return class_choices(self.config)
 
     @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images, pixels."""
+        height, width = self.pipe.default_size
+        return height, width
+
+    @property
     def guided(self) -> bool:
         """Whether images can be generated with guidance."""
         return not isinstance(self.engine, RemoteEngine) or (self.engine.guided and not self.config.null_prompt)

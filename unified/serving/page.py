@@ -85,7 +85,7 @@ def introduction(desk: Desk) -> str:
         if desk.classes is not None:
             able = "of classes and changes parts of them"
         here = f"has {parameters(desk.pipe)}"
-    height, width = desk.pipe.default_size
+    height, width = desk.size
     return (
         f"# unified\nOne language model that generates images {able}. "
         f"This one {here} and generates {width} × {height} pixels."

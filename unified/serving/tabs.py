@@ -143,7 +143,7 @@ def edit_tab(desk: Desk, settings: Settings) -> None:
             about = f"seed {int(seed)}, guidance {guidance:g}, temperature {temperature:g}, LoRA {lora}"
 
             def work() -> Iterator[UnifiedPipelineOutput]:
-                image, mask = image_and_mask(background, layers, size_of(desk))  # one request's at a time
+                image, mask = image_and_mask(background, layers, desk.size)  # one request's at a time
                 found: Iterator[UnifiedPipelineOutput] = desk.pipe.stream(
                     image=image, mask_image=mask, generator=generators, **images, **given
                 )
@@ -180,7 +180,7 @@ def describe_tab(desk: Desk, settings: Settings) -> None:
             generators = seeded(int(seed), 1)
 
             def work() -> list[str]:
-                image = fit_upload(opened(file), size_of(desk))
+                image = fit_upload(opened(file), desk.size)
                 found: list[str] = desk.pipe.caption(image, temperature=temperature, generator=generators)
                 return found
 
@@ -218,7 +218,7 @@ def chat_tab(desk: Desk, settings: Settings) -> None:
             asked: list[Any] = []
 
             def work() -> Iterator[tuple[list[Any], str]]:
-                shown, reply = [] if file is None else [fit_upload(opened(file), size_of(desk))], list[Any]()
+                shown, reply = [] if file is None else [fit_upload(opened(file), desk.size)], list[Any]()
                 asked.append(message("user", *shown, words.strip()))
                 sampling = Sampling(temperature=temperature)
                 for reply in desk.pipe.stream_chat([*history, *asked], text_sampling=sampling, generator=generators):
@@ -276,12 +276,6 @@ def start_and_stop(label: str, start: str, stop: str) -> tuple[Any, Any]:
 def begins(desk: Desk, button: Any, subject: Any) -> list[Any]:
     """What begins: the button and, in a prompt, the enter key."""
     return [button.click, *([subject.submit] if desk.classes is None else [])]
-
-
-def size_of(desk: Desk) -> tuple[int, int]:
-    """Height and width of the images, pixels."""
-    height, width = desk.pipe.default_size
-    return height, width
 
 
 def bubbles(messages: Sequence[Any], cache: str) -> list[dict[str, Any]]:
