@@ -297,7 +297,7 @@ def on_a_backbone(transformers_backbone) -> list[str]:
 
 @pytest.fixture(scope="session")
 def finished(config_file, tmp_path_factory):
-    """A finished run, of the recipe in a process of its own."""
+    """A finished run, of the recipe in its own process."""
     output = tmp_path_factory.mktemp("run")
     options = ["sample.every=6", "sample.prompts=[red apple,blue car]", "track_with=[tensorboard]"]
     done = python("recipes/train.py", "--config", config_file, f"output_dir={output}", *options)

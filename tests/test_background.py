@@ -83,7 +83,7 @@ def process(rank: int, folder: str, port: str) -> None:
         assert (out / "step-00000003").is_dir()
         background.wait()
         assert sorted(path.name for path in out.iterdir()) == ["step-00000003", "step-00000004"]
-        # Process 1 cannot write: it says so; process 0 is told as the connection ends.
+        # Process 1 cannot write: it says so; process 0 learns it as the connection ends.
         fails = True
         save_checkpoint(accelerator, out, 5, 50, 2, {}, INPUTS, background)
         if rank == 1:

@@ -527,7 +527,7 @@ def test_lines_that_are_no_rows(line, streaming, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_damaged_header_of_a_tar_is_a_row_to_skip(streaming, tmp_path):
-    """Members behind it are found again; those of the same sample are told, too."""
+    """Members behind it are found again; those of the same sample are named, too."""
     members = [
         (f"{name}.{suffix}", png("red") if suffix == "png" else name.encode())
         for name in "abc"

@@ -139,7 +139,7 @@ def check_config(words: list[str], args: argparse.Namespace) -> None:
     elif {"grpo", "recipes/grpo.py"} & set(words):
         kind = GrpoSettings
     given = [part for part in args.overrides if "=" in part]
-    given += ["output_dir=x"] if "study" in words[0] else []  # a study has folders of its own
+    given += ["output_dir=x"] if "study" in words[0] else []  # a study has its own folders
     load_settings(kind, find_config(name, CONFIGS), given)
 
 

@@ -1,4 +1,4 @@
-"""What users register from files of their own: the examples work, and mistakes say what is wrong."""
+"""What users register from their own files: the examples work, and mistakes say what is wrong."""
 
 import sys
 from pathlib import Path

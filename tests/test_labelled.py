@@ -75,7 +75,7 @@ class TestEncoding:
 
     @pytest.mark.parametrize("streaming", [False, True])
     def test_classes_in_a_tar(self, image_tokenizer, tmp_path, streaming):
-        """WebDataset keeps them as digits in files of their own."""
+        """WebDataset keeps them as digits in their own files."""
         with tarfile.open(tmp_path / "shard.tar", "w") as tar:
             for number, (image, label) in enumerate(zip(pictures(3), (b"2", b"none", b"0"), strict=True)):
                 png = io.BytesIO()

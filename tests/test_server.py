@@ -33,7 +33,7 @@ JSON = {"content-type": "application/json"}
 
 
 class Client:
-    """What a browser or a program sends, from an address of its own: a proxy on this machine would report it."""
+    """What a browser or a program sends, from its own address: a proxy on this machine would report it."""
 
     def __init__(self, url, address="10.0.0.1"):
         import httpx

@@ -1,4 +1,4 @@
-"""An exported model in vLLM: the pipeline's greedy codes, with guidance and without. Needs an environment of its own."""
+"""An exported model in vLLM: the pipeline's greedy codes, with guidance and without. Needs its own environment."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def exported(pipeline, folder):
 
 
 def in_engine(python, folder, rows, options=None, **request):
-    """Greedy codes of the engine in a process of its own, and how many tokens of each row it had already."""
+    """Greedy codes of the engine in its own process, and how many tokens of each row it had already."""
     (folder / "requests.json").write_text(json.dumps({"rows": rows, "max_tokens": 16, **request}))
     given = [] if options is None else [json.dumps(options)]
     script = [python, ENGINE / "generate_codes.py", folder, folder / "requests.json", folder / "codes.json", *given]

@@ -132,7 +132,7 @@ class UnifiedConfig(PreTrainedConfig):
             stands for none: ``template``, ``null``, ``null_repeats`` and ``code_pixels`` of
             :class:`unified.prompts.PromptFormat`.
         vision: the frozen vision encoder whose features stand for images that are read (see :mod:`unified.model.vision`):
-            ``encoder``, ``layer``, ``pool``, and of its own ``fingerprint``, ``length`` and ``width``; None without.
+            ``encoder``, ``layer``, ``pool``, and its own ``fingerprint``, ``length`` and ``width``; None without.
         chat_template: how conversations were written that the model was trained on (see :mod:`unified.conversation`); None
             if it was trained on none.
     """

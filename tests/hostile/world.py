@@ -72,7 +72,7 @@ class World:
         return folder
 
     def file(self, name: str, content: bytes | str) -> Path:
-        """A new file in a folder of its own."""
+        """A new file in its own folder."""
         path = self.fresh() / name
         path.write_bytes(content.encode() if isinstance(content, str) else content)
         return path

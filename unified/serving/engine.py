@@ -279,7 +279,7 @@ class Engine:
         try:
             with self.pipe.lock:
                 finished = dict(self._batcher.step())
-        except Exception as error:  # the whole batch has failed: every job in it is told
+        except Exception as error:  # the whole batch has failed: every job in it gets the error
             for job in self._running:
                 job.update(None, error=error)
             self._running.clear()

@@ -69,7 +69,7 @@ def check_sharding(accelerator: Accelerator, config: TrainConfig) -> None:
 
 
 def check_modules(accelerator: Accelerator, names: Iterable[str]) -> None:
-    """Raises ValueError for objectives with parameters of their own where weights are cut over processes."""
+    """Raises ValueError for objectives with their own parameters where weights are cut over processes."""
     kind = accelerator.distributed_type
     cut = "tensor parallelism" if is_tensor_parallel(accelerator) else kind.value
     for name in (

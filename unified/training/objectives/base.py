@@ -83,7 +83,7 @@ class Objective:
     def further(
         self, sequences: Sequence[TokenSequence], rng: np.random.Generator, config: UnifiedConfig
     ) -> list[TokenSequence] | None:
-        """Further sequences for a micro-batch, one for each of its own, which are arranged as those are; None for none.
+        """Further sequences for a micro-batch, one for each sequence of the batch, arranged as those are; None for none.
 
         Called in the data layer, perhaps in another process; ``config`` is that of the model. What does not count has labels
         of -100.
