@@ -35,7 +35,6 @@ from unified_recipes.prepare_shapes import (
     RELATIONS,
     SHAPES,
     Scene,
-    Thing,
     add_places_argument,
     check_numbers,
     describe,
@@ -146,14 +145,10 @@ def _given_away(question: Question, earlier: Question) -> bool:
     return question.kind == earlier.kind or counted or not mine.isdisjoint(theirs & set(PALETTE))
 
 
-def in_words(things: Sequence[Thing], words: Sequence[str] = ("size", "colour", "shape")) -> str:
-    """What they are, one after the other: ``small red star, large blue circle``."""
-    return ", ".join(" ".join(getattr(thing, word) for word in words) for thing in things)
-
-
 def listed(scene: Scene) -> str:
     """Every shape with its size and colour, from top to bottom: ``small red star, large blue circle``."""
-    return in_words(sorted(scene.things, key=lambda thing: (thing.y, thing.x)))
+    things = sorted(scene.things, key=lambda thing: (thing.y, thing.x))
+    return ", ".join(" ".join(thing[:3]) for thing in things)
 
 
 def turn(role: str, *parts: str | None) -> dict[str, Any]:

@@ -19,7 +19,6 @@ SCRIPTS: dict[str, Script | dict[str, Script]] = {
     "prepare": {
         "shapes": Script("unified_recipes.prepare_shapes", "scenes of coloured shapes with exact ground truth"),
         "shapes-chat": Script("unified_recipes.prepare_shapes_chat", "questions, answers and drawings of such scenes"),
-        "shapes-lists": Script("unified_recipes.prepare_shapes_lists", "lists of shapes in words: put in order, asked about"),
         "openmoji": Script("unified_recipes.prepare_openmoji", "emoji with captions", "data"),
         "imagenet": Script("unified_recipes.prepare_imagenet", "ImageNet's classes as codes of ten crops"),
         "smollm2": Script("unified_recipes.prepare_smollm2", "SmolLM2-135M as a transformers folder", "smollm2"),

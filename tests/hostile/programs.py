@@ -233,12 +233,6 @@ SCRIPTS: dict[str, list[tuple[str, str]]] = {
         ("--out <out> --train -1", "train -1"),
         ("--out <out> --questions 9", "questions 9"),
     ],
-    "recipes/prepare_shapes_lists.py": [
-        ("", "--out"),
-        ("--out <out> --train -1", "train -1"),
-        ("--out <out> --questions -1", "questions -1"),
-        ("--out <out> --seed x", "--seed x"),
-    ],
     "recipes/prepare_openmoji.py": [
         ("", "--out"),
         ("--out <out> --size 0", "size 0"),
