@@ -18,17 +18,15 @@ from unified.pipeline.options import GenerationOptions, check_whole
 
 if TYPE_CHECKING:
     from unified.pipeline.pipeline import UnifiedPipeline
+    from unified.serving.remote import RemotePipeline
 
 API_KEY = "UNIFIED_API_KEY"  # environment variable
 
 
 def _load(args: argparse.Namespace) -> "UnifiedPipeline":
-    import torch
-
     from unified.pipeline.pipeline import UnifiedPipeline
 
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
+    _set_threads(args)
     pipe = UnifiedPipeline.from_pretrained(args.pipeline, torch_dtype=args.dtype or "float32")
     if hasattr(args, "decoding"):  # before adapters are loaded and a decoder is made
         decoding = GenerationOptions(decoding=args.decoding).filled(pipe.sampling).decoding
@@ -43,9 +41,29 @@ def _load(args: argparse.Namespace) -> "UnifiedPipeline":
     return pipe
 
 
+def _remote(args: argparse.Namespace, **options: Any) -> "RemotePipeline":
+    """The engine at ``--server``, with the key in the environment; images are decoded here."""
+    from unified.serving.remote import RemotePipeline
+
+    _set_threads(args)
+    return RemotePipeline(args.pipeline, args.server, api_key=os.environ.get(API_KEY), **options)
+
+
+def _set_threads(args: argparse.Namespace) -> None:
+    import torch
+
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+
+
 def _check_threads(args: argparse.Namespace) -> None:
     if args.threads is not None:
         check_whole("threads", args.threads, most=4096)
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of :class:`GenerationOptions` that a command has."""
+    return {each.name: getattr(args, each.name) for each in fields(GenerationOptions) if hasattr(args, each.name)}
 
 
 def _image_arguments(args: argparse.Namespace) -> dict[str, Any]:
@@ -55,7 +73,7 @@ def _image_arguments(args: argparse.Namespace) -> dict[str, Any]:
     if len(args.rewards) < len(args.steer or ()):
         raise ValueError(f"steer: {[name for name, _ in args.steer]} are called alike; give each adapter once.")
     args.steer = {name: dict(args.steer)[folder] for name, folder in args.rewards.items()} or None
-    given = {each.name: getattr(args, each.name) for each in fields(GenerationOptions) if hasattr(args, each.name)}
+    given = _options(args)
     options = GenerationOptions.from_mapping(given)
     from unified.pipeline.arguments import as_prompts, check_unicode, seeded
 
@@ -74,12 +92,11 @@ def _save(pipe: "UnifiedPipeline | None", images: Any, args: argparse.Namespace,
     """Write ``NNN-caption.png`` or ``NNN-class.png``, with what they were made with; numbers follow those in the folder."""
     from unified.pipeline.metadata import describe_images, write_png
 
-    options = {each.name: getattr(args, each.name) for each in fields(GenerationOptions) if hasattr(args, each.name)}
     labels = args.prompt or [f"class {label}" for label in args.class_labels]
     prompts = [label for label in labels for _ in range(args.num_images_per_prompt)]
     seeds = [args.seed + i for i in range(len(prompts))]
     if pipe is not None:
-        describe_images(pipe, images, prompts, seeds, options, args.negative_prompt, edit)
+        describe_images(pipe, images, prompts, seeds, _options(args), args.negative_prompt, edit)
     numbers = _free_numbers(args.out)
     for index, image in enumerate(images):
         with _new_file(args.out, prompts[index], numbers) as file:
@@ -108,25 +125,18 @@ def generate(args: argparse.Namespace) -> None:
     """Generate images and write them to a folder."""
     arguments = _image_arguments(args)
     if args.server is not None:
-        _save(None, _from_server(args, arguments), args)
+        _save(None, _from_server(args), args)
         return
     pipe = _load(args)
     _save(pipe, pipe(**arguments).images, args)
 
 
-def _from_server(args: argparse.Namespace, arguments: dict[str, Any]) -> Any:
+def _from_server(args: argparse.Namespace) -> Any:
     _check_server(
         args, "lora", "device", "dtype", "int8", "compile", "negative_prompt", "class_labels", "negative_class_labels"
     )
-    import torch
-
-    from unified.serving.remote import RemotePipeline
-
-    if args.threads is not None:  # images are decoded here
-        torch.set_num_threads(args.threads)
-    options = {each.name: arguments[each.name] for each in fields(GenerationOptions) if each.name in arguments}
-    with RemotePipeline(args.pipeline, args.server, api_key=os.environ.get(API_KEY)) as remote:
-        return remote(args.prompt, GenerationOptions.from_mapping(options), args.seed).images
+    with _remote(args) as remote:
+        return remote(args.prompt, GenerationOptions.from_mapping(_options(args)), args.seed).images
 
 
 def _check_server(args: argparse.Namespace, *names: str) -> None:
@@ -224,14 +234,7 @@ def serve(args: argparse.Namespace) -> None:
     check_installed()
     if args.server is not None:
         _check_server(args, "lora", "loras", "device", "dtype")
-        import torch
-
-        from unified.serving.remote import RemotePipeline
-
-        if args.threads is not None:  # images are decoded here
-            torch.set_num_threads(args.threads)
-        key = os.environ.get(API_KEY)
-        with RemotePipeline(args.pipeline, args.server, concurrency=args.max_rows, api_key=key) as remote:
+        with _remote(args, concurrency=args.max_rows) as remote:
             serve_remote(
                 remote, args.queue, args.per_client, host=args.host, server_port=port, allow_hosts=args.allow_host,
                 password=args.password,
