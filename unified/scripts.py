@@ -22,6 +22,11 @@ SCRIPTS: dict[str, Script | dict[str, Script]] = {
         "openmoji": Script("unified_recipes.prepare_openmoji", "emoji with captions", "data"),
         "imagenet": Script("unified_recipes.prepare_imagenet", "ImageNet's classes as codes of ten crops"),
         "smollm2": Script("unified_recipes.prepare_smollm2", "SmolLM2-135M as a transformers folder", "smollm2"),
+        "efficientnet": Script(
+            "unified_recipes.prepare_efficientnet",
+            "EfficientNet-Lite0 as a transformers folder, to read images by",
+            "eval",
+        ),
         "pairs": Script(
             "unified_recipes.prepare_pairs", "pairs of a pipeline's own images, ranked by a reward", "eval"
         ),
