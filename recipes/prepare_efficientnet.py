@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
     model = convert(load_source())
     model.save_pretrained(args.out)
     sides = {"height": SIZE, "width": SIZE}

