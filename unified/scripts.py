@@ -20,6 +20,9 @@ SCRIPTS: dict[str, Script | dict[str, Script]] = {
         "shapes": Script("unified_recipes.prepare_shapes", "scenes of coloured shapes with exact ground truth"),
         "shapes-chat": Script("unified_recipes.prepare_shapes_chat", "questions, answers and drawings of such scenes"),
         "openmoji": Script("unified_recipes.prepare_openmoji", "emoji with captions", "data"),
+        "shapes-lists": Script(
+            "unified_recipes.prepare_shapes_lists", "lists of shapes in words, said in order, asked about"
+        ),
         "imagenet": Script("unified_recipes.prepare_imagenet", "ImageNet's classes as codes of ten crops"),
         "smollm2": Script("unified_recipes.prepare_smollm2", "SmolLM2-135M as a transformers folder", "smollm2"),
         "efficientnet": Script(

@@ -242,6 +242,13 @@ SCRIPTS: dict[str, list[tuple[str, str]]] = {
         ("--out <out> --style grey", "--style grey"),
         ("--out <out> --groups nothing", "--groups nothing"),
     ],
+    "recipes/prepare_shapes_lists.py": [
+        ("", "--out"),
+        ("--out <out> --train -1", "train -1"),
+        ("--out <out> --questions -1", "questions -1"),
+        ("--out <out> --most 1", "most 1"),
+        ("--out <out> --seed x", "--seed x"),
+    ],
     "recipes/prepare_efficientnet.py": [
         ("", "--out"),
         ("--out <text>", "text.txt"),
