@@ -35,6 +35,7 @@ from unified_recipes.prepare_shapes import (
     RELATIONS,
     SHAPES,
     Scene,
+    Thing,
     add_places_argument,
     check_numbers,
     describe,
@@ -78,9 +79,7 @@ def questions(scene: Scene) -> Iterator[Question]:
     yield Question("background", "what color is the background?", scene.background)
     alone = [thing for thing in scene.things if counts[thing.shape] == 1]
     for thing in alone:
-        yield Question("color", f"what color is the {thing.shape}?", thing.colour)
-        yield Question("size", f"what size is the {thing.shape}?", thing.size)
-        yield Question("shape", f"which shape is {thing.colour}?", thing.shape)
+        yield from attribute_questions(thing)
     for first, second in permutations(alone, 2):
         for relation in RELATIONS:
             if holds(relation, first, second):
@@ -94,6 +93,15 @@ def questions(scene: Scene) -> Iterator[Question]:
         for wrong in SHAPES:
             if colours.get(wrong) != colour:
                 yield Question("exists", f"is there a {colour} {wrong}?", "no")
+
+
+def attribute_questions(thing: Thing) -> list[Question]:
+    """What is asked of a shape whose word and colour no other one has."""
+    return [
+        Question("color", f"what color is the {thing.shape}?", thing.colour),
+        Question("size", f"what size is the {thing.shape}?", thing.size),
+        Question("shape", f"which shape is {thing.colour}?", thing.shape),
+    ]
 
 
 def _plural(shape: str) -> str:
@@ -148,7 +156,12 @@ def _given_away(question: Question, earlier: Question) -> bool:
 def listed(scene: Scene) -> str:
     """Every shape with its size and colour, from top to bottom: ``small red star, large blue circle``."""
     things = sorted(scene.things, key=lambda thing: (thing.y, thing.x))
-    return ", ".join(" ".join(thing[:3]) for thing in things)
+    return in_words(things)
+
+
+def in_words(things: Sequence[Thing], words: Sequence[str] = Thing._fields[:3]) -> str:
+    """``small red star, large blue circle``, or with the words of each in another order."""
+    return ", ".join(" ".join(getattr(thing, word) for word in words) for thing in things)
 
 
 def turn(role: str, *parts: str | None) -> dict[str, Any]:
@@ -157,13 +170,18 @@ def turn(role: str, *parts: str | None) -> dict[str, Any]:
     return {"role": role, "content": content}
 
 
+def as_turns(exchanges: Sequence[tuple[str, str | None]]) -> list[dict[str, Any]]:
+    """Messages of what the user says and the reply, in turn."""
+    return [
+        turn(role, text) for exchange in exchanges for role, text in zip(("user", "assistant"), exchange, strict=True)
+    ]
+
+
 def conversation(scene: Scene, said: Sequence[tuple[str, str]], drawn: bool) -> list[dict[str, Any]]:
     """Messages: the image from the user, or from the assistant where it is ``drawn``; what the two said of it, in turns."""
     asked_for = [(DRAW.format(caption=describe(scene)), None)] if drawn else []
     exchanges: list[tuple[str, str | None]] = [*asked_for, *said]
-    messages = [
-        turn(role, text) for exchange in exchanges for role, text in zip(("user", "assistant"), exchange, strict=True)
-    ]
+    messages = as_turns(exchanges)
     if not drawn:
         messages[0] = turn("user", None, exchanges[0][0])
     return messages

@@ -23,47 +23,25 @@ import random
 from collections.abc import Iterator, Sequence
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import datasets
 from tqdm import tqdm
-from unified_recipes.prepare_shapes import PALETTE, RADII, SHAPES, make_splits
-from unified_recipes.prepare_shapes_chat import turn
+from unified_recipes.prepare_shapes import PALETTE, RADII, SHAPES, Thing, make_splits
+from unified_recipes.prepare_shapes_chat import as_turns, attribute_questions, in_words
 
 from unified.errors import explain_errors
 
 FEWEST, MOST = 2, min(len(SHAPES), len(PALETTE))  # shapes in a list
-ORDERS = {"color": ("color", "shape", "size"), "shape": ("shape", "color", "size")}
+ORDERS = {"color": ("colour", "shape", "size"), "shape": ("shape", "colour", "size")}
 
 
-class Listed(NamedTuple):
-    """A shape of a list, in its words."""
-
-    size: str
-    color: str
-    shape: str
-
-
-def in_words(things: Sequence[Listed], words: Sequence[str] = Listed._fields) -> str:
-    """``small red star, large blue circle``, or with the words of each in another order."""
-    return ", ".join(" ".join(getattr(thing, word) for word in words) for thing in things)
-
-
-def sample_list(rng: random.Random, most: int) -> list[Listed]:
+def sample_list(rng: random.Random, most: int) -> list[Thing]:
     """From two shapes to ``most`` in any order, each of another shape and color."""
     count = rng.randint(FEWEST, most)
     sizes = [rng.choice(list(RADII)) for _ in range(count)]
-    return [*map(Listed, sizes, rng.sample(list(PALETTE), count), rng.sample(SHAPES, count))]
-
-
-def sample_question(rng: random.Random, things: Sequence[Listed]) -> tuple[str, str]:
-    """A question and its answer, in the words of `prepare_shapes_chat.py`."""
-    thing = rng.choice(things)
-    return rng.choice([
-        (f"what color is the {thing.shape}?", thing.color),
-        (f"what size is the {thing.shape}?", thing.size),
-        (f"which shape is {thing.color}?", thing.shape),
-    ])  # fmt: skip
+    words = zip(sizes, rng.sample(list(PALETTE), count), rng.sample(SHAPES, count), strict=True)
+    return [Thing(*each, 0, 0, 0) for each in words]  # without a place
 
 
 def exchanges(rng: random.Random, most: int, asked: int) -> Iterator[tuple[str, str]]:
@@ -71,18 +49,17 @@ def exchanges(rng: random.Random, most: int, asked: int) -> Iterator[tuple[str, 
     things = sample_list(rng, most)
     listed = in_words(things) + ". "
     for key in rng.sample(sorted(ORDERS), len(ORDERS)):
-        yield f"{listed}list by {key}.", in_words(sorted(things, key=attrgetter(key)), ORDERS[key])
+        yield f"{listed}list by {key}.", in_words(sorted(things, key=attrgetter(ORDERS[key][0])), ORDERS[key])
         listed = ""
     for _ in range(asked):
-        yield sample_question(rng, things)
+        yield rng.choice(attribute_questions(rng.choice(things)))[1:]
 
 
 def rows(split: str, count: int, seed: int, most: int, asked: int) -> Iterator[dict[str, Any]]:
     """Yield the rows of a split. Row i has its own random stream, made from seed, split and i."""
     for i in tqdm(range(count), desc=f"write {split}"):
-        said = exchanges(random.Random(f"{seed}/lists/{split}/{i}"), most, asked)
-        messages = [turn(role, text) for each in said for role, text in zip(("user", "assistant"), each, strict=True)]
-        yield {"images": [], "messages": messages, "kind": "list"}
+        said = [*exchanges(random.Random(f"{seed}/lists/{split}/{i}"), most, asked)]
+        yield {"images": [], "messages": as_turns(said), "kind": "list"}
 
 
 def build(train: int, validation: int, seed: int, most: int = 4, asked: int = 4) -> datasets.DatasetDict:
